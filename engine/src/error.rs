@@ -1,0 +1,97 @@
+//! What the engine answers when it cannot do what was asked.
+
+/// The result of an engine operation.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What the caller can do about a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// Fix the call: an empty key, a value over the limit, an unknown keyspace, a name that is taken.
+    Invalid,
+    /// There is nothing under that name.
+    NotFound,
+    /// Go to the leader.
+    NotLeader,
+    /// Try again: it was not applied.
+    Unavailable,
+    /// It may have been applied: read before trying again.
+    Indeterminate,
+    /// Free space or call an operator; reads go on.
+    OutOfSpace,
+    /// Bytes do not match their checksum. Call an operator.
+    Corrupt,
+    /// Not a volume, a newer format, or a volume of someone else.
+    Foreign,
+    /// Another process has the volume open.
+    Locked,
+    /// Not built yet: a durability or an option whose type exists already.
+    Unsupported,
+    /// Closed; reopen. The message says by what.
+    Closed,
+    /// The device failed.
+    Io,
+    /// A mistake of ours.
+    Internal,
+}
+
+/// A failed operation.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    kind: ErrorKind,
+    message: String,
+    #[source]
+    source: Option<Source>,
+}
+
+/// The error of the crate below that caused this one.
+#[derive(Clone, Debug, thiserror::Error)]
+enum Source {
+    #[error(transparent)]
+    Io(mainstay_io::Error),
+    #[error(transparent)]
+    Wal(mainstay_wal::Error),
+}
+
+impl Error {
+    /// Makes an error of `kind`; the message is in lower case with values last as `key=value`.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), source: None }
+    }
+
+    /// The kind tells the caller what to do.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+}
+
+impl From<mainstay_io::Error> for Error {
+    fn from(source: mainstay_io::Error) -> Self {
+        use mainstay_io::ErrorKind as K;
+        let kind = match source.kind() {
+            K::OutOfSpace => ErrorKind::OutOfSpace,
+            K::Locked => ErrorKind::Locked,
+            K::Closed | K::Poisoned => ErrorKind::Closed,
+            K::OutOfRange | K::Misaligned => ErrorKind::Internal,
+            K::Unusable => ErrorKind::Invalid,
+            _ => ErrorKind::Io,
+        };
+        Self { kind, message: source.to_string(), source: Some(Source::Io(source)) }
+    }
+}
+
+impl From<mainstay_wal::Error> for Error {
+    fn from(source: mainstay_wal::Error) -> Self {
+        use mainstay_wal::ErrorKind as K;
+        let kind = match source.kind() {
+            K::Invalid => ErrorKind::Invalid,
+            K::OutOfSpace => ErrorKind::OutOfSpace,
+            K::Corrupt => ErrorKind::Corrupt,
+            K::Foreign => ErrorKind::Foreign,
+            K::Closed => ErrorKind::Closed,
+            _ => ErrorKind::Io,
+        };
+        Self { kind, message: source.to_string(), source: Some(Source::Wal(source)) }
+    }
+}

@@ -1,0 +1,22 @@
+//! The storage engine: volume, memtables, tables, cache, manifest, flush, compaction, snapshots, checkpoints and clones,
+//! and the store of one node.
+//!
+//! docs/architecture.md describes a group, its logical and present manifest, and restart.
+
+mod command;
+mod engine;
+mod error;
+mod group;
+mod local_log;
+mod snapshot;
+mod state_machine;
+mod types;
+
+pub use command::{Command, CommandBody, InstallTable, WriteBatch, WriteOp};
+pub use engine::{Engine, EngineSettings, EngineStatus, Identity, OwnerPin, OwnerRecord};
+pub use error::{Error, ErrorKind, Result};
+pub use group::{Applied, Export, Group, GroupSettings, GroupStatus, TableSource};
+pub use local_log::LocalLog;
+pub use snapshot::{Direction, Scan, Snapshot, Value};
+pub use state_machine::{Apply, StateMachine};
+pub use types::{BranchId, BranchInfo, CheckpointInfo, Generation, JobId, KeyspaceId, LogIndex, MAIN, TableId};
