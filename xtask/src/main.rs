@@ -1,1 +1,163 @@
-fn main() {}
+//! The commands of the workspace: `ci`, `test`, `sim` and `tidy`.
+//!
+//! # Place      beside the product: it runs cargo and tools, and links nothing of the workspace
+//! # Invariants 1. A step that cannot run says so in the summary; nothing is skipped in silence.
+//!              2. The last line is `N passed, N failed`, and the exit status is 0 only if nothing failed.
+
+#![forbid(unsafe_code)]
+
+mod report;
+mod setup;
+mod tidy;
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use report::{Report, Tally};
+
+const USAGE: &str = "\
+usage: cargo xtask COMMAND
+  ci          fmt, clippy, docs and tidy with warnings denied, then everything of `test`
+  test        installs what the tests need (as root), then runs every test
+  sim ARGS    runs the simulator; `cargo xtask sim --help` lists its arguments
+  tidy        layers, module headers, file lengths, links in docs, words that do not belong here
+";
+
+/// Seeds of the simulation in `test`; each runs twice.
+const SIM_SEEDS: &str = "50";
+/// Seconds for each fuzz target in `test`.
+const FUZZ_SECONDS: &str = "20";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = env::args().skip(1).collect();
+    let root = root();
+    env::set_current_dir(&root).expect("the workspace exists: cargo has just built this from it");
+    match args.first().map(String::as_str) {
+        Some("ci") => {
+            let mut report = Report::new();
+            lints(&mut report);
+            tests(&mut report, &root);
+            report.finish()
+        }
+        Some("test") => {
+            let mut report = Report::new();
+            tests(&mut report, &root);
+            report.finish()
+        }
+        Some("tidy") => {
+            let mut report = Report::new();
+            report.check("tidy", || tidy::check(&root));
+            report.finish()
+        }
+        Some("sim") => sim(&args[1..]),
+        _ => {
+            eprint!("{USAGE}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// The folder of the workspace: the parent of this package.
+fn root() -> PathBuf {
+    let package = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into()));
+    package.parent().map(Path::to_path_buf).unwrap_or(package)
+}
+
+fn cargo(args: &[&str]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(args);
+    command
+}
+
+fn sim_command() -> Command {
+    cargo(&["run", "--quiet", "--profile", "sim", "--package", "mainstay-sim", "--bin", "mainstay-sim", "--"])
+}
+
+fn sim(args: &[String]) -> ExitCode {
+    match sim_command().args(args).status() {
+        Ok(status) if status.success() => ExitCode::SUCCESS,
+        Ok(status) => ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)),
+        Err(e) => {
+            eprintln!("cargo did not start: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn lints(report: &mut Report) {
+    report.run("fmt", cargo(&["fmt", "--all", "--check"]));
+    report.run("clippy", cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]));
+    let mut doc = cargo(&["doc", "--workspace", "--no-deps"]);
+    doc.env("RUSTDOCFLAGS", "-D warnings");
+    report.run("doc", doc);
+    report.check("tidy", || tidy::check(&root()));
+}
+
+fn tests(report: &mut Report, root: &Path) {
+    setup::install(report, root);
+    if setup::cargo_has("nextest") {
+        report.count("tests", cargo(&["nextest", "run", "--workspace", "--no-fail-fast"]), Tally::Nextest);
+    } else {
+        report.note("cargo-nextest is not installed: tests run with cargo test");
+        report.count(
+            "tests",
+            cargo(&["test", "--workspace", "--no-fail-fast", "--lib", "--bins", "--tests"]),
+            Tally::Libtest,
+        );
+    }
+    report.count("doc tests", cargo(&["test", "--workspace", "--no-fail-fast", "--doc"]), Tally::Libtest);
+    let mut sim = sim_command();
+    sim.args(["--seeds", SIM_SEEDS, "--twice"]);
+    report.count("simulation", sim, Tally::Seeds);
+    hook(report, root, "C binding", "bindings/c/test.sh");
+    hook(report, root, "deploy", "deploy/check.sh");
+    fuzz(report, root);
+}
+
+/// Runs a script of another part, if that part has one.
+fn hook(report: &mut Report, root: &Path, name: &str, script: &str) {
+    if root.join(script).is_file() {
+        let mut command = Command::new("bash");
+        command.arg(script);
+        if let Some(path) = setup::path_with_tools(root) {
+            command.env("PATH", path);
+        }
+        report.run(name, command);
+    } else {
+        report.note(format!("{name}: there is no {script}"));
+    }
+}
+
+fn fuzz(report: &mut Report, root: &Path) {
+    if !root.join("fuzz/Cargo.toml").is_file() {
+        report.note("fuzz: there is no fuzz/Cargo.toml");
+        return;
+    }
+    if !setup::has_nightly() || !setup::cargo_has("fuzz") {
+        report.note("fuzz: not run, it needs `rustup toolchain install nightly` and `cargo install cargo-fuzz`");
+        return;
+    }
+    let nightly = |args: &[&str]| {
+        let mut command = Command::new("cargo");
+        command
+            .arg("+nightly")
+            .arg("fuzz")
+            .args(args)
+            .current_dir(root)
+            .env_remove("CARGO")
+            .env_remove("RUSTUP_TOOLCHAIN");
+        command
+    };
+    let targets = match nightly(&["list"]).output() {
+        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).into_owned(),
+        Ok(output) => {
+            return report.fail("fuzz list", &String::from_utf8_lossy(&output.stderr));
+        }
+        Err(e) => return report.fail("fuzz list", &e.to_string()),
+    };
+    let limit = format!("-max_total_time={FUZZ_SECONDS}");
+    for target in targets.split_whitespace() {
+        report.run(&format!("fuzz {target}"), nightly(&["run", target, "--", &limit, "-verbosity=0"]));
+    }
+}
