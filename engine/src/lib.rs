@@ -3,13 +3,18 @@
 //!
 //! docs/architecture.md describes a group, its logical and present manifest, and restart.
 
+mod cache;
 mod command;
 mod engine;
 mod error;
 mod group;
 mod local_log;
+mod memory;
+mod memtable;
+mod read;
 mod snapshot;
 mod state_machine;
+mod table;
 mod types;
 
 pub use command::{Command, CommandBody, InstallTable, WriteBatch, WriteOp};
