@@ -42,7 +42,7 @@ pub struct Error {
     kind: ErrorKind,
     message: String,
     #[source]
-    source: Option<Source>,
+    source: Option<Box<Source>>,
 }
 
 /// The error of the crate below that caused this one.
@@ -77,7 +77,7 @@ impl From<mainstay_io::Error> for Error {
             K::Unusable => ErrorKind::Invalid,
             _ => ErrorKind::Io,
         };
-        Self { kind, message: source.to_string(), source: Some(Source::Io(source)) }
+        Self { kind, message: source.to_string(), source: Some(Box::new(Source::Io(source))) }
     }
 }
 
@@ -92,6 +92,6 @@ impl From<mainstay_wal::Error> for Error {
             K::Closed => ErrorKind::Closed,
             _ => ErrorKind::Io,
         };
-        Self { kind, message: source.to_string(), source: Some(Source::Wal(source)) }
+        Self { kind, message: source.to_string(), source: Some(Box::new(Source::Wal(source))) }
     }
 }
