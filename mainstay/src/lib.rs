@@ -1,1 +1,161 @@
-//! mainstay
+//! An ordered key-value store with one log, alone on one node or replicated by Raft.
+//!
+//! # A store in your process
+//!
+//! ```
+//! # fn main() -> mainstay::Result<()> {
+//! # let dir = tempfile::tempdir().expect("a temporary directory");
+//! # let path = dir.path().join("store");
+//! use mainstay::{Batch, Store};
+//!
+//! let store = Store::open(&path)?; // a directory or a block device; laid out if it is new
+//! let users = store.keyspace("users")?;
+//! users.insert("ada", "1815")?; // durable when it returns
+//! assert_eq!(users.get("ada")?.as_deref(), Some(&b"1815"[..]));
+//!
+//! // Batches are atomic over keyspaces.
+//! let years = store.keyspace("years")?;
+//! let mut batch = Batch::new();
+//! batch.insert(&users, "alan", "1912").insert(&years, "1912", "alan").remove(&users, "nobody");
+//! store.commit(batch)?;
+//!
+//! // Ranges and prefixes run both ways.
+//! let names: Vec<_> = users.prefix("a").rev().map(|entry| Ok(entry?.key)).collect::<mainstay::Result<_>>()?;
+//! assert_eq!(names, ["alan", "ada"]);
+//! # store.close()
+//! # }
+//! ```
+//!
+//! # Snapshots, checkpoints, clones
+//!
+//! A [`Snapshot`] pins a view in memory. A checkpoint is durable and has a name; a clone is a writable store that began as one. Neither copies
+//! data.
+//!
+//! ```
+//! # fn main() -> mainstay::Result<()> {
+//! # let dir = tempfile::tempdir().expect("a temporary directory");
+//! # let store = mainstay::Store::builder().wal_bytes(16 << 20).open(dir.path().join("store"))?;
+//! let config = store.keyspace("config")?;
+//! config.insert("color", "blue")?;
+//! let before = store.snapshot()?;
+//! store.checkpoint("monday")?;
+//! config.insert("color", "red")?;
+//! assert_eq!(before.get(&config, "color")?.as_deref(), Some(&b"blue"[..]));
+//!
+//! let trial = store.create_clone("trial", "monday")?; // starts as it was on monday
+//! let trial_config = trial.keyspace("config")?;
+//! trial_config.insert("color", "green")?;
+//! assert_eq!(trial_config.get("color")?.as_deref(), Some(&b"green"[..]));
+//! assert_eq!(config.get("color")?.as_deref(), Some(&b"red"[..]));
+//! # store.close()
+//! # }
+//! ```
+//!
+//! # Async
+//!
+//! Every call that can wait has a form ending in `_async` whose future is `Send + 'static` and runs under any executor.
+//!
+//! ```
+//! # fn main() -> mainstay::Result<()> {
+//! # let dir = tempfile::tempdir().expect("a temporary directory");
+//! # let path = dir.path().join("store");
+//! # let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+//! # runtime.block_on(async {
+//! let store = mainstay::Store::builder().wal_bytes(16 << 20).open_async(&path).await?;
+//! let events = store.keyspace_async("events").await?;
+//! events.insert_async("1", "started").await?;
+//! let mut scan = events.iter();
+//! while let Some(entry) = scan.next_async().await? {
+//!     println!("{:?} = {:?}", entry.key, entry.value);
+//! }
+//! store.close_async().await
+//! # })
+//! # }
+//! ```
+//!
+//! # Replicated
+//!
+//! A [`Node`] is a replica. Its [`Node::store`] is the same [`Store`]; [`Durability`] and [`ReadLevel`] say what a write and a read promise.
+//! A cluster is born once, by [`Node::init`] on any one of its first members. See `examples/replicated.rs` for three nodes.
+//!
+//! ```
+//! # fn main() -> mainstay::Result<()> {
+//! # let dir = tempfile::tempdir().expect("a temporary directory");
+//! # let path = dir.path().join("node");
+//! use mainstay::{Durability, Node, NodeOptions, ReadLevel, Store};
+//!
+//! let options = NodeOptions::new("one", &path).storage(Store::builder().wal_bytes(16 << 20));
+//! let node = Node::start_blocking(options)?;
+//! node.block_on(node.init(["one"]))?;
+//!
+//! let store = node.store().with_durability(Durability::Quorum);
+//! let users = store.keyspace("users")?;
+//! let commit = users.insert("ada", "1815")?;
+//! let here = store.with_read_level(ReadLevel::AtLeast(commit.index())).keyspace("users")?;
+//! assert_eq!(here.get("ada")?.as_deref(), Some(&b"1815"[..]));
+//! # node.block_on(node.close())
+//! # }
+//! ```
+//!
+//! # Your own commands
+//!
+//! A [`StateMachine`] decides commands of your own at apply, on every replica alike: see `examples/state_machine.rs`.
+//!
+//! # Errors
+//!
+//! There is one [`Error`]; its [`Error::kind`] tells what to do about it.
+
+#![forbid(unsafe_code)]
+
+mod batch;
+mod error;
+mod keyspace;
+mod log;
+mod node;
+mod options;
+mod platform;
+mod snapshot;
+mod store;
+
+pub use batch::{Batch, Commit};
+pub use error::{Error, ErrorKind, Result};
+pub use keyspace::Keyspace;
+pub use mainstay_engine::{
+    Apply, BranchInfo, CheckpointInfo, EngineStatus, Error as ApplyError, ErrorKind as ApplyErrorKind, GroupStatus,
+    KeyspaceId, LogIndex, StateMachine, Value,
+};
+pub use mainstay_io::{BackendChoice, BoxFuture, Target};
+pub use mainstay_replication::{
+    CommitToken, Durability, MemberInfo, MemberRole, NodeId, NodeStatus, PeerAddress, ReadLevel, Transport,
+};
+pub use node::{Node, NodeOptions};
+pub use options::{MEMORY_BYTES_DEFAULT, StoreBuilder, WAL_BYTES_DEFAULT, target_of};
+pub use snapshot::{Entry, Scan, Snapshot};
+pub use store::{Store, StoreStatus};
+
+pub(crate) use store::Branch;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn owned<T: Send + Sync + 'static>() {}
+    fn shared<T: Clone + Send + Sync + 'static>() {}
+
+    #[test]
+    fn handles_are_shared_between_threads() {
+        shared::<Store>();
+        shared::<Keyspace>();
+        shared::<Snapshot>();
+        shared::<Node>();
+        shared::<NodeOptions>();
+        shared::<StoreBuilder>();
+        shared::<Batch>();
+        shared::<Commit>();
+        shared::<Entry>();
+        shared::<Error>();
+        fn movable<T: Send + 'static>() {}
+        movable::<Scan>();
+        owned::<Value>();
+    }
+}

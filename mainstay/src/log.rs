@@ -1,0 +1,170 @@
+//! Who turns commands into entries: a log of one voter, or a replicated one. The rest of the crate does not know which.
+//!
+//! # Place
+//! Above `engine::LocalLog` and `replication::Node`, below every public handle.
+
+use std::sync::{Arc, Mutex};
+
+use mainstay_engine::{Applied, Command, CommandBody, Engine, Group, LocalLog};
+use mainstay_io::{BoxFuture, Environment};
+use mainstay_replication as replication;
+use tokio::runtime::{Handle, Runtime};
+
+use crate::{Branch, CommitToken, Durability, Error, ErrorKind, ReadLevel, Result};
+
+/// The log under a store. Cloning shares it.
+#[derive(Clone)]
+pub(crate) enum Log {
+    Alone(Arc<Alone>),
+    Replicated(Arc<Replicated>),
+}
+
+pub(crate) struct Alone {
+    pub(crate) engine: Engine,
+    pub(crate) log: LocalLog,
+    pub(crate) environment: Environment,
+}
+
+pub(crate) struct Replicated {
+    pub(crate) node: replication::Node,
+    pub(crate) engine: Engine,
+    pub(crate) handle: Handle,
+    /// Set when the node made its own runtime ([`crate::Node::start_blocking`]).
+    pub(crate) runtime: Mutex<Option<Runtime>>,
+}
+
+impl Drop for Replicated {
+    fn drop(&mut self) {
+        // The last handle may be dropped inside an async task, where waiting for a runtime is refused.
+        if let Some(runtime) = self.runtime.get_mut().ok().and_then(Option::take) {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// Polls a future with the node's runtime entered, so that it works under any executor.
+struct Entered<T> {
+    handle: Handle,
+    future: BoxFuture<T>,
+}
+
+impl<T> Future for Entered<T> {
+    type Output = T;
+
+    fn poll(mut self: std::pin::Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> std::task::Poll<T> {
+        let this = &mut *self;
+        let _entered = this.handle.enter();
+        this.future.as_mut().poll(cx)
+    }
+}
+
+impl Log {
+    pub(crate) fn engine(&self) -> &Engine {
+        match self {
+            Self::Alone(alone) => &alone.engine,
+            Self::Replicated(replicated) => &replicated.engine,
+        }
+    }
+
+    pub(crate) fn group(&self) -> &Group {
+        match self {
+            Self::Alone(alone) => alone.log.group(),
+            Self::Replicated(replicated) => replicated.node.group(),
+        }
+    }
+
+    /// Makes a future independent of the executor that polls it.
+    pub(crate) fn bind<T: Send + 'static>(&self, future: impl Future<Output = T> + Send + 'static) -> BoxFuture<T> {
+        match self {
+            Self::Alone(_) => Box::pin(future),
+            Self::Replicated(replicated) => {
+                Box::pin(Entered { handle: replicated.handle.clone(), future: Box::pin(future) })
+            }
+        }
+    }
+
+    /// Waits on this thread.
+    pub(crate) fn wait<T>(&self, future: impl Future<Output = T>) -> T {
+        match self {
+            Self::Alone(_) => mainstay_io::block_on(future),
+            Self::Replicated(replicated) => {
+                let _entered = replicated.handle.enter();
+                mainstay_io::block_on(future)
+            }
+        }
+    }
+
+    /// Proposes and waits for the durability; a refusal decided at apply is an `Err`.
+    pub(crate) async fn write(&self, body: CommandBody, durability: Durability) -> Result<(Applied, CommitToken)> {
+        let applied = match self {
+            Self::Alone(alone) => {
+                match durability {
+                    // One voter: its own disk is the quorum and all of it.
+                    Durability::Local | Durability::Quorum | Durability::All => {}
+                    other => return Err(unsupported(&other)),
+                }
+                let time_ms = u64::try_from(alone.environment.clock.unix().as_millis()).unwrap_or(u64::MAX);
+                alone.log.propose(Command { time_ms, body }).await?
+            }
+            Self::Replicated(replicated) => {
+                if durability == Durability::Local {
+                    let token = replicated.node.write_local(body).await?;
+                    let response = Ok(bytes::Bytes::new());
+                    return Ok((Applied { index: token.index, response }, token));
+                }
+                replicated.node.write(replication::Write { body, durability }).await?
+            }
+        };
+        let token = CommitToken { term: 0, index: applied.index };
+        Ok((applied, token))
+    }
+
+    /// Waits until what was answered at `Local` holds at `durability`.
+    pub(crate) async fn wait_durable(&self, token: CommitToken, durability: Durability) -> Result<()> {
+        match self {
+            Self::Alone(_) => Ok(()),
+            Self::Replicated(_) if token.term == 0 => Ok(()),
+            Self::Replicated(replicated) => {
+                replicated.node.wait(token, durability).await?.response?;
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) async fn snapshot(&self, branch: &Branch, level: ReadLevel) -> Result<mainstay_engine::Snapshot> {
+        match self {
+            Self::Alone(alone) => {
+                if let ReadLevel::AtLeast(index) = level
+                    && alone.log.group().applied() < index
+                {
+                    let message = format!("index was never written here index={index}");
+                    return Err(Error::new(ErrorKind::Invalid, message));
+                }
+                Ok(alone.log.group().snapshot(branch.id)?)
+            }
+            Self::Replicated(replicated) => Ok(replicated.node.snapshot(&branch.name, level).await?),
+        }
+    }
+
+    pub(crate) async fn barrier(&self, level: ReadLevel) -> Result<()> {
+        if let Self::Replicated(replicated) = self {
+            replicated.node.read_barrier(level).await?;
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn close(&self) -> Result<()> {
+        match self {
+            Self::Alone(alone) => {
+                alone.log.close().await?;
+                alone.engine.close().await?;
+            }
+            Self::Replicated(replicated) => replicated.node.close().await?,
+        }
+        Ok(())
+    }
+}
+
+fn unsupported(durability: &Durability) -> Error {
+    Error::new(ErrorKind::Unsupported, format!("a store alone has no such durability durability={durability:?}"))
+}

@@ -1,0 +1,252 @@
+//! A replica of a replicated store, inside this process.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use mainstay_io::{BoxFuture, Target};
+use mainstay_replication::{self as replication, MemberInfo, NodeId, NodeStatus, PeerAddress, Transport};
+use tokio::runtime::{Handle, Runtime};
+
+use crate::log::{Log, Replicated};
+use crate::{Error, ErrorKind, Result, Store, StoreBuilder, platform, target_of};
+
+/// How a node is started.
+#[derive(Clone)]
+pub struct NodeOptions {
+    name: String,
+    target: Target,
+    listen: String,
+    advertise: Option<String>,
+    client_address: String,
+    peers: BTreeMap<String, PeerAddress>,
+    heartbeat: Duration,
+    election_timeout: Duration,
+    entry_cache_bytes: u64,
+    storage: StoreBuilder,
+    transport: Option<Arc<dyn Transport>>,
+}
+
+impl NodeOptions {
+    /// A node called `name` with its volume at `path`, a directory or a block device. It listens for peers on a free
+    /// port of the loopback interface unless [`NodeOptions::listen`] says otherwise.
+    pub fn new(name: impl Into<String>, path: impl AsRef<Path>) -> Self {
+        Self {
+            name: name.into(),
+            target: target_of(path.as_ref()),
+            listen: "127.0.0.1:0".into(),
+            advertise: None,
+            client_address: String::new(),
+            peers: BTreeMap::new(),
+            heartbeat: Duration::from_millis(100),
+            election_timeout: Duration::from_millis(300),
+            entry_cache_bytes: 64 << 20,
+            storage: StoreBuilder::default(),
+            transport: None,
+        }
+    }
+
+    /// Where to listen for peers, `host:port`.
+    pub fn listen(mut self, address: impl Into<String>) -> Self {
+        self.listen = address.into();
+        self
+    }
+
+    /// Where peers reach this node, if not at the address of [`NodeOptions::listen`].
+    pub fn advertise(mut self, address: impl Into<String>) -> Self {
+        self.advertise = Some(address.into());
+        self
+    }
+
+    /// Where clients reach this process, told to others so that they can name the leader. Opaque to the node.
+    pub fn client_address(mut self, address: impl Into<String>) -> Self {
+        self.client_address = address.into();
+        self
+    }
+
+    /// Another process and where it listens for peers; needed before `init` and to find a cluster again. One of the
+    /// node's own name is ignored.
+    pub fn peer(mut self, name: impl Into<String>, address: impl Into<String>) -> Self {
+        self.peers.insert(name.into(), PeerAddress(address.into()));
+        self
+    }
+
+    /// Interval of heartbeats. Default 100 ms.
+    pub fn heartbeat(mut self, interval: Duration) -> Self {
+        self.heartbeat = interval;
+        self
+    }
+
+    /// Lower bound of the election timeout; the upper is twice as long. Default 300 ms, at least twice the heartbeat.
+    pub fn election_timeout(mut self, timeout: Duration) -> Self {
+        self.election_timeout = timeout;
+        self
+    }
+
+    /// Settings of the volume and the store.
+    pub fn storage(mut self, storage: StoreBuilder) -> Self {
+        self.storage = storage;
+        self
+    }
+
+    /// A network of one's own in the place of TCP.
+    pub fn transport(mut self, transport: Arc<dyn Transport>) -> Self {
+        self.transport = Some(transport);
+        self
+    }
+}
+
+/// A node: one replica. Cloning shares it; [`Node::store`] gives the same interface as a store alone.
+///
+/// A new node waits: it takes part once [`Node::init`] gave birth to a cluster with it, or a cluster has added it.
+#[derive(Clone)]
+pub struct Node {
+    inner: Arc<Replicated>,
+    address: PeerAddress,
+}
+
+impl Node {
+    /// Opens the volume (laid out if there is nothing yet) and starts the node on the tokio runtime of the caller.
+    ///
+    /// # Errors
+    /// As [`StoreBuilder::open`]; `Unavailable` when the address cannot be listened on; `Invalid` outside tokio.
+    pub async fn start(options: NodeOptions) -> Result<Self> {
+        let handle = Handle::try_current()
+            .map_err(|_| Error::new(ErrorKind::Invalid, "start runs inside tokio: use start_blocking elsewhere"))?;
+        Self::start_on(options, handle, None).await
+    }
+
+    /// As [`Node::start`] on a runtime of its own, for programs without tokio.
+    ///
+    /// # Errors
+    /// As [`Node::start`].
+    pub fn start_blocking(options: NodeOptions) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("mainstay-node")
+            .enable_all()
+            .build()
+            .map_err(|e| Error::new(ErrorKind::Unavailable, format!("no threads for the runtime: {e}")))?;
+        let handle = runtime.handle().clone();
+        let entered = handle.clone();
+        let _entered = entered.enter();
+        mainstay_io::block_on(Self::start_on(options, handle, Some(runtime)))
+    }
+
+    async fn start_on(options: NodeOptions, handle: Handle, runtime: Option<Runtime>) -> Result<Self> {
+        let transport = match options.transport {
+            Some(transport) => transport,
+            None => platform::tcp_transport(&options.listen, options.advertise.as_deref()).await?,
+        };
+        let address = transport.local_address();
+        let environment = options.storage.environment_or_system();
+        let media = options.storage.media(options.target).await?;
+        let (engine, found) = options.storage.open_engine(media, environment).await?;
+        let mut peers = options.peers;
+        peers.insert(options.name.clone(), address.clone());
+        let node_options = replication::NodeOptions {
+            name: options.name,
+            client_address: options.client_address,
+            peers,
+            heartbeat: options.heartbeat,
+            election_timeout: options.election_timeout,
+            group: options.storage.group_settings(),
+            entry_cache_bytes: options.entry_cache_bytes,
+        };
+        let node = replication::Node::start(engine.clone(), found, node_options, transport).await?;
+        let runtime = Mutex::new(runtime);
+        Ok(Self { inner: Arc::new(Replicated { node, engine, handle, runtime }), address })
+    }
+
+    /// The replicated store: the interface of a store alone, with [`Store::with_durability`] and
+    /// [`Store::with_read_level`] to choose what a write and a read promise.
+    pub fn store(&self) -> Store {
+        Store::over(Log::Replicated(self.inner.clone()))
+    }
+
+    /// The replica underneath, for a server: commands, barriers, forwarding.
+    pub fn replica(&self) -> &replication::Node {
+        &self.inner.node
+    }
+
+    /// The volume underneath, for its status.
+    pub fn engine(&self) -> &mainstay_engine::Engine {
+        &self.inner.engine
+    }
+
+    /// Where peers reach this node.
+    pub fn peer_address(&self) -> &PeerAddress {
+        &self.address
+    }
+
+    fn log(&self) -> Log {
+        Log::Replicated(self.inner.clone())
+    }
+
+    fn bind<T, F>(&self, call: impl FnOnce(Arc<Replicated>) -> F) -> BoxFuture<Result<T>>
+    where
+        T: Send + 'static,
+        F: Future<Output = replication::Result<T>> + Send + 'static,
+    {
+        let future = call(self.inner.clone());
+        self.log().bind(async move { Ok(future.await?) })
+    }
+
+    /// Gives birth to a cluster over `members`, named as in [`NodeOptions::peer`], this one included. Idempotent: the same call again
+    /// finds the cluster made and returns its id.
+    ///
+    /// # Errors
+    /// `Invalid` (a member has data or another cluster, an unknown name), `Unavailable` (a member does not answer).
+    pub fn init<S: Into<String>>(&self, members: impl IntoIterator<Item = S>) -> BoxFuture<Result<[u8; 16]>> {
+        let members: Vec<String> = members.into_iter().map(Into::into).collect();
+        self.bind(|inner| async move { inner.node.init(&members).await })
+    }
+
+    /// Adds the process of that name as a learner under a new id, and makes it a voter once it has caught up if `voter`.
+    pub fn add_member(&self, name: &str, address: PeerAddress, voter: bool) -> BoxFuture<Result<MemberInfo>> {
+        let name = name.to_owned();
+        self.bind(|inner| async move { inner.node.add_member(&name, address, voter).await })
+    }
+
+    /// Makes a learner a voter.
+    pub fn promote_member(&self, id: NodeId) -> BoxFuture<Result<()>> {
+        self.bind(|inner| async move { inner.node.promote_member(id).await })
+    }
+
+    /// Removes a member. Its volume never takes part again; wiped, it can be added anew.
+    pub fn remove_member(&self, id: NodeId) -> BoxFuture<Result<()>> {
+        self.bind(|inner| async move { inner.node.remove_member(id).await })
+    }
+
+    /// Hands leadership to `to`, or to the most caught-up voter, and returns the new leader.
+    pub fn transfer_leader(&self, to: Option<NodeId>) -> BoxFuture<Result<NodeId>> {
+        self.bind(|inner| async move { inner.node.transfer_leader(to).await })
+    }
+
+    /// Resolves at each change of leader, role or membership. Cancel safe.
+    pub fn changed(&self) -> BoxFuture<()> {
+        let inner = self.inner.clone();
+        self.log().bind(async move { inner.node.changed().await })
+    }
+
+    /// Counts and states.
+    pub fn status(&self) -> NodeStatus {
+        self.inner.node.status()
+    }
+
+    /// True while this node leads.
+    pub fn is_leader(&self) -> bool {
+        self.status().role == "leader"
+    }
+
+    /// Hands leadership over if it leads, stops taking part and closes the volume.
+    pub fn close(&self) -> BoxFuture<Result<()>> {
+        self.bind(|inner| async move { inner.node.close().await })
+    }
+
+    /// Waits for a future on this thread: for the calls above where there is no executor.
+    pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
+        self.log().wait(future)
+    }
+}

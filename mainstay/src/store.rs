@@ -1,0 +1,377 @@
+//! A store: keyspaces, batches, snapshots, checkpoints and clones over one log.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use mainstay_engine::{
+    BranchId, BranchInfo, CheckpointInfo, CommandBody, EngineStatus, GroupStatus, LocalLog, MAIN, WriteBatch,
+};
+use mainstay_io::{BoxFuture, Media};
+use mainstay_wal::GroupId;
+
+use crate::log::{Alone, Log};
+use crate::{
+    Batch, Commit, Durability, Error, ErrorKind, Keyspace, KeyspaceId, ReadLevel, Result, Snapshot, StoreBuilder,
+};
+
+/// The group of a store alone on one node.
+const GROUP: GroupId = GroupId(1);
+/// The name of the branch that every store is born with.
+const MAIN_NAME: &str = "main";
+
+/// The branch a handle reads and writes.
+#[derive(Debug)]
+pub(crate) struct Branch {
+    pub(crate) id: BranchId,
+    pub(crate) name: String,
+}
+
+/// An ordered key-value store, alone on this node ([`Store::open`]) or a replica ([`crate::Node::store`]).
+///
+/// Cloning shares it. A handle carries the [`Durability`] of its writes and the [`ReadLevel`] of its reads; see
+/// [`Store::with_durability`] and [`Store::with_read_level`]. Blocking calls wait on the calling thread: inside async code use
+/// the `_async` forms, which run under any executor.
+#[derive(Clone)]
+pub struct Store {
+    pub(crate) log: Log,
+    pub(crate) branch: Arc<Branch>,
+    durability: Durability,
+    read_level: ReadLevel,
+}
+
+/// Counts and states of a store.
+#[derive(Clone, Debug, Default)]
+pub struct StoreStatus {
+    /// Of the volume.
+    pub engine: EngineStatus,
+    /// Of the data.
+    pub group: GroupStatus,
+}
+
+impl Store {
+    /// Opens the store at `path`, a directory (made if absent) or a block device, with default settings. Lays out a
+    /// volume where nothing is yet; never touches what is not a volume.
+    ///
+    /// # Errors
+    /// As [`StoreBuilder::open`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::builder().open(path)
+    }
+
+    /// Settings for [`StoreBuilder::open`].
+    pub fn builder() -> StoreBuilder {
+        StoreBuilder::default()
+    }
+
+    pub(crate) async fn open_media(builder: StoreBuilder, media: Arc<dyn Media>) -> Result<Self> {
+        let environment = builder.environment_or_system();
+        let name = media.name();
+        let (engine, found) = builder.open_engine(media, environment.clone()).await?;
+        let identity = engine.identity();
+        if identity.node != 0 {
+            engine.close().await?;
+            let message = format!("the volume is a replica of a cluster: start it as a node path={name}");
+            return Err(Error::new(ErrorKind::Foreign, message));
+        }
+        let log = LocalLog::open(&engine, GROUP, builder.group_settings(), found).await?;
+        Ok(Self::over(Log::Alone(Arc::new(Alone { engine, log, environment }))))
+    }
+
+    pub(crate) fn over(log: Log) -> Self {
+        Self {
+            log,
+            branch: Arc::new(Branch { id: MAIN, name: MAIN_NAME.into() }),
+            durability: Durability::default(),
+            read_level: ReadLevel::default(),
+        }
+    }
+
+    /// This store with another durability for the writes of the handle and of the keyspaces made from it.
+    pub fn with_durability(&self, durability: Durability) -> Self {
+        Self { durability, ..self.clone() }
+    }
+
+    /// This store with another level for the reads of the handle and of the keyspaces made from it. A store alone
+    /// answers every level with the newest state.
+    pub fn with_read_level(&self, read_level: ReadLevel) -> Self {
+        Self { read_level, ..self.clone() }
+    }
+
+    /// The name of the branch: `main`, or that of the clone.
+    pub fn branch_name(&self) -> &str {
+        &self.branch.name
+    }
+
+    /// The keyspace of that name, made if it is absent (in every clone).
+    ///
+    /// # Errors
+    /// `Invalid` (a name of 0 or more than 255 bytes), and as [`Store::commit`] if it is made.
+    pub fn keyspace(&self, name: &str) -> Result<Keyspace> {
+        self.log.wait(self.keyspace_inner(name))
+    }
+
+    /// As [`Store::keyspace`], without blocking the thread.
+    pub fn keyspace_async(&self, name: &str) -> BoxFuture<Result<Keyspace>> {
+        let (this, name) = (self.clone(), name.to_owned());
+        self.log.bind(async move { this.keyspace_inner(&name).await })
+    }
+
+    async fn keyspace_inner(&self, name: &str) -> Result<Keyspace> {
+        if let Some(id) = self.log.group().keyspace(name) {
+            return Ok(Keyspace::new(self.clone(), id, name));
+        }
+        let response = self.write(CommandBody::CreateKeyspace { name: name.into() }).await?;
+        let id = keyspace_id(&response)?;
+        Ok(Keyspace::new(self.clone(), id, name))
+    }
+
+    /// The keyspace of that name if it is there.
+    pub fn keyspace_if_exists(&self, name: &str) -> Option<Keyspace> {
+        self.log.group().keyspace(name).map(|id| Keyspace::new(self.clone(), id, name))
+    }
+
+    /// Names of the keyspaces that this replica has applied.
+    pub fn keyspaces(&self) -> Vec<String> {
+        self.log.group().keyspaces().into_iter().map(|(name, _)| name).collect()
+    }
+
+    /// Drops a keyspace and its data in every clone; checkpoints keep it. Handles to it answer `Invalid` from then on.
+    ///
+    /// # Errors
+    /// `NotFound`, and as [`Store::commit`].
+    pub fn drop_keyspace(&self, name: &str) -> Result<()> {
+        self.log.wait(self.write(CommandBody::DropKeyspace { name: name.into() })).map(drop)
+    }
+
+    /// Applies a batch, all or none, and returns when the durability of this handle holds.
+    ///
+    /// # Errors
+    /// Not applied: `Invalid` (an empty key, a key over 64 KiB, a value over 16 MiB, a dropped keyspace), `NotLeader`,
+    /// `Unavailable`, `OutOfSpace`, `Unsupported`, `Closed`. `Indeterminate`: read before trying again.
+    pub fn commit(&self, batch: Batch) -> Result<Commit> {
+        self.log.wait(self.commit_inner(batch, self.durability.clone()))
+    }
+
+    /// As [`Store::commit`] at another durability.
+    ///
+    /// # Errors
+    /// As [`Store::commit`].
+    pub fn commit_with(&self, batch: Batch, durability: Durability) -> Result<Commit> {
+        self.log.wait(self.commit_inner(batch, durability))
+    }
+
+    /// As [`Store::commit`], without blocking the thread. Not cancel safe: a dropped future may have written.
+    pub fn commit_async(&self, batch: Batch) -> BoxFuture<Result<Commit>> {
+        self.commit_with_async(batch, self.durability.clone())
+    }
+
+    /// As [`Store::commit_with`], without blocking the thread. Not cancel safe: a dropped future may have written.
+    pub fn commit_with_async(&self, batch: Batch, durability: Durability) -> BoxFuture<Result<Commit>> {
+        let this = self.clone();
+        self.log.bind(async move { this.commit_inner(batch, durability).await })
+    }
+
+    async fn commit_inner(&self, batch: Batch, durability: Durability) -> Result<Commit> {
+        let body = CommandBody::Batch(WriteBatch { branch: self.branch.id, ops: batch.ops });
+        let (applied, token) = self.log.write(body, durability).await?;
+        applied.response?;
+        Ok(Commit { token })
+    }
+
+    /// Waits until a write answered at [`Durability::Local`] holds at `durability`.
+    ///
+    /// # Errors
+    /// `Indeterminate` when leadership changed first: read before writing again. `Unsupported`, `Closed`.
+    pub fn wait(&self, commit: Commit, durability: Durability) -> Result<()> {
+        self.log.wait(self.log.wait_durable(commit.token, durability))
+    }
+
+    /// As [`Store::wait`], without blocking the thread. Cancel safe.
+    pub fn wait_async(&self, commit: Commit, durability: Durability) -> BoxFuture<Result<()>> {
+        let log = self.log.clone();
+        self.log.bind(async move { log.wait_durable(commit.token, durability).await })
+    }
+
+    /// Gives a command to the state machine ([`StoreBuilder::state_machine`]) and returns its answer.
+    ///
+    /// # Errors
+    /// What the state machine answered, and as [`Store::commit`].
+    pub fn execute(&self, command: impl Into<Bytes>) -> Result<Bytes> {
+        self.log.wait(self.execute_inner(command.into()))
+    }
+
+    /// As [`Store::execute`], without blocking the thread. Not cancel safe: a dropped future may have been applied.
+    pub fn execute_async(&self, command: impl Into<Bytes>) -> BoxFuture<Result<Bytes>> {
+        let (this, command) = (self.clone(), command.into());
+        self.log.bind(async move { this.execute_inner(command).await })
+    }
+
+    async fn execute_inner(&self, command: Bytes) -> Result<Bytes> {
+        self.write(CommandBody::Custom { branch: self.branch.id, command }).await
+    }
+
+    /// Proposes what has no batch and gives its answer. Such entries are never answered before they are applied.
+    async fn write(&self, body: CommandBody) -> Result<Bytes> {
+        let durability = match self.durability.clone() {
+            Durability::Local => Durability::Quorum,
+            other => other,
+        };
+        let (applied, _) = self.log.write(body, durability).await?;
+        Ok(applied.response?)
+    }
+
+    pub(crate) async fn view(&self) -> Result<mainstay_engine::Snapshot> {
+        self.log.snapshot(&self.branch, self.read_level.clone()).await
+    }
+
+    /// Pins the state at the read level of this handle.
+    ///
+    /// # Errors
+    /// `Unavailable` (a replicated store without a leader), `NotFound` (the clone was dropped), `Closed`.
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        Ok(Snapshot { inner: self.log.wait(self.view())? })
+    }
+
+    /// As [`Store::snapshot`], without blocking the thread. Cancel safe.
+    pub fn snapshot_async(&self) -> BoxFuture<Result<Snapshot>> {
+        self.snapshot_with_async(self.read_level.clone())
+    }
+
+    /// As [`Store::snapshot`] at another level.
+    ///
+    /// # Errors
+    /// As [`Store::snapshot`].
+    pub fn snapshot_with(&self, level: ReadLevel) -> Result<Snapshot> {
+        Ok(Snapshot { inner: self.log.wait(self.log.snapshot(&self.branch, level))? })
+    }
+
+    /// As [`Store::snapshot_with`], without blocking the thread. Cancel safe.
+    pub fn snapshot_with_async(&self, level: ReadLevel) -> BoxFuture<Result<Snapshot>> {
+        let this = self.clone();
+        self.log.bind(async move { Ok(Snapshot { inner: this.log.snapshot(&this.branch, level).await? }) })
+    }
+
+    /// Freezes this store under a name: a durable copy at one index that shares all data, the same on every replica.
+    ///
+    /// # Errors
+    /// `Invalid` (the name is taken or too long), and as [`Store::commit`].
+    pub fn checkpoint(&self, name: &str) -> Result<CheckpointInfo> {
+        self.log.wait(self.checkpoint_inner(name))
+    }
+
+    /// As [`Store::checkpoint`], without blocking the thread.
+    pub fn checkpoint_async(&self, name: &str) -> BoxFuture<Result<CheckpointInfo>> {
+        let (this, name) = (self.clone(), name.to_owned());
+        self.log.bind(async move { this.checkpoint_inner(&name).await })
+    }
+
+    async fn checkpoint_inner(&self, name: &str) -> Result<CheckpointInfo> {
+        self.write(CommandBody::CreateCheckpoint { name: name.into(), branch: self.branch.id }).await?;
+        self.log.barrier(ReadLevel::Linearizable).await?;
+        let made = self.checkpoints().into_iter().find(|checkpoint| checkpoint.name == name);
+        made.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("the checkpoint was dropped again name={name}")))
+    }
+
+    /// All checkpoints that this replica has applied, of all branches.
+    pub fn checkpoints(&self) -> Vec<CheckpointInfo> {
+        self.log.group().checkpoints()
+    }
+
+    /// Opens a checkpoint for reading.
+    ///
+    /// # Errors
+    /// `NotFound`, `Closed`.
+    pub fn open_checkpoint(&self, name: &str) -> Result<Snapshot> {
+        Ok(Snapshot { inner: self.log.group().checkpoint(name)? })
+    }
+
+    /// Drops a checkpoint. Clones made from it stay.
+    ///
+    /// # Errors
+    /// `NotFound`, and as [`Store::commit`].
+    pub fn drop_checkpoint(&self, name: &str) -> Result<()> {
+        self.log.wait(self.write(CommandBody::DropCheckpoint { name: name.into() })).map(drop)
+    }
+
+    /// As [`Store::drop_checkpoint`], without blocking the thread.
+    pub fn drop_checkpoint_async(&self, name: &str) -> BoxFuture<Result<()>> {
+        let (this, name) = (self.clone(), name.to_owned());
+        self.log.bind(async move { this.write(CommandBody::DropCheckpoint { name }).await.map(drop) })
+    }
+
+    /// Makes a writable store from a checkpoint; it shares the checkpoint's data and costs no copy.
+    ///
+    /// # Errors
+    /// `NotFound` (no such checkpoint), `Invalid` (the name is taken), and as [`Store::commit`].
+    pub fn create_clone(&self, name: &str, checkpoint: &str) -> Result<Store> {
+        self.log.wait(self.create_clone_inner(name, checkpoint))
+    }
+
+    /// As [`Store::create_clone`], without blocking the thread.
+    pub fn create_clone_async(&self, name: &str, checkpoint: &str) -> BoxFuture<Result<Store>> {
+        let (this, name, checkpoint) = (self.clone(), name.to_owned(), checkpoint.to_owned());
+        self.log.bind(async move { this.create_clone_inner(&name, &checkpoint).await })
+    }
+
+    async fn create_clone_inner(&self, name: &str, checkpoint: &str) -> Result<Store> {
+        self.write(CommandBody::CreateClone { name: name.into(), checkpoint: checkpoint.into() }).await?;
+        self.log.barrier(ReadLevel::Linearizable).await?;
+        self.open_clone(name)
+    }
+
+    /// The store of a clone, beside this one and with the same levels; `main` is the first store.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn open_clone(&self, name: &str) -> Result<Store> {
+        let id = self.log.group().branch(name);
+        let id = id.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no clone of that name name={name}")))?;
+        Ok(Self { branch: Arc::new(Branch { id, name: name.into() }), ..self.clone() })
+    }
+
+    /// All clones that this replica has applied.
+    pub fn clones(&self) -> Vec<BranchInfo> {
+        self.log.group().branches().into_iter().filter(|branch| branch.id != MAIN).collect()
+    }
+
+    /// Drops a clone. Handles to it answer `NotFound` from then on.
+    ///
+    /// # Errors
+    /// `NotFound`, and as [`Store::commit`].
+    pub fn drop_clone(&self, name: &str) -> Result<()> {
+        self.log.wait(self.write(CommandBody::DropClone { name: name.into() })).map(drop)
+    }
+
+    /// As [`Store::drop_clone`], without blocking the thread.
+    pub fn drop_clone_async(&self, name: &str) -> BoxFuture<Result<()>> {
+        let (this, name) = (self.clone(), name.to_owned());
+        self.log.bind(async move { this.write(CommandBody::DropClone { name }).await.map(drop) })
+    }
+
+    /// Counts and states.
+    pub fn status(&self) -> StoreStatus {
+        StoreStatus { engine: self.log.engine().status(), group: self.log.group().status() }
+    }
+
+    /// Flushes what is in memory where that shortens the next open, and marks the volume clean. Every handle answers
+    /// `Closed` from then on. A store that is dropped without it loses nothing: the next open replays the log.
+    ///
+    /// # Errors
+    /// `Io`, `Closed`.
+    pub fn close(&self) -> Result<()> {
+        self.log.wait(self.log.close())
+    }
+
+    /// As [`Store::close`], without blocking the thread.
+    pub fn close_async(&self) -> BoxFuture<Result<()>> {
+        let log = self.log.clone();
+        self.log.bind(async move { log.close().await })
+    }
+}
+
+fn keyspace_id(response: &[u8]) -> Result<KeyspaceId> {
+    let bytes = response.first_chunk().copied();
+    let bytes = bytes.ok_or_else(|| Error::new(ErrorKind::Internal, "the answer holds no keyspace id"))?;
+    Ok(KeyspaceId(u32::from_le_bytes(bytes)))
+}
