@@ -142,7 +142,7 @@ impl Node {
         let address = transport.local_address();
         let environment = options.storage.environment_or_system();
         let media = options.storage.media(options.target).await?;
-        let (engine, found) = options.storage.open_engine(media, environment).await?;
+        let (engine, found) = options.storage.open_engine(media, environment.clone()).await?;
         let mut peers = options.peers;
         peers.insert(options.name.clone(), address.clone());
         let node_options = replication::NodeOptions {
@@ -153,6 +153,7 @@ impl Node {
             election_timeout: options.election_timeout,
             group: options.storage.group_settings(),
             entry_cache_bytes: options.entry_cache_bytes,
+            environment,
         };
         let node = replication::Node::start(engine.clone(), found, node_options, transport).await?;
         let runtime = Mutex::new(runtime);

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use mainstay_engine::{
     Applied, CommandBody, Engine, Group, GroupSettings, GroupStatus, LogIndex, OwnerRecord, Snapshot,
 };
+use mainstay_io::Environment;
 
 use crate::{Durability, NodeId, PeerAddress, ReadLevel, Result, Runtime, TokioRuntime, Transport};
 
@@ -29,6 +30,8 @@ pub struct NodeOptions {
     pub group: GroupSettings,
     /// Bytes of entries kept in memory for peers and readers. Default 64 MiB.
     pub entry_cache_bytes: u64,
+    /// The wall clock that stamps commands, and the source of identities.
+    pub environment: Environment,
 }
 
 /// A command and what its answer shall promise.
