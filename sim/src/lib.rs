@@ -1,1 +1,8 @@
-//! mainstay-sim
+//! A whole cluster in one thread, from one seed: runtime, disks, network, faults, clients and the checks of what they saw.
+//!
+//! docs/testing.md says how to run it, what may go wrong in it and how to replay a seed.
+
+#![forbid(unsafe_code)]
+
+pub mod check;
+pub mod rt;

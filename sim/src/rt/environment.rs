@@ -1,0 +1,56 @@
+//! Time, randomness and tasks of the runtime as the engine takes them.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use mainstay_io::{BoxFuture, Clock, Environment, Random, Spawner, TaskHandle};
+
+use super::executor::{Executor, Group};
+use super::rng::SimRng;
+
+/// The wall clock at the start of every simulation.
+const UNIX_ORIGIN: Duration = Duration::from_secs(1_700_000_000);
+
+struct SimClock {
+    executor: Arc<Executor>,
+    /// How far the wall clock of this node is ahead.
+    skew: Duration,
+}
+
+impl Clock for SimClock {
+    fn now(&self) -> Duration {
+        self.executor.now()
+    }
+
+    fn unix(&self) -> Duration {
+        UNIX_ORIGIN + self.skew + self.executor.now()
+    }
+}
+
+struct SimRandom(Mutex<SimRng>);
+
+impl Random for SimRandom {
+    fn fill(&self, out: &mut [u8]) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).fill(out);
+    }
+}
+
+struct SimSpawner {
+    executor: Arc<Executor>,
+    group: Group,
+}
+
+impl Spawner for SimSpawner {
+    fn spawn(&self, name: &str, task: BoxFuture<()>) -> TaskHandle {
+        self.executor.spawn(self.group, name, task)
+    }
+}
+
+/// The environment of one life of a node. Its tasks belong to `group`; its wall clock is `skew` ahead of the world's.
+pub fn environment(executor: &Arc<Executor>, group: Group, skew: Duration) -> Environment {
+    Environment {
+        clock: Arc::new(SimClock { executor: executor.clone(), skew }),
+        random: Arc::new(SimRandom(Mutex::new(executor.fork_rng()))),
+        spawner: Arc::new(SimSpawner { executor: executor.clone(), group }),
+    }
+}
