@@ -1,0 +1,80 @@
+//! Batches: mutations applied all or none.
+
+use std::sync::{Mutex, PoisonError};
+
+use facade::Batch;
+
+use crate::bytes::{free, handle, input, put_out};
+use crate::{MainstayCode, MainstayKeyspace, MainstayStore, guard};
+
+/// Mutations collected for one commit.
+pub struct MainstayBatch(Mutex<Batch>);
+
+/// Makes an empty batch. Freed with `mainstay_batch_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_batch_new(out: *mut *mut MainstayBatch) -> MainstayCode {
+    // SAFETY: the caller's arguments, as the header states them.
+    guard(|| unsafe { put_out(out, Box::into_raw(Box::new(MainstayBatch(Mutex::default())))) })
+}
+
+/// Adds a put.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_batch_put(
+    batch: *const MainstayBatch,
+    keyspace: *const MainstayKeyspace,
+    key: *const u8,
+    key_len: usize,
+    value: *const u8,
+    value_len: usize,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let (batch, keyspace) = (handle(batch, "batch")?, handle(keyspace, "keyspace")?);
+            let (key, value) = (input(key, key_len)?, input(value, value_len)?);
+            batch.0.lock().unwrap_or_else(PoisonError::into_inner).insert(&keyspace.0, key, value);
+        }
+        Ok(())
+    })
+}
+
+/// Adds a delete.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_batch_delete(
+    batch: *const MainstayBatch,
+    keyspace: *const MainstayKeyspace,
+    key: *const u8,
+    key_len: usize,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let (batch, keyspace) = (handle(batch, "batch")?, handle(keyspace, "keyspace")?);
+            batch.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&keyspace.0, input(key, key_len)?);
+        }
+        Ok(())
+    })
+}
+
+/// Applies the batch all or none, durable on return, and empties it. On an error it keeps its mutations.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_batch_commit(
+    store: *const MainstayStore,
+    batch: *const MainstayBatch,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        let (store, batch) = unsafe { (handle(store, "store")?, handle(batch, "batch")?) };
+        let mut batch = batch.0.lock().unwrap_or_else(PoisonError::into_inner);
+        store.0.commit(batch.clone())?;
+        batch.clear();
+        Ok(())
+    })
+}
+
+/// Frees a batch; what was not committed is dropped.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_batch_free(batch: *mut MainstayBatch) {
+    // SAFETY: the caller frees a handle once.
+    unsafe { free(batch) }
+}

@@ -1,0 +1,146 @@
+//! Snapshots and iterators.
+
+use std::ffi::c_char;
+use std::ops::Bound;
+use std::sync::{Mutex, PoisonError};
+
+use facade::{Scan, Snapshot};
+
+use crate::bytes::{free, handle, input, put_out, text};
+use crate::{Failure, MainstayBytes, MainstayCode, MainstayKeyspace, MainstayStore, guard};
+
+/// A read view at one index.
+pub struct MainstaySnapshot(Snapshot);
+
+/// An ordered scan.
+pub struct MainstayIterator {
+    scan: Mutex<Scan>,
+    reverse: bool,
+}
+
+/// Pins what is applied now. Freed with `mainstay_snapshot_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_snapshot(
+    store: *const MainstayStore,
+    out: *mut *mut MainstaySnapshot,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let snapshot = handle(store, "store")?.0.snapshot()?;
+            put_out(out, Box::into_raw(Box::new(MainstaySnapshot(snapshot))))
+        }
+    })
+}
+
+/// Opens a checkpoint for reading. Freed with `mainstay_snapshot_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_checkpoint_open(
+    store: *const MainstayStore,
+    name: *const c_char,
+    out: *mut *mut MainstaySnapshot,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let snapshot = handle(store, "store")?.0.open_checkpoint(text(name, "name")?)?;
+            put_out(out, Box::into_raw(Box::new(MainstaySnapshot(snapshot))))
+        }
+    })
+}
+
+/// Frees a snapshot.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_snapshot_free(snapshot: *mut MainstaySnapshot) {
+    // SAFETY: the caller frees a handle once.
+    unsafe { free(snapshot) }
+}
+
+/// The log index whose state the snapshot shows; 0 for a null snapshot.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_snapshot_index(snapshot: *const MainstaySnapshot) -> u64 {
+    // SAFETY: the caller's arguments, as the header states them.
+    unsafe { snapshot.as_ref() }.map_or(0, |snapshot| snapshot.0.index().0)
+}
+
+/// Reads a key as of the snapshot. `MAINSTAY_NOT_FOUND` if it is absent. Give `out` back with `mainstay_bytes_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_snapshot_get(
+    snapshot: *const MainstaySnapshot,
+    keyspace: *const MainstayKeyspace,
+    key: *const u8,
+    key_len: usize,
+    out: *mut MainstayBytes,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let (snapshot, keyspace) = (handle(snapshot, "snapshot")?, handle(keyspace, "keyspace")?);
+            let value = snapshot.0.get(&keyspace.0, input(key, key_len)?)?;
+            if out.is_null() {
+                return Err(Failure::invalid("null out pointer"));
+            }
+            put_out(out, MainstayBytes::lend(value.ok_or_else(|| Failure::not_found("the key is absent"))?))
+        }
+    })
+}
+
+/// Iterates over keys with `lower <= key < upper` as of the snapshot; a null bound is open. With `reverse` it begins at the
+/// high end. Freed with `mainstay_iterator_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_iterate(
+    snapshot: *const MainstaySnapshot,
+    keyspace: *const MainstayKeyspace,
+    lower: *const u8,
+    lower_len: usize,
+    upper: *const u8,
+    upper_len: usize,
+    reverse: bool,
+    out: *mut *mut MainstayIterator,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let (snapshot, keyspace) = (handle(snapshot, "snapshot")?, handle(keyspace, "keyspace")?);
+            let from = if lower.is_null() { Bound::Unbounded } else { Bound::Included(input(lower, lower_len)?) };
+            let to = if upper.is_null() { Bound::Unbounded } else { Bound::Excluded(input(upper, upper_len)?) };
+            let scan = Mutex::new(snapshot.0.range::<&[u8]>(&keyspace.0, (from, to)));
+            put_out(out, Box::into_raw(Box::new(MainstayIterator { scan, reverse })))
+        }
+    })
+}
+
+/// The next pair. `MAINSTAY_NOT_FOUND` at the end. Give `key` and `value` back with `mainstay_bytes_free`; `value` may be null if
+/// it is not wanted.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_iterator_next(
+    iterator: *const MainstayIterator,
+    key: *mut MainstayBytes,
+    value: *mut MainstayBytes,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        let iterator = unsafe { handle(iterator, "iterator")? };
+        if key.is_null() {
+            return Err(Failure::invalid("null out pointer"));
+        }
+        let mut scan = iterator.scan.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = if iterator.reverse { scan.next_back() } else { scan.next() };
+        let entry = entry.transpose()?.ok_or_else(|| Failure::not_found("the end of the range"))?;
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            put_out(key, MainstayBytes::lend(entry.key))?;
+            if !value.is_null() {
+                put_out(value, MainstayBytes::lend(entry.value))?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Frees an iterator.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_iterator_free(iterator: *mut MainstayIterator) {
+    // SAFETY: the caller frees a handle once.
+    unsafe { free(iterator) }
+}

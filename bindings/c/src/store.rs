@@ -1,0 +1,227 @@
+//! Stores, keyspaces, checkpoints and clones.
+
+use std::ffi::c_char;
+
+use facade::{BackendChoice, Keyspace, Store};
+
+use crate::bytes::{free, handle, input, put_out, text};
+use crate::{Failure, MainstayBytes, MainstayCode, guard};
+
+/// An open store.
+pub struct MainstayStore(pub(crate) Store);
+
+/// A keyspace of a store.
+pub struct MainstayKeyspace(pub(crate) Keyspace);
+
+/// How to open a store. Zero in a field is its default.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(clippy::exhaustive_structs, reason = "a C struct is its fields")]
+pub struct MainstayOptions {
+    /// Bytes for memtables, caches and buffers together.
+    pub memory_bytes: u64,
+    /// Bytes of the log of a new volume.
+    pub wal_bytes: u64,
+    /// Block I/O: 0 io_uring where it works, 1 io_uring or an error, 2 threads.
+    pub backend: u32,
+}
+
+/// Opens the store at `path`, a directory (made if absent) or a block device. `options` may be null. The store is freed with
+/// `mainstay_close`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_open(
+    path: *const c_char,
+    options: *const MainstayOptions,
+    out: *mut *mut MainstayStore,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        let (path, options) = unsafe { (text(path, "path")?, options.as_ref().copied().unwrap_or_default()) };
+        if out.is_null() {
+            return Err(Failure::invalid("null out pointer"));
+        }
+        let mut builder = Store::builder();
+        if options.memory_bytes > 0 {
+            builder = builder.memory_bytes(options.memory_bytes);
+        }
+        if options.wal_bytes > 0 {
+            builder = builder.wal_bytes(options.wal_bytes);
+        }
+        builder = builder.backend(match options.backend {
+            0 => BackendChoice::Auto,
+            1 => BackendChoice::Uring,
+            2 => BackendChoice::Threads,
+            other => return Err(Failure::invalid(format!("unknown backend={other}"))),
+        });
+        let store = builder.open(path)?;
+        // SAFETY: checked above.
+        unsafe { put_out(out, Box::into_raw(Box::new(MainstayStore(store)))) }
+    })
+}
+
+/// Flushes, marks the volume clean and frees the store. Free keyspaces, snapshots and iterators first. Also after an error the
+/// handle is freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_close(store: *mut MainstayStore) -> MainstayCode {
+    guard(|| {
+        if store.is_null() {
+            return Ok(());
+        }
+        // SAFETY: not null, made by `Box::into_raw`, and freed once by contract.
+        let store = unsafe { Box::from_raw(store) };
+        Ok(store.0.close()?)
+    })
+}
+
+/// Opens a keyspace, made if it is absent. Freed with `mainstay_keyspace_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_keyspace(
+    store: *const MainstayStore,
+    name: *const c_char,
+    out: *mut *mut MainstayKeyspace,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let keyspace = handle(store, "store")?.0.keyspace(text(name, "name")?)?;
+            put_out(out, Box::into_raw(Box::new(MainstayKeyspace(keyspace))))
+        }
+    })
+}
+
+/// Frees a keyspace handle; its data stays.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_keyspace_free(keyspace: *mut MainstayKeyspace) {
+    // SAFETY: the caller frees a handle once.
+    unsafe { free(keyspace) }
+}
+
+/// Sets a key, durable on return. The key has 1 byte to 64 KiB, the value at most 16 MiB.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_put(
+    keyspace: *const MainstayKeyspace,
+    key: *const u8,
+    key_len: usize,
+    value: *const u8,
+    value_len: usize,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            handle(keyspace, "keyspace")?.0.insert(input(key, key_len)?, input(value, value_len)?)?;
+        }
+        Ok(())
+    })
+}
+
+/// Reads a key. `MAINSTAY_NOT_FOUND` if it is absent. Give `out` back with `mainstay_bytes_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_get(
+    keyspace: *const MainstayKeyspace,
+    key: *const u8,
+    key_len: usize,
+    out: *mut MainstayBytes,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let value = handle(keyspace, "keyspace")?.0.get(input(key, key_len)?)?;
+            if out.is_null() {
+                return Err(Failure::invalid("null out pointer"));
+            }
+            put_out(out, MainstayBytes::lend(value.ok_or_else(|| Failure::not_found("the key is absent"))?))
+        }
+    })
+}
+
+/// Removes a key, durable on return; nothing if it is absent.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_delete(
+    keyspace: *const MainstayKeyspace,
+    key: *const u8,
+    key_len: usize,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            handle(keyspace, "keyspace")?.0.remove(input(key, key_len)?)?;
+        }
+        Ok(())
+    })
+}
+
+/// Freezes the store under a name: durable, and no data is copied.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_checkpoint_create(store: *const MainstayStore, name: *const c_char) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            handle(store, "store")?.0.checkpoint(text(name, "name")?)?;
+        }
+        Ok(())
+    })
+}
+
+/// Drops a checkpoint. Clones made from it stay.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_checkpoint_drop(store: *const MainstayStore, name: *const c_char) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            handle(store, "store")?.0.drop_checkpoint(text(name, "name")?)?;
+        }
+        Ok(())
+    })
+}
+
+/// Makes a writable store from a checkpoint, without copying data. Freed with `mainstay_store_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_clone_create(
+    store: *const MainstayStore,
+    name: *const c_char,
+    checkpoint: *const c_char,
+    out: *mut *mut MainstayStore,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let clone = handle(store, "store")?.0.create_clone(text(name, "name")?, text(checkpoint, "checkpoint")?)?;
+            put_out(out, Box::into_raw(Box::new(MainstayStore(clone))))
+        }
+    })
+}
+
+/// Opens a clone by its name. Freed with `mainstay_store_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_clone_open(
+    store: *const MainstayStore,
+    name: *const c_char,
+    out: *mut *mut MainstayStore,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let clone = handle(store, "store")?.0.open_clone(text(name, "name")?)?;
+            put_out(out, Box::into_raw(Box::new(MainstayStore(clone))))
+        }
+    })
+}
+
+/// Drops a clone and its data.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_clone_drop(store: *const MainstayStore, name: *const c_char) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            handle(store, "store")?.0.drop_clone(text(name, "name")?)?;
+        }
+        Ok(())
+    })
+}
+
+/// Frees the handle of a clone; the clone stays. The store itself is freed by `mainstay_close`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_store_free(store: *mut MainstayStore) {
+    // SAFETY: the caller frees a handle once.
+    unsafe { free(store) }
+}
