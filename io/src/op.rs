@@ -1,7 +1,9 @@
 //! An operation in flight: a future, and a value that a thread can wait for.
 
+use std::cell::RefCell;
 use std::future::Future;
 use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
@@ -107,34 +109,97 @@ impl<T> Drop for Completer<T> {
     }
 }
 
-struct Unpark(Thread);
+struct Unpark {
+    thread: Thread,
+    woken: AtomicBool,
+}
+
+impl Unpark {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { thread: std::thread::current(), woken: AtomicBool::new(false) })
+    }
+}
 
 impl Wake for Unpark {
     fn wake(self: Arc<Self>) {
-        self.0.unpark();
+        self.wake_by_ref();
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        self.0.unpark();
+        if !self.woken.swap(true, Ordering::AcqRel) {
+            self.thread.unpark();
+        }
     }
 }
 
 /// Runs `future` on the calling thread and parks it while the future waits.
 ///
 /// The bridge from the synchronous API to the asynchronous one: a future that is ready at the first poll costs no
-/// more than the poll.
+/// more than the poll. Calls may nest: each level has a wake-up flag of its own, so the inner one cannot consume the
+/// outer one's.
 pub fn block_on<F: Future>(future: F) -> F::Output {
     thread_local! {
-        static WAKER: Waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+        static PARKER: RefCell<Option<Arc<Unpark>>> = const { RefCell::new(None) };
     }
+    let parker = PARKER.with(|kept| kept.borrow_mut().take()).unwrap_or_else(Unpark::new);
+    // An earlier use may have been woken after it had ended.
+    parker.woken.store(false, Ordering::Release);
+    let waker = Waker::from(parker.clone());
+    let mut cx = Context::from_waker(&waker);
     let mut future = pin!(future);
-    WAKER.with(|waker| {
-        let mut cx = Context::from_waker(waker);
-        loop {
-            if let Poll::Ready(output) = future.as_mut().poll(&mut cx) {
-                return output;
-            }
+    let output = loop {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut cx) {
+            break output;
+        }
+        while !parker.woken.swap(false, Ordering::AcqRel) {
             std::thread::park();
         }
-    })
+    };
+    PARKER.with(|kept| *kept.borrow_mut() = Some(parker));
+    output
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn completion_before_and_after_the_wait() {
+        let (op, done) = Op::pending();
+        done.complete(Ok(7));
+        assert_eq!(op.wait().expect("completed"), 7);
+
+        let (op, done) = Op::pending();
+        let thread = std::thread::spawn(move || done.complete(Ok(8)));
+        assert_eq!(op.wait().expect("completed"), 8);
+        thread.join().expect("no panic");
+    }
+
+    #[test]
+    fn a_dropped_completer_answers_closed() {
+        let (op, done) = Op::<()>::pending();
+        drop(done);
+        assert_eq!(op.wait().expect_err("nobody completed it").kind(), ErrorKind::Closed);
+    }
+
+    /// An inner wait used to eat the wake-up of the outer one: both shared the token of the thread.
+    #[test]
+    fn nested_waits_keep_their_wake_ups() {
+        let (outer, outer_done) = Op::<u32>::pending();
+        let mut outer = Box::pin(outer);
+        let mut outer_done = Some(outer_done);
+        let value = block_on(std::future::poll_fn(|cx| {
+            let polled = outer.as_mut().poll(cx);
+            if let Some(done) = outer_done.take() {
+                // Wakes the outer waker, then waits for something else on the same thread.
+                done.complete(Ok(1));
+                let (inner, inner_done) = Op::<u32>::pending();
+                let thread = std::thread::spawn(move || inner_done.complete(Ok(2)));
+                assert_eq!(inner.wait().expect("completed"), 2);
+                thread.join().expect("no panic");
+            }
+            polled
+        }));
+        assert_eq!(value.expect("completed"), 1);
+    }
 }
