@@ -45,6 +45,34 @@ impl Error {
         Self { kind, op, offset, length, message: message.into() }
     }
 
+    /// The error for `errno` of the operating system.
+    pub(crate) fn os(op: &'static str, offset: u64, length: u64, errno: i32) -> Self {
+        let kind = match errno {
+            libc::EIO
+            | libc::ENODATA
+            | libc::EILSEQ
+            | libc::EREMOTEIO
+            | libc::ETIMEDOUT
+            | libc::ENOLINK
+            | libc::ENXIO
+            | libc::ENODEV => ErrorKind::Media,
+            libc::ENOSPC | libc::EDQUOT | libc::EFBIG => ErrorKind::OutOfSpace,
+            _ => ErrorKind::Os,
+        };
+        let message = std::io::Error::from_raw_os_error(errno).to_string();
+        Self::new(kind, op, offset, length, message)
+    }
+
+    /// A target that cannot be used; `message` names the path and the remedy.
+    pub(crate) fn unusable(op: &'static str, message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Unusable, op, 0, 0, message)
+    }
+
+    /// The answer of a poisoned device to `op`: `self` is what poisoned it.
+    pub(crate) fn poisoned(&self, op: &'static str, offset: u64, length: u64) -> Self {
+        Self::new(ErrorKind::Poisoned, op, offset, length, format!("an earlier operation failed for good: {self}"))
+    }
+
     /// The kind tells the caller what to do.
     pub fn kind(&self) -> ErrorKind {
         self.kind
@@ -53,6 +81,11 @@ impl Error {
     /// The operation that failed, for instance `write`.
     pub fn op(&self) -> &'static str {
         self.op
+    }
+
+    /// What happened, without the operation and place.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
     }
 
     /// Where on the device the operation began, in bytes.
