@@ -18,7 +18,7 @@ pub enum WriteMode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IoClass {
     /// The log.
-    Wal,
+    Wal = 0,
     /// A read that a caller waits for.
     Foreground,
     /// Flush, compaction, repair, snapshot traffic.

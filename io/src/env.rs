@@ -3,7 +3,9 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::{Op, block_on, threads};
 
 /// A boxed future that may move between threads.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + 'static>>;
@@ -57,8 +59,105 @@ pub struct Environment {
     pub spawner: Arc<dyn Spawner>,
 }
 
+impl Environment {
+    /// The clock and the random source of the operating system, and a thread for each task.
+    pub fn system() -> Self {
+        Self {
+            clock: Arc::new(SystemClock { origin: Instant::now() }),
+            random: Arc::new(SystemRandom),
+            spawner: Arc::new(ThreadSpawner),
+        }
+    }
+}
+
+/// The clock of the operating system.
+#[derive(Debug)]
+struct SystemClock {
+    origin: Instant,
+}
+
+impl Clock for SystemClock {
+    fn now(&self) -> Duration {
+        self.origin.elapsed()
+    }
+
+    fn unix(&self) -> Duration {
+        SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
+    }
+}
+
+/// The random source of the operating system.
+#[derive(Debug)]
+struct SystemRandom;
+
+impl Random for SystemRandom {
+    fn fill(&self, out: &mut [u8]) {
+        let mut filled = 0;
+        while filled < out.len() {
+            // Interrupted calls and short answers go on; the source itself cannot fail once the system is up.
+            match rustix::rand::getrandom(&mut out[filled..], rustix::rand::GetRandomFlags::empty()) {
+                Ok(bytes) => filled += bytes,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => panic!("the operating system gives no random numbers: {e}"),
+            }
+        }
+    }
+}
+
+/// Runs every task on a thread of its own.
+#[derive(Debug)]
+struct ThreadSpawner;
+
+impl Spawner for ThreadSpawner {
+    fn spawn(&self, name: &str, task: BoxFuture<()>) -> TaskHandle {
+        let (ended, completer) = Op::<()>::pending();
+        let run = move || {
+            // Dropped on return and on panic alike, after the task: either ends the wait.
+            let _completer = completer;
+            block_on(task);
+        };
+        if let Err(e) = threads::spawn(name, run) {
+            panic!("task {name} needs a thread: {e}");
+        }
+        Box::pin(async move {
+            // The completer is only ever dropped, which answers `Closed`: the task has ended.
+            let _ = ended.await;
+        })
+    }
+}
+
 impl std::fmt::Debug for Environment {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Environment")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn a_task_handle_resolves_when_the_task_has_ended() {
+        let env = Environment::system();
+        let ran = Arc::new(AtomicBool::new(false));
+        let flag = ran.clone();
+        let named = |name: &'static str| assert_eq!(std::thread::current().name(), Some(name));
+        let task = async move {
+            named("probe");
+            flag.store(true, Ordering::Release);
+        };
+        block_on(env.spawner.spawn("probe", Box::pin(task)));
+        assert!(ran.load(Ordering::Acquire));
+    }
+
+    #[test]
+    fn random_numbers_differ_and_time_does_not_go_back() {
+        let env = Environment::system();
+        assert_ne!(env.random.id(), env.random.id());
+        let (a, b) = (env.clock.now(), env.clock.now());
+        assert!(a <= b);
+        assert!(env.clock.unix() > Duration::from_secs(1_600_000_000));
     }
 }

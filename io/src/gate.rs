@@ -1,0 +1,162 @@
+//! Admission to a device: who may start an operation, how many are in flight, and when the device is free again.
+//!
+//! # Invariants
+//! 1. An operation holds a [`Ticket`] from the call until its buffers are no longer the kernel's. The file stays open
+//!    and locked as long as a ticket lives.
+//! 2. At most [`OPERATIONS_MAX`] operations of a device are in flight; a caller above that waits. Threads of a device
+//!    never wait, since they are the ones that make room: what they submit comes from callers that are bounded.
+
+use std::cell::Cell;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::file::{OpenFile, Poison};
+use crate::{Error, ErrorKind, Result};
+
+/// Operations of one device that may be in flight.
+pub(crate) const OPERATIONS_MAX: usize = 4096;
+
+thread_local! {
+    static DEVICE_THREAD: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Marks the calling thread as one that completes operations.
+pub(crate) fn enter_device_thread() {
+    DEVICE_THREAD.with(|flag| flag.set(true));
+}
+
+/// The door of one device.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+    poison: Poison,
+}
+
+#[derive(Debug)]
+struct State {
+    file: Option<Arc<OpenFile>>,
+    operations: usize,
+    residents: usize,
+}
+
+/// The right to use the file of a device. Dropping it gives up the file first and then the place.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    file: Option<Arc<OpenFile>>,
+    gate: Arc<Gate>,
+    resident: bool,
+}
+
+impl Gate {
+    pub(crate) fn new(file: Arc<OpenFile>) -> Arc<Self> {
+        let poison = file.poison().clone();
+        let state = Mutex::new(State { file: Some(file), operations: 0, residents: 0 });
+        Arc::new(Self { state, changed: Condvar::new(), poison })
+    }
+
+    /// A panic while the lock was held cannot leave the counts wrong: each is changed in one step.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Admits one operation, waiting for room if the calling thread may wait.
+    ///
+    /// # Errors
+    /// `Closed`; `Poisoned` when it `changes` the medium.
+    pub(crate) fn enter(self: &Arc<Self>, op: &'static str, offset: u64, length: u64, changes: bool) -> Result<Ticket> {
+        if changes && let Some(cause) = self.poison.get() {
+            return Err(cause.poisoned(op, offset, length));
+        }
+        let mut state = self.lock();
+        while state.file.is_some() && state.operations >= OPERATIONS_MAX && !DEVICE_THREAD.with(Cell::get) {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        let file = state.file.clone().ok_or_else(|| closed(op, offset, length))?;
+        state.operations += 1;
+        Ok(Ticket { file: Some(file), gate: self.clone(), resident: false })
+    }
+
+    /// Admits the resident task.
+    pub(crate) fn enter_resident(self: &Arc<Self>) -> Option<Ticket> {
+        let mut state = self.lock();
+        state.file.as_ref()?;
+        state.residents += 1;
+        Some(Ticket { file: None, gate: self.clone(), resident: true })
+    }
+
+    /// Refuses all that comes from now on.
+    pub(crate) fn close(&self) {
+        let file = self.lock().file.take();
+        self.changed.notify_all();
+        drop(file);
+    }
+
+    /// Waits until nothing is in flight, at most `grace`; how many operations and residents are left.
+    pub(crate) fn drain(&self, grace: Duration) -> (usize, usize) {
+        let deadline = Instant::now() + grace;
+        let mut state = self.lock();
+        while state.operations + state.residents > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        (state.operations, state.residents)
+    }
+
+    /// The failure that poisoned the medium.
+    pub(crate) fn poisoned(&self) -> Option<Error> {
+        self.poison.get().cloned()
+    }
+
+    /// Judges the answer to an operation that promised durability: a failure poisons the medium, and after one nothing
+    /// is acknowledged any more.
+    pub(crate) fn settle(&self, op: &'static str, offset: u64, length: u64, answer: Result<()>) -> Result<()> {
+        match answer {
+            Err(e) if e.kind() == ErrorKind::OutOfSpace => Err(e),
+            Err(e) => {
+                if self.poison.set(e.clone()).is_ok() {
+                    tracing::error!(error = %e, "a durable write failed: nothing is written to this device again");
+                }
+                Err(e)
+            }
+            Ok(()) => match self.poison.get() {
+                Some(cause) => Err(cause.poisoned(op, offset, length)),
+                None => Ok(()),
+            },
+        }
+    }
+}
+
+impl Ticket {
+    /// The file. Residents have none.
+    pub(crate) fn file(&self) -> &Arc<OpenFile> {
+        self.file.as_ref().expect("the ticket of an operation holds the file until it is dropped")
+    }
+
+    pub(crate) fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        // First the file: whoever waits for the count to reach zero may open the target again at once.
+        drop(self.file.take());
+        let mut state = self.gate.lock();
+        if self.resident {
+            state.residents -= 1;
+        } else {
+            state.operations -= 1;
+        }
+        drop(state);
+        self.gate.changed.notify_all();
+    }
+}
+
+/// The answer of a device that was shut down.
+pub(crate) fn closed(op: &'static str, offset: u64, length: u64) -> Error {
+    Error::new(ErrorKind::Closed, op, offset, length, "the device was shut down")
+}

@@ -1,0 +1,128 @@
+//! Opening, creating and refusing targets.
+
+use std::path::Path;
+
+use mainstay_io::{
+    AlignedBuf, BackendChoice, ErrorKind, IoClass, Media, MediaOptions, SUPERBLOCK_ZONE_BYTES, Target, WriteMode,
+    create_media, open_media,
+};
+
+const WAL_BYTES: u64 = 4 << 20;
+
+fn threads() -> MediaOptions {
+    MediaOptions { backend: BackendChoice::Threads }
+}
+
+fn directory(path: &Path) -> Target {
+    Target::Directory(path.to_owned())
+}
+
+fn image(path: &Path, bytes: u64) -> Target {
+    let file = std::fs::File::create(path).expect("a new file");
+    file.set_len(bytes).expect("a sparse file");
+    Target::Device(path.to_owned())
+}
+
+fn block(byte: u8) -> Vec<mainstay_io::AlignedBytes> {
+    vec![AlignedBuf::copy_from(&[byte; 4096]).freeze()]
+}
+
+fn close(media: std::sync::Arc<dyn Media>) {
+    for device in media.devices() {
+        device.shutdown(std::time::Duration::from_secs(10)).wait().expect("drained");
+    }
+}
+
+fn format_write_reopen(target: &Target) {
+    let media = create_media(target, &threads()).expect("created");
+    assert!(media.is_blank().expect("readable"));
+    media.create_zones(WAL_BYTES).wait().expect("formatted");
+    assert_eq!(media.superblock().length(), SUPERBLOCK_ZONE_BYTES);
+    let (wal, extents) = media.zones(WAL_BYTES).expect("zones");
+    assert_eq!(wal.length(), WAL_BYTES);
+    let last = wal.length() - 4096;
+    wal.write(last, block(1), WriteMode::Durable, IoClass::Wal).wait().expect("durable");
+    extents.allocate(1 << 20, 65536).wait().expect("reserved");
+    extents.write(1 << 20, block(2), WriteMode::Cached, IoClass::Background).wait().expect("written");
+    extents.flush().wait().expect("flushed");
+    media.superblock().write(0, block(3), WriteMode::Durable, IoClass::Wal).wait().expect("durable");
+    close(media);
+
+    let media = open_media(target, &threads()).expect("opened again");
+    assert!(!media.is_blank().expect("readable"));
+    let (wal, extents) = media.zones(WAL_BYTES).expect("zones");
+    for (zone, offset, byte) in [(&wal, last, 1), (&extents, 1 << 20, 2), (&media.superblock(), 0, 3)] {
+        let read = zone.read(offset, AlignedBuf::zeroed(4096), IoClass::Foreground).wait().expect("read");
+        assert!(read.iter().all(|b| *b == byte), "byte={byte}");
+    }
+    // Never written: zeroes, far behind the end of the file too.
+    let read = extents.read(extents.length() - 8192, AlignedBuf::zeroed(8192), IoClass::Foreground);
+    assert!(read.wait().expect("read").iter().all(|b| *b == 0));
+    let e = media.create_zones(WAL_BYTES).wait().expect_err("a volume is never formatted over");
+    assert_eq!(e.kind(), ErrorKind::Unusable);
+    extents.discard(1 << 20, 65536).wait().expect("discarded");
+    close(media);
+}
+
+#[test]
+fn a_directory_keeps_what_was_written() {
+    let dir = tempfile::tempdir().expect("a directory");
+    format_write_reopen(&directory(&dir.path().join("made/by/create")));
+}
+
+#[test]
+fn a_plain_file_stands_for_a_device() {
+    let dir = tempfile::tempdir().expect("a directory");
+    format_write_reopen(&image(&dir.path().join("disk"), 32 << 20));
+}
+
+#[test]
+fn a_second_opener_is_told_who_holds_the_volume() {
+    let dir = tempfile::tempdir().expect("a directory");
+    for target in [directory(&dir.path().join("d")), image(&dir.path().join("disk"), 32 << 20)] {
+        let media = create_media(&target, &threads()).expect("created");
+        let e = open_media(&target, &threads()).err().expect("held");
+        assert_eq!(e.kind(), ErrorKind::Locked);
+        assert!(e.to_string().contains(&format!("pid={}", std::process::id())), "{e}");
+        close(media);
+        open_media(&target, &threads()).expect("free again");
+    }
+}
+
+#[test]
+fn a_target_that_cannot_be_used_is_named_with_a_remedy() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("small");
+    let small = image(&file, 1 << 20);
+    let cases = [
+        (directory(&dir.path().join("absent")), "does not exist"),
+        (directory(dir.path()), "holds no volume: format it first"),
+        (directory(&file), "name it as a device target"),
+        (Target::Device(dir.path().join("absent")), "does not exist"),
+        (Target::Device(dir.path().to_owned()), "name it as a directory target"),
+        (Target::Device("/dev/null".into()), "neither a block device nor a plain file"),
+        (small, "too small"),
+    ];
+    for (target, message) in cases {
+        let e = open_media(&target, &threads()).err().expect("unusable");
+        assert_eq!(e.kind(), ErrorKind::Unusable, "{e}");
+        assert!(e.to_string().contains(message), "{e}");
+    }
+}
+
+#[test]
+fn a_directory_without_its_superblock_is_not_formatted_over() {
+    let dir = tempfile::tempdir().expect("a directory");
+    std::fs::write(dir.path().join("wal"), b"precious").expect("written");
+    let e = create_media(&directory(dir.path()), &threads()).err().expect("refused");
+    assert!(e.to_string().contains("restore it"), "{e}");
+}
+
+#[test]
+fn a_log_longer_than_the_device_is_refused() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let media = open_media(&image(&dir.path().join("disk"), 8 << 20), &threads()).expect("opened");
+    let e = media.create_zones(8 << 20).wait().expect_err("too long");
+    assert_eq!(e.kind(), ErrorKind::Unusable);
+    assert!(media.is_blank().expect("readable"));
+}
