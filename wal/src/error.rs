@@ -36,6 +36,18 @@ impl Error {
         Self { kind, message: message.into(), source: None }
     }
 
+    /// What callers are told after this failure has closed the log.
+    pub(crate) fn as_closed(&self) -> Self {
+        match self.kind {
+            ErrorKind::Closed => self.clone(),
+            _ => Self {
+                kind: ErrorKind::Closed,
+                message: format!("the log is closed by an earlier failure: {}", self.message),
+                source: self.source.clone(),
+            },
+        }
+    }
+
     /// The kind tells the caller what to do.
     pub fn kind(&self) -> ErrorKind {
         self.kind

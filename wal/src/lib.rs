@@ -3,10 +3,26 @@
 //! One writer task takes what waits, pads it to whole blocks and issues one durable write; a few batches may be in
 //! flight, acknowledged strictly in order. It knows bytes and positions, not keys and not terms.
 
-mod error;
-mod record;
-mod wal;
+#![forbid(unsafe_code)]
 
+mod batch;
+mod cases;
+mod error;
+mod inspect;
+mod record;
+mod recovery;
+mod ring;
+mod shared;
+mod wal;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+pub use batch::{RECORD_BYTES_MAX, WAL_FORMAT_VERSION};
 pub use error::{Error, ErrorKind, Result};
+pub use inspect::{BatchInfo, RecordInfo, inspect};
 pub use record::{GroupId, Lsn, RecordKind, RecordPos};
+pub use ring::{IN_FLIGHT_MAX_LIMIT, RING_BYTES_MIN};
+pub use shared::QUEUED_BYTES_MAX;
 pub use wal::{OnDurable, Record, Recovery, Reserve, Wal, WalOptions, WalStats};

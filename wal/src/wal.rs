@@ -1,9 +1,25 @@
-//! The log itself. (The seam; the owner of this crate gives it its body.)
+//! The log itself: the handle that callers hold.
+//!
+//! # Place      above `io::Zone`, below `engine` and `replication`; one writer task owns the order, handles share [`Wal`]
+//! # Format     docs/format.md, section "Write-ahead log"
+//! # Invariants the prefix rule of `writer`, the cut of `recovery`
+//! # Crash      the table in `cases`
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use mainstay_io::{Environment, Zone};
+use mainstay_io::{AlignedBuf, AlignedBytes, BLOCK_BYTES, Environment, IoClass, Op, Zone};
 
-use crate::{GroupId, Lsn, RecordKind, RecordPos, Result};
+use crate::batch::{HEADER_BYTES, Header, RECORD_HEADER_BYTES, RawRecord, take_record, take_records};
+use crate::recovery::{Expect, cut, walk};
+use crate::ring::{IN_FLIGHT_MAX_LIMIT, Ring};
+use crate::shared::{Pending, Shared};
+use crate::writer::{Writer, WriterSettings};
+use crate::{Error, ErrorKind, GroupId, Lsn, RecordKind, RecordPos, Result};
+
+/// Payloads below this are copied out of what recovery has read, so that keeping one does not keep a whole chunk.
+const COPY_BYTES_MAX: usize = 256 << 10;
 
 /// One record as the caller gives it. The payload is the concatenation of `payload`.
 #[derive(Debug)]
@@ -14,6 +30,13 @@ pub struct Record {
     pub kind: RecordKind,
     /// The bytes, in parts so that a header needs no copy of what follows.
     pub payload: Vec<Bytes>,
+}
+
+impl WalOptions {
+    /// Options with the default bounds.
+    pub fn new(volume: [u8; 16], epoch: u64, start: Lsn, clean_end: Option<Lsn>) -> Self {
+        Self { volume, epoch, start, clean_end, in_flight_max: 3, batch_bytes_max: 1 << 20 }
+    }
 }
 
 /// Runs on the log's task once the record and all before it are durable, or when they never will be. Short: it sets a
@@ -77,32 +100,91 @@ pub struct WalStats {
 }
 
 /// The log. Cloning gives another handle.
-#[derive(Clone, Debug)]
-pub struct Wal {}
+#[derive(Clone)]
+pub struct Wal {
+    shared: Arc<Shared>,
+    zone: Zone,
+}
 
 impl Wal {
     /// Reads the log from `options.start`, hands every record to `deliver` in order, cuts a torn tail and starts the
     /// writer task where completions of the zone's device arrive ([`mainstay_io::BlockDevice::run_resident`]).
     ///
+    /// What is delivered is durable: the device is flushed before it is read.
+    ///
     /// # Errors
-    /// `Corrupt` when acknowledged bytes are damaged (the error names the position), `Foreign`, `Io`.
+    /// `Corrupt` when acknowledged bytes are damaged (the error names the position), `Foreign`, `Io`, `Invalid` (a zone
+    /// that is too small, options out of range), or what `deliver` answered.
     pub async fn open(
         zone: Zone,
         environment: Environment,
         options: WalOptions,
         deliver: &mut (dyn FnMut(GroupId, RecordKind, RecordPos, Bytes) -> Result<()> + Send),
     ) -> Result<(Wal, Recovery)> {
-        let _ = (zone, environment, options, deliver);
-        todo!()
+        // The log needs neither time nor randomness nor a task of its own; it takes them so that it may.
+        let _ = environment;
+        if !(1..=IN_FLIGHT_MAX_LIMIT).contains(&options.in_flight_max) {
+            let message =
+                format!("batches in flight out of range value={} max={IN_FLIGHT_MAX_LIMIT}", options.in_flight_max);
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
+        let ring = Ring::new(zone.length())?;
+        zone.flush().await?;
+        let expect = Expect {
+            volume: options.volume,
+            start: options.start,
+            epoch_limit: options.epoch,
+            clean_end: options.clean_end,
+        };
+        let mut records = 0;
+        let mut deliver_batch = |header: &Header, batch: AlignedBytes| {
+            let batch = batch.into_bytes();
+            for record in read_records(header, &batch)? {
+                let payload = payload_of(&batch, &record.pos);
+                deliver(record.group, record.kind, record.pos, payload)?;
+                records += 1;
+            }
+            Ok(())
+        };
+        let ending = walk(&zone, &expect, &mut deliver_batch).await?;
+        cut(&zone, &ending).await?;
+        let recovery = Recovery { end: ending.end, batches: ending.batches, records, torn_bytes: ending.torn_bytes };
+        tracing::info!(
+            start = options.start.0,
+            end = ending.end.0,
+            batches = ending.batches,
+            records,
+            torn_bytes = ending.torn_bytes,
+            "log opened"
+        );
+        let shared = Arc::new(Shared::new(ring, options.start, ending.end));
+        let settings = WriterSettings {
+            volume: options.volume,
+            epoch: options.epoch,
+            chain: ending.chain.unwrap_or(0),
+            tail: ending.end,
+            in_flight_max: options.in_flight_max,
+            batch_bytes_max: options.batch_bytes_max.min(ring.batch_bytes_limit() as usize),
+        };
+        let writer = Writer::new(shared.clone(), zone.clone(), settings);
+        zone.device().run_resident("mainstay-wal", Box::pin(writer));
+        Ok((Wal { shared, zone }, recovery))
     }
 
-    /// Queues a record; order of calls is order in the log. Returns at once; `on_durable` tells the outcome.
+    /// Queues a record; order of calls is order in the log. Never blocks; `on_durable` tells the outcome.
+    ///
+    /// The queue has no bound of its own, since a record of a replicated log cannot be refused for being too early:
+    /// callers that take work from outside wait for [`Wal::admit`] first.
+    ///
+    /// `on_durable` runs on the log's task; on a closed log it runs inside this call.
     ///
     /// # Errors
-    /// Given to `on_durable`: `Invalid` (too long), `OutOfSpace` (the ring is full for this reserve), `Closed`.
+    /// Given to `on_durable`: `Invalid` (longer than [`Wal::record_bytes_max`]), `OutOfSpace` (the ring is full for
+    /// this reserve; all that waits under the same reserve is refused with it, so that no record overtakes another),
+    /// `Closed`, `Io` (the write that carried it failed: it may or may not be found at the next open).
     pub fn append(&self, record: Record, reserve: Reserve, on_durable: OnDurable) {
-        let _ = (record, reserve, on_durable);
-        todo!()
+        let payload_bytes = record.payload.iter().map(Bytes::len).sum();
+        self.shared.push(Pending { record, payload_bytes, reserve, on_durable });
     }
 
     /// As [`Wal::append`], and waits for the outcome.
@@ -110,34 +192,130 @@ impl Wal {
     /// # Cancel safety
     /// Not cancel safe: a dropped future may leave the record in the log.
     pub async fn append_wait(&self, record: Record, reserve: Reserve) -> Result<RecordPos> {
-        let _ = (record, reserve);
-        todo!()
+        let (outcome, completer) = Op::pending();
+        self.append(record, reserve, Box::new(move |result| completer.complete(Ok(result))));
+        outcome.await?
     }
 
-    /// Reads a durable record's payload back and checks it.
+    /// Waits until less than [`crate::QUEUED_BYTES_MAX`] bytes are queued.
+    ///
+    /// # Errors
+    /// `Closed`.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn admit(&self) -> Result<()> {
+        std::future::poll_fn(|cx| self.shared.poll_admit(cx)).await
+    }
+
+    /// Bytes of records that are in no batch yet, with what each costs in memory.
+    pub fn queued_bytes(&self) -> usize {
+        self.shared.lock().queued_bytes
+    }
+
+    /// The longest payload that one record of this ring may have.
+    pub fn record_bytes_max(&self) -> usize {
+        self.shared.ring.record_bytes_max()
+    }
+
+    /// Reads a durable record's payload back and checks it. Only the blocks that hold it are read.
+    ///
+    /// # Errors
+    /// `Invalid` when the position is not durable, or released; `Corrupt` when the bytes there are not the record.
     pub async fn read(&self, pos: RecordPos) -> Result<Bytes> {
-        let _ = pos;
-        todo!()
+        let begin = u64::from(pos.offset);
+        let end = begin + RECORD_HEADER_BYTES as u64 + u64::from(pos.length);
+        let inside = pos.batch >= self.shared.start()
+            && pos.batch.0.is_multiple_of(BLOCK_BYTES as u64)
+            && pos.offset as usize >= HEADER_BYTES
+            && pos.batch.0.checked_add(end).is_some_and(|end| end <= self.shared.durable().0)
+            && end <= self.shared.ring.lap_rest(pos.batch);
+        if !inside {
+            return Err(Self::outside(pos));
+        }
+        let first = begin - begin % BLOCK_BYTES as u64;
+        let buf = AlignedBuf::zeroed((end - first) as usize);
+        let place = self.shared.ring.place(pos.batch) + first;
+        let bytes = self.zone.read(place, buf, IoClass::Foreground).await?.freeze().into_bytes();
+        let skip = (begin - first) as usize;
+        match bytes.get(skip..).and_then(|bytes| take_record(bytes, pos.batch, pos.offset)) {
+            Some(record) if record.pos == pos => {
+                let from = skip + RECORD_HEADER_BYTES;
+                Ok(bytes.slice(from..from + pos.length as usize))
+            }
+            // Released while it was read: the ring may have been written over it.
+            _ if pos.batch < self.shared.start() => Err(Self::outside(pos)),
+            _ => {
+                let message = format!("a record does not match its checksum lsn={} offset={}", pos.batch, pos.offset);
+                Err(Error::new(ErrorKind::Corrupt, message))
+            }
+        }
     }
 
-    /// Gives back everything before `start`. The caller has made `start` durable in the superblock.
+    fn outside(pos: RecordPos) -> Error {
+        let message = format!("no durable record at this position lsn={} offset={}", pos.batch, pos.offset);
+        Error::new(ErrorKind::Invalid, message)
+    }
+
+    /// Gives back everything before `start`. The caller has made `start` durable in the superblock. A start behind the
+    /// durable position or before the present start is moved to it.
     pub fn release(&self, start: Lsn) {
-        let _ = start;
-        todo!()
+        let start = start.min(self.shared.durable());
+        self.shared.start.fetch_max(start.0, Ordering::AcqRel);
+    }
+
+    /// Where the oldest batch begins that is kept.
+    pub fn start(&self) -> Lsn {
+        self.shared.start()
     }
 
     /// The position up to which everything is durable.
     pub fn durable(&self) -> Lsn {
-        todo!()
+        self.shared.durable()
     }
 
     /// Counts since open.
     pub fn stats(&self) -> WalStats {
-        todo!()
+        let counts = &self.shared.counts;
+        WalStats {
+            batches: counts.batches.load(Ordering::Relaxed),
+            records: counts.records.load(Ordering::Relaxed),
+            payload_bytes: counts.payload_bytes.load(Ordering::Relaxed),
+            written_bytes: counts.written_bytes.load(Ordering::Relaxed),
+            used_bytes: self.shared.tail.load(Ordering::Acquire).saturating_sub(self.shared.start().0),
+            ring_bytes: self.shared.ring.bytes(),
+        }
     }
 
-    /// Waits for what is queued, ends the writer task and returns where the log ends.
+    /// Waits for what is queued, ends the writer task and returns where the log ends. A second call answers the same.
+    ///
+    /// # Errors
+    /// What closed the log before.
+    ///
+    /// # Cancel safety
+    /// The log accepts nothing from the first poll on; a later call waits for the same end.
     pub async fn close(&self) -> Result<Lsn> {
-        todo!()
+        std::future::poll_fn(|cx| self.shared.poll_close(cx)).await
     }
+}
+
+impl std::fmt::Debug for Wal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Wal").field("start", &self.start()).field("durable", &self.durable()).finish_non_exhaustive()
+    }
+}
+
+/// The records of a batch whose checksum has matched; they add up unless the writer had a mistake.
+pub(crate) fn read_records(header: &Header, batch: &[u8]) -> Result<Vec<RawRecord>> {
+    take_records(header, batch).ok_or_else(|| {
+        let message = format!("the records of a whole batch do not add up lsn={}", header.lsn);
+        Error::new(ErrorKind::Corrupt, message)
+    })
+}
+
+/// The payload at `pos`: a copy when it is a small part of what would be kept in memory for it.
+pub(crate) fn payload_of(batch: &Bytes, pos: &RecordPos) -> Bytes {
+    let begin = pos.offset as usize + RECORD_HEADER_BYTES;
+    let payload = batch.slice(begin..begin + pos.length as usize);
+    if payload.len() < COPY_BYTES_MAX { Bytes::copy_from_slice(&payload) } else { payload }
 }

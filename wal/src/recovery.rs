@@ -1,0 +1,238 @@
+//! Walks the log from its start, decides where it ends, and wipes what the cut leaves behind.
+//!
+//! # Place      above `cases`, which decides; used by `Wal::open` and by the offline reader
+//! # Invariants
+//! 1. Only bytes that survive a loss of power are read: the zone is flushed first, since a killed process may have left
+//!    writes in the device's cache.
+//! 2. After [`cut`] no header of this volume lies at or behind the end of the log. So whatever carries such a position
+//!    later was written by a later epoch, and nothing that was cut can be adopted when its predecessor's place is
+//!    filled again, also when the start has moved up to it and its chain cannot be checked.
+//! 3. Memory is bounded by one longest batch and one read-ahead chunk.
+
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+
+use mainstay_io::{AlignedBuf, AlignedBytes, BLOCK_BYTES, IoClass, WriteMode, Zone};
+
+use crate::batch::{Header, WAL_FORMAT_VERSION};
+use crate::cases::{Facts, Found, Tail, Verdict, decide, needs_scan};
+use crate::ring::Ring;
+use crate::{Error, ErrorKind, Lsn, Result};
+
+/// Bytes of one read-ahead.
+const CHUNK_BYTES: u64 = 1 << 20;
+const BLOCK: u64 = BLOCK_BYTES as u64;
+
+/// What is known before the walk.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Expect {
+    pub(crate) volume: [u8; 16],
+    pub(crate) start: Lsn,
+    /// Every epoch in the log is below this.
+    pub(crate) epoch_limit: u64,
+    pub(crate) clean_end: Option<Lsn>,
+}
+
+/// Where the log ends and what lies behind.
+#[derive(Clone, Debug)]
+pub(crate) struct Ending {
+    pub(crate) end: Lsn,
+    /// Checksum of the last batch, when there is one.
+    pub(crate) chain: Option<u64>,
+    pub(crate) batches: u64,
+    pub(crate) torn_bytes: u64,
+    /// Positions of headers behind the end.
+    pub(crate) left_over: Vec<Lsn>,
+}
+
+/// Reads positions of a zone with read-ahead.
+struct Reader {
+    zone: Zone,
+    ring: Ring,
+    /// No position at or behind this one can hold a batch.
+    limit: Lsn,
+    chunk: Option<(Lsn, AlignedBytes)>,
+}
+
+impl Reader {
+    /// `length` bytes at `lsn`; None when they would pass the lap's end or the limit.
+    async fn read(&mut self, lsn: Lsn, length: u64) -> Result<Option<AlignedBytes>> {
+        let rest = self.ring.lap_rest(lsn).min(self.limit.0.saturating_sub(lsn.0));
+        if length > rest {
+            return Ok(None);
+        }
+        if let Some(found) = self.cached(lsn, length) {
+            return Ok(Some(found));
+        }
+        let bytes = length.max(CHUNK_BYTES.min(rest));
+        let buf = AlignedBuf::zeroed(usize::try_from(bytes).unwrap_or(usize::MAX));
+        let chunk = self.zone.read(self.ring.place(lsn), buf, IoClass::Foreground).await?.freeze();
+        self.chunk = Some((lsn, chunk));
+        Ok(self.cached(lsn, length))
+    }
+
+    fn cached(&self, lsn: Lsn, length: u64) -> Option<AlignedBytes> {
+        let (from, chunk) = self.chunk.as_ref()?;
+        let begin = usize::try_from(lsn.0.checked_sub(from.0)?).ok()?;
+        let end = begin.checked_add(usize::try_from(length).ok()?)?;
+        (end <= chunk.len()).then(|| chunk.slice(begin..end))
+    }
+
+    async fn header(&mut self, lsn: Lsn) -> Result<Option<Header>> {
+        Ok(self.read(lsn, BLOCK).await?.and_then(|block| Header::decode(&block)))
+    }
+}
+
+/// Walks the log and hands every batch to `visit` in order. Writes nothing.
+///
+/// # Errors
+/// `Corrupt` naming the position, `Foreign`, `Io`, `Invalid`, or what `visit` answered.
+pub(crate) async fn walk(
+    zone: &Zone,
+    expect: &Expect,
+    visit: &mut (dyn FnMut(&Header, AlignedBytes) -> Result<()> + Send),
+) -> Result<Ending> {
+    let ring = Ring::new(zone.length())?;
+    if !expect.start.0.is_multiple_of(BLOCK) || expect.start.0.checked_add(ring.bytes().saturating_mul(4)).is_none() {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            format!("the start is no position of a log start={}", expect.start),
+        ));
+    }
+    let limit = Lsn(expect.start.0.saturating_add(ring.bytes()));
+    let mut reader = Reader { zone: zone.clone(), ring, limit, chunk: None };
+    let mut tail = Tail { end: expect.start, chain: None, epoch: 0 };
+    let mut batches = 0_u64;
+    loop {
+        let (at, found) = examine(&mut reader, expect, &tail, tail.end).await?;
+        let mut adopted = found;
+        let mut lap = Found::Nothing;
+        let mut scan = Scan::default();
+        if at != Found::Good {
+            if let Some(next) = ring.lap_next(tail.end) {
+                (lap, adopted) = examine(&mut reader, expect, &tail, next).await?;
+            }
+            if needs_scan(at, lap) {
+                scan = scan_window(&mut reader, expect, &tail).await?;
+            }
+        }
+        let short = expect.clean_end.is_some_and(|clean| tail.end < clean);
+        let row = decide(&Facts { at, lap, proof: scan.proof, short });
+        tracing::trace!(lsn = tail.end.0, row = %row.letter, "log position judged");
+        let bad = if lap == Found::Torn { ring.lap_next(tail.end).unwrap_or(tail.end) } else { tail.end };
+        match row.verdict {
+            Verdict::Adopt | Verdict::AdoptLap => {
+                let (header, batch) = adopted.expect("a batch was found good only with its bytes");
+                visit(&header, batch)?;
+                tail = Tail { end: header.end(), chain: Some(header.checksum), epoch: header.epoch };
+                batches = batches.saturating_add(1);
+            }
+            Verdict::CutEnd | Verdict::CutTorn => {
+                let torn_bytes = scan.reach.0.saturating_sub(tail.end.0);
+                let left_over = scan.headers;
+                return Ok(Ending { end: tail.end, chain: tail.chain, batches, torn_bytes, left_over });
+            }
+            Verdict::Corrupt => {
+                let cause = if scan.proof { "a later batch says it was durable" } else { "the log was closed cleanly" };
+                return Err(corrupt(bad, row.letter, &format!("acknowledged bytes are damaged, {cause}")));
+            }
+            Verdict::CorruptBefore => {
+                let message = "the batch here follows another one than the batch before it; a write was lost";
+                return Err(corrupt(tail.end, row.letter, message));
+            }
+            Verdict::SuperblockOld => {
+                let message = "the log was written under a later epoch than the superblock knows";
+                return Err(corrupt(bad, row.letter, message));
+            }
+            Verdict::NewerFormat => {
+                let message = format!("the log has a newer format than {WAL_FORMAT_VERSION}, use a newer release");
+                return Err(foreign(bad, row.letter, &message));
+            }
+            Verdict::OtherVolume => return Err(foreign(bad, row.letter, "the log belongs to another volume")),
+        }
+    }
+}
+
+fn corrupt(lsn: Lsn, row: char, message: &str) -> Error {
+    Error::new(ErrorKind::Corrupt, format!("{message} lsn={lsn} case={row}"))
+}
+
+fn foreign(lsn: Lsn, row: char, message: &str) -> Error {
+    Error::new(ErrorKind::Foreign, format!("{message} lsn={lsn} case={row}"))
+}
+
+/// Judges what lies at `lsn`, which is the end of the tail or the start of the lap behind it.
+async fn examine(
+    reader: &mut Reader,
+    expect: &Expect,
+    tail: &Tail,
+    lsn: Lsn,
+) -> Result<(Found, Option<(Header, AlignedBytes)>)> {
+    let Some(header) = reader.header(lsn).await? else { return Ok((Found::Nothing, None)) };
+    if header.volume != expect.volume {
+        return Ok((Found::Other, None));
+    }
+    if header.lsn != lsn {
+        return Ok((Found::Nothing, None));
+    }
+    if header.version > WAL_FORMAT_VERSION {
+        return Ok((Found::Newer, None));
+    }
+    if header.epoch >= expect.epoch_limit {
+        return Ok((Found::Future, None));
+    }
+    if header.epoch < tail.epoch {
+        return Ok((Found::Nothing, None));
+    }
+    // Behind a skipped lap end only the batch that says so is a neighbour. The first batch of a log may itself have
+    // skipped a lap end that is released since.
+    let first = tail.chain.is_none() && lsn == tail.end;
+    if !first && header.follows != tail.end {
+        return Ok((Found::Nothing, None));
+    }
+    if tail.chain.is_some_and(|chain| chain != header.chain) {
+        let contradicts = header.durable == tail.end;
+        return Ok((if contradicts { Found::Contradicts } else { Found::Nothing }, None));
+    }
+    match reader.read(lsn, u64::from(header.batch_bytes)).await? {
+        Some(batch) if header.body_matches(&batch) => Ok((Found::Good, Some((header, batch)))),
+        _ => Ok((Found::Torn, None)),
+    }
+}
+
+/// What lies behind the end.
+#[derive(Default)]
+struct Scan {
+    proof: bool,
+    headers: Vec<Lsn>,
+    reach: Lsn,
+}
+
+/// Looks at every block that a batch in flight together with one at the end of the tail can begin at.
+async fn scan_window(reader: &mut Reader, expect: &Expect, tail: &Tail) -> Result<Scan> {
+    let mut scan = Scan { reach: tail.end, ..Scan::default() };
+    let last = Lsn(tail.end.0.saturating_add(reader.ring.window_bytes())).min(reader.limit);
+    let mut lsn = tail.end;
+    while lsn < last {
+        if let Some(header) = reader.header(lsn).await?
+            && header.volume == expect.volume
+            && header.lsn == lsn
+            && header.version <= WAL_FORMAT_VERSION
+        {
+            scan.proof |= header.epoch >= tail.epoch && header.durable > tail.end;
+            scan.reach = scan.reach.max(header.end());
+            scan.headers.push(lsn);
+        }
+        lsn = Lsn(lsn.0.saturating_add(BLOCK));
+    }
+    Ok(scan)
+}
+
+/// Makes invariant 2 hold: the headers behind the end are overwritten with zeroes, durably, before anything is written.
+pub(crate) async fn cut(zone: &Zone, ending: &Ending) -> Result<()> {
+    let ring = Ring::new(zone.length())?;
+    for &lsn in &ending.left_over {
+        let zeroes = vec![AlignedBuf::zeroed(BLOCK_BYTES).freeze()];
+        zone.write(ring.place(lsn), zeroes, WriteMode::Durable, IoClass::Wal).await?;
+    }
+    Ok(())
+}
