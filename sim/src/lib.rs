@@ -5,4 +5,5 @@
 #![forbid(unsafe_code)]
 
 pub mod check;
+pub mod net;
 pub mod rt;
