@@ -1,8 +1,17 @@
-//! The entries of a group's log. docs/format.md owns the encoding.
+//! The entries of a group's log.
+//!
+//! # Place      proposed by [`crate::LocalLog`] and by `replication`, applied by [`crate::Group::apply`]
+//! # Format     docs/format.md, "Commands"
+//! # Invariants
+//! 1. Decoding what was encoded gives the same command; keys and values share the memory of the entry.
+//! 2. Bytes of any content give a command or a typed error.
+
+#![deny(clippy::indexing_slicing)]
 
 use bytes::Bytes;
 
-use crate::{BranchId, JobId, KeyspaceId, Result, TableId};
+use crate::codec::{Decoder, TABLE_BYTES_MIN, check_name, put_bytes, put_table, put_varint, take_table};
+use crate::{BranchId, Error, ErrorKind, JobId, KeyspaceId, Result, TableId};
 
 /// Longest key in bytes.
 pub const KEY_BYTES_MAX: usize = 64 << 10;
@@ -132,19 +141,211 @@ pub struct InstallTable {
     pub root: Bytes,
 }
 
+/// The encoding written today; see docs/format.md.
+pub(crate) const COMMAND_VERSION: u8 = 1;
+
+const KIND_BATCH: u8 = 1;
+const KIND_CREATE_KEYSPACE: u8 = 2;
+const KIND_DROP_KEYSPACE: u8 = 3;
+const KIND_ROTATE: u8 = 4;
+const KIND_INSTALL: u8 = 5;
+const KIND_CREATE_CHECKPOINT: u8 = 6;
+const KIND_DROP_CHECKPOINT: u8 = 7;
+const KIND_CREATE_CLONE: u8 = 8;
+const KIND_DROP_CLONE: u8 = 9;
+const KIND_CUSTOM: u8 = 10;
+
+const OP_PUT: u8 = 1;
+const OP_DELETE: u8 = 2;
+
+impl WriteOp {
+    /// Where it writes.
+    pub fn keyspace(&self) -> KeyspaceId {
+        match self {
+            Self::Put { keyspace, .. } | Self::Delete { keyspace, .. } => *keyspace,
+        }
+    }
+
+    /// What it writes.
+    pub fn key(&self) -> &Bytes {
+        match self {
+            Self::Put { key, .. } | Self::Delete { key, .. } => key,
+        }
+    }
+
+    /// The value it sets; nothing for a deletion.
+    pub fn value(&self) -> Option<&Bytes> {
+        match self {
+            Self::Put { value, .. } => Some(value),
+            Self::Delete { .. } => None,
+        }
+    }
+
+    /// Refuses what no table can hold.
+    pub(crate) fn check(&self) -> Result<()> {
+        check_key(self.key())?;
+        match self.value() {
+            Some(value) if value.len() > VALUE_BYTES_MAX => Err(Error::new(
+                ErrorKind::Invalid,
+                format!("a value is too long length={} length_max={VALUE_BYTES_MAX}", value.len()),
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Refuses an empty key and one over the limit.
+pub(crate) fn check_key(key: &[u8]) -> Result<()> {
+    match key.len() {
+        1..=KEY_BYTES_MAX => Ok(()),
+        0 => Err(Error::new(ErrorKind::Invalid, "a key is empty")),
+        length => {
+            Err(Error::new(ErrorKind::Invalid, format!("a key is too long length={length} length_max={KEY_BYTES_MAX}")))
+        }
+    }
+}
+
 impl Command {
     /// Encodes the command; see docs/format.md.
     ///
     /// # Errors
     /// `Invalid` for an empty key, a key or value over its limit, or a name of 0 or more than 255 bytes.
     pub fn encode(&self) -> Result<Bytes> {
-        todo!()
+        let mut out = Vec::with_capacity(self.encoded_bytes());
+        out.push(COMMAND_VERSION);
+        let kind = match &self.body {
+            CommandBody::Batch(_) => KIND_BATCH,
+            CommandBody::CreateKeyspace { .. } => KIND_CREATE_KEYSPACE,
+            CommandBody::DropKeyspace { .. } => KIND_DROP_KEYSPACE,
+            CommandBody::Rotate => KIND_ROTATE,
+            CommandBody::Install { .. } => KIND_INSTALL,
+            CommandBody::CreateCheckpoint { .. } => KIND_CREATE_CHECKPOINT,
+            CommandBody::DropCheckpoint { .. } => KIND_DROP_CHECKPOINT,
+            CommandBody::CreateClone { .. } => KIND_CREATE_CLONE,
+            CommandBody::DropClone { .. } => KIND_DROP_CLONE,
+            CommandBody::Custom { .. } => KIND_CUSTOM,
+        };
+        out.push(kind);
+        out.extend_from_slice(&self.time_ms.to_le_bytes());
+        match &self.body {
+            CommandBody::Batch(batch) => encode_batch(&mut out, batch)?,
+            CommandBody::Rotate => {}
+            CommandBody::CreateKeyspace { name }
+            | CommandBody::DropKeyspace { name }
+            | CommandBody::DropCheckpoint { name }
+            | CommandBody::DropClone { name } => put_name(&mut out, name)?,
+            CommandBody::Install { job, tables } => {
+                put_varint(&mut out, job.0);
+                put_varint(&mut out, tables.len() as u64);
+                for table in tables {
+                    check_key(&table.first)?;
+                    check_key(&table.last)?;
+                    put_table(&mut out, table);
+                }
+            }
+            CommandBody::CreateCheckpoint { name, branch } => {
+                put_name(&mut out, name)?;
+                put_varint(&mut out, branch.0);
+            }
+            CommandBody::CreateClone { name, checkpoint } => {
+                put_name(&mut out, name)?;
+                put_name(&mut out, checkpoint)?;
+            }
+            CommandBody::Custom { branch, command } => {
+                put_varint(&mut out, branch.0);
+                out.extend_from_slice(command);
+            }
+        }
+        Ok(out.into())
     }
 
     /// Decodes a command. Never panics; an unknown kind or version is `Foreign`, damage is `Corrupt`. Keys and values
     /// are slices of `bytes`.
     pub fn decode(bytes: &Bytes) -> Result<Self> {
-        let _ = bytes;
-        todo!()
+        let mut from = Decoder::new(bytes.clone(), "a command");
+        let version = from.u8()?;
+        if version != COMMAND_VERSION {
+            return Err(Error::new(
+                ErrorKind::Foreign,
+                format!("a command of another version version={version} known={COMMAND_VERSION}"),
+            ));
+        }
+        let kind = from.u8()?;
+        let time_ms = from.u64()?;
+        let body = match kind {
+            KIND_BATCH => CommandBody::Batch(decode_batch(&mut from)?),
+            KIND_CREATE_KEYSPACE => CommandBody::CreateKeyspace { name: from.name()? },
+            KIND_DROP_KEYSPACE => CommandBody::DropKeyspace { name: from.name()? },
+            KIND_ROTATE => CommandBody::Rotate,
+            KIND_INSTALL => {
+                let job = JobId(from.varint()?);
+                let count = from.count(TABLE_BYTES_MIN)?;
+                let tables = (0..count).map(|_| take_table(&mut from)).collect::<Result<_>>()?;
+                CommandBody::Install { job, tables }
+            }
+            KIND_CREATE_CHECKPOINT => {
+                CommandBody::CreateCheckpoint { name: from.name()?, branch: BranchId(from.varint()?) }
+            }
+            KIND_DROP_CHECKPOINT => CommandBody::DropCheckpoint { name: from.name()? },
+            KIND_CREATE_CLONE => CommandBody::CreateClone { name: from.name()?, checkpoint: from.name()? },
+            KIND_DROP_CLONE => CommandBody::DropClone { name: from.name()? },
+            KIND_CUSTOM => CommandBody::Custom { branch: BranchId(from.varint()?), command: from.rest() },
+            kind => return Err(Error::new(ErrorKind::Foreign, format!("a command of an unknown kind kind={kind}"))),
+        };
+        from.end()?;
+        Ok(Self { time_ms, body })
+    }
+
+    /// About the bytes of the encoding; saves growing the buffer.
+    fn encoded_bytes(&self) -> usize {
+        let body = match &self.body {
+            CommandBody::Batch(batch) => {
+                batch.ops.iter().map(|op| op.key().len() + op.value().map_or(0, Bytes::len) + 16).sum()
+            }
+            CommandBody::Custom { command, .. } => command.len(),
+            _ => 64,
+        };
+        body + 32
     }
 }
+
+fn put_name(out: &mut Vec<u8>, name: &str) -> Result<()> {
+    check_name(name)?;
+    put_bytes(out, name.as_bytes());
+    Ok(())
+}
+
+fn encode_batch(out: &mut Vec<u8>, batch: &WriteBatch) -> Result<()> {
+    put_varint(out, batch.branch.0);
+    put_varint(out, batch.ops.len() as u64);
+    for op in &batch.ops {
+        op.check()?;
+        out.push(if op.value().is_some() { OP_PUT } else { OP_DELETE });
+        put_varint(out, op.keyspace().0.into());
+        put_bytes(out, op.key());
+        if let Some(value) = op.value() {
+            put_bytes(out, value);
+        }
+    }
+    Ok(())
+}
+
+fn decode_batch(from: &mut Decoder) -> Result<WriteBatch> {
+    let branch = BranchId(from.varint()?);
+    let count = from.count(4)?;
+    let mut ops = Vec::with_capacity(count);
+    for _ in 0..count {
+        let tag = from.u8()?;
+        let keyspace = KeyspaceId(from.varint_u32()?);
+        let key = from.bytes(1, KEY_BYTES_MAX)?;
+        ops.push(match tag {
+            OP_PUT => WriteOp::Put { keyspace, key, value: from.bytes(0, VALUE_BYTES_MAX)? },
+            OP_DELETE => WriteOp::Delete { keyspace, key },
+            tag => return Err(Error::new(ErrorKind::Foreign, format!("a mutation of an unknown kind kind={tag}"))),
+        });
+    }
+    Ok(WriteBatch { branch, ops })
+}
+
+#[cfg(test)]
+mod tests;

@@ -4,11 +4,14 @@
 //! docs/architecture.md describes a group, its logical and present manifest, and restart.
 
 mod cache;
+mod codec;
 mod command;
 mod engine;
 mod error;
 mod group;
 mod local_log;
+#[allow(dead_code, reason = "the group uses it next")]
+mod manifest;
 mod memory;
 mod memtable;
 mod read;

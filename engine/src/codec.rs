@@ -1,0 +1,221 @@
+//! Varints, byte strings and a reader that never panics: what the encodings of commands and manifests share.
+//!
+//! # Format     docs/format.md, "Commands" and "Manifest"
+//! # Invariants
+//! 1. A [`Decoder`] hands out slices of the bytes it was given and copies none.
+//! 2. Whatever the bytes, it answers a value or `Corrupt`; it allocates nothing that the input does not pay for.
+
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+
+use bytes::Bytes;
+
+use crate::{BranchId, Error, ErrorKind, InstallTable, JobId, KeyspaceId, Result, TableId};
+
+/// Bytes of the longest varint of 64 bits.
+const VARINT_BYTES_MAX: u32 = 10;
+
+/// Appends a little-endian base-128 varint.
+pub(crate) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        out.push((value as u8 & 0x7f) | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+/// Appends a length as a varint and the bytes.
+pub(crate) fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+    put_varint(out, bytes.len() as u64);
+    out.extend_from_slice(bytes);
+}
+
+/// Reads what the functions above wrote.
+pub(crate) struct Decoder {
+    rest: Bytes,
+    what: &'static str,
+}
+
+impl Decoder {
+    /// Reads `bytes`; `what` names them in errors.
+    pub(crate) fn new(bytes: Bytes, what: &'static str) -> Self {
+        Self { rest: bytes, what }
+    }
+
+    /// The error for damage found here.
+    pub(crate) fn corrupt(&self, why: &str) -> Error {
+        Error::new(ErrorKind::Corrupt, format!("{} is damaged: {why} left={}", self.what, self.rest.len()))
+    }
+
+    /// The next `count` bytes.
+    pub(crate) fn take(&mut self, count: usize) -> Result<Bytes> {
+        if count > self.rest.len() {
+            return Err(self.corrupt("it ends early"));
+        }
+        Ok(self.rest.split_to(count))
+    }
+
+    pub(crate) fn u8(&mut self) -> Result<u8> {
+        let byte = *self.rest.first().ok_or_else(|| self.corrupt("it ends early"))?;
+        self.take(1)?;
+        Ok(byte)
+    }
+
+    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let array = self.rest.first_chunk::<N>().copied().ok_or_else(|| self.corrupt("it ends early"))?;
+        self.take(N)?;
+        Ok(array)
+    }
+
+    pub(crate) fn u64(&mut self) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    pub(crate) fn u128(&mut self) -> Result<u128> {
+        Ok(u128::from_le_bytes(self.array()?))
+    }
+
+    pub(crate) fn varint(&mut self) -> Result<u64> {
+        let mut value = 0_u64;
+        for at in 0..VARINT_BYTES_MAX {
+            let byte = self.u8()?;
+            let bits = u64::from(byte & 0x7f);
+            let shift = at.saturating_mul(7);
+            // The tenth byte has room for one bit.
+            if shift == 63 && bits > 1 {
+                return Err(self.corrupt("a varint is above 64 bits"));
+            }
+            value |= bits << shift;
+            if byte & 0x80 == 0 {
+                return Ok(value);
+            }
+        }
+        Err(self.corrupt("a varint is too long"))
+    }
+
+    pub(crate) fn varint_u32(&mut self) -> Result<u32> {
+        u32::try_from(self.varint()?).map_err(|_| self.corrupt("a number is above 32 bits"))
+    }
+
+    /// A count of items of at least `item_bytes` each: never more than the input can hold.
+    pub(crate) fn count(&mut self, item_bytes: usize) -> Result<usize> {
+        let count = usize::try_from(self.varint()?).map_err(|_| self.corrupt("a count is too large"))?;
+        if count.saturating_mul(item_bytes.max(1)) > self.rest.len() {
+            return Err(self.corrupt("a count is larger than what follows"));
+        }
+        Ok(count)
+    }
+
+    /// A byte string of `min..=max` bytes.
+    pub(crate) fn bytes(&mut self, min: usize, max: usize) -> Result<Bytes> {
+        let length = usize::try_from(self.varint()?).map_err(|_| self.corrupt("a length is too large"))?;
+        if length < min || max < length {
+            return Err(self.corrupt("a length is outside of its bounds"));
+        }
+        self.take(length)
+    }
+
+    /// A name of UTF-8.
+    pub(crate) fn name(&mut self) -> Result<String> {
+        let bytes = self.bytes(1, NAME_BYTES_MAX)?;
+        match std::str::from_utf8(&bytes) {
+            Ok(name) => Ok(name.to_owned()),
+            Err(_) => Err(self.corrupt("a name is not UTF-8")),
+        }
+    }
+
+    /// All that is left.
+    pub(crate) fn rest(&mut self) -> Bytes {
+        std::mem::take(&mut self.rest)
+    }
+
+    /// Refuses bytes after the end.
+    pub(crate) fn end(&self) -> Result<()> {
+        if self.rest.is_empty() { Ok(()) } else { Err(self.corrupt("bytes follow its end")) }
+    }
+}
+
+/// Longest name of a keyspace, checkpoint or branch, in bytes.
+pub(crate) const NAME_BYTES_MAX: usize = 255;
+/// Longest table root in bytes.
+const ROOT_BYTES_MAX: usize = 1 << 10;
+/// Fewest bytes of an encoded table.
+pub(crate) const TABLE_BYTES_MIN: usize = 26;
+
+/// Refuses a name that cannot be stored.
+pub(crate) fn check_name(name: &str) -> Result<()> {
+    match name.len() {
+        1..=NAME_BYTES_MAX => Ok(()),
+        0 => Err(Error::new(ErrorKind::Invalid, "a name is empty")),
+        length => Err(Error::new(
+            ErrorKind::Invalid,
+            format!("a name is too long length={length} length_max={NAME_BYTES_MAX}"),
+        )),
+    }
+}
+
+pub(crate) fn put_table(out: &mut Vec<u8>, table: &InstallTable) {
+    put_varint(out, table.id.job.0);
+    put_varint(out, table.id.ordinal.into());
+    put_varint(out, table.branch.0);
+    put_varint(out, table.keyspace.0.into());
+    put_bytes(out, &table.first);
+    put_bytes(out, &table.last);
+    put_varint(out, table.entries);
+    put_varint(out, table.tombstones);
+    put_varint(out, table.bytes);
+    out.extend_from_slice(&table.digest.to_le_bytes());
+    put_bytes(out, &table.root);
+}
+
+pub(crate) fn take_table(from: &mut Decoder) -> Result<InstallTable> {
+    let table = InstallTable {
+        id: TableId { job: JobId(from.varint()?), ordinal: from.varint_u32()? },
+        branch: BranchId(from.varint()?),
+        keyspace: KeyspaceId(from.varint_u32()?),
+        first: from.bytes(1, crate::command::KEY_BYTES_MAX)?,
+        last: from.bytes(1, crate::command::KEY_BYTES_MAX)?,
+        entries: from.varint()?,
+        tombstones: from.varint()?,
+        bytes: from.varint()?,
+        digest: from.u128()?,
+        root: from.bytes(0, ROOT_BYTES_MAX)?,
+    };
+    if table.first > table.last {
+        return Err(from.corrupt("a table ends before it begins"));
+    }
+    Ok(table)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn varints_of_every_length_come_back() {
+        for shift in 0..64 {
+            for value in [(1_u64 << shift).wrapping_sub(1), 1 << shift, u64::MAX >> shift] {
+                let mut out = Vec::new();
+                put_varint(&mut out, value);
+                let mut from = Decoder::new(out.into(), "test");
+                assert_eq!(from.varint().expect("written above"), value);
+                from.end().expect("nothing follows");
+            }
+        }
+    }
+
+    #[test]
+    fn a_varint_above_64_bits_is_corrupt() {
+        for bytes in [&[0xff_u8; 11][..], &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2], &[0x80]] {
+            let error = Decoder::new(Bytes::copy_from_slice(bytes), "test").varint().expect_err("too long");
+            assert_eq!(error.kind(), ErrorKind::Corrupt);
+        }
+    }
+
+    #[test]
+    fn a_count_that_the_input_cannot_hold_is_corrupt() {
+        let mut out = Vec::new();
+        put_varint(&mut out, u64::MAX >> 1);
+        out.extend_from_slice(&[0; 64]);
+        assert!(Decoder::new(out.into(), "test").count(1).is_err());
+    }
+}

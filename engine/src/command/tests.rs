@@ -1,0 +1,125 @@
+//! Round trips, hostile bytes, and the constants that docs/format.md repeats.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn bytes(max: usize) -> impl Strategy<Value = Bytes> {
+    prop::collection::vec(any::<u8>(), 1..max).prop_map(Bytes::from)
+}
+
+fn op() -> impl Strategy<Value = WriteOp> {
+    prop_oneof![
+        (any::<u32>(), bytes(40), prop::collection::vec(any::<u8>(), 0..80)).prop_map(|(keyspace, key, value)| {
+            WriteOp::Put { keyspace: KeyspaceId(keyspace), key, value: value.into() }
+        }),
+        (any::<u32>(), bytes(40)).prop_map(|(keyspace, key)| WriteOp::Delete { keyspace: KeyspaceId(keyspace), key }),
+    ]
+}
+
+fn table() -> impl Strategy<Value = InstallTable> {
+    (any::<(u64, u32, u64, u32)>(), bytes(20), bytes(20), any::<(u64, u64, u64, u128)>(), bytes(90)).prop_map(
+        |((job, ordinal, branch, keyspace), a, b, (entries, tombstones, bytes, digest), root)| InstallTable {
+            id: TableId { job: JobId(job), ordinal },
+            branch: BranchId(branch),
+            keyspace: KeyspaceId(keyspace),
+            first: a.clone().min(b.clone()),
+            last: a.max(b),
+            entries,
+            tombstones,
+            bytes,
+            digest,
+            root,
+        },
+    )
+}
+
+fn body() -> impl Strategy<Value = CommandBody> {
+    let name = || "[a-z]{1,12}";
+    prop_oneof![
+        (any::<u64>(), prop::collection::vec(op(), 0..9))
+            .prop_map(|(branch, ops)| CommandBody::Batch(WriteBatch { branch: BranchId(branch), ops })),
+        name().prop_map(|name| CommandBody::CreateKeyspace { name }),
+        name().prop_map(|name| CommandBody::DropKeyspace { name }),
+        Just(CommandBody::Rotate),
+        (any::<u64>(), prop::collection::vec(table(), 0..5))
+            .prop_map(|(job, tables)| CommandBody::Install { job: JobId(job), tables }),
+        (name(), any::<u64>())
+            .prop_map(|(name, branch)| CommandBody::CreateCheckpoint { name, branch: BranchId(branch) }),
+        name().prop_map(|name| CommandBody::DropCheckpoint { name }),
+        (name(), name()).prop_map(|(name, checkpoint)| CommandBody::CreateClone { name, checkpoint }),
+        name().prop_map(|name| CommandBody::DropClone { name }),
+        (any::<u64>(), bytes(60))
+            .prop_map(|(branch, command)| CommandBody::Custom { branch: BranchId(branch), command }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn every_command_comes_back(time_ms in any::<u64>(), body in body()) {
+        let command = Command { time_ms, body };
+        let bytes = command.encode().expect("within the limits");
+        prop_assert_eq!(Command::decode(&bytes).expect("encoded above"), command);
+    }
+
+    #[test]
+    fn bytes_of_any_content_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), kind in 0..12_u8) {
+        let mut bytes = bytes;
+        if let Some(first) = bytes.first_mut() {
+            *first = COMMAND_VERSION;
+        }
+        if let Some(second) = bytes.get_mut(1) {
+            *second = kind;
+        }
+        if let Err(error) = Command::decode(&bytes.into()) {
+            prop_assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Foreign), "{error}");
+        }
+    }
+
+    /// A flipped byte or a cut gives another command or an error, never a panic.
+    #[test]
+    fn damage_never_panics(body in body(), at in any::<prop::sample::Index>(), flip in 1..=255_u8, cut in any::<bool>()) {
+        let mut bytes = Command { time_ms: 1, body }.encode().expect("within the limits").to_vec();
+        let at = at.index(bytes.len());
+        if cut {
+            bytes.truncate(at);
+        } else if let Some(byte) = bytes.get_mut(at) {
+            *byte ^= flip;
+        }
+        let _ = Command::decode(&bytes.into());
+    }
+}
+
+fn put(key: usize, value: usize) -> Command {
+    let op = WriteOp::Put { keyspace: KeyspaceId(0), key: vec![1; key].into(), value: vec![2; value].into() };
+    Command { time_ms: 0, body: CommandBody::Batch(WriteBatch { branch: crate::MAIN, ops: vec![op] }) }
+}
+
+#[test]
+fn limits_are_refused_at_encode_by_their_kind() {
+    put(KEY_BYTES_MAX, VALUE_BYTES_MAX).encode().expect("at the limits");
+    for (key, value) in [(0, 1), (KEY_BYTES_MAX + 1, 1), (1, VALUE_BYTES_MAX + 1)] {
+        assert_eq!(put(key, value).encode().expect_err("over a limit").kind(), ErrorKind::Invalid);
+    }
+    for name in [String::new(), "n".repeat(256)] {
+        let command = Command { time_ms: 0, body: CommandBody::CreateKeyspace { name } };
+        assert_eq!(command.encode().expect_err("a bad name").kind(), ErrorKind::Invalid);
+    }
+}
+
+#[test]
+fn an_unknown_version_or_kind_is_foreign() {
+    for bytes in [&[2, 1, 0, 0, 0, 0, 0, 0, 0, 0][..], &[1, 200, 0, 0, 0, 0, 0, 0, 0, 0]] {
+        let error = Command::decode(&Bytes::copy_from_slice(bytes)).expect_err("unknown");
+        assert_eq!(error.kind(), ErrorKind::Foreign);
+    }
+}
+
+#[test]
+fn values_share_the_memory_of_the_entry() {
+    let bytes = put(3, 4096).encode().expect("within the limits");
+    let command = Command::decode(&bytes).expect("encoded above");
+    let CommandBody::Batch(batch) = command.body else { panic!("a batch was encoded") };
+    let value = batch.ops.first().and_then(WriteOp::value).expect("a put was encoded");
+    assert!(bytes.as_ptr_range().contains(&value.as_ptr()));
+}

@@ -1,0 +1,449 @@
+//! The manifest and its operations as bytes.
+//!
+//! # Format     docs/format.md, "Manifest". Each table is written once, each list of tables once: versions that share a level
+//!              name the same list, so a checkpoint costs a few bytes for each keyspace
+//! # Invariants
+//! 1. Equal manifests have equal bytes: nothing depends on addresses or on the order of events.
+//! 2. Bytes of any content give a manifest that keeps the invariants of [`Version`], or `Corrupt`.
+
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::picker::Compaction;
+use super::version::{LEVELS, Tables};
+use super::{
+    Branch, Checkpoint, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, TableRef, Version, Versions,
+};
+use crate::codec::{Decoder, TABLE_BYTES_MIN, put_bytes, put_table, put_varint, take_table};
+use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, Result, TableId};
+
+/// The encoding written today.
+pub(crate) const MANIFEST_VERSION: u8 = 1;
+
+/// Where tables lie on this volume: `(offset, length)` of each extent in order.
+pub(crate) type Places = BTreeMap<TableId, Vec<(u64, u64)>>;
+
+const JOB_FLUSH: u8 = 1;
+const JOB_COMPACT: u8 = 2;
+
+const OP_ROTATE: u8 = 1;
+const OP_INSTALL: u8 = 2;
+const OP_CREATE_KEYSPACE: u8 = 3;
+const OP_DROP_KEYSPACE: u8 = 4;
+const OP_CREATE_CHECKPOINT: u8 = 5;
+const OP_DROP_CHECKPOINT: u8 = 6;
+const OP_CREATE_CLONE: u8 = 7;
+const OP_DROP_CLONE: u8 = 8;
+
+/// Numbers the tables and lists of a manifest in the order in which they are met.
+#[derive(Default)]
+struct Pool {
+    tables: BTreeMap<TableId, TableRef>,
+    lists: BTreeMap<Vec<TableId>, usize>,
+    order: Vec<Vec<TableId>>,
+    /// A list met before, by address: only saves work.
+    known: BTreeMap<usize, usize>,
+}
+
+impl Pool {
+    fn list(&mut self, list: &Tables) -> usize {
+        let address = Arc::as_ptr(list) as usize;
+        if let Some(&number) = self.known.get(&address) {
+            return number;
+        }
+        self.tables.extend(list.iter().map(|t| (t.id, t.clone())));
+        let ids: Vec<TableId> = list.iter().map(|t| t.id).collect();
+        let next = self.order.len();
+        let number = *self.lists.entry(ids.clone()).or_insert(next);
+        if number == next {
+            self.order.push(ids);
+        }
+        self.known.insert(address, number);
+        number
+    }
+}
+
+pub(super) fn encode(manifest: &Manifest, places: Option<&Places>) -> Bytes {
+    let mut pool = Pool::default();
+    let mut body = Vec::new();
+    let count = |out: &mut Vec<u8>, n: usize| put_varint(out, n as u64);
+
+    count(&mut body, manifest.keyspaces.len());
+    for (id, keyspace) in &manifest.keyspaces {
+        put_varint(&mut body, id.0.into());
+        put_bytes(&mut body, keyspace.name.as_bytes());
+        put_varint(&mut body, keyspace.created.0);
+        put_option(&mut body, keyspace.dropped);
+    }
+    count(&mut body, manifest.branches.len());
+    for (id, branch) in &manifest.branches {
+        put_varint(&mut body, id.0);
+        put_bytes(&mut body, branch.name.as_bytes());
+        put_bytes(&mut body, branch.origin.as_deref().unwrap_or_default().as_bytes());
+        put_varint(&mut body, branch.created_ms);
+        put_option(&mut body, branch.dropped);
+        put_versions(&mut body, &branch.versions, &mut pool);
+    }
+    count(&mut body, manifest.checkpoints.len());
+    for (name, checkpoint) in &manifest.checkpoints {
+        put_bytes(&mut body, name.as_bytes());
+        put_varint(&mut body, checkpoint.index.0);
+        put_varint(&mut body, checkpoint.created_ms);
+        put_varint(&mut body, checkpoint.branch.0);
+        count(&mut body, checkpoint.keyspaces.len());
+        for (name, id) in &checkpoint.keyspaces {
+            put_bytes(&mut body, name.as_bytes());
+            put_varint(&mut body, id.0.into());
+        }
+        put_versions(&mut body, &checkpoint.versions, &mut pool);
+    }
+    count(&mut body, manifest.generations.len());
+    for (id, generation) in &manifest.generations {
+        put_varint(&mut body, id.0);
+        put_varint(&mut body, generation.start.0);
+        put_varint(&mut body, generation.end.0);
+        put_varint(&mut body, generation.job.0);
+        put_touched(&mut body, &generation.touched);
+    }
+    count(&mut body, manifest.jobs.len());
+    for (id, job) in &manifest.jobs {
+        put_varint(&mut body, id.0);
+        match &**job {
+            Job::Flush { generation } => {
+                body.push(JOB_FLUSH);
+                put_varint(&mut body, generation.0);
+            }
+            Job::Compact(c) => {
+                body.push(JOB_COMPACT);
+                put_varint(&mut body, c.branch.0);
+                put_varint(&mut body, c.keyspace.0.into());
+                body.extend([c.from, c.to, c.drop_tombstones.into()]);
+                for inputs in [&c.upper, &c.lower] {
+                    count(&mut body, inputs.len());
+                    for table in inputs {
+                        pool.tables.insert(table.id, table.clone());
+                        put_id(&mut body, table.id);
+                    }
+                }
+            }
+        }
+    }
+
+    let mut out = vec![MANIFEST_VERSION, places.is_some().into()];
+    put_varint(&mut out, manifest.as_of.0);
+    put_varint(&mut out, manifest.rotated.0);
+    put_varint(&mut out, manifest.next_generation.0);
+    put_varint(&mut out, manifest.next_job.0);
+    put_varint(&mut out, manifest.next_keyspace.0.into());
+    count(&mut out, pool.tables.len());
+    for (id, table) in &pool.tables {
+        put_table(&mut out, table);
+        if let Some(places) = places {
+            put_place(&mut out, places.get(id).map(Vec::as_slice).unwrap_or_default());
+        }
+    }
+    count(&mut out, pool.order.len());
+    for ids in &pool.order {
+        count(&mut out, ids.len());
+        ids.iter().for_each(|&id| put_id(&mut out, id));
+    }
+    out.extend_from_slice(&body);
+    out.into()
+}
+
+pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
+    let mut from = Decoder::new(bytes, "a manifest");
+    let version = from.u8()?;
+    if version != MANIFEST_VERSION {
+        return Err(Error::new(
+            ErrorKind::Foreign,
+            format!("a manifest of another version version={version} known={MANIFEST_VERSION}"),
+        ));
+    }
+    let with_places = from.u8()? != 0;
+    let mut manifest = Manifest {
+        as_of: LogIndex(from.varint()?),
+        rotated: LogIndex(from.varint()?),
+        next_generation: Generation(from.varint()?),
+        next_job: JobId(from.varint()?),
+        next_keyspace: KeyspaceId(from.varint_u32()?),
+        keyspaces: BTreeMap::new(),
+        branches: BTreeMap::new(),
+        checkpoints: BTreeMap::new(),
+        generations: BTreeMap::new(),
+        jobs: BTreeMap::new(),
+    };
+    let mut places = Places::new();
+    let mut tables = BTreeMap::new();
+    for _ in 0..from.count(TABLE_BYTES_MIN)? {
+        let table = take_table(&mut from)?;
+        if with_places {
+            places.insert(table.id, take_place(&mut from)?);
+        }
+        tables.insert(table.id, Arc::new(table));
+    }
+    let mut lists: Vec<Tables> = Vec::new();
+    for _ in 0..from.count(1)? {
+        let list = (0..from.count(2)?).map(|_| take_known(&mut from, &tables)).collect::<Result<Vec<_>>>()?;
+        if !super::version::sorted(&list) {
+            return Err(from.corrupt("tables of a list overlap"));
+        }
+        lists.push(Arc::new(list));
+    }
+    for _ in 0..from.count(4)? {
+        let id = KeyspaceId(from.varint_u32()?);
+        let name = from.name()?;
+        let (created, dropped) = (LogIndex(from.varint()?), take_option(&mut from)?);
+        manifest.keyspaces.insert(id, Keyspace { name, created, dropped });
+    }
+    for _ in 0..from.count(6)? {
+        let id = BranchId(from.varint()?);
+        let name = from.name()?;
+        let origin = from.bytes(0, crate::codec::NAME_BYTES_MAX)?;
+        let origin = String::from_utf8(origin.into()).map_err(|_| from.corrupt("a name is not UTF-8"))?;
+        let branch = Branch {
+            name,
+            origin: (!origin.is_empty()).then_some(origin),
+            created_ms: from.varint()?,
+            dropped: take_option(&mut from)?,
+            versions: take_versions(&mut from, &lists)?,
+        };
+        manifest.branches.insert(id, branch);
+    }
+    for _ in 0..from.count(6)? {
+        let name = from.name()?;
+        let checkpoint = Checkpoint {
+            index: LogIndex(from.varint()?),
+            created_ms: from.varint()?,
+            branch: BranchId(from.varint()?),
+            keyspaces: (0..from.count(3)?)
+                .map(|_| Ok((from.name()?, KeyspaceId(from.varint_u32()?))))
+                .collect::<Result<_>>()?,
+            versions: take_versions(&mut from, &lists)?,
+        };
+        manifest.checkpoints.insert(name, Arc::new(checkpoint));
+    }
+    for _ in 0..from.count(5)? {
+        let id = Generation(from.varint()?);
+        let generation = FrozenGeneration {
+            start: LogIndex(from.varint()?),
+            end: LogIndex(from.varint()?),
+            job: JobId(from.varint()?),
+            touched: take_touched(&mut from)?,
+        };
+        manifest.generations.insert(id, Arc::new(generation));
+    }
+    for _ in 0..from.count(3)? {
+        let id = JobId(from.varint()?);
+        let job = match from.u8()? {
+            JOB_FLUSH => Job::Flush { generation: Generation(from.varint()?) },
+            JOB_COMPACT => Job::Compact(take_compaction(&mut from, &tables)?),
+            _ => return Err(from.corrupt("a job is of an unknown kind")),
+        };
+        manifest.jobs.insert(id, Arc::new(job));
+    }
+    from.end()?;
+    check(&manifest, &from)?;
+    Ok((manifest, places))
+}
+
+/// Relations that a decoded manifest must keep.
+fn check(manifest: &Manifest, from: &Decoder) -> Result<()> {
+    let mut end = None;
+    for generation in manifest.generations.values() {
+        if generation.start >= generation.end || end.is_some_and(|end| end != generation.start) {
+            return Err(from.corrupt("generations are not contiguous"));
+        }
+        end = Some(generation.end);
+        let flush = manifest.jobs.get(&generation.job);
+        if !matches!(flush.map(|j| &**j), Some(Job::Flush { generation: g }) if manifest.generations.contains_key(g)) {
+            return Err(from.corrupt("a generation has no job"));
+        }
+    }
+    if end.is_some_and(|end| end != manifest.rotated) || manifest.rotated > manifest.as_of {
+        return Err(from.corrupt("generations do not end where the next begins"));
+    }
+    let last = |id: Option<u64>, next: u64| id.is_none_or(|id| id < next);
+    if !last(manifest.jobs.last_key_value().map(|(id, _)| id.0), manifest.next_job.0)
+        || !last(manifest.generations.last_key_value().map(|(id, _)| id.0), manifest.next_generation.0)
+        || !last(manifest.keyspaces.last_key_value().map(|(id, _)| id.0.into()), manifest.next_keyspace.0.into())
+    {
+        return Err(from.corrupt("a number is used that comes later"));
+    }
+    if !manifest.branches.contains_key(&crate::MAIN) || !manifest.keyspaces.contains_key(&KeyspaceId(0)) {
+        return Err(from.corrupt("the main branch or the default keyspace is missing"));
+    }
+    Ok(())
+}
+
+fn take_compaction(from: &mut Decoder, tables: &BTreeMap<TableId, TableRef>) -> Result<Compaction> {
+    let (branch, keyspace) = (BranchId(from.varint()?), KeyspaceId(from.varint_u32()?));
+    let (source, to, drop_tombstones) = (from.u8()?, from.u8()?, from.u8()? != 0);
+    if source >= to || usize::from(to) > LEVELS {
+        return Err(from.corrupt("a compaction between unknown levels"));
+    }
+    let mut inputs = || (0..from.count(2)?).map(|_| take_known(from, tables)).collect::<Result<Vec<_>>>();
+    let (upper, lower) = (inputs()?, inputs()?);
+    Ok(Compaction { branch, keyspace, from: source, to, upper, lower, drop_tombstones })
+}
+
+fn put_versions(out: &mut Vec<u8>, versions: &Versions, pool: &mut Pool) {
+    put_varint(out, versions.len() as u64);
+    for (keyspace, version) in versions {
+        put_varint(out, keyspace.0.into());
+        put_varint(out, version.frozen.len() as u64);
+        for source in &version.frozen {
+            put_varint(out, source.generation.0);
+            put_varint(out, source.branch.0);
+        }
+        put_varint(out, version.l0.len() as u64);
+        for list in version.lists() {
+            put_varint(out, pool.list(list) as u64);
+        }
+    }
+}
+
+fn take_versions(from: &mut Decoder, lists: &[Tables]) -> Result<Versions> {
+    let mut versions = Versions::new();
+    for _ in 0..from.count(LEVELS.saturating_add(3))? {
+        let keyspace = KeyspaceId(from.varint_u32()?);
+        let frozen = (0..from.count(2)?)
+            .map(|_| Ok(GenRef { generation: Generation(from.varint()?), branch: BranchId(from.varint()?) }))
+            .collect::<Result<_>>()?;
+        let mut version = Version { frozen, ..Version::default() };
+        for _ in 0..from.count(1)? {
+            version.l0.push(take_list(from, lists)?);
+        }
+        for level in &mut version.levels {
+            *level = take_list(from, lists)?;
+        }
+        if !version.is_sound() {
+            return Err(from.corrupt("a run is empty"));
+        }
+        versions.insert(keyspace, Arc::new(version));
+    }
+    Ok(versions)
+}
+
+fn take_list(from: &mut Decoder, lists: &[Tables]) -> Result<Tables> {
+    let at = from.varint()?;
+    let list = usize::try_from(at).ok().and_then(|at| lists.get(at));
+    list.cloned().ok_or_else(|| from.corrupt("a version names an unknown list"))
+}
+
+fn put_id(out: &mut Vec<u8>, id: TableId) {
+    put_varint(out, id.job.0);
+    put_varint(out, id.ordinal.into());
+}
+
+fn take_known(from: &mut Decoder, tables: &BTreeMap<TableId, TableRef>) -> Result<TableRef> {
+    let id = TableId { job: JobId(from.varint()?), ordinal: from.varint_u32()? };
+    tables.get(&id).cloned().ok_or_else(|| from.corrupt("a list names an unknown table"))
+}
+
+fn put_option(out: &mut Vec<u8>, index: Option<LogIndex>) {
+    out.push(index.is_some().into());
+    if let Some(index) = index {
+        put_varint(out, index.0);
+    }
+}
+
+fn take_option(from: &mut Decoder) -> Result<Option<LogIndex>> {
+    Ok(if from.u8()? == 0 { None } else { Some(LogIndex(from.varint()?)) })
+}
+
+fn put_touched(out: &mut Vec<u8>, touched: &[(BranchId, KeyspaceId)]) {
+    put_varint(out, touched.len() as u64);
+    for (branch, keyspace) in touched {
+        put_varint(out, branch.0);
+        put_varint(out, keyspace.0.into());
+    }
+}
+
+fn take_touched(from: &mut Decoder) -> Result<Vec<(BranchId, KeyspaceId)>> {
+    (0..from.count(2)?).map(|_| Ok((BranchId(from.varint()?), KeyspaceId(from.varint_u32()?)))).collect()
+}
+
+fn put_place(out: &mut Vec<u8>, place: &[(u64, u64)]) {
+    put_varint(out, place.len() as u64);
+    for &(offset, length) in place {
+        put_varint(out, offset);
+        put_varint(out, length);
+    }
+}
+
+fn take_place(from: &mut Decoder) -> Result<Vec<(u64, u64)>> {
+    (0..from.count(2)?).map(|_| Ok((from.varint()?, from.varint()?))).collect()
+}
+
+/// Appends an operation; an `Install` with the places of its tables.
+pub(crate) fn encode_op(out: &mut Vec<u8>, op: &ManifestOp, places: &Places) {
+    match op {
+        ManifestOp::Rotate { touched } => {
+            out.push(OP_ROTATE);
+            put_touched(out, touched);
+        }
+        ManifestOp::Install { job, tables } => {
+            out.push(OP_INSTALL);
+            put_varint(out, job.0);
+            put_varint(out, tables.len() as u64);
+            for table in tables {
+                put_table(out, table);
+                put_place(out, places.get(&table.id).map(Vec::as_slice).unwrap_or_default());
+            }
+        }
+        ManifestOp::CreateKeyspace { name } => put_named(out, OP_CREATE_KEYSPACE, name),
+        ManifestOp::DropKeyspace { name } => put_named(out, OP_DROP_KEYSPACE, name),
+        ManifestOp::CreateCheckpoint { name, branch, time_ms } => {
+            put_named(out, OP_CREATE_CHECKPOINT, name);
+            put_varint(out, branch.0);
+            put_varint(out, *time_ms);
+        }
+        ManifestOp::DropCheckpoint { name } => put_named(out, OP_DROP_CHECKPOINT, name),
+        ManifestOp::CreateClone { name, checkpoint, time_ms } => {
+            put_named(out, OP_CREATE_CLONE, name);
+            put_bytes(out, checkpoint.as_bytes());
+            put_varint(out, *time_ms);
+        }
+        ManifestOp::DropClone { name } => put_named(out, OP_DROP_CLONE, name),
+    }
+}
+
+fn put_named(out: &mut Vec<u8>, tag: u8, name: &str) {
+    out.push(tag);
+    put_bytes(out, name.as_bytes());
+}
+
+/// Reads what [`encode_op`] wrote and adds the places to `places`.
+pub(crate) fn decode_op(from: &mut Decoder, places: &mut Places) -> Result<ManifestOp> {
+    Ok(match from.u8()? {
+        OP_ROTATE => ManifestOp::Rotate { touched: take_touched(from)? },
+        OP_INSTALL => {
+            let job = JobId(from.varint()?);
+            let mut tables = Vec::new();
+            for _ in 0..from.count(TABLE_BYTES_MIN)? {
+                let table = take_table(from)?;
+                places.insert(table.id, take_place(from)?);
+                tables.push(Arc::new(table));
+            }
+            ManifestOp::Install { job, tables }
+        }
+        OP_CREATE_KEYSPACE => ManifestOp::CreateKeyspace { name: from.name()? },
+        OP_DROP_KEYSPACE => ManifestOp::DropKeyspace { name: from.name()? },
+        OP_CREATE_CHECKPOINT => ManifestOp::CreateCheckpoint {
+            name: from.name()?,
+            branch: BranchId(from.varint()?),
+            time_ms: from.varint()?,
+        },
+        OP_DROP_CHECKPOINT => ManifestOp::DropCheckpoint { name: from.name()? },
+        OP_CREATE_CLONE => {
+            ManifestOp::CreateClone { name: from.name()?, checkpoint: from.name()?, time_ms: from.varint()? }
+        }
+        OP_DROP_CLONE => ManifestOp::DropClone { name: from.name()? },
+        _ => return Err(from.corrupt("an operation is of an unknown kind")),
+    })
+}

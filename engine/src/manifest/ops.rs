@@ -1,0 +1,370 @@
+//! What each operation does to the manifest.
+
+#![deny(clippy::indexing_slicing)]
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::picker::{self, Pick};
+use super::version::{overlap, sorted};
+use super::{
+    Branch, Checkpoint, Compaction, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, PickerSettings,
+    TableRef, Version, Versions,
+};
+use crate::codec::check_name;
+use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, MAIN, Result};
+
+/// What an operation changed that others have to follow.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Effects {
+    /// Jobs that were started, in order.
+    pub(crate) started: Vec<JobId>,
+    /// Jobs that came to nothing since what they were for was dropped.
+    pub(crate) cancelled: Vec<JobId>,
+    /// Tables that some version no longer names: to be freed where no other does.
+    pub(crate) removed: Vec<TableRef>,
+    /// Versions of branches that changed.
+    pub(crate) changed: Vec<(BranchId, KeyspaceId)>,
+    /// False for an `Install` that was without effect.
+    pub(crate) took_effect: bool,
+    /// The keyspace made or found.
+    pub(crate) keyspace: Option<KeyspaceId>,
+    /// The branch made.
+    pub(crate) branch: Option<BranchId>,
+    /// The generation made.
+    pub(crate) generation: Option<Generation>,
+}
+
+impl Manifest {
+    /// Applies an operation of entry `index`. With `picker` compactions are started where they are due; without, none
+    /// is, which gives the same data.
+    ///
+    /// # Errors
+    /// `Invalid` and `NotFound`: nothing changed, on any replica.
+    pub(crate) fn apply(
+        &mut self,
+        index: LogIndex,
+        op: &ManifestOp,
+        picker: Option<&PickerSettings>,
+    ) -> Result<Effects> {
+        let mut effects = match op {
+            ManifestOp::Rotate { touched } => self.rotate(index, touched),
+            ManifestOp::Install { job, tables } => self.install(*job, tables)?,
+            ManifestOp::CreateKeyspace { name } => self.create_keyspace(index, name)?,
+            ManifestOp::DropKeyspace { name } => self.drop_keyspace(index, name)?,
+            ManifestOp::CreateCheckpoint { name, branch, time_ms } => {
+                self.create_checkpoint(index, name, *branch, *time_ms)?
+            }
+            ManifestOp::DropCheckpoint { name } => self.drop_checkpoint(name)?,
+            ManifestOp::CreateClone { name, checkpoint, time_ms } => {
+                self.create_clone(index, name, checkpoint, *time_ms)?
+            }
+            ManifestOp::DropClone { name } => self.drop_clone(index, name)?,
+        };
+        if effects.took_effect {
+            self.as_of = index;
+            self.forget_dropped(&mut effects);
+            if let Some(picker) = picker {
+                self.start_compactions(picker, &mut effects);
+            }
+        }
+        Ok(effects)
+    }
+
+    fn rotate(&mut self, index: LogIndex, touched: &[(BranchId, KeyspaceId)]) -> Effects {
+        let mut effects = Effects { took_effect: true, ..Effects::default() };
+        let start = std::mem::replace(&mut self.rotated, index);
+        if touched.is_empty() {
+            // The entries since then wrote nothing: a frozen generation before them reaches over them.
+            if let Some(mut last) = self.generations.last_entry() {
+                Arc::make_mut(last.get_mut()).end = index;
+            }
+            return effects;
+        }
+        let generation = self.next_generation;
+        self.next_generation = Generation(generation.0 + 1);
+        let job = self.start(Job::Flush { generation }, &mut effects);
+        for &(branch, keyspace) in touched {
+            if let Some(b) = self.branches.get_mut(&branch) {
+                let version = Arc::make_mut(b.versions.entry(keyspace).or_default());
+                version.frozen.insert(0, GenRef { generation, branch });
+            }
+        }
+        let frozen = FrozenGeneration { start, end: index, touched: touched.to_vec(), job };
+        self.generations.insert(generation, Arc::new(frozen));
+        effects.generation = Some(generation);
+        effects
+    }
+
+    fn install(&mut self, job: JobId, tables: &[TableRef]) -> Result<Effects> {
+        let Some(outstanding) = self.jobs.get(&job).cloned() else { return Ok(Effects::default()) };
+        if !tables.iter().enumerate().all(|(at, t)| t.id.job == job && t.id.ordinal as usize == at) {
+            return Err(invalid_install(job, "its tables are not numbered in order"));
+        }
+        match &*outstanding {
+            Job::Flush { generation } => self.install_flush(job, *generation, tables),
+            Job::Compact(compaction) => self.install_compaction(job, compaction, tables),
+        }
+    }
+
+    fn install_flush(&mut self, job: JobId, generation: Generation, tables: &[TableRef]) -> Result<Effects> {
+        let mut effects = Effects { took_effect: true, ..Effects::default() };
+        match self.generations.first_key_value() {
+            Some((&oldest, frozen)) if oldest == generation => {
+                if !tables.iter().all(|t| frozen.touched.contains(&(t.branch, t.keyspace))) {
+                    return Err(invalid_install(job, "a table is for what the generation did not write"));
+                }
+            }
+            // A younger generation waits for the older one: it is offered again.
+            _ => return Ok(Effects::default()),
+        }
+        let frozen = self.generations.get(&generation).cloned().expect("it was just found");
+        let mut runs = Vec::new();
+        for &(branch, keyspace) in &frozen.touched {
+            let run: Vec<TableRef> =
+                tables.iter().filter(|t| (t.branch, t.keyspace) == (branch, keyspace)).cloned().collect();
+            if !sorted(&run) {
+                return Err(invalid_install(job, "tables of a run overlap"));
+            }
+            runs.push((GenRef { generation, branch }, keyspace, Arc::new(run)));
+        }
+        let install = |versions: &mut Versions| -> Vec<KeyspaceId> {
+            let mut changed = Vec::new();
+            for (source, keyspace, run) in &runs {
+                let Some(version) = versions.get_mut(keyspace) else { continue };
+                if !version.frozen.contains(source) {
+                    continue;
+                }
+                let version = Arc::make_mut(version);
+                version.frozen.retain(|f| f != source);
+                if !run.is_empty() {
+                    version.l0.insert(0, run.clone());
+                }
+                changed.push(*keyspace);
+            }
+            changed
+        };
+        for (&id, branch) in &mut self.branches {
+            effects.changed.extend(install(&mut branch.versions).into_iter().map(|keyspace| (id, keyspace)));
+        }
+        for checkpoint in self.checkpoints.values_mut() {
+            let named = checkpoint.versions.values().any(|v| v.frozen.iter().any(|f| f.generation == generation));
+            if named {
+                install(&mut Arc::make_mut(checkpoint).versions);
+            }
+        }
+        // Tables that no version took are to be freed: all that named them were dropped meanwhile.
+        effects.removed.extend(tables.iter().cloned());
+        self.generations.remove(&generation);
+        self.jobs.remove(&job);
+        Ok(effects)
+    }
+
+    fn install_compaction(&mut self, job: JobId, compaction: &Compaction, tables: &[TableRef]) -> Result<Effects> {
+        let place = (compaction.branch, compaction.keyspace);
+        if !sorted(tables) || !tables.iter().all(|t| (t.branch, t.keyspace) == place) {
+            return Err(invalid_install(job, "its tables overlap or are of another version"));
+        }
+        let version = self
+            .branches
+            .get_mut(&compaction.branch)
+            .and_then(|b| b.versions.get_mut(&compaction.keyspace))
+            .ok_or_else(|| invalid_install(job, "its version is gone"))?;
+        let inputs: BTreeSet<_> = compaction.inputs().map(|t| t.id).collect();
+        let stay = version.level(compaction.to).iter().filter(|t| !inputs.contains(&t.id)).cloned().collect::<Vec<_>>();
+        if tables.iter().any(|t| !overlap(&stay, &t.first, &t.last).is_empty()) {
+            return Err(invalid_install(job, "its tables overlap others of their level"));
+        }
+        let version = Arc::make_mut(version);
+        let gone = |id| inputs.contains(&id);
+        version.remove(compaction.from, &gone);
+        version.remove(compaction.to, &gone);
+        version.add(compaction.to, tables);
+        self.jobs.remove(&job);
+        Ok(Effects {
+            took_effect: true,
+            removed: compaction.inputs().cloned().collect(),
+            changed: vec![place],
+            ..Effects::default()
+        })
+    }
+
+    fn create_keyspace(&mut self, index: LogIndex, name: &str) -> Result<Effects> {
+        check_name(name)?;
+        // One entry may make several, so those of this very entry count as found.
+        if let Some(id) = self.keyspace_before(name, LogIndex(index.0.saturating_add(1))) {
+            return Ok(Effects { keyspace: Some(id), ..Effects::default() });
+        }
+        let id = self.next_keyspace;
+        self.next_keyspace = KeyspaceId(
+            id.0.checked_add(1).ok_or_else(|| Error::new(ErrorKind::Invalid, "no keyspace number is left"))?,
+        );
+        self.keyspaces.insert(id, Keyspace { name: name.into(), created: index, dropped: None });
+        Ok(Effects { took_effect: true, keyspace: Some(id), ..Effects::default() })
+    }
+
+    fn drop_keyspace(&mut self, index: LogIndex, name: &str) -> Result<Effects> {
+        let id = self.keyspace_before(name, index).ok_or_else(|| not_found("keyspace", name))?;
+        if id == KeyspaceId(0) {
+            return Err(Error::new(ErrorKind::Invalid, "the default keyspace cannot be dropped"));
+        }
+        if let Some(keyspace) = self.keyspaces.get_mut(&id) {
+            keyspace.dropped = Some(index);
+        }
+        let mut effects = Effects { took_effect: true, ..Effects::default() };
+        self.cancel(&mut effects, |c| c.keyspace == id);
+        Ok(effects)
+    }
+
+    fn create_checkpoint(&mut self, index: LogIndex, name: &str, branch: BranchId, created_ms: u64) -> Result<Effects> {
+        check_name(name)?;
+        if self.checkpoints.contains_key(name) {
+            return Err(taken("checkpoint", name));
+        }
+        if !self.has_branch_before(branch, index) {
+            return Err(Error::new(ErrorKind::NotFound, format!("no such branch branch={branch}")));
+        }
+        let alive = |id: &KeyspaceId| self.has_keyspace_before(*id, index);
+        let versions = self.branches.get(&branch).map(|b| &b.versions).into_iter().flatten();
+        let versions = versions.filter(|(id, _)| alive(id)).map(|(&id, v)| (id, v.clone())).collect();
+        let keyspaces =
+            self.keyspaces.iter().filter(|(id, _)| alive(id)).map(|(&id, k)| (k.name.clone(), id)).collect();
+        let checkpoint = Checkpoint { index, created_ms, branch, keyspaces, versions };
+        self.checkpoints.insert(name.into(), Arc::new(checkpoint));
+        Ok(Effects { took_effect: true, ..Effects::default() })
+    }
+
+    fn drop_checkpoint(&mut self, name: &str) -> Result<Effects> {
+        let checkpoint = self.checkpoints.remove(name).ok_or_else(|| not_found("checkpoint", name))?;
+        let removed = tables_of(&checkpoint.versions);
+        Ok(Effects { took_effect: true, removed, ..Effects::default() })
+    }
+
+    fn create_clone(&mut self, index: LogIndex, name: &str, checkpoint: &str, created_ms: u64) -> Result<Effects> {
+        check_name(name)?;
+        if self.branch_before(name, index).is_some() {
+            return Err(taken("branch", name));
+        }
+        let from = self.checkpoints.get(checkpoint).ok_or_else(|| not_found("checkpoint", checkpoint))?;
+        // A keyspace that was dropped since is dropped in every branch, this one included.
+        let alive = |id: &KeyspaceId| self.has_keyspace_before(*id, index);
+        let versions = from.versions.iter().filter(|(id, _)| alive(id)).map(|(&id, v)| (id, v.clone())).collect();
+        let branch = Branch { name: name.into(), origin: Some(checkpoint.into()), created_ms, dropped: None, versions };
+        let id = BranchId(index.0);
+        self.branches.insert(id, branch);
+        Ok(Effects { took_effect: true, branch: Some(id), ..Effects::default() })
+    }
+
+    fn drop_clone(&mut self, index: LogIndex, name: &str) -> Result<Effects> {
+        let id = self.branch_before(name, index).ok_or_else(|| not_found("branch", name))?;
+        if id == MAIN {
+            return Err(Error::new(ErrorKind::Invalid, "the main branch cannot be dropped"));
+        }
+        if let Some(branch) = self.branches.get_mut(&id) {
+            branch.dropped = Some(index);
+        }
+        let mut effects = Effects { took_effect: true, ..Effects::default() };
+        self.cancel(&mut effects, |c| c.branch == id);
+        Ok(effects)
+    }
+
+    fn start(&mut self, job: Job, effects: &mut Effects) -> JobId {
+        let id = self.next_job;
+        self.next_job = JobId(id.0 + 1);
+        self.jobs.insert(id, Arc::new(job));
+        effects.started.push(id);
+        id
+    }
+
+    fn cancel(&mut self, effects: &mut Effects, of: impl Fn(&Compaction) -> bool) {
+        let gone = self.jobs.iter().filter(|(_, job)| matches!(&***job, Job::Compact(c) if of(c)));
+        let gone: Vec<JobId> = gone.map(|(&id, _)| id).collect();
+        for id in gone {
+            self.jobs.remove(&id);
+            effects.cancelled.push(id);
+        }
+    }
+
+    /// Lets go of what was dropped at or before the flushed index (invariant 3 of the manifest).
+    fn forget_dropped(&mut self, effects: &mut Effects) {
+        let flushed = self.flushed();
+        let passed = |dropped: Option<LogIndex>| dropped.is_some_and(|at| at <= flushed);
+        self.branches.retain(|_, branch| {
+            let gone = passed(branch.dropped);
+            if gone {
+                effects.removed.extend(tables_of(&branch.versions));
+            }
+            !gone
+        });
+        let keyspaces: Vec<KeyspaceId> =
+            self.keyspaces.iter().filter(|(_, k)| passed(k.dropped)).map(|(&id, _)| id).collect();
+        for id in keyspaces {
+            self.keyspaces.remove(&id);
+            for branch in self.branches.values_mut() {
+                let version = branch.versions.remove(&id);
+                effects.removed.extend(version.iter().flat_map(|v| v.tables()).cloned());
+            }
+        }
+    }
+
+    /// Starts what is due in the versions that changed.
+    fn start_compactions(&mut self, settings: &PickerSettings, effects: &mut Effects) {
+        let mut changed = effects.changed.clone();
+        changed.sort_unstable();
+        changed.dedup();
+        for (branch, keyspace) in changed {
+            let alive = self.branches.get(&branch).is_some_and(|b| b.dropped.is_none())
+                && self.keyspaces.get(&keyspace).is_some_and(|k| k.dropped.is_none());
+            while alive {
+                let Some(version) = self.version(branch, keyspace) else { break };
+                let mut busy = BTreeSet::new();
+                let mut outstanding = 0;
+                for job in self.jobs.values() {
+                    if let Job::Compact(c) = &**job
+                        && (c.branch, c.keyspace) == (branch, keyspace)
+                    {
+                        busy.extend(c.inputs().map(|t| t.id));
+                        outstanding += 1;
+                    }
+                }
+                match picker::pick(settings, branch, keyspace, version, &busy, outstanding) {
+                    None => break,
+                    Some(Pick::Start(compaction)) => {
+                        self.start(Job::Compact(compaction), effects);
+                    }
+                    Some(Pick::Move { from, to, tables }) => {
+                        // Each move takes tables down, so the loop ends.
+                        let Some(version) = self.branches.get_mut(&branch).and_then(|b| b.versions.get_mut(&keyspace))
+                        else {
+                            break;
+                        };
+                        let version = Arc::make_mut(version);
+                        let moved: BTreeSet<_> = tables.iter().map(|t| t.id).collect();
+                        version.remove(from, &|id| moved.contains(&id));
+                        version.add(to, &tables);
+                    }
+                }
+            }
+        }
+    }
+
+    pub(crate) fn version(&self, branch: BranchId, keyspace: KeyspaceId) -> Option<&Version> {
+        self.branches.get(&branch)?.versions.get(&keyspace).map(|v| &**v)
+    }
+}
+
+fn tables_of(versions: &Versions) -> Vec<TableRef> {
+    versions.values().flat_map(|v| v.tables()).cloned().collect()
+}
+
+fn invalid_install(job: JobId, why: &str) -> Error {
+    Error::new(ErrorKind::Invalid, format!("what a job produced cannot be installed: {why} job={job}"))
+}
+
+fn not_found(what: &str, name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("no such {what} name={name}"))
+}
+
+fn taken(what: &str, name: &str) -> Error {
+    Error::new(ErrorKind::Invalid, format!("a {what} of that name exists name={name}"))
+}

@@ -1,0 +1,181 @@
+//! Decides which compaction of one version starts next: a pure function, the same on every replica.
+//!
+//! Leveled, with a base level that moves: while the data is small L0 goes straight to the last level, and each time the
+//! level below the base holds [`LEVEL_RATIO`] times `base_level_bytes` a level is put above it. So nine tenths of the data
+//! stand in the last level at any size, and dead versions are few.
+//!
+//! # Invariants
+//! 1. Levels above the base level are empty: what L0 gives to the base level is newer than all below it.
+//! 2. Inputs of outstanding compactions are disjoint, and so are the key ranges of their outputs in one level.
+//! 3. One compaction at a time takes from L0, and it takes all runs, so no older run stays behind above its output.
+//! 4. A tombstone is dropped only where no deeper level overlaps the inputs. Jobs that run at the same time cannot put older
+//!    data below: what they give to a deeper level lies within keys that overlapped there already.
+
+#![deny(clippy::indexing_slicing)]
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+
+use super::version::{LEVELS, TableRef, Version, bytes_of, overlap, sorted};
+use crate::{BranchId, KeyspaceId, TableId};
+
+/// Bytes of a level over bytes of the level above it.
+pub(crate) const LEVEL_RATIO: u64 = 10;
+/// Compactions outstanding in one version.
+pub(crate) const COMPACTIONS_PER_VERSION_MAX: usize = 2;
+/// The deepest level.
+const LAST: u8 = LEVELS as u8;
+/// Scores are per mille of the target.
+const SCORE_FULL: u64 = 1000;
+
+/// What the picker needs to know of the group's settings.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PickerSettings {
+    pub(crate) base_level_bytes: u64,
+    pub(crate) l0_compaction_runs: usize,
+}
+
+/// A compaction: what it reads and where its outputs go.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Compaction {
+    pub(crate) branch: BranchId,
+    pub(crate) keyspace: KeyspaceId,
+    /// The level it takes from; 0 for L0.
+    pub(crate) from: u8,
+    /// The level its outputs join, from 1.
+    pub(crate) to: u8,
+    /// Inputs of `from`.
+    pub(crate) upper: Vec<TableRef>,
+    /// Inputs of `to`.
+    pub(crate) lower: Vec<TableRef>,
+    /// Nothing below overlaps: a tombstone has nothing left to hide.
+    pub(crate) drop_tombstones: bool,
+}
+
+impl Compaction {
+    pub(crate) fn inputs(&self) -> impl Iterator<Item = &TableRef> {
+        self.upper.iter().chain(&self.lower)
+    }
+}
+
+/// What to do next in a version.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Pick {
+    /// The tables change their level and nothing is written.
+    Move { from: u8, to: u8, tables: Vec<TableRef> },
+    /// A job.
+    Start(Compaction),
+}
+
+/// The base level and the bytes that each level may hold.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Targets {
+    /// The level that takes from L0.
+    pub(crate) base: u8,
+    /// For L1 and below.
+    pub(crate) bytes: [u64; LEVELS],
+}
+
+pub(crate) fn targets(version: &Version, base_level_bytes: u64) -> Targets {
+    let base_bytes = base_level_bytes.max(1);
+    let sizes = version.levels.each_ref().map(|level| bytes_of(level.iter()));
+    let largest = sizes.iter().copied().max().unwrap_or(0);
+    let first = sizes.iter().position(|&size| size > 0).map_or(LAST, |at| at as u8 + 1);
+    // What the first level in use would hold if the largest stood in the last one.
+    let mut at_base = largest;
+    for _ in first..LAST {
+        at_base /= LEVEL_RATIO;
+    }
+    let mut base = first;
+    while base > 1 && at_base > base_bytes {
+        base -= 1;
+        at_base /= LEVEL_RATIO;
+    }
+    let mut bytes = [u64::MAX; LEVELS];
+    let mut target = at_base.max(base_bytes);
+    for slot in bytes.iter_mut().skip(usize::from(base) - 1) {
+        *slot = target;
+        target = target.saturating_mul(LEVEL_RATIO);
+    }
+    Targets { base, bytes }
+}
+
+/// The next step for a version, if one is due. `busy` are the inputs of its outstanding compactions.
+pub(crate) fn pick(
+    settings: &PickerSettings,
+    branch: BranchId,
+    keyspace: KeyspaceId,
+    version: &Version,
+    busy: &BTreeSet<TableId>,
+    outstanding: usize,
+) -> Option<Pick> {
+    let targets = targets(version, settings.base_level_bytes);
+    let l0_score = match version.l0.len() {
+        runs if runs < settings.l0_compaction_runs.max(1) => 0,
+        runs => (runs as u64).saturating_mul(SCORE_FULL) / settings.l0_compaction_runs.max(1) as u64,
+    };
+    let mut due = vec![(l0_score, 0)];
+    for (level, target) in (1..LAST).zip(targets.bytes) {
+        let size = bytes_of(version.level(level).iter().filter(|t| !busy.contains(&t.id)));
+        due.push(((u128::from(size) * u128::from(SCORE_FULL) / u128::from(target)) as u64, level));
+    }
+    // The fullest first, of equals the upper one.
+    due.sort_by_key(|&(score, level)| (std::cmp::Reverse(score), level));
+    due.into_iter().filter(|&(score, _)| score >= SCORE_FULL).find_map(|(_, level)| {
+        let (to, upper, lower) = match level {
+            0 => pick_l0(version, targets.base, busy)?,
+            _ => pick_level(version, level, busy)?,
+        };
+        if lower.is_empty() && sorted(&upper) {
+            return Some(Pick::Move { from: level, to, tables: upper });
+        }
+        if outstanding >= COMPACTIONS_PER_VERSION_MAX {
+            return None;
+        }
+        let (first, last) = range(upper.iter().chain(&lower))?;
+        let drop_tombstones = (to + 1..=LAST).all(|deeper| overlap(version.level(deeper), &first, &last).is_empty());
+        Some(Pick::Start(Compaction { branch, keyspace, from: level, to, upper, lower, drop_tombstones }))
+    })
+}
+
+type Inputs = (u8, Vec<TableRef>, Vec<TableRef>);
+
+fn pick_l0(version: &Version, base: u8, busy: &BTreeSet<TableId>) -> Option<Inputs> {
+    let mut upper: Vec<TableRef> = version.l0.iter().flat_map(|run| run.iter()).cloned().collect();
+    if upper.iter().any(|t| busy.contains(&t.id)) {
+        return None;
+    }
+    upper.sort_by(|a, b| (&a.first, a.id).cmp(&(&b.first, b.id)));
+    let (first, last) = range(&upper)?;
+    // Disjoint runs that overlap no table of the base level change places as they are.
+    if sorted(&upper) && upper.iter().all(|t| overlap(version.level(base), &t.first, &t.last).is_empty()) {
+        return Some((base, upper, Vec::new()));
+    }
+    let lower = overlap(version.level(base), &first, &last);
+    (!lower.iter().any(|t| busy.contains(&t.id))).then(|| (base, upper, lower.to_vec()))
+}
+
+/// The table whose move costs the fewest bytes below for each byte of its own; of equals the first by key.
+fn pick_level(version: &Version, level: u8, busy: &BTreeSet<TableId>) -> Option<Inputs> {
+    let below = version.level(level + 1);
+    let cost = |t: &TableRef| -> Option<u128> {
+        let lower = overlap(below, &t.first, &t.last);
+        let free = !busy.contains(&t.id) && !lower.iter().any(|t| busy.contains(&t.id));
+        free.then(|| u128::from(bytes_of(lower)) * 1_000_000 / u128::from(t.bytes.max(1)))
+    };
+    let (_, table) = version
+        .level(level)
+        .iter()
+        .filter_map(|t| Some((cost(t)?, t)))
+        .min_by(|a, b| (a.0, &a.1.first).cmp(&(b.0, &b.1.first)))?;
+    Some((level + 1, vec![table.clone()], overlap(below, &table.first, &table.last).to_vec()))
+}
+
+/// The smallest and the largest key.
+fn range<'a>(tables: impl IntoIterator<Item = &'a TableRef>) -> Option<(Bytes, Bytes)> {
+    tables.into_iter().fold(None, |range, t| match range {
+        None => Some((t.first.clone(), t.last.clone())),
+        Some((first, last)) => Some((first.min(t.first.clone()), last.max(t.last.clone()))),
+    })
+}
