@@ -20,7 +20,7 @@ mod state_machine;
 mod table;
 mod types;
 
-pub use command::{Command, CommandBody, InstallTable, WriteBatch, WriteOp};
+pub use command::{Command, CommandBody, InstallTable, KEY_BYTES_MAX, VALUE_BYTES_MAX, WriteBatch, WriteOp};
 pub use engine::{Engine, EngineSettings, EngineStatus, Identity, OwnerPin, OwnerRecord};
 pub use error::{Error, ErrorKind, Result};
 pub use group::{Applied, Export, Group, GroupSettings, GroupStatus, TableSource};
