@@ -16,7 +16,6 @@ mod lock;
 mod media;
 mod op;
 mod request;
-pub mod sim;
 mod threads;
 mod transfer;
 mod zone;

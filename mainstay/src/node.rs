@@ -141,7 +141,7 @@ impl Node {
         };
         let address = transport.local_address();
         let environment = options.storage.environment_or_system();
-        let media = options.storage.media(options.target).await?;
+        let media = options.storage.media(&options.target)?;
         let (engine, found) = options.storage.open_engine(media, environment.clone()).await?;
         let mut peers = options.peers;
         peers.insert(options.name.clone(), address.clone());

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use mainstay_engine::{Engine, EngineSettings, GroupSettings, OwnerRecord, StateMachine};
 use mainstay_io::{BackendChoice, Environment, Media, MediaOptions, Target};
 
-use crate::{Result, Store, platform};
+use crate::{Result, Store};
 
 /// Bytes of the log ring of a volume that is formatted by opening it.
 pub const WAL_BYTES_DEFAULT: u64 = 64 << 20;
@@ -130,7 +130,7 @@ impl StoreBuilder {
     /// # Errors
     /// As [`StoreBuilder::open`].
     pub async fn open_target(self, target: Target) -> Result<Store> {
-        let media = self.media(target).await?;
+        let media = self.media(&target)?;
         Store::open_media(self, media).await
     }
 
@@ -147,16 +147,21 @@ impl StoreBuilder {
     /// # Errors
     /// `Invalid` when the target holds data or is too small, `Locked`, `Io`.
     pub async fn format(self, target: Target, force: bool) -> Result<()> {
-        let media = self.media(target).await?;
+        let media = mainstay_io::create_media(&target, &MediaOptions { backend: self.backend })?;
         Ok(Engine::format(media, &self.environment_or_system(), self.wal_bytes, force).await?)
     }
 
     pub(crate) fn environment_or_system(&self) -> Environment {
-        self.environment.clone().unwrap_or_else(platform::environment)
+        self.environment.clone().unwrap_or_else(Environment::system)
     }
 
-    pub(crate) async fn media(&self, target: Target) -> Result<Arc<dyn Media>> {
-        platform::open_media(target, MediaOptions { backend: self.backend }).await
+    pub(crate) fn media(&self, target: &Target) -> Result<Arc<dyn Media>> {
+        let options = MediaOptions { backend: self.backend };
+        let media = match self.format {
+            true => mainstay_io::create_media(target, &options),
+            false => mainstay_io::open_media(target, &options),
+        };
+        Ok(media?)
     }
 
     /// Formats if blank, opens, and gives what the owner of the log wrote before.

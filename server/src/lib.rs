@@ -1,6 +1,24 @@
-//! The reference server: the etcd v3 API and the project's own gRPC service over a replicated store.
+//! The reference server and its command line: the etcd v3 API and the project's own gRPC services over a replicated store.
+//!
+//! # Place
+//! Above the facade; no storage logic. [`settings`] is what is set, [`serve`] what runs, [`status`] what it says of itself.
 
 #![forbid(unsafe_code)]
 
+pub mod cli;
 pub mod etcd;
 pub mod proto;
+pub mod settings;
+pub mod status;
+pub mod units;
+
+mod admin;
+pub mod bench;
+pub mod client;
+mod context;
+mod logs;
+mod metrics;
+mod offline;
+mod prestop;
+mod serve;
+mod service;

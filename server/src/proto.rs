@@ -12,3 +12,11 @@ pub mod etcdserverpb {
 pub mod mvccpb {
     tonic::include_proto!("mvccpb");
 }
+
+/// The project's own services.
+pub mod mainstay {
+    /// Version 1.
+    pub mod v1 {
+        tonic::include_proto!("mainstay.v1");
+    }
+}

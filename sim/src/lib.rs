@@ -5,7 +5,5 @@
 #![forbid(unsafe_code)]
 
 pub mod check;
-mod disk;
 pub mod net;
 pub mod rt;
-pub mod world;

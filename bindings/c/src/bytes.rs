@@ -95,9 +95,8 @@ pub(crate) unsafe fn put_out<T>(out: *mut T, value: T) -> Result<(), Failure> {
 /// `handle` is null or was made by `Box::into_raw` and is freed once.
 pub(crate) unsafe fn free<T>(handle: *mut T) {
     if !handle.is_null() {
-        // A destructor that panics is stopped like any other body.
+        // SAFETY: the contract of this function. A destructor that panics is stopped like any other body.
         let _ = guard(|| {
-            // SAFETY: the contract of this function.
             drop(unsafe { Box::from_raw(handle) });
             Ok(())
         });

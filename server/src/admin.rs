@@ -1,0 +1,136 @@
+//! The admin port: health and status over HTTP, birth and membership over gRPC.
+//!
+//! # Place
+//! On a thread of its own, so that a stuck event loop is seen and not shared. `mainstay.v1.Admin` is on no other port.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use bytes::Bytes;
+use mainstay::{MemberInfo, MemberRole, NodeId, PeerAddress};
+use tonic::{Request, Response as Answer, Status};
+
+use crate::context::{Context, grpc_status};
+use crate::proto::mainstay::v1 as pb;
+use pb::admin_server::{Admin, AdminServer};
+
+/// The routes of the admin port.
+pub(crate) fn routes(context: Arc<Context>) -> Router {
+    let service = AdminServer::new(AdminService { context: context.clone() });
+    let grpc = tonic::service::Routes::new(service).prepare().into_axum_router();
+    Router::new()
+        .route("/livez", get(livez))
+        .route("/readyz", get(readyz))
+        .route("/status", get(status))
+        .with_state(context)
+        .merge(grpc)
+}
+
+/// 200 while the event loop turns: never asks for a quorum, a peer or the disk.
+async fn livez(State(context): State<Arc<Context>>) -> (StatusCode, &'static str) {
+    match context.is_alive() {
+        true => (StatusCode::OK, "ok\n"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "the event loop does not turn\n"),
+    }
+}
+
+/// 200 while clients are well served here.
+async fn readyz(State(context): State<Arc<Context>>) -> (StatusCode, String) {
+    match context.status() {
+        None => (StatusCode::SERVICE_UNAVAILABLE, "the volume recovers\n".into()),
+        Some(status) => match status.not_ready_reason {
+            None => (StatusCode::OK, "ok\n".into()),
+            Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
+        },
+    }
+}
+
+async fn status(State(context): State<Arc<Context>>) -> Response {
+    match context.status_message() {
+        Ok(message) => ([(header::CONTENT_TYPE, "application/json")], message.document).into_response(),
+        Err(status) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", status.message())).into_response(),
+    }
+}
+
+struct AdminService {
+    context: Arc<Context>,
+}
+
+#[tonic::async_trait]
+impl Admin for AdminService {
+    async fn init(&self, request: Request<pb::InitRequest>) -> Result<Answer<pb::InitResponse>, Status> {
+        let members = request.into_inner().members;
+        if members.is_empty() {
+            return Err(Status::invalid_argument("a cluster has members: name them"));
+        }
+        let cluster = self.context.node_or_status()?.init(members).await.map_err(grpc_status)?;
+        Ok(Answer::new(pb::InitResponse { cluster: Bytes::copy_from_slice(&cluster) }))
+    }
+
+    async fn list_members(
+        &self,
+        _: Request<pb::ListMembersRequest>,
+    ) -> Result<Answer<pb::ListMembersResponse>, Status> {
+        let status = self.context.node_or_status()?.status();
+        let leader = status.leader;
+        let members = status.members.into_iter().map(|info| member(info, leader)).collect();
+        Ok(Answer::new(pb::ListMembersResponse { members }))
+    }
+
+    async fn add_member(
+        &self,
+        request: Request<pb::AddMemberRequest>,
+    ) -> Result<Answer<pb::AddMemberResponse>, Status> {
+        let pb::AddMemberRequest { name, peer_address, voter } = request.into_inner();
+        let node = self.context.node_or_status()?;
+        let info = node.add_member(&name, PeerAddress(peer_address), voter).await.map_err(grpc_status)?;
+        Ok(Answer::new(pb::AddMemberResponse { member: Some(member(info, None)) }))
+    }
+
+    async fn promote_member(
+        &self,
+        request: Request<pb::PromoteMemberRequest>,
+    ) -> Result<Answer<pb::PromoteMemberResponse>, Status> {
+        let id = NodeId(request.into_inner().id);
+        self.context.node_or_status()?.promote_member(id).await.map_err(grpc_status)?;
+        Ok(Answer::new(pb::PromoteMemberResponse {}))
+    }
+
+    async fn remove_member(
+        &self,
+        request: Request<pb::RemoveMemberRequest>,
+    ) -> Result<Answer<pb::RemoveMemberResponse>, Status> {
+        let id = NodeId(request.into_inner().id);
+        self.context.node_or_status()?.remove_member(id).await.map_err(grpc_status)?;
+        Ok(Answer::new(pb::RemoveMemberResponse {}))
+    }
+
+    async fn transfer_leader(
+        &self,
+        request: Request<pb::TransferLeaderRequest>,
+    ) -> Result<Answer<pb::TransferLeaderResponse>, Status> {
+        let to = Some(request.into_inner().to).filter(|to| *to != 0).map(NodeId);
+        let leader = self.context.node_or_status()?.transfer_leader(to).await.map_err(grpc_status)?;
+        Ok(Answer::new(pb::TransferLeaderResponse { leader: leader.0 }))
+    }
+
+    async fn status(&self, _: Request<pb::StatusRequest>) -> Result<Answer<pb::StatusResponse>, Status> {
+        self.context.status_message().map(Answer::new)
+    }
+}
+
+fn member(info: MemberInfo, leader: Option<NodeId>) -> pb::Member {
+    pb::Member {
+        id: info.id.0,
+        name: info.name,
+        peer_address: info.peer_address.0,
+        client_address: info.client_address,
+        voter: info.role == MemberRole::Voter,
+        leader: Some(info.id) == leader,
+        incarnation: Bytes::copy_from_slice(&info.incarnation),
+    }
+}

@@ -1,0 +1,434 @@
+//! The command line: what there is to say, and the exit status.
+//!
+//! # Invariants
+//! 1. Exit status 0: done. 2: the call was wrong (flags, settings). 1: anything else.
+//! 2. Results go to standard output, everything else to standard error.
+//! 3. With `--json` exactly one JSON document goes to standard output.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::settings::{Backend, ServeArgs};
+use crate::units::{ByteSize, Span};
+use crate::{bench, client, offline, prestop, serve, settings};
+
+/// Runs and operates replicas of an ordered key-value store that speaks the etcd v3 API.
+///
+/// A cluster in three steps: start `mainstay serve` on each machine, say `mainstay init --members a,b,c` once to any of
+/// them, then use any etcd client. Settings are flags, MAINSTAY_* variables or a TOML file, in this order of precedence.
+#[derive(Parser, Debug)]
+#[command(name = "mainstay", version, max_term_width = 100, propagate_version = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What `mainstay` does.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Run a replica until SIGTERM, then hand leadership over, drain and close
+    Serve(Box<ServeArgs>),
+    /// Give birth to a cluster, once: no process ever starts one by itself
+    ///
+    /// Every member has to run, be reachable and be empty. The same call again finds the cluster made and succeeds.
+    Init(InitArgs),
+    /// Lay out a volume on a blank directory or block device without starting it
+    Format(FormatArgs),
+    /// Show one verdict for each layer: disk, log, raft, engine
+    Status(StatusArgs),
+    /// Change or show who belongs to the cluster
+    #[command(subcommand)]
+    Member(MemberCommand),
+    /// Hand leadership to another voter
+    TransferLeader(TransferArgs),
+    /// Hold until the others are a quorum without this process, then hand leadership over: a hook before a pod stops
+    Prestop(PrestopArgs),
+    /// Make, show or drop named, frozen states that share all data
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
+    /// Make, show or drop writable stores that began as a checkpoint
+    #[command(subcommand)]
+    Clone(CloneCommand),
+    /// Measure puts and gets over the etcd API, of this server or of etcd
+    Bench(BenchArgs),
+    /// Read a volume offline and check every checksum
+    Verify(OfflineArgs),
+    /// Show the parts of a volume offline
+    #[command(subcommand)]
+    Inspect(InspectCommand),
+}
+
+/// Where commands that talk to the client port connect.
+#[derive(Args, Clone, Debug)]
+pub struct EndpointsArgs {
+    /// Client ports, separated by commas; the first that answers serves
+    #[arg(long, env = "MAINSTAY_ENDPOINTS", default_value = "127.0.0.1:2379", value_name = "HOST:PORT,...")]
+    pub endpoints: String,
+    /// Longest wait for an answer
+    #[arg(long, env = "MAINSTAY_TIMEOUT", default_value = "10s", value_name = "TIME")]
+    pub timeout: Span,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Where commands that talk to the admin port connect.
+#[derive(Args, Clone, Debug)]
+pub struct AdminArgs {
+    /// Admin ports, separated by commas; the first that answers serves
+    #[arg(long, env = "MAINSTAY_ADMIN", default_value = "127.0.0.1:2381", value_name = "HOST:PORT,...")]
+    pub admin: String,
+    /// Longest wait for an answer
+    #[arg(long, env = "MAINSTAY_TIMEOUT", default_value = "10s", value_name = "TIME")]
+    pub timeout: Span,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `mainstay init`.
+#[derive(Args, Debug)]
+pub struct InitArgs {
+    /// Names of all first members, as in --peers of the process that is asked
+    #[arg(long, value_name = "NAME,...", required = true, value_delimiter = ',')]
+    pub members: Vec<String>,
+    /// How long to try again while a member cannot be reached
+    #[arg(long, default_value = "30s", value_name = "TIME")]
+    pub wait: Span,
+    /// Where.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+/// `mainstay format`.
+#[derive(Args, Debug)]
+pub struct FormatArgs {
+    /// A directory, or a block device
+    #[arg(long, env = "MAINSTAY_DATA", value_name = "DIR|DEVICE")]
+    pub data: PathBuf,
+    /// Size of the log ring
+    #[arg(long, env = "MAINSTAY_WAL", default_value = "64MiB", value_name = "SIZE")]
+    pub wal: ByteSize,
+    /// Disk interface
+    #[arg(long, env = "MAINSTAY_BACKEND", value_enum, default_value = "auto")]
+    pub backend: Backend,
+    /// Lay out the volume although the target holds data, which is lost
+    #[arg(long)]
+    pub force: bool,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `mainstay status`.
+#[derive(Args, Debug)]
+pub struct StatusArgs {
+    /// Where; each of the ports is asked.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+/// `mainstay member`.
+#[derive(Subcommand, Debug)]
+pub enum MemberCommand {
+    /// Add a running, empty process as a learner, and make it a voter once it has caught up
+    Add {
+        /// Its name
+        name: String,
+        /// Where it listens for peers
+        #[arg(value_name = "HOST:PORT")]
+        peer_address: String,
+        /// Leave it a learner: it receives and does not vote
+        #[arg(long)]
+        learner: bool,
+        /// Where.
+        #[command(flatten)]
+        admin: AdminArgs,
+    },
+    /// Remove a member; its volume never takes part again
+    Remove {
+        /// Its name or its id
+        member: String,
+        /// Where.
+        #[command(flatten)]
+        admin: AdminArgs,
+    },
+    /// Make a learner a voter
+    Promote {
+        /// Its name or its id
+        member: String,
+        /// Where.
+        #[command(flatten)]
+        admin: AdminArgs,
+    },
+    /// Show all members
+    List {
+        /// Where.
+        #[command(flatten)]
+        admin: AdminArgs,
+    },
+}
+
+/// `mainstay transfer-leader`.
+#[derive(Args, Debug)]
+pub struct TransferArgs {
+    /// Name or id of the next leader; without it the most caught-up voter
+    #[arg(long, value_name = "MEMBER")]
+    pub to: Option<String>,
+    /// Where.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+/// `mainstay prestop`.
+#[derive(Args, Debug)]
+pub struct PrestopArgs {
+    /// Longest time to hold
+    #[arg(long, default_value = "240s", value_name = "TIME")]
+    pub hold: Span,
+    /// Time for load balancers to take this process out, after leadership went
+    #[arg(long, default_value = "2s", value_name = "TIME")]
+    pub drain: Span,
+    /// Where.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+/// `mainstay checkpoint`.
+#[derive(Subcommand, Debug)]
+pub enum CheckpointCommand {
+    /// Freeze the store, or a clone, under a name
+    Create {
+        /// Its name
+        name: String,
+        /// The clone to freeze; without it the store itself
+        #[arg(long, value_name = "NAME")]
+        clone: Option<String>,
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+    /// Show all checkpoints
+    List {
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+    /// Drop a checkpoint; clones made from it stay
+    Drop {
+        /// Its name
+        name: String,
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+}
+
+/// `mainstay clone`.
+#[derive(Subcommand, Debug)]
+pub enum CloneCommand {
+    /// Make a writable store from a checkpoint
+    Create {
+        /// Its name
+        name: String,
+        /// The checkpoint it begins as
+        checkpoint: String,
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+    /// Show all clones
+    List {
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+    /// Drop a clone
+    Drop {
+        /// Its name
+        name: String,
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+}
+
+/// What a benchmark does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Workload {
+    /// Writes
+    Put,
+    /// Reads
+    Get,
+    /// One write to three reads
+    Mixed,
+}
+
+/// `mainstay bench`.
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    /// What to do
+    #[arg(long, value_enum, default_value = "put")]
+    pub workload: Workload,
+    /// Requests in flight
+    #[arg(long, default_value_t = 64, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub clients: u32,
+    /// Connections that they share [default: one for each 16 clients]
+    #[arg(long, value_name = "COUNT")]
+    pub connections: Option<u32>,
+    /// Operations to do; with --duration whichever ends first
+    #[arg(long, value_name = "COUNT")]
+    pub ops: Option<u64>,
+    /// Time to run [default: 10s without --ops]
+    #[arg(long, value_name = "TIME")]
+    pub duration: Option<Span>,
+    /// Operations a second over all clients; latencies count from when an operation was due. Full speed without it
+    #[arg(long, value_name = "COUNT")]
+    pub rate: Option<u64>,
+    /// Bytes of a value
+    #[arg(long, default_value = "256", value_name = "SIZE")]
+    pub value: ByteSize,
+    /// Keys to spread over
+    #[arg(long, default_value_t = 100_000, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    pub keys: u64,
+    /// Read without a quorum round
+    #[arg(long)]
+    pub serializable: bool,
+    /// Durability of writes, sent as request metadata; etcd ignores it
+    #[arg(long, value_name = "LEVEL")]
+    pub durability: Option<String>,
+    /// Where.
+    #[command(flatten)]
+    pub endpoints: EndpointsArgs,
+}
+
+/// Commands on a volume that no process has open.
+#[derive(Args, Clone, Debug)]
+pub struct OfflineArgs {
+    /// A directory, or a block device
+    #[arg(long, env = "MAINSTAY_DATA", value_name = "DIR|DEVICE")]
+    pub data: PathBuf,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `mainstay inspect`.
+#[derive(Subcommand, Debug)]
+pub enum InspectCommand {
+    /// Identity, zones and positions of a volume
+    Superblock(OfflineArgs),
+    /// Records of the log
+    Wal(OfflineArgs),
+    /// Tables, levels, checkpoints and clones
+    Manifest(OfflineArgs),
+    /// Blocks and properties of a table
+    Table {
+        /// Its id, as the manifest shows it
+        id: String,
+        /// Where.
+        #[command(flatten)]
+        volume: OfflineArgs,
+    },
+}
+
+/// A failed command.
+#[derive(Debug)]
+pub struct Failure {
+    status: u8,
+    message: String,
+}
+
+impl Failure {
+    /// The call was wrong.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self { status: 2, message: message.into() }
+    }
+
+    /// Anything else.
+    pub fn other(message: impl Into<String>) -> Self {
+        Self { status: 1, message: message.into() }
+    }
+
+    /// The exit status.
+    pub fn status(&self) -> u8 {
+        self.status
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl From<mainstay::Error> for Failure {
+    fn from(error: mainstay::Error) -> Self {
+        Self::other(error.to_string())
+    }
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        Self::other(error.to_string())
+    }
+}
+
+/// Prints a document: as JSON, or as text made from it.
+pub(crate) fn print(
+    json: bool,
+    document: &impl serde::Serialize,
+    text: impl FnOnce() -> String,
+) -> Result<(), Failure> {
+    use std::io::Write;
+    let text = if json {
+        serde_json::to_string_pretty(document).map_err(|e| Failure::other(format!("cannot print the result: {e}")))?
+    } else {
+        text()
+    };
+    let mut out = std::io::stdout().lock();
+    // Who closed the pipe has seen enough.
+    match writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => Ok(other?),
+    }
+}
+
+/// Parses the command line, runs it, and gives the exit status.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let environment = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    let checked = settings::refuse_unknown_environment(&<Cli as clap::CommandFactory>::command(), environment);
+    match checked.and_then(|()| run(cli.command)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("mainstay: {failure}");
+            ExitCode::from(failure.status)
+        }
+    }
+}
+
+fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Serve(args) => serve::run(args.resolve()?),
+        Command::Format(args) => offline::format(&args),
+        Command::Verify(args) => offline::verify(&args),
+        Command::Inspect(command) => offline::inspect(&command),
+        Command::Init(args) => block_on(client::init(args)),
+        Command::Status(args) => block_on(client::status(args)),
+        Command::Member(command) => block_on(client::member(command)),
+        Command::TransferLeader(args) => block_on(client::transfer_leader(args)),
+        Command::Prestop(args) => block_on(prestop::run(args)),
+        Command::Checkpoint(command) => block_on(client::checkpoint(command)),
+        Command::Clone(command) => block_on(client::clone(command)),
+        Command::Bench(args) => bench::run(args),
+    }
+}
+
+fn block_on(future: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(future)
+}

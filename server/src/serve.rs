@@ -1,0 +1,282 @@
+//! `mainstay serve`: opens the volume, starts the node, serves four ports, stops in order.
+//!
+//! # Invariants
+//! 1. Each port has its own listener; no route is on two of them. Admin routes are on the admin port only.
+//! 2. Ports are bound before the volume is opened, so that a taken port costs nothing; health is answered while it recovers.
+//! 3. On SIGTERM: not ready, leadership handed over, no new connections, running requests finished within
+//!    [`DRAIN_MAX`], volume closed, exit status 0.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use mainstay::{Node, NodeOptions, Store};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::service::Routes;
+use tonic::transport::Server;
+
+use crate::cli::Failure;
+use crate::context::Context;
+use crate::metrics::Metrics;
+use crate::settings::ServeSettings;
+use crate::{admin, logs, metrics, service};
+
+/// Requests in flight on one connection.
+const STREAMS_MAX: u32 = 4096;
+/// Bytes of a request or an answer: the largest value, its key and room for what stands around them.
+pub(crate) const MESSAGE_BYTES_MAX: usize = 20 << 20;
+/// An idle connection is asked whether it lives.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// A connection that does not answer is closed.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Bytes on the way on one connection before the reader has taken them.
+const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+/// Bytes on the way on one request.
+const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+/// Longest wait for a leader to take over when this process stops.
+const HAND_OVER_MAX: Duration = Duration::from_secs(5);
+/// Longest wait for running requests when this process stops. Watches have no end of their own.
+const DRAIN_MAX: Duration = Duration::from_secs(3);
+
+/// Runs until SIGTERM or SIGINT.
+pub(crate) fn run(settings: ServeSettings) -> Result<(), Failure> {
+    logs::start(&settings)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().thread_name("mainstay").enable_all().build()?;
+    let result = runtime.block_on(serve(settings));
+    if let Err(failure) = &result {
+        tracing::error!(error = %failure, "stopped by a failure");
+    }
+    // What still runs belongs to clients that were told to go.
+    runtime.shutdown_background();
+    result
+}
+
+/// A port that is bound and not yet served.
+struct Port {
+    name: &'static str,
+    listener: Option<std::net::TcpListener>,
+    address: Option<SocketAddr>,
+}
+
+impl Port {
+    fn bind(name: &'static str, address: Option<SocketAddr>) -> Result<Self, Failure> {
+        let Some(wanted) = address else { return Ok(Self { name, listener: None, address: None }) };
+        let bound = std::net::TcpListener::bind(wanted).and_then(|listener| {
+            listener.set_nonblocking(true)?;
+            Ok((listener.local_addr()?, listener))
+        });
+        let (address, listener) =
+            bound.map_err(|e| Failure::other(format!("cannot listen for {name}: {e} address={wanted}")))?;
+        Ok(Self { name, listener: Some(listener), address: Some(address) })
+    }
+
+    /// Serves until `stop` changes. Connections with both HTTP/1 and HTTP/2 are taken.
+    async fn serve(self, routes: Router, mut stop: watch::Receiver<bool>) -> Result<(), Failure> {
+        let Some(listener) = self.listener else { return Ok(()) };
+        let listener = TcpListener::from_std(listener)?;
+        let incoming = futures_util::StreamExt::inspect(TcpListenerStream::new(listener), |stream| {
+            if let Ok(stream) = stream {
+                // Answers are small and waited for.
+                let _ = stream.set_nodelay(true);
+            }
+        });
+        Server::builder()
+            .accept_http1(true)
+            .max_concurrent_streams(STREAMS_MAX)
+            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .add_routes(Routes::from(routes))
+            .serve_with_incoming_shutdown(incoming, async move {
+                // An error means that the sender is gone, which is a stop as well.
+                let _ = stop.wait_for(|stop| *stop).await;
+            })
+            .await
+            .map_err(|e| Failure::other(format!("the {} port failed: {e}", self.name)))
+    }
+}
+
+async fn serve(settings: ServeSettings) -> Result<(), Failure> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let client = Port::bind("clients", settings.listen)?;
+    let admin_port = Port::bind("admin", settings.listen_admin)?;
+    let metrics_port = Port::bind("metrics", settings.listen_metrics)?;
+    let advertise = settings.advertise.clone().or(client.address.map(|address| address.to_string()));
+    let ports = [client.address, admin_port.address, metrics_port.address].map(|port| match port {
+        Some(address) => address.to_string(),
+        None => "none".into(),
+    });
+
+    let context = Context::new(&settings.name);
+    let metrics = Metrics::new(context.clone());
+    let (stop_health, stopped_health) = watch::channel(false);
+    let health = start_health(&context, &metrics, admin_port, metrics_port, stopped_health)?;
+    let turning = tokio::spawn(turn(context.clone()));
+
+    let model = etcd_model();
+    let started = tokio::select! {
+        node = Node::start(node_options(&settings, advertise, &model)) => Some(node?),
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+    };
+    if let Some(node) = started {
+        context.set_node(node.clone());
+        let (stop_clients, stopped_clients) = watch::channel(false);
+        let routes = client_routes(&context, &metrics, &node, &model)?;
+        let clients = tokio::spawn(client.serve(routes, stopped_clients));
+        let watching = tokio::spawn(log_changes(node.clone()));
+        let [clients_at, admin_at, metrics_at] = ports;
+        tracing::info!(
+            clients = clients_at, admin = admin_at, metrics = metrics_at, peers = node.peer_address().0,
+            data = %settings.data.display(), "serving"
+        );
+
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
+            _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
+        }
+        context.stop();
+        hand_over(&node).await;
+        let _ = stop_clients.send(true);
+        if tokio::time::timeout(DRAIN_MAX, clients).await.is_err() {
+            tracing::info!("clients with open streams are cut off");
+        }
+        watching.abort();
+        node.close().await?;
+    }
+    turning.abort();
+    let _ = stop_health.send(true);
+    // Probes that are under way get their answer; the thread ends by itself.
+    let _ = tokio::time::timeout(Duration::from_secs(1), health).await;
+    tracing::info!("closed");
+    Ok(())
+}
+
+fn node_options(settings: &ServeSettings, advertise: Option<String>, model: &EtcdModel) -> NodeOptions {
+    let storage = Store::builder()
+        .memory_bytes(settings.memory_bytes)
+        .wal_bytes(settings.wal_bytes)
+        .memtable_bytes(settings.memtable_bytes)
+        .background_tasks(settings.background_tasks)
+        .backend(settings.backend.into())
+        .state_machine(model.clone());
+    let mut options = NodeOptions::new(&settings.name, &settings.data)
+        .listen(settings.listen_peer.to_string())
+        .client_address(advertise.unwrap_or_default())
+        .heartbeat(settings.heartbeat)
+        .election_timeout(settings.election_timeout)
+        .storage(storage);
+    if let Some(advertise) = &settings.advertise_peer {
+        options = options.advertise(advertise);
+    }
+    for (name, address) in &settings.peers {
+        options = options.peer(name, address);
+    }
+    options
+}
+
+fn client_routes(
+    context: &Arc<Context>,
+    metrics: &Arc<Metrics>,
+    node: &Node,
+    model: &EtcdModel,
+) -> Result<Router, Failure> {
+    let routes = etcd_routes(node, model).add_service(
+        service::service(context.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX),
+    );
+    let router = routes.prepare().into_axum_router();
+    Ok(router.layer(axum::middleware::from_fn_with_state(metrics.clone(), metrics::count)))
+}
+
+/// Serves admin and metrics on a thread of their own. The future resolves when it has ended.
+fn start_health(
+    context: &Arc<Context>,
+    metrics: &Arc<Metrics>,
+    admin_port: Port,
+    metrics_port: Port,
+    stopped: watch::Receiver<bool>,
+) -> Result<tokio::sync::oneshot::Receiver<()>, Failure> {
+    let admin_routes = admin::routes(context.clone());
+    let metrics_routes = metrics::routes(metrics.clone());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let (ended, end) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new().name("mainstay-admin".into()).spawn(move || {
+        runtime.block_on(async {
+            let admin = admin_port.serve(admin_routes, stopped.clone());
+            let metrics = metrics_port.serve(metrics_routes, stopped);
+            let (admin, metrics) = futures_util::join!(admin, metrics);
+            for failure in [admin.err(), metrics.err()].into_iter().flatten() {
+                tracing::error!(error = %failure, "a port is not served any more");
+            }
+        });
+        let _ = ended.send(());
+    })?;
+    Ok(end)
+}
+
+/// Shows that the event loop turns.
+async fn turn(context: Arc<Context>) {
+    let mut interval = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        interval.tick().await;
+        context.turn();
+    }
+}
+
+/// Logs each change of role, term or leader.
+async fn log_changes(node: Node) {
+    let mut seen = None;
+    loop {
+        let status = node.status();
+        let now = (status.role.clone(), status.term, status.leader, status.members.len(), status.failure.clone());
+        if seen.as_ref() != Some(&now) {
+            let leader = status.leader.map_or(0, |id| id.0);
+            let (term, index, members) = (status.term, status.committed.0, status.members.len());
+            match &status.failure {
+                Some(failure) => {
+                    tracing::error!(group = GROUP, term, index, error = %failure, "left service");
+                }
+                None => tracing::info!(group = GROUP, term, index, role = status.role, leader, members, "role"),
+            }
+            seen = Some(now);
+        }
+        node.changed().await;
+    }
+}
+
+/// The one group of a node, so far.
+const GROUP: u64 = 1;
+
+/// Gives leadership away if this process has it and somebody can take it.
+async fn hand_over(node: &Node) {
+    let status = node.status();
+    let others = status.members.iter().any(|m| m.id != status.id && m.role == mainstay::MemberRole::Voter);
+    if status.role != "leader" || !others {
+        return;
+    }
+    match tokio::time::timeout(HAND_OVER_MAX, node.transfer_leader(None)).await {
+        Ok(Ok(leader)) => {
+            tracing::info!(group = GROUP, term = status.term, leader = leader.0, "handed leadership over")
+        }
+        Ok(Err(e)) => tracing::warn!(group = GROUP, term = status.term, error = %e, "kept leadership until the end"),
+        Err(_) => tracing::warn!(group = GROUP, term = status.term, "nobody took over in time"),
+    }
+}
+
+type EtcdModel = Arc<dyn mainstay::StateMachine>;
+
+fn etcd_model() -> EtcdModel {
+    todo!()
+}
+
+fn etcd_routes(_node: &Node, _model: &EtcdModel) -> Routes {
+    todo!()
+}

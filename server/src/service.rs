@@ -1,0 +1,121 @@
+//! `mainstay.v1.Store`: what the etcd API has no word for.
+
+use std::sync::Arc;
+
+use mainstay::{BranchInfo, CheckpointInfo, CommitToken, Durability, LogIndex, ReadLevel, Store as StoreHandle};
+use tonic::{Request, Response, Status};
+
+use crate::context::{Context, grpc_status};
+use crate::proto::mainstay::v1 as pb;
+use pb::store_server::{Store, StoreServer};
+
+/// The service over the node of the context.
+pub(crate) fn service(context: Arc<Context>) -> StoreServer<impl Store> {
+    StoreServer::new(StoreService { context })
+}
+
+struct StoreService {
+    context: Arc<Context>,
+}
+
+impl StoreService {
+    fn store(&self) -> Result<StoreHandle, Status> {
+        Ok(self.context.node_or_status()?.store())
+    }
+}
+
+#[tonic::async_trait]
+impl Store for StoreService {
+    async fn status(&self, _: Request<pb::StatusRequest>) -> Result<Response<pb::StatusResponse>, Status> {
+        self.context.status_message().map(Response::new)
+    }
+
+    async fn create_checkpoint(
+        &self,
+        request: Request<pb::CreateCheckpointRequest>,
+    ) -> Result<Response<pb::CreateCheckpointResponse>, Status> {
+        let pb::CreateCheckpointRequest { name, clone } = request.into_inner();
+        let mut store = self.store()?;
+        if !clone.is_empty() {
+            store = store.open_clone(&clone).map_err(grpc_status)?;
+        }
+        let info = store.checkpoint_async(&name).await.map_err(grpc_status)?;
+        Ok(Response::new(pb::CreateCheckpointResponse { checkpoint: Some(checkpoint(info)) }))
+    }
+
+    async fn list_checkpoints(
+        &self,
+        _: Request<pb::ListCheckpointsRequest>,
+    ) -> Result<Response<pb::ListCheckpointsResponse>, Status> {
+        let checkpoints = self.store()?.checkpoints().into_iter().map(checkpoint).collect();
+        Ok(Response::new(pb::ListCheckpointsResponse { checkpoints }))
+    }
+
+    async fn drop_checkpoint(
+        &self,
+        request: Request<pb::DropCheckpointRequest>,
+    ) -> Result<Response<pb::DropCheckpointResponse>, Status> {
+        let name = request.into_inner().name;
+        self.store()?.drop_checkpoint_async(&name).await.map_err(grpc_status)?;
+        Ok(Response::new(pb::DropCheckpointResponse {}))
+    }
+
+    async fn create_clone(
+        &self,
+        request: Request<pb::CreateCloneRequest>,
+    ) -> Result<Response<pb::CreateCloneResponse>, Status> {
+        let pb::CreateCloneRequest { name, checkpoint } = request.into_inner();
+        let store = self.store()?;
+        store.create_clone_async(&name, &checkpoint).await.map_err(grpc_status)?;
+        let made = store.clones().into_iter().find(|info| info.name == name).map(clone);
+        Ok(Response::new(pb::CreateCloneResponse { clone: made }))
+    }
+
+    async fn list_clones(&self, _: Request<pb::ListClonesRequest>) -> Result<Response<pb::ListClonesResponse>, Status> {
+        let clones = self.store()?.clones().into_iter().map(clone).collect();
+        Ok(Response::new(pb::ListClonesResponse { clones }))
+    }
+
+    async fn drop_clone(
+        &self,
+        request: Request<pb::DropCloneRequest>,
+    ) -> Result<Response<pb::DropCloneResponse>, Status> {
+        let name = request.into_inner().name;
+        self.store()?.drop_clone_async(&name).await.map_err(grpc_status)?;
+        Ok(Response::new(pb::DropCloneResponse {}))
+    }
+
+    async fn wait(&self, request: Request<pb::WaitRequest>) -> Result<Response<pb::WaitResponse>, Status> {
+        let request = request.into_inner();
+        let durability = match request.durability() {
+            pb::Durability::Local => Durability::Local,
+            pb::Durability::All => Durability::All,
+            pb::Durability::Unspecified | pb::Durability::Quorum => Durability::Quorum,
+        };
+        let token = CommitToken { term: request.term, index: LogIndex(request.index) };
+        let applied = self.context.node_or_status()?.replica().wait(token, durability).await;
+        applied.map_err(|e| grpc_status(e.into()))?;
+        Ok(Response::new(pb::WaitResponse {}))
+    }
+
+    async fn barrier(&self, request: Request<pb::BarrierRequest>) -> Result<Response<pb::BarrierResponse>, Status> {
+        let request = request.into_inner();
+        let level = match request.level() {
+            pb::ReadLevel::Lease => ReadLevel::Lease,
+            pb::ReadLevel::AtLeast => ReadLevel::AtLeast(LogIndex(request.index)),
+            pb::ReadLevel::Local => ReadLevel::Local,
+            pb::ReadLevel::Unspecified | pb::ReadLevel::Linearizable => ReadLevel::Linearizable,
+        };
+        let reached = self.context.node_or_status()?.replica().read_barrier(level).await;
+        let index = reached.map_err(|e| grpc_status(e.into()))?;
+        Ok(Response::new(pb::BarrierResponse { index: index.0 }))
+    }
+}
+
+fn checkpoint(info: CheckpointInfo) -> pb::Checkpoint {
+    pb::Checkpoint { name: info.name, index: info.index.0, created_ms: info.created_ms }
+}
+
+fn clone(info: BranchInfo) -> pb::Clone {
+    pb::Clone { name: info.name, checkpoint: info.origin.unwrap_or_default(), created_ms: info.created_ms }
+}

@@ -1,0 +1,495 @@
+//! Settings of `mainstay serve`: flags over `MAINSTAY_*` environment over a TOML file over defaults.
+//!
+//! # Place
+//! Read once at start into the checked [`ServeSettings`]; nothing else reads the environment.
+//!
+//! # Invariants
+//! 1. One name a setting: the flag `--listen-peer` is `MAINSTAY_LISTEN_PEER` and `listen-peer` in the file.
+//! 2. What is not a setting is refused by its name, in the file and in the environment: a typo is not a default.
+//! 3. Without TLS nothing listens beyond loopback unless `insecure-listen-anywhere` says so.
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use mainstay::BackendChoice;
+use serde::Deserialize;
+
+use crate::cli::Failure;
+use crate::units::{ByteSize, Span};
+
+/// The file of settings, and the switch that no file may set.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ServeArgs {
+    /// TOML file with settings named as the long flags, without the dashes in front
+    #[arg(long, env = "MAINSTAY_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The settings.
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+/// Every setting, unset unless given. One type for flags, environment and file, so that they cannot differ.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub struct Settings {
+    /// Name of this process, unique in the cluster; on Kubernetes that of the pod
+    #[arg(long, env = "MAINSTAY_NAME", help_heading = "Identity")]
+    pub name: Option<String>,
+
+    /// Where the volume lies: a directory, or a block device. A blank one is laid out; one that holds anything else is refused
+    #[arg(long, env = "MAINSTAY_DATA", value_name = "DIR|DEVICE", help_heading = "Identity")]
+    pub data: Option<PathBuf>,
+
+    /// All members at birth or others to find the cluster by, with the port they listen on for peers; own name allowed
+    #[arg(long, env = "MAINSTAY_PEERS", value_name = "NAME=HOST:PORT,...", help_heading = "Identity")]
+    pub peers: Option<String>,
+
+    /// Client port: the etcd v3 API and mainstay.v1.Store over gRPC; `none` opens no port [default: 127.0.0.1:2379]
+    #[arg(long, env = "MAINSTAY_LISTEN", value_name = "HOST:PORT", help_heading = "Ports")]
+    pub listen: Option<String>,
+
+    /// Peer port [default: this process's own entry in --peers, else 127.0.0.1:2380]
+    #[arg(long, env = "MAINSTAY_LISTEN_PEER", value_name = "HOST:PORT", help_heading = "Ports")]
+    pub listen_peer: Option<String>,
+
+    /// Admin port: /livez, /readyz, /status over HTTP and mainstay.v1.Admin over gRPC; `none` opens no port
+    /// [default: 127.0.0.1:2381]
+    #[arg(long, env = "MAINSTAY_LISTEN_ADMIN", value_name = "HOST:PORT", help_heading = "Ports")]
+    pub listen_admin: Option<String>,
+
+    /// Metrics port: /metrics as Prometheus text; `none` opens no port [default: 127.0.0.1:2382]
+    #[arg(long, env = "MAINSTAY_LISTEN_METRICS", value_name = "HOST:PORT", help_heading = "Ports")]
+    pub listen_metrics: Option<String>,
+
+    /// Where clients reach this process [default: --listen]
+    #[arg(long, env = "MAINSTAY_ADVERTISE", value_name = "HOST:PORT", help_heading = "Ports")]
+    pub advertise: Option<String>,
+
+    /// Where peers reach this process [default: own entry in --peers, else --listen-peer]
+    #[arg(long, env = "MAINSTAY_ADVERTISE_PEER", value_name = "HOST:PORT", help_heading = "Ports")]
+    pub advertise_peer: Option<String>,
+
+    /// Listen on addresses other than loopback although there is no TLS yet: everybody who reaches a port may read and
+    /// write everything
+    #[arg(long, env = "MAINSTAY_INSECURE_LISTEN_ANYWHERE", num_args = 0..=1, default_missing_value = "true",
+          value_name = "BOOL", help_heading = "Ports")]
+    pub insecure_listen_anywhere: Option<bool>,
+
+    /// Budget for memtables, block cache, filters and buffers together [default: half of the cgroup's limit, else 256MiB]
+    #[arg(long, env = "MAINSTAY_MEMORY", value_name = "SIZE", help_heading = "Storage")]
+    pub memory: Option<ByteSize>,
+
+    /// Size of the log ring; used when the volume is laid out, fixed from then on [default: 64MiB]
+    #[arg(long, env = "MAINSTAY_WAL", value_name = "SIZE", help_heading = "Storage")]
+    pub wal: Option<ByteSize>,
+
+    /// Bytes applied between two flushes; equal on all replicas [default: 16MiB]
+    #[arg(long, env = "MAINSTAY_MEMTABLE", value_name = "SIZE", help_heading = "Storage")]
+    pub memtable: Option<ByteSize>,
+
+    /// Tasks for flush and compaction, 1 to 16 [default: 1]
+    #[arg(long, env = "MAINSTAY_BACKGROUND_TASKS", value_name = "COUNT", help_heading = "Storage")]
+    pub background_tasks: Option<usize>,
+
+    /// Disk interface [default: auto, io_uring where it works, else threads]
+    #[arg(long, env = "MAINSTAY_BACKEND", value_enum, help_heading = "Storage")]
+    pub backend: Option<Backend>,
+
+    /// Interval of heartbeats [default: 100ms]
+    #[arg(long, env = "MAINSTAY_HEARTBEAT", value_name = "TIME", help_heading = "Consensus")]
+    pub heartbeat: Option<Span>,
+
+    /// Lower bound of the election timeout, at least twice the heartbeat; the upper is twice as long [default: 300ms]
+    #[arg(long, env = "MAINSTAY_ELECTION_TIMEOUT", value_name = "TIME", help_heading = "Consensus")]
+    pub election_timeout: Option<Span>,
+
+    /// Least severe messages that are logged, as in `info` or `warn,mainstay_server=debug` [default: info]
+    #[arg(long, env = "MAINSTAY_LOG_LEVEL", value_name = "FILTER", help_heading = "Logs")]
+    pub log_level: Option<String>,
+
+    /// Where messages go [default: stderr]
+    #[arg(long, env = "MAINSTAY_LOG_TO", value_enum, help_heading = "Logs")]
+    pub log_to: Option<LogTo>,
+
+    /// Form of messages [default: json]
+    #[arg(long, env = "MAINSTAY_LOG_FORMAT", value_enum, help_heading = "Logs")]
+    pub log_format: Option<LogFormat>,
+}
+
+/// Disk interfaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backend {
+    /// io_uring where it works, else threads
+    Auto,
+    /// io_uring or an error
+    Uring,
+    /// Threads
+    Threads,
+}
+
+impl From<Backend> for BackendChoice {
+    fn from(backend: Backend) -> Self {
+        match backend {
+            Backend::Auto => Self::Auto,
+            Backend::Uring => Self::Uring,
+            Backend::Threads => Self::Threads,
+        }
+    }
+}
+
+/// Where logs go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogTo {
+    /// Standard error
+    Stderr,
+    /// Standard output
+    Stdout,
+}
+
+/// What a log line looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    /// One JSON object a line
+    Json,
+    /// For people
+    Text,
+}
+
+/// Checked settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServeSettings {
+    /// Name of this process.
+    pub name: String,
+    /// Where the volume lies.
+    pub data: PathBuf,
+    /// Names and peer addresses.
+    pub peers: BTreeMap<String, String>,
+    /// Client port.
+    pub listen: Option<SocketAddr>,
+    /// Peer port.
+    pub listen_peer: SocketAddr,
+    /// Admin port.
+    pub listen_admin: Option<SocketAddr>,
+    /// Metrics port.
+    pub listen_metrics: Option<SocketAddr>,
+    /// Where clients reach this process, if not at the client port.
+    pub advertise: Option<String>,
+    /// Where peers reach this process, if not at the peer port.
+    pub advertise_peer: Option<String>,
+    /// Memory budget.
+    pub memory_bytes: u64,
+    /// Log ring at format.
+    pub wal_bytes: u64,
+    /// Bytes between two rotations.
+    pub memtable_bytes: u64,
+    /// Flush and compaction tasks.
+    pub background_tasks: usize,
+    /// Disk interface.
+    pub backend: Backend,
+    /// Heartbeat interval.
+    pub heartbeat: Duration,
+    /// Lower bound of the election timeout.
+    pub election_timeout: Duration,
+    /// Log filter.
+    pub log_level: String,
+    /// Where logs go.
+    pub log_to: LogTo,
+    /// Form of logs.
+    pub log_format: LogFormat,
+}
+
+impl ServeArgs {
+    /// Reads the file, puts flags and environment over it, checks everything.
+    ///
+    /// # Errors
+    /// A usage failure that names the setting, what is wrong and what to give in its place.
+    pub fn resolve(self) -> Result<ServeSettings, Failure> {
+        let file = match &self.config {
+            Some(path) => {
+                let text = std::fs::read_to_string(path).map_err(|e| {
+                    Failure::usage(format!("cannot read the settings file: {e} path={}", path.display()))
+                })?;
+                parse_file(&text, path)?
+            }
+            None => Settings::default(),
+        };
+        self.settings.over(file).check()
+    }
+}
+
+/// Parses a settings file.
+fn parse_file(text: &str, path: &Path) -> Result<Settings, Failure> {
+    toml::from_str(text)
+        .map_err(|e| Failure::usage(format!("settings file {}: {}", path.display(), e.to_string().trim())))
+}
+
+macro_rules! first_of {
+    ($upper:ident, $lower:ident: $($field:ident),* $(,)?) => {
+        Settings { $($field: $upper.$field.or($lower.$field)),* }
+    };
+}
+
+impl Settings {
+    /// These where set, else those of `lower`.
+    fn over(self, lower: Self) -> Self {
+        first_of!(self, lower: name, data, peers, listen, listen_peer, listen_admin, listen_metrics, advertise,
+            advertise_peer, insecure_listen_anywhere, memory, wal, memtable, background_tasks, backend, heartbeat,
+            election_timeout, log_level, log_to, log_format)
+    }
+
+    fn check(self) -> Result<ServeSettings, Failure> {
+        let name = self.name.ok_or_else(|| missing("name", "a name unique in the cluster"))?;
+        if name.is_empty() || name.len() > 255 || name.contains(['=', ',', '/']) || name.contains(char::is_whitespace) {
+            return Err(Failure::usage(format!(
+                "name is 1 to 255 bytes without '=', ',', '/' and spaces name='{name}'"
+            )));
+        }
+        let data = self.data.ok_or_else(|| missing("data", "a directory or a block device"))?;
+        let peers = parse_peers(self.peers.as_deref().unwrap_or_default())?;
+        let own = peers.get(&name).cloned();
+
+        let anywhere = self.insecure_listen_anywhere.unwrap_or(false);
+        let port = |setting: &str, given: Option<String>, default: &str| {
+            listen_address(setting, given.as_deref().unwrap_or(default), anywhere)
+        };
+        let listen_peer = match (self.listen_peer, &own) {
+            (Some(given), _) => port("listen-peer", Some(given), "")?,
+            (None, Some(own)) => port("listen-peer", Some(own.clone()), "")?,
+            (None, None) => port("listen-peer", None, "127.0.0.1:2380")?,
+        };
+        let listen_peer = listen_peer.ok_or_else(|| Failure::usage("listen-peer cannot be none: give HOST:PORT"))?;
+
+        let memory_bytes = self.memory.map_or_else(memory_bytes_default, |size| size.0);
+        let wal_bytes = self.wal.map_or(mainstay::WAL_BYTES_DEFAULT, |size| size.0);
+        let memtable_bytes = self.memtable.map_or(16 << 20, |size| size.0);
+        let background_tasks = self.background_tasks.unwrap_or(1);
+        let heartbeat = self.heartbeat.map_or(Duration::from_millis(100), |span| span.0);
+        let election_timeout = self.election_timeout.map_or(Duration::from_millis(300), |span| span.0);
+        bounds("memory", memory_bytes, 16 << 20, 1 << 40)?;
+        bounds("wal", wal_bytes, 1 << 20, 1 << 40)?;
+        bounds("memtable", memtable_bytes, 64 << 10, 1 << 30)?;
+        bounds("background-tasks", background_tasks as u64, 1, 16)?;
+        if heartbeat < Duration::from_millis(5) || election_timeout < heartbeat * 2 {
+            let message = format!(
+                "heartbeat is at least 5ms and election-timeout at least twice as long heartbeat={}ms election-timeout={}ms",
+                heartbeat.as_millis(),
+                election_timeout.as_millis()
+            );
+            return Err(Failure::usage(message));
+        }
+        Ok(ServeSettings {
+            listen: port("listen", self.listen, "127.0.0.1:2379")?,
+            listen_admin: port("listen-admin", self.listen_admin, "127.0.0.1:2381")?,
+            listen_metrics: port("listen-metrics", self.listen_metrics, "127.0.0.1:2382")?,
+            advertise: self.advertise,
+            advertise_peer: self.advertise_peer.or(own),
+            listen_peer,
+            name,
+            data,
+            peers,
+            memory_bytes,
+            wal_bytes,
+            memtable_bytes,
+            background_tasks,
+            backend: self.backend.unwrap_or(Backend::Auto),
+            heartbeat,
+            election_timeout,
+            log_level: self.log_level.unwrap_or_else(|| "info".into()),
+            log_to: self.log_to.unwrap_or(LogTo::Stderr),
+            log_format: self.log_format.unwrap_or(LogFormat::Json),
+        })
+    }
+}
+
+fn missing(setting: &str, what: &str) -> Failure {
+    let variable = setting.to_uppercase().replace('-', "_");
+    Failure::usage(format!(
+        "{setting} is not set: give {what} by --{setting}, MAINSTAY_{variable} or the settings file"
+    ))
+}
+
+fn bounds(setting: &str, value: u64, least: u64, most: u64) -> Result<(), Failure> {
+    if (least..=most).contains(&value) {
+        return Ok(());
+    }
+    Err(Failure::usage(format!("{setting} is out of range value={value} least={least} most={most}")))
+}
+
+/// `a=host:port,b=host:port`.
+fn parse_peers(text: &str) -> Result<BTreeMap<String, String>, Failure> {
+    let mut peers = BTreeMap::new();
+    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+        let parsed = part.split_once('=').filter(|(name, address)| !name.is_empty() && has_port(address));
+        let Some((name, address)) = parsed else {
+            return Err(Failure::usage(format!("peers are NAME=HOST:PORT, separated by commas found='{part}'")));
+        };
+        if peers.insert(name.to_owned(), address.to_owned()).is_some() {
+            return Err(Failure::usage(format!("peers name a process twice name={name}")));
+        }
+    }
+    Ok(peers)
+}
+
+fn has_port(address: &str) -> bool {
+    address.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+}
+
+/// The socket to bind, `None` for `none`.
+fn listen_address(setting: &str, text: &str, anywhere: bool) -> Result<Option<SocketAddr>, Failure> {
+    if text == "none" {
+        return Ok(None);
+    }
+    let resolved = text.to_socket_addrs().ok().and_then(|mut found| found.next());
+    let address = resolved
+        .ok_or_else(|| Failure::usage(format!("{setting} is HOST:PORT with a host of this machine found='{text}'")))?;
+    if !address.ip().is_loopback() && !anywhere {
+        return Err(Failure::usage(format!(
+            "{setting} would be reachable from other machines and there is no TLS yet: listen on loopback, or allow it with \
+             --insecure-listen-anywhere address={address}"
+        )));
+    }
+    Ok(Some(address))
+}
+
+/// Half of the memory that the cgroup allows, else the default of the library.
+fn memory_bytes_default() -> u64 {
+    let limit =
+        std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse::<u64>().ok());
+    limit.map_or(mainstay::MEMORY_BYTES_DEFAULT, |limit| (limit / 2).max(16 << 20))
+}
+
+/// Refuses variables of the environment that begin as ours and are none: a typo would otherwise be a silent default.
+///
+/// # Errors
+/// A usage failure that names the variable.
+pub fn refuse_unknown_environment(
+    command: &clap::Command,
+    environment: impl Iterator<Item = String>,
+) -> Result<(), Failure> {
+    let mut known = Vec::new();
+    collect_variables(command, &mut known);
+    match environment.filter(|name| name.starts_with("MAINSTAY_")).find(|name| !known.contains(name)) {
+        Some(name) => {
+            Err(Failure::usage(format!("unknown setting in the environment: unset or correct it name={name}")))
+        }
+        None => Ok(()),
+    }
+}
+
+fn collect_variables(command: &clap::Command, known: &mut Vec<String>) {
+    known.extend(
+        command.get_arguments().filter_map(|arg| arg.get_env()).map(|name| name.to_string_lossy().into_owned()),
+    );
+    for subcommand in command.get_subcommands() {
+        collect_variables(subcommand, known);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn minimal() -> Settings {
+        Settings { name: Some("a".into()), data: Some("/tmp/a".into()), ..Settings::default() }
+    }
+
+    fn refused(settings: Settings) -> String {
+        match settings.check() {
+            Ok(settings) => panic!("accepted {settings:?}"),
+            Err(failure) => {
+                assert_eq!(failure.status(), 2, "a wrong setting is a usage failure");
+                failure.to_string()
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_above_wins_and_what_is_below_fills() {
+        let upper = Settings { heartbeat: Some(Span(Duration::from_millis(50))), ..Settings::default() };
+        let lower =
+            parse_file("heartbeat = '75ms'\nwal = '32MiB'\nmemory = 33554432", Path::new("file")).expect("valid");
+        let found = upper.over(lower).over(minimal()).check().expect("valid");
+        assert_eq!(found.heartbeat, Duration::from_millis(50));
+        assert_eq!(found.wal_bytes, 32 << 20);
+        assert_eq!(found.memory_bytes, 32 << 20);
+        assert_eq!(found.name, "a");
+        assert_eq!(found.listen, Some("127.0.0.1:2379".parse().expect("an address")));
+    }
+
+    #[test]
+    fn an_unknown_setting_in_the_file_is_named() {
+        let failure = parse_file("hartbeat = '75ms'", Path::new("x.toml")).expect_err("a typo");
+        assert!(failure.to_string().contains("hartbeat"), "{failure}");
+        assert_eq!(failure.status(), 2);
+    }
+
+    #[test]
+    fn nothing_listens_beyond_loopback_unless_told_so() {
+        for setting in ["listen", "listen-peer", "listen-admin", "listen-metrics"] {
+            let with = |anywhere| {
+                let mut settings = minimal();
+                let address = Some("0.0.0.0:9".to_owned());
+                match setting {
+                    "listen" => settings.listen = address,
+                    "listen-peer" => settings.listen_peer = address,
+                    "listen-admin" => settings.listen_admin = address,
+                    _ => settings.listen_metrics = address,
+                }
+                settings.insecure_listen_anywhere = anywhere;
+                settings
+            };
+            let message = refused(with(None));
+            assert!(message.contains(setting) && message.contains("--insecure-listen-anywhere"), "{message}");
+            assert!(refused(with(Some(false))).contains(setting));
+            with(Some(true)).check().expect("allowed in as many words");
+        }
+    }
+
+    #[test]
+    fn ports_can_be_omitted_but_for_that_of_peers() {
+        let none = Some("none".to_owned());
+        let settings =
+            Settings { listen: none.clone(), listen_admin: none.clone(), listen_metrics: none.clone(), ..minimal() };
+        let found = settings.check().expect("valid");
+        assert_eq!((found.listen, found.listen_admin, found.listen_metrics), (None, None, None));
+        assert!(refused(Settings { listen_peer: none, ..minimal() }).contains("listen-peer"));
+    }
+
+    #[test]
+    fn peers_are_names_and_addresses() {
+        let own = "b=127.0.0.1:3,a=127.0.0.1:4";
+        let found = Settings { peers: Some(own.into()), ..minimal() }.check().expect("valid");
+        assert_eq!(found.listen_peer, "127.0.0.1:4".parse().expect("an address"));
+        assert_eq!(found.advertise_peer.as_deref(), Some("127.0.0.1:4"));
+        for wrong in ["b", "b=", "b=host", "=host:1", "b=host:99999", "b=h:1,b=h:2"] {
+            assert!(refused(Settings { peers: Some(wrong.into()), ..minimal() }).contains("peers"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn values_out_of_range_are_named_with_their_bounds() {
+        let message = refused(Settings { wal: Some(ByteSize(4096)), ..minimal() });
+        assert!(message.contains("wal") && message.contains("least=1048576"), "{message}");
+        let message = refused(Settings { election_timeout: Some(Span(Duration::from_millis(50))), ..minimal() });
+        assert!(message.contains("election-timeout"), "{message}");
+        assert!(refused(Settings { name: None, ..minimal() }).contains("MAINSTAY_NAME"));
+        assert!(refused(Settings { name: Some("a b".into()), ..minimal() }).contains("name"));
+    }
+
+    #[test]
+    fn an_unknown_variable_is_named() {
+        let command = <crate::cli::Cli as clap::CommandFactory>::command();
+        let check = |name: &str| refuse_unknown_environment(&command, [name.to_owned()].into_iter());
+        check("MAINSTAY_LISTEN_PEER").expect("a setting");
+        check("PATH").expect("not ours");
+        let failure = check("MAINSTAY_LISTEN_PEERS").expect_err("a typo");
+        assert!(failure.to_string().contains("MAINSTAY_LISTEN_PEERS"), "{failure}");
+        assert_eq!(failure.status(), 2);
+    }
+}

@@ -1,0 +1,467 @@
+//! What a replica says of itself: one document, one verdict for each layer.
+//!
+//! # Place
+//! Pure: from the counts of engine and node to the document that `/status`, `mainstay status` and both gRPC services show.
+
+use mainstay::{EngineStatus, MemberRole, NodeStatus};
+use serde::{Deserialize, Serialize};
+
+/// How a layer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Health {
+    /// Nothing to do.
+    Ok,
+    /// It serves; look at it today.
+    Warn,
+    /// It does not serve.
+    Bad,
+}
+
+/// One line on one layer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// How it is.
+    pub health: Health,
+    /// Why, for people.
+    pub line: String,
+}
+
+/// A verdict for each layer, from the medium upwards.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verdicts {
+    /// The device and its interface.
+    pub disk: Verdict,
+    /// The write-ahead log.
+    pub log: Verdict,
+    /// Consensus.
+    pub raft: Verdict,
+    /// Tables and memory.
+    pub engine: Verdict,
+}
+
+/// Counts of the volume.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DiskSection {
+    /// `uring`, `threads` or `sim`.
+    pub backend: String,
+    /// Why it is not the one asked for.
+    pub fallback_reason: Option<String>,
+    /// Bytes of extents in use.
+    pub extent_bytes: u64,
+    /// Why the volume takes no writes.
+    pub read_only: Option<String>,
+}
+
+/// Counts of the log.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LogSection {
+    /// Bytes in use.
+    pub used_bytes: u64,
+    /// Bytes of the ring.
+    pub ring_bytes: u64,
+    /// Device writes since open.
+    pub batches: u64,
+    /// Records since open.
+    pub records: u64,
+    /// Bytes of payload since open.
+    pub payload_bytes: u64,
+    /// Bytes written since open.
+    pub written_bytes: u64,
+}
+
+/// A member as seen from here.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MemberSection {
+    /// Its id, in decimal.
+    pub id: u64,
+    /// Its name.
+    pub name: String,
+    /// Whether it votes.
+    pub voter: bool,
+    /// Where it listens for peers.
+    pub peer_address: String,
+    /// Where it listens for clients.
+    pub client_address: String,
+    /// Entries that it lacks, known to the leader only.
+    pub lag: Option<u64>,
+}
+
+/// Counts of consensus.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RaftSection {
+    /// Cluster id in hexadecimal, empty before birth.
+    pub cluster: String,
+    /// Own id, 0 before birth.
+    pub id: u64,
+    /// `leader`, `follower`, `candidate`, `learner`, `waiting`, `removed` or `failed`.
+    pub role: String,
+    /// Term.
+    pub term: u64,
+    /// Id of the leader it knows.
+    pub leader: Option<u64>,
+    /// Name of the leader it knows.
+    pub leader_name: Option<String>,
+    /// Last entry in its log.
+    pub last_log: u64,
+    /// Last entry known committed.
+    pub committed: u64,
+    /// Last entry applied.
+    pub applied: u64,
+    /// Members.
+    pub members: Vec<MemberSection>,
+    /// Why it left service.
+    pub failure: Option<String>,
+}
+
+/// Counts of the engine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EngineSection {
+    /// Entries up to here are in tables.
+    pub flushed: u64,
+    /// Generations that wait for their flush.
+    pub frozen_generations: u64,
+    /// Tables of the present manifest.
+    pub tables: u64,
+    /// Their bytes.
+    pub table_bytes: u64,
+    /// Jobs that other replicas have finished and this one has not.
+    pub absent_jobs: u64,
+    /// Memory in use, of the budget.
+    pub memory_used_bytes: u64,
+    /// The budget.
+    pub memory_bytes: u64,
+    /// Digest over all tables, in hexadecimal.
+    pub digest: String,
+    /// The index it holds for.
+    pub digest_index: u64,
+    /// Tables that differed from the leader's.
+    pub divergences: u64,
+    /// Names of checkpoints.
+    pub checkpoints: Vec<String>,
+    /// Names of clones.
+    pub clones: Vec<String>,
+}
+
+/// The document.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the program.
+    pub version: String,
+    /// Name of the process.
+    pub member: String,
+    /// The worst of the verdicts.
+    pub health: Health,
+    /// True when it is fit for clients: `/readyz`.
+    pub ready: bool,
+    /// Why not.
+    pub not_ready_reason: Option<String>,
+    /// One line a layer.
+    pub verdicts: Verdicts,
+    /// The volume.
+    pub disk: DiskSection,
+    /// The log.
+    pub log: LogSection,
+    /// Consensus.
+    pub raft: RaftSection,
+    /// The engine.
+    pub engine: EngineSection,
+}
+
+/// Entries that a replica may lack and still be ready.
+pub const READY_LAG_MAX: u64 = 10_000;
+
+/// Where the status comes from.
+pub struct Sources {
+    /// Name of the process.
+    pub member: String,
+    /// The process is about to stop.
+    pub stopping: bool,
+    /// Of the volume.
+    pub engine: EngineStatus,
+    /// Of the log.
+    pub wal: mainstay_wal::WalStats,
+    /// Of consensus and data.
+    pub node: NodeStatus,
+    /// Names of checkpoints.
+    pub checkpoints: Vec<String>,
+    /// Names of clones.
+    pub clones: Vec<String>,
+}
+
+impl Status {
+    /// Judges the counts.
+    pub fn new(sources: Sources) -> Self {
+        let Sources { member, stopping, engine, wal, node, checkpoints, clones } = sources;
+        let verdicts = Verdicts {
+            disk: disk_verdict(&engine),
+            log: log_verdict(&engine, &wal),
+            raft: raft_verdict(&node),
+            engine: engine_verdict(&engine, &node),
+        };
+        let all = [&verdicts.disk, &verdicts.log, &verdicts.raft, &verdicts.engine];
+        let health = all.into_iter().map(|verdict| verdict.health).max().unwrap_or(Health::Ok);
+        let not_ready_reason = not_ready_reason(stopping, &node);
+        let leader_name = node.leader.and_then(|id| node.members.iter().find(|m| m.id == id)).map(|m| m.name.clone());
+        Self {
+            version: env!("CARGO_PKG_VERSION").into(),
+            member,
+            health,
+            ready: not_ready_reason.is_none(),
+            not_ready_reason,
+            verdicts,
+            disk: DiskSection {
+                backend: engine.backend.clone(),
+                fallback_reason: engine.fallback_reason.clone(),
+                extent_bytes: engine.extent_bytes,
+                read_only: engine.read_only.clone(),
+            },
+            log: LogSection {
+                used_bytes: engine.wal_used_bytes,
+                ring_bytes: engine.wal_ring_bytes,
+                batches: wal.batches,
+                records: wal.records,
+                payload_bytes: wal.payload_bytes,
+                written_bytes: wal.written_bytes,
+            },
+            raft: RaftSection {
+                cluster: if node.cluster == [0; 16] { String::new() } else { hex(&node.cluster) },
+                id: node.id.0,
+                role: node.role.clone(),
+                term: node.term,
+                leader: node.leader.map(|id| id.0),
+                leader_name,
+                last_log: node.last_log.0,
+                committed: node.committed.0,
+                applied: node.group.applied.0,
+                members: node
+                    .members
+                    .iter()
+                    .map(|m| MemberSection {
+                        id: m.id.0,
+                        name: m.name.clone(),
+                        voter: m.role == MemberRole::Voter,
+                        peer_address: m.peer_address.0.clone(),
+                        client_address: m.client_address.clone(),
+                        lag: node.lag.get(&m.id.0).copied(),
+                    })
+                    .collect(),
+                failure: node.failure.clone(),
+            },
+            engine: EngineSection {
+                flushed: node.group.flushed.0,
+                frozen_generations: node.group.frozen_generations,
+                tables: node.group.tables,
+                table_bytes: node.group.table_bytes,
+                absent_jobs: node.group.absent_jobs,
+                memory_used_bytes: engine.memory_used_bytes,
+                memory_bytes: engine.memory_bytes,
+                digest: format!("{:032x}", node.group.digest),
+                digest_index: node.group.digest_index.0,
+                divergences: node.group.divergences,
+                checkpoints,
+                clones,
+            },
+        }
+    }
+
+    /// For people: a line a layer and a line a member.
+    pub fn text(&self) -> String {
+        let mut text = format!("{} {} ready={}\n", self.member, label(self.health), self.ready);
+        let layers = [
+            ("disk", &self.verdicts.disk),
+            ("log", &self.verdicts.log),
+            ("raft", &self.verdicts.raft),
+            ("engine", &self.verdicts.engine),
+        ];
+        for (name, verdict) in layers {
+            text += &format!("  {name:<7} {:<5} {}\n", label(verdict.health), verdict.line);
+        }
+        for member in &self.raft.members {
+            let role = match (Some(member.id) == self.raft.leader, member.voter) {
+                (true, _) => "leader",
+                (false, true) => "voter",
+                (false, false) => "learner",
+            };
+            let lag = member.lag.map(|lag| format!(" lag={lag}")).unwrap_or_default();
+            text +=
+                &format!("  member  {:<8} {} id={} peer={}{lag}\n", role, member.name, member.id, member.peer_address);
+        }
+        text
+    }
+}
+
+fn label(health: Health) -> &'static str {
+    match health {
+        Health::Ok => "ok",
+        Health::Warn => "WARN",
+        Health::Bad => "BAD",
+    }
+}
+
+/// Bytes in hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn verdict(health: Health, line: String) -> Verdict {
+    Verdict { health, line }
+}
+
+fn size(bytes: u64) -> crate::units::ByteSize {
+    crate::units::ByteSize(bytes)
+}
+
+fn disk_verdict(engine: &EngineStatus) -> Verdict {
+    let in_use = size(engine.extent_bytes);
+    match (&engine.read_only, &engine.fallback_reason) {
+        (Some(reason), _) => verdict(Health::Bad, format!("takes no writes: {reason}")),
+        (None, Some(reason)) => {
+            verdict(Health::Warn, format!("{in_use} in use by {} because {reason}", engine.backend))
+        }
+        (None, None) => verdict(Health::Ok, format!("{in_use} in use by {}", engine.backend)),
+    }
+}
+
+fn log_verdict(engine: &EngineStatus, wal: &mainstay_wal::WalStats) -> Verdict {
+    let (used, ring) = (engine.wal_used_bytes, engine.wal_ring_bytes);
+    let percent = used.saturating_mul(100).checked_div(ring).unwrap_or(0);
+    let records_a_batch = wal.records as f64 / wal.batches.max(1) as f64;
+    let line = format!("{percent} % of {} in use, {records_a_batch:.1} records a device write", size(ring));
+    verdict(if percent > 90 { Health::Warn } else { Health::Ok }, line)
+}
+
+fn raft_verdict(node: &NodeStatus) -> Verdict {
+    if let Some(failure) = &node.failure {
+        return verdict(Health::Bad, format!("left service: {failure}"));
+    }
+    if node.role == "waiting" {
+        return verdict(Health::Warn, "waits for `mainstay init` or for a cluster that knows its name".into());
+    }
+    if node.role == "removed" {
+        return verdict(Health::Bad, "was removed from its cluster: wipe the volume to join anew".into());
+    }
+    let line = format!("{} in term {}, applied {} of {}", node.role, node.term, node.group.applied, node.committed);
+    if node.leader.is_none() {
+        return verdict(Health::Bad, format!("{line}, knows no leader"));
+    }
+    let behind = node.lag.iter().filter(|(_, lag)| **lag > READY_LAG_MAX).count();
+    if behind > 0 {
+        return verdict(Health::Warn, format!("{line}, {behind} members far behind"));
+    }
+    verdict(Health::Ok, line)
+}
+
+fn engine_verdict(engine: &EngineStatus, node: &NodeStatus) -> Verdict {
+    let group = &node.group;
+    let line = format!(
+        "{} tables of {}, memory {} of {}, {} generations wait for their flush",
+        group.tables,
+        size(group.table_bytes),
+        size(engine.memory_used_bytes),
+        size(engine.memory_bytes),
+        group.frozen_generations
+    );
+    if group.divergences > 0 {
+        let line = format!("{} tables differ from the leader's: {line}", group.divergences);
+        return verdict(Health::Bad, line);
+    }
+    let full = engine.memory_used_bytes > engine.memory_bytes;
+    verdict(if full || group.frozen_generations > 4 { Health::Warn } else { Health::Ok }, line)
+}
+
+/// Why clients should go elsewhere, from what this node knows without asking anybody.
+fn not_ready_reason(stopping: bool, node: &NodeStatus) -> Option<String> {
+    if stopping {
+        return Some("stopping".into());
+    }
+    if let Some(failure) = &node.failure {
+        return Some(format!("left service: {failure}"));
+    }
+    if node.role == "waiting" || node.role == "removed" {
+        return Some(format!("not a member: {}", node.role));
+    }
+    if node.leader.is_none() {
+        return Some("knows no leader".into());
+    }
+    let lag = node.committed.0.saturating_sub(node.group.applied.0);
+    (lag > READY_LAG_MAX).then(|| format!("has {lag} entries to apply"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sources() -> Sources {
+        let node =
+            NodeStatus { role: "follower".into(), leader: Some(mainstay::NodeId(2)), term: 3, ..NodeStatus::default() };
+        let engine = EngineStatus { backend: "uring".into(), memory_bytes: 1 << 20, ..EngineStatus::default() };
+        let wal = mainstay_wal::WalStats::default();
+        Sources { member: "a".into(), stopping: false, engine, wal, node, checkpoints: vec![], clones: vec![] }
+    }
+
+    #[test]
+    fn each_fault_shows_in_the_verdict_of_its_layer() {
+        let check = |name: &str, expect: Health, change: &dyn Fn(&mut Sources)| {
+            let mut sources = sources();
+            change(&mut sources);
+            let status = Status::new(sources);
+            let found = [&status.verdicts.disk, &status.verdicts.log, &status.verdicts.raft, &status.verdicts.engine];
+            let layer = ["disk", "log", "raft", "engine"].iter().position(|layer| *layer == name).expect("a layer");
+            for (at, verdict) in found.iter().enumerate() {
+                let expect = if at == layer { expect } else { Health::Ok };
+                assert_eq!(verdict.health, expect, "{name}: {verdict:?}");
+            }
+            assert_eq!(status.health, expect);
+        };
+        check("disk", Health::Ok, &|_| {});
+        check("disk", Health::Bad, &|s| s.engine.read_only = Some("device failed".into()));
+        check("disk", Health::Warn, &|s| s.engine.fallback_reason = Some("EPERM".into()));
+        check("log", Health::Warn, &|s| (s.engine.wal_used_bytes, s.engine.wal_ring_bytes) = (95, 100));
+        check("raft", Health::Bad, &|s| s.node.leader = None);
+        check("raft", Health::Bad, &|s| s.node.failure = Some("log failed".into()));
+        check("raft", Health::Warn, &|s| s.node.role = "waiting".into());
+        check("raft", Health::Warn, &|s| s.node.lag = [(3, READY_LAG_MAX + 1)].into());
+        check("engine", Health::Bad, &|s| s.node.group.divergences = 1);
+        check("engine", Health::Warn, &|s| s.engine.memory_used_bytes = 2 << 20);
+    }
+
+    #[test]
+    fn readiness_names_its_reason() {
+        let check = |expect: Option<&str>, change: &dyn Fn(&mut Sources)| {
+            let mut sources = sources();
+            change(&mut sources);
+            let status = Status::new(sources);
+            assert_eq!(status.not_ready_reason.as_deref(), expect);
+            assert_eq!(status.ready, expect.is_none());
+        };
+        check(None, &|_| {});
+        check(Some("stopping"), &|s| s.stopping = true);
+        check(Some("knows no leader"), &|s| s.node.leader = None);
+        check(Some("not a member: waiting"), &|s| s.node.role = "waiting".into());
+        check(Some("has 10001 entries to apply"), &|s| s.node.committed.0 = READY_LAG_MAX + 1);
+        check(None, &|s| s.node.committed.0 = READY_LAG_MAX);
+    }
+
+    #[test]
+    fn the_keys_of_the_document_are_a_promise() {
+        let document = serde_json::to_value(Status::new(sources())).expect("plain data");
+        let mut keys = Vec::new();
+        walk("", &document, &mut keys);
+        let expect = include_str!("../testdata/status_keys.txt");
+        assert_eq!(keys.join("\n"), expect.trim_end(), "testdata/status_keys.txt: scripts read these keys");
+    }
+
+    fn walk(path: &str, value: &serde_json::Value, keys: &mut Vec<String>) {
+        if let Some(first) = value.get(0) {
+            walk(path, first, keys);
+        }
+        if let serde_json::Value::Object(map) = value {
+            for (key, value) in map {
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                keys.push(path.clone());
+                walk(&path, value, keys);
+            }
+        }
+    }
+}
