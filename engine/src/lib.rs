@@ -19,6 +19,7 @@ mod snapshot;
 mod state_machine;
 mod table;
 mod types;
+mod volume;
 
 pub use command::{Command, CommandBody, InstallTable, KEY_BYTES_MAX, VALUE_BYTES_MAX, WriteBatch, WriteOp};
 pub use engine::{Engine, EngineSettings, EngineStatus, Identity, OwnerPin, OwnerRecord};

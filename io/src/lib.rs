@@ -16,6 +16,7 @@ mod lock;
 mod media;
 mod op;
 mod request;
+pub mod sim;
 mod threads;
 mod transfer;
 mod zone;

@@ -5,5 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod check;
+mod disk;
 pub mod net;
 pub mod rt;
+pub mod world;

@@ -1,5 +1,204 @@
-//! Runs seeds of the simulation.
+//! Runs seeds of the simulation: `mainstay-sim --seeds N [--start S] [--twice] [--verbose]`.
 
-fn main() {
-    println!("0 seeds passed, 0 failed");
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use mainstay_sim::world::{self, Summary};
+
+const USAGE: &str = "\
+usage: cargo xtask sim [--seeds N] [--start S] [--twice] [--jobs J] [--verbose] [--keep-going]
+  --seeds N      how many seeds to run (1)
+  --start S      the first of them (1)
+  --twice        run each seed twice and compare the hashes of all polls and events
+  --jobs J       seeds at a time (one for each processor)
+  --verbose      print faults, starts and refusals with their virtual time; RUST_LOG adds what the code logs
+  --keep-going   do not stop at the first seed that fails
+";
+
+/// Wall time after which a seed is taken for hanging.
+const SEED_TIME_MAX: Duration = Duration::from_secs(300);
+
+struct Args {
+    seeds: u64,
+    start: u64,
+    twice: bool,
+    jobs: u64,
+    verbose: bool,
+    keep_going: bool,
+}
+
+fn main() -> ExitCode {
+    let args = match parse() {
+        Ok(args) => args,
+        Err(e) => {
+            eprintln!("{e}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    if args.verbose {
+        // The order of lines is the order of events only with one seed at a time.
+        tracing_subscriber::fmt()
+            .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+            .with_writer(std::io::stderr)
+            .without_time()
+            .init();
+    }
+    let began = Instant::now();
+    println!("seeds {}..{}", args.start, args.start + args.seeds);
+    let (passed, failed, totals) = run(&args);
+    let wall = began.elapsed().as_secs_f64();
+    println!("{totals}");
+    println!("{passed} seeds passed, {failed} failed, {wall:.1} s");
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn parse() -> Result<Args, String> {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from) as u64;
+    let mut args = Args { seeds: 1, start: 1, twice: false, jobs: processors, verbose: false, keep_going: false };
+    let mut given = std::env::args().skip(1);
+    while let Some(arg) = given.next() {
+        let mut number = || -> Result<u64, String> {
+            let text = given.next().ok_or(format!("{arg} takes a number"))?;
+            text.parse().map_err(|_| format!("{arg} takes a number and not `{text}`"))
+        };
+        match arg.as_str() {
+            "--seeds" => args.seeds = number()?,
+            "--start" => args.start = number()?,
+            "--jobs" => args.jobs = number()?.max(1),
+            "--twice" => args.twice = true,
+            "--verbose" => args.verbose = true,
+            "--keep-going" => args.keep_going = true,
+            "--help" | "-h" => return Err("runs whole clusters, each from one seed".to_owned()),
+            other => return Err(format!("unknown argument `{other}`")),
+        }
+    }
+    if args.verbose {
+        args.jobs = 1;
+    }
+    Ok(args)
+}
+
+/// Sums over all seeds.
+#[derive(Default)]
+struct Totals {
+    virtual_time: Duration,
+    polls: u64,
+    faults: u64,
+    crashes: u64,
+    elections: u64,
+    history: u64,
+    counts: BTreeMap<&'static str, u64>,
+}
+
+impl std::fmt::Display for Totals {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { virtual_time, polls, faults, crashes, elections, history, counts } = self;
+        write!(
+            f,
+            "total: {:.0} s of virtual time, {polls} polls, {faults} faults, {crashes} crashes, {elections} elections, \
+             {history} operations judged, {counts:?}",
+            virtual_time.as_secs_f64()
+        )
+    }
+}
+
+impl Totals {
+    fn add(&mut self, summary: &Summary) {
+        self.virtual_time += summary.time;
+        self.polls += summary.polls;
+        self.faults += summary.faults.total();
+        self.crashes += summary.faults.crashes + summary.faults.blackouts * 3;
+        self.elections += summary.elections;
+        self.history += summary.history as u64;
+        for (what, count) in &summary.counts {
+            *self.counts.entry(what).or_default() += count;
+        }
+    }
+}
+
+/// What came of one seed: one summary, or two if each runs twice.
+type Verdict = (u64, Result<Vec<Summary>, String>, Duration);
+
+fn run(args: &Args) -> (u64, u64, Totals) {
+    let (done, verdicts) = mpsc::channel::<Verdict>();
+    let mut running: BTreeMap<u64, Instant> = BTreeMap::new();
+    let mut next = args.start;
+    let end = args.start + args.seeds;
+    let (mut passed, mut failed, mut totals) = (0, 0, Totals::default());
+    loop {
+        while next < end && (running.len() as u64) < args.jobs && (failed == 0 || args.keep_going) {
+            if args.seeds == 1 || args.verbose {
+                println!("seed {next}");
+            }
+            start(next, args, done.clone());
+            running.insert(next, Instant::now());
+            next += 1;
+        }
+        if running.is_empty() {
+            return (passed, failed, totals);
+        }
+        let verdict = match verdicts.recv_timeout(Duration::from_secs(5)) {
+            Ok(verdict) => verdict,
+            Err(_) => {
+                let Some((&seed, began)) = running.iter().find(|(_, began)| began.elapsed() > SEED_TIME_MAX) else {
+                    continue;
+                };
+                (seed, Err(format!("no end after {SEED_TIME_MAX:?} of wall time")), began.elapsed())
+            }
+        };
+        let (seed, result, wall) = verdict;
+        running.remove(&seed);
+        let problems = match &result {
+            Err(e) => vec![e.clone()],
+            Ok(runs) => {
+                totals.add(&runs[0]);
+                println!("seed {seed} {} wall={:.2}s", runs[0], wall.as_secs_f64());
+                let mut problems = runs[0].problems.clone();
+                if let Some(second) = runs.get(1).filter(|second| second.trace != runs[0].trace) {
+                    let (a, b) = (runs[0].trace, second.trace);
+                    problems.push(format!("two runs differ: trace {a:016x} and {b:016x}"));
+                }
+                problems
+            }
+        };
+        if problems.is_empty() {
+            passed += 1;
+            continue;
+        }
+        failed += 1;
+        println!("seed {seed} FAILED");
+        for problem in problems.iter().take(20) {
+            println!("  {problem}");
+        }
+        let twice = if args.twice { " --twice" } else { "" };
+        println!("  replay: cargo xtask sim --seeds 1 --start {seed}{twice} --verbose");
+    }
+}
+
+/// Runs a seed on a thread of its own, so that nothing of another seed is left in thread-locals.
+fn start(seed: u64, args: &Args, done: mpsc::Sender<Verdict>) {
+    let (runs, verbose) = (1 + usize::from(args.twice), args.verbose);
+    let began = Instant::now();
+    let one = move || {
+        (0..runs)
+            .map(|_| {
+                let life = move || world::run(seed, |settings| settings.verbose = verbose);
+                let thread = std::thread::Builder::new().name(format!("seed-{seed}")).stack_size(16 << 20).spawn(life);
+                let thread = thread.map_err(|e| format!("no thread: {e}"))?;
+                thread.join().map_err(|panic| {
+                    let text = panic.downcast_ref::<String>().map(String::as_str);
+                    let text = text.or(panic.downcast_ref::<&str>().copied());
+                    format!("panic: {}", text.unwrap_or("without a message"))
+                })
+            })
+            .collect()
+    };
+    std::thread::spawn(move || {
+        // The receiver is gone only when the process ends.
+        let _ = done.send((seed, one(), began.elapsed()));
+    });
 }

@@ -150,6 +150,11 @@ impl Net {
         self.lock().cut.remove(&(from.clone(), to.clone()));
     }
 
+    /// Makes the network as bad as `settings` say.
+    pub fn set(&self, settings: NetSettings) {
+        self.lock().settings = settings;
+    }
+
     /// Mends all links and makes the network good.
     pub fn calm(&self) {
         let mut state = self.lock();

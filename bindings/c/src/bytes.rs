@@ -95,8 +95,9 @@ pub(crate) unsafe fn put_out<T>(out: *mut T, value: T) -> Result<(), Failure> {
 /// `handle` is null or was made by `Box::into_raw` and is freed once.
 pub(crate) unsafe fn free<T>(handle: *mut T) {
     if !handle.is_null() {
-        // SAFETY: the contract of this function. A destructor that panics is stopped like any other body.
+        // A destructor that panics is stopped like any other body.
         let _ = guard(|| {
+            // SAFETY: the contract of this function.
             drop(unsafe { Box::from_raw(handle) });
             Ok(())
         });

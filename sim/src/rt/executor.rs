@@ -364,6 +364,14 @@ impl Executor {
         self.lock().current
     }
 
+    /// Runs `run` as if it were code of `group`: what it spawns belongs to that group.
+    pub fn run_as<T>(&self, group: Group, run: impl FnOnce() -> T) -> T {
+        let before = std::mem::replace(&mut self.lock().current, group);
+        let result = run();
+        self.lock().current = before;
+        result
+    }
+
     /// A stream of random numbers of its own.
     pub fn fork_rng(&self) -> SimRng {
         self.lock().rng.fork()

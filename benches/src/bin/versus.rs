@@ -1,0 +1,127 @@
+//! Runs the same work on Mainstay and on its peers in turns and prints ratios.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+use mainstay_benches::peers::{self, Peer};
+use mainstay_benches::work::{Outcome, drive, full_scan, key, load, value};
+
+/// Runs the same work on Mainstay and on its peers, in turns, and prints the median of the rounds and its ratio to each
+/// peer's.
+#[derive(Parser)]
+struct Options {
+    /// Where the stores lie: a directory on the device to measure.
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// Seconds of each workload in each round.
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+    /// Rounds, in each of which every peer takes its turn.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Keys loaded before the reads.
+    #[arg(long, default_value_t = 1_000_000)]
+    keys: u64,
+    /// Bytes of a value.
+    #[arg(long, default_value_t = 100)]
+    value_bytes: usize,
+    /// Only these workloads.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+const WORKLOADS: [&str; 8] =
+    ["put-1", "put-64", "load", "get-1", "get-2", "get-absent", "scan-100", "scan-full"];
+
+fn main() {
+    let options = Options::parse();
+    let mut results: BTreeMap<(usize, &str), Vec<Outcome>> = BTreeMap::new();
+    for round in 0..options.rounds.max(1) {
+        for (name, open) in peers::all() {
+            let dir = match &options.dir {
+                Some(dir) => tempfile::tempdir_in(dir),
+                None => tempfile::tempdir(),
+            };
+            let dir = dir.expect("a directory for the store can be made");
+            eprintln!("round {} of {}: {name}", round + 1, options.rounds.max(1));
+            let peer = open(&dir.path().join("store"));
+            for (at, workload) in WORKLOADS.iter().enumerate() {
+                let needed = options.only.is_empty() || options.only.iter().any(|only| only == workload);
+                // The reads need what `load` loads.
+                let needed = needed || *workload == "load" && options.only.iter().any(|only| is_read(only));
+                if needed {
+                    results.entry((at, name)).or_default().push(run(workload, &*peer, &options));
+                }
+            }
+        }
+    }
+    report(&results, options.json);
+}
+
+fn is_read(workload: &str) -> bool {
+    workload.starts_with("get") || workload.starts_with("scan")
+}
+
+fn run(workload: &str, peer: &dyn Peer, options: &Options) -> Outcome {
+    let time = Duration::from_secs_f64(options.seconds);
+    // Keys of the durable puts lie beside those that are loaded.
+    let put = |n: u64| peer.put_durable(&key(n | 1 << 63), &value(n, options.value_bytes));
+    let get = |n: u64| {
+        let found = peer.get(&key(mix(n) % options.keys));
+        assert_eq!(found, Some(options.value_bytes), "a loaded key is there");
+    };
+    match workload {
+        "put-1" => drive(1, time, put),
+        "put-64" => drive(64, time, |n| put(n | 1 << 40)),
+        "load" => load(peer, options.keys, options.value_bytes),
+        "get-1" => drive(1, time, get),
+        "get-2" => drive(2, time, get),
+        "get-absent" => drive(1, time, |n| assert_eq!(peer.get(&key(n | 1 << 62)), None, "a key that was never put")),
+        "scan-100" => drive(1, time, |n| {
+            peer.scan(&key(mix(n)), 100);
+        }),
+        "scan-full" => full_scan(peer, options.keys),
+        other => unreachable!("{other} is not in the list"),
+    }
+}
+
+fn mix(n: u64) -> u64 {
+    n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20
+}
+
+fn median(outcomes: &[Outcome]) -> Outcome {
+    let mut sorted = outcomes.to_vec();
+    sorted.sort_by(|a, b| a.rate.total_cmp(&b.rate));
+    sorted.swap_remove(sorted.len() / 2)
+}
+
+fn report(results: &BTreeMap<(usize, &str), Vec<Outcome>>, json: bool) {
+    let mut rows = Vec::new();
+    for (at, workload) in WORKLOADS.iter().enumerate() {
+        let of = |name: &str| results.get(&(at, name)).map(|outcomes| median(outcomes));
+        let Some(ours) = of("mainstay") else { continue };
+        for (name, _) in peers::all() {
+            let Some(outcome) = of(name) else { continue };
+            let ratio = ours.rate / outcome.rate;
+            if json {
+                rows.push(serde_json::json!({
+                    "workload": workload, "peer": name, "rate": outcome.rate, "p50_us": outcome.p50_us,
+                    "p99_us": outcome.p99_us, "mainstay_over_peer": ratio,
+                }));
+            } else {
+                println!(
+                    "{workload:<11} {name:<9} {:>12.0}/s  p50 {:>9.1} us  p99 {:>9.1} us  mainstay is {ratio:>6.2} times",
+                    outcome.rate, outcome.p50_us, outcome.p99_us
+                );
+            }
+        }
+    }
+    if json {
+        println!("{}", serde_json::Value::Array(rows));
+    }
+}

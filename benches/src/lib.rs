@@ -1,0 +1,7 @@
+//! The same work on Mainstay and on its peers, in one process run, as ratios.
+//!
+//! Absolute numbers depend on the machine and on what else it does; the ratio of two numbers taken in one run, in turns, is
+//! what is worth comparing. `cargo run --release --features peers --bin versus` prints it.
+
+pub mod peers;
+pub mod work;

@@ -1,0 +1,35 @@
+//! One interface over every store that is measured.
+
+use std::path::Path;
+
+mod mainstay_store;
+#[cfg(feature = "peers")]
+mod others;
+
+/// A store as the workloads see it. Calls come from many threads.
+pub trait Peer: Send + Sync {
+    /// Its name in the report.
+    fn name(&self) -> &'static str;
+    /// Sets a key; durable on return.
+    fn put_durable(&self, key: &[u8], value: &[u8]);
+    /// Sets many keys at once; durable when [`Peer::settle`] returns.
+    fn load(&self, pairs: &[(Vec<u8>, Vec<u8>)]);
+    /// Waits until everything loaded is durable and, where the store can say so, flushed and compacted.
+    fn settle(&self);
+    /// Reads a key and returns the length of its value.
+    fn get(&self, key: &[u8]) -> Option<usize>;
+    /// Reads up to `limit` pairs from `key` on, and returns how many there were and their bytes.
+    fn scan(&self, key: &[u8], limit: usize) -> (usize, usize);
+}
+
+/// Opens a peer in an empty directory.
+pub type Open = fn(&Path) -> Box<dyn Peer>;
+
+/// Every peer of this build; Mainstay is the first.
+pub fn all() -> Vec<(&'static str, Open)> {
+    #[allow(unused_mut, reason = "grows with the feature `peers`")]
+    let mut all: Vec<(&'static str, Open)> = vec![("mainstay", mainstay_store::open)];
+    #[cfg(feature = "peers")]
+    all.extend(others::all());
+    all
+}

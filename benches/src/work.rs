@@ -1,0 +1,103 @@
+//! The workloads: keys of 16 bytes, spread by a fixed mixing function, so that every run and every peer sees the same.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+
+use crate::peers::Peer;
+
+/// What a workload gave.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Operations a second.
+    pub rate: f64,
+    /// Median and 99th percentile of an operation in microseconds.
+    pub p50_us: f64,
+    /// See `p50_us`.
+    pub p99_us: f64,
+}
+
+/// Key `n`: sixteen hexadecimal digits of a bijection of `n`, so that neighbours in time are strangers in order.
+pub fn key(n: u64) -> [u8; 16] {
+    let mut x = n.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^= x >> 31;
+    let mut out = [0; 16];
+    for (i, digit) in out.iter_mut().enumerate() {
+        *digit = b"0123456789abcdef"[(x >> (60 - 4 * i)) as usize & 15];
+    }
+    out
+}
+
+/// A value that compresses about as much as rows do: half of it is noise of `n`, half is filler.
+pub fn value(n: u64, bytes: usize) -> Vec<u8> {
+    let noise = key(n ^ 0x5555_5555);
+    (0..bytes).map(|i| if i % 2 == 0 { noise[i / 2 % 16] } else { b'.' }).collect()
+}
+
+/// Runs `operation` on `threads` threads for `time` and merges their latencies. `operation` is given a number that is
+/// never given twice.
+pub fn drive(threads: usize, time: Duration, operation: impl Fn(u64) + Sync) -> Outcome {
+    let (next, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let began = Instant::now();
+    let merged = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut latencies = histogram();
+                    while !stop.load(Ordering::Relaxed) {
+                        let at = Instant::now();
+                        operation(next.fetch_add(1, Ordering::Relaxed));
+                        latencies.saturating_record(at.elapsed().as_nanos() as u64);
+                    }
+                    latencies
+                })
+            })
+            .collect();
+        std::thread::sleep(time);
+        stop.store(true, Ordering::Relaxed);
+        let mut merged = histogram();
+        for worker in workers {
+            merged.add(worker.join().expect("a worker does not panic")).expect("equal bounds");
+        }
+        merged
+    });
+    let elapsed = began.elapsed().as_secs_f64();
+    outcome(&merged, merged.len() as f64 / elapsed)
+}
+
+fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(100, 60_000_000_000, 3).expect("the bounds are in order")
+}
+
+fn outcome(latencies: &Histogram<u64>, rate: f64) -> Outcome {
+    let us = |quantile| latencies.value_at_quantile(quantile) as f64 / 1e3;
+    Outcome { rate, p50_us: us(0.5), p99_us: us(0.99) }
+}
+
+/// Loads keys `0..count` in batches of 1,000 and waits until they are settled.
+pub fn load(peer: &dyn Peer, count: u64, value_bytes: usize) -> Outcome {
+    let began = Instant::now();
+    let mut latencies = histogram();
+    for from in (0..count).step_by(1_000) {
+        let pairs: Vec<_> =
+            (from..(from + 1_000).min(count)).map(|n| (key(n).to_vec(), value(n, value_bytes))).collect();
+        let at = Instant::now();
+        peer.load(&pairs);
+        latencies.saturating_record(at.elapsed().as_nanos() as u64);
+    }
+    peer.settle();
+    outcome(&latencies, count as f64 / began.elapsed().as_secs_f64())
+}
+
+/// One pass over everything; the rate is in pairs a second.
+pub fn full_scan(peer: &dyn Peer, count: u64) -> Outcome {
+    let began = Instant::now();
+    let (found, _) = peer.scan(b"", usize::MAX);
+    assert!(found as u64 >= count, "{} of {count} pairs found", found);
+    let elapsed = began.elapsed();
+    let us = elapsed.as_secs_f64() * 1e6;
+    Outcome { rate: found as f64 / elapsed.as_secs_f64(), p50_us: us, p99_us: us }
+}

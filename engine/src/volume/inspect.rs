@@ -1,0 +1,37 @@
+//! Looks at a superblock zone without opening the volume: for `mainstay inspect superblock` and `mainstay verify`.
+
+use mainstay_io::Media;
+
+use super::superblock::{COPIES, Copy};
+use super::{Superblock, judge, read_copies};
+use crate::Result;
+
+/// What lies in the superblock zone.
+#[derive(Clone, Debug)]
+pub(crate) struct SuperblockReport {
+    /// One line for each copy: its sequence, or what is wrong with it.
+    pub(crate) copies: [String; COPIES],
+    /// Copies that opening would write again.
+    pub(crate) damaged: usize,
+    /// The one that opening would take.
+    pub(crate) superblock: Superblock,
+}
+
+/// Reads the copies and chooses as opening does. Nothing is written.
+///
+/// # Errors
+/// As [`super::Volume::open`].
+pub(crate) async fn inspect(media: &dyn Media) -> Result<SuperblockReport> {
+    let copies = read_copies(&media.superblock()).await?;
+    let superblock = judge(media.name(), &copies)?;
+    let same = |copy: &Copy| matches!(copy, Copy::Whole(found, _) if **found == superblock);
+    let damaged = copies.iter().filter(|copy| !same(copy)).count();
+    let copies = copies.map(|copy| match copy {
+        Copy::Blank => "blank".to_string(),
+        Copy::NoMagic => "not a superblock".to_string(),
+        Copy::Damaged => "damaged".to_string(),
+        Copy::Newer(version) => format!("format version {version}"),
+        Copy::Whole(found, checksum) => format!("sequence {} checksum {checksum:016x}", found.sequence),
+    });
+    Ok(SuperblockReport { copies, damaged, superblock })
+}

@@ -1,0 +1,447 @@
+//! A volume: superblock, log zone, extents, and who may use which bytes.
+//!
+//! # Place      above `io::Media`, below the store; knows extents, not tables
+//! # Format     docs/format.md, section "Superblock"; `superblock` has the bytes, `quorum` the rule that chooses a copy
+//! # Invariants
+//! 1. At every moment two copies at least of one superblock are whole on the device.
+//! 2. The epoch in the superblock is durable before anything is written under it.
+//! 3. A freed extent is reused or discarded only after a superblock is durable whose update began after it was freed.
+//! 4. A failed superblock write is final: every later update answers `Closed`.
+//! # Crash      the table in `quorum`
+
+// The store is built against this interface; not all of it has a caller yet.
+#![allow(dead_code)]
+
+mod allocator;
+mod extent;
+mod free_map;
+mod inspect;
+mod quorum;
+mod superblock;
+mod turn;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use mainstay_io::{
+    AlignedBuf, AlignedBytes, BLOCK_BYTES, BoxFuture, Environment, IoClass, Media, Op, SUPERBLOCK_ZONE_BYTES, Spawner,
+    WriteMode, Zone,
+};
+use mainstay_wal::{Lsn, RING_BYTES_MIN};
+
+pub(crate) use self::allocator::{Reservation, SpaceStats};
+pub(crate) use self::extent::{Extent, UNIT_BYTES, extents_bytes};
+pub(crate) use self::superblock::{ROOT_EXTENTS_MAX, Root, Superblock, VOLUME_FORMAT_VERSION};
+
+use self::allocator::Allocator;
+use self::extent::pieces;
+use self::quorum::{Verdict, choose};
+use self::superblock::{COPIES, Copy, copy_offset};
+use self::turn::Turnstile;
+use crate::{Error, ErrorKind, Result};
+
+/// Units that the extents zone has at least.
+const EXTENTS_UNITS_MIN: u64 = 16;
+
+/// An open volume. Cloning gives another handle.
+#[derive(Clone)]
+pub(crate) struct Volume(Arc<Inner>);
+
+struct Inner {
+    media: Arc<dyn Media>,
+    superblock_zone: Zone,
+    wal_zone: Zone,
+    extents_zone: Zone,
+    spawner: Arc<dyn Spawner>,
+    allocator: Arc<Allocator>,
+    /// Held by the one update in progress.
+    turnstile: Arc<Turnstile>,
+    current: Mutex<Current>,
+}
+
+struct Current {
+    superblock: Superblock,
+    /// Why nothing is written any more.
+    failed: Option<Error>,
+}
+
+impl Volume {
+    /// Lays out a volume with a log of `wal_bytes` and makes it durable. The identity is empty, the ids are new.
+    ///
+    /// # Errors
+    /// `Invalid` when the target holds something and `force` is not set, when it is too small, or for a `wal_bytes` that
+    /// is no multiple of a block or too small; `Io`.
+    pub(crate) async fn format(
+        media: &dyn Media,
+        environment: &Environment,
+        wal_bytes: u64,
+        force: bool,
+    ) -> Result<()> {
+        if !wal_bytes.is_multiple_of(BLOCK_BYTES as u64) || wal_bytes < RING_BYTES_MIN {
+            let message =
+                format!("the log must be a multiple of {BLOCK_BYTES} bytes wal_bytes={wal_bytes} min={RING_BYTES_MIN}");
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
+        let zone = media.superblock();
+        if !media.is_blank()? {
+            if !force {
+                let message = format!("{} holds data already; format it by force to lose that", media.name());
+                return Err(Error::new(ErrorKind::Invalid, message));
+            }
+            let zeroes = AlignedBuf::zeroed(SUPERBLOCK_ZONE_BYTES as usize).freeze();
+            zone.write(0, vec![zeroes], WriteMode::Durable, IoClass::Foreground).await?;
+        }
+        media.create_zones(wal_bytes).await?;
+        let (_, extents) = media.zones(wal_bytes)?;
+        check_extents(media, &extents)?;
+        let superblock = Superblock {
+            volume: environment.random.id(),
+            incarnation: environment.random.id(),
+            identity: [0; 32],
+            sequence: 1,
+            parent: 0,
+            wal_bytes,
+            epoch: 0,
+            wal_start: Lsn(0),
+            clean_end: None,
+            root: None,
+        };
+        write_copies(&zone, &superblock).await
+    }
+
+    /// Opens the volume: chooses the superblock among its copies, mends the others, and makes a new epoch durable before
+    /// anything else is written. Returns the superblock as it was found; [`Volume::superblock`] has the new epoch.
+    ///
+    /// [`Volume::set_live`] comes next, before space is reserved.
+    ///
+    /// # Errors
+    /// `Foreign` for what is no volume (the message says how to make one) or of a newer format, `Corrupt`, `Io`,
+    /// `Invalid` when a zone is missing or too short.
+    pub(crate) async fn open(media: Arc<dyn Media>, environment: &Environment) -> Result<(Volume, Superblock)> {
+        let zone = media.superblock();
+        // What a killed process left in a cache must not be built upon before it is durable.
+        zone.flush().await?;
+        let copies = read_copies(&zone).await?;
+        let found = judge(media.name(), &copies)?;
+        mend(&zone, &copies, &found).await?;
+        let (wal_zone, extents_zone) = media.zones(found.wal_bytes)?;
+        check_extents(&*media, &extents_zone)?;
+        let allocator = Arc::new(Allocator::new(extents_zone.clone(), environment.spawner.clone()));
+        let volume = Volume(Arc::new(Inner {
+            superblock_zone: zone,
+            wal_zone,
+            extents_zone,
+            spawner: environment.spawner.clone(),
+            allocator,
+            turnstile: Arc::default(),
+            current: Mutex::new(Current { superblock: found.clone(), failed: None }),
+            media,
+        }));
+        volume.update(|superblock| superblock.epoch += 1).await?;
+        Ok((volume, found))
+    }
+
+    /// The superblock that is durable.
+    pub(crate) fn superblock(&self) -> Superblock {
+        self.0.current().superblock.clone()
+    }
+
+    /// Changes the superblock and makes it durable: copies 0 and 1, then 2 and 3. Updates take turns; `change` sees the
+    /// outcome of those before it and does not touch sequence and parent.
+    ///
+    /// When it returns, what was freed before the call is on its way to be reusable, and so are the extents of the root
+    /// that `change` replaced: nobody frees those.
+    ///
+    /// # Errors
+    /// `Closed` after an earlier failure; `Io`; `Invalid` when the root has too many extents (nothing was changed).
+    ///
+    /// # Cancel safety
+    /// A task of its own does the work: a dropped future does not stop it.
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Superblock) + Send + 'static) -> BoxFuture<Result<()>> {
+        let (done, completer) = Op::<Result<()>>::pending();
+        let inner = self.0.clone();
+        let task = async move {
+            let turn = inner.turnstile.enter().await;
+            let outcome = inner.update_now(change).await;
+            drop(turn);
+            match outcome {
+                Ok(leaving) => {
+                    completer.complete(Ok(Ok(())));
+                    inner.allocator.leave(leaving).await;
+                }
+                Err(error) => completer.complete(Ok(Err(error))),
+            }
+        };
+        drop(self.0.spawner.spawn("mainstay-superblock", Box::pin(task)));
+        Box::pin(async move { done.await? })
+    }
+
+    /// The ring of the log.
+    pub(crate) fn wal_zone(&self) -> Zone {
+        self.0.wal_zone.clone()
+    }
+
+    /// What the volume lies on.
+    pub(crate) fn media(&self) -> &Arc<dyn Media> {
+        &self.0.media
+    }
+
+    /// Tells which extents are in use; those of the root need not be named. Once, before the first [`Volume::reserve`].
+    ///
+    /// # Errors
+    /// `Corrupt` when one is named twice or lies outside of the volume.
+    pub(crate) fn set_live(&self, live: impl IntoIterator<Item = Extent>) -> Result<()> {
+        let root = self.0.current().superblock.root.clone().map(|root| root.extents).unwrap_or_default();
+        self.0.allocator.set_live(live.into_iter().chain(root))
+    }
+
+    /// Sets aside at least `bytes` for a job, so that a full disk is met before it starts.
+    ///
+    /// # Errors
+    /// `OutOfSpace`, of the volume or of the file system below; `Io`, `Closed`.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(crate) async fn reserve(&self, bytes: u64) -> Result<Reservation> {
+        self.0.allocator.reserve(bytes).await
+    }
+
+    /// Gives extents back that were taken or live. Call it when the edit that drops them is durable and no reader holds
+    /// them; they are reusable after the next [`Volume::update`] that begins after this call.
+    pub(crate) fn free(&self, extents: Vec<Extent>) {
+        self.0.allocator.free(extents);
+    }
+
+    /// Bytes of extents in use.
+    pub(crate) fn live_bytes(&self) -> u64 {
+        self.0.allocator.stats().live_bytes
+    }
+
+    /// Bytes of extents by state.
+    pub(crate) fn space(&self) -> SpaceStats {
+        self.0.allocator.stats()
+    }
+
+    /// Writes `bufs` one after the other at byte `offset` of the concatenation of `extents`; offset and lengths are
+    /// multiples of [`BLOCK_BYTES`]. Durable after [`Volume::flush`]. The writes start in this call.
+    pub(crate) fn write(&self, extents: &[Extent], offset: u64, bufs: Vec<AlignedBytes>) -> BoxFuture<Result<()>> {
+        let bytes = bufs.iter().map(|b| b.len() as u64).sum();
+        let Some(pieces) = pieces(extents, offset, bytes) else {
+            return ready(Err(outside(extents, offset, bytes)));
+        };
+        let mut bufs = bufs.into_iter();
+        let mut next = bufs.next();
+        let mut writes = Vec::with_capacity(pieces.len());
+        for piece in pieces {
+            let mut rest = piece.bytes as usize;
+            let mut parts = Vec::new();
+            while rest > 0 {
+                let Some(buf) = next.take() else { break };
+                if buf.len() <= rest {
+                    rest -= buf.len();
+                    parts.push(buf);
+                    next = bufs.next();
+                } else {
+                    parts.push(buf.slice(0..rest));
+                    next = Some(buf.slice(rest..buf.len()));
+                    rest = 0;
+                }
+            }
+            let zone = &self.0.extents_zone;
+            writes.push(zone.write(piece.zone_offset, parts, WriteMode::Cached, IoClass::Background));
+        }
+        Box::pin(async move {
+            // All are waited for, so that an error does not leave a write behind that the caller thinks is over.
+            let mut outcome = Ok(());
+            for write in writes {
+                if let Err(error) = write.await {
+                    outcome = outcome.and(Err(error.into()));
+                }
+            }
+            outcome
+        })
+    }
+
+    /// Makes the writes durable that were complete before the call.
+    pub(crate) fn flush(&self) -> BoxFuture<Result<()>> {
+        let flush = self.0.extents_zone.flush();
+        Box::pin(async move { Ok(flush.await?) })
+    }
+
+    /// Bytes `offset..offset + length` of the concatenation of `extents`; any alignment. Whole blocks are read. Without a
+    /// copy when they lie in one extent.
+    pub(crate) fn read(
+        &self,
+        extents: &[Extent],
+        offset: u64,
+        length: usize,
+        class: IoClass,
+    ) -> BoxFuture<Result<Bytes>> {
+        let block = BLOCK_BYTES as u64;
+        let first = offset - offset % block;
+        let Some(end) = offset.checked_add(length as u64).and_then(|end| end.checked_next_multiple_of(block)) else {
+            return ready(Err(outside(extents, offset, length as u64)));
+        };
+        let Some(pieces) = pieces(extents, first, end - first) else {
+            return ready(Err(outside(extents, offset, length as u64)));
+        };
+        let reads: Vec<Op<AlignedBuf>> = pieces
+            .iter()
+            .map(|p| self.0.extents_zone.read(p.zone_offset, AlignedBuf::zeroed(p.bytes as usize), class))
+            .collect();
+        let skip = (offset - first) as usize;
+        Box::pin(async move {
+            let single = reads.len() == 1;
+            let mut joined = if single { Vec::new() } else { Vec::with_capacity((end - first) as usize) };
+            for read in reads {
+                let part = read.await?;
+                if single {
+                    return Ok(part.freeze().into_bytes().slice(skip..skip + length));
+                }
+                joined.extend_from_slice(&part);
+            }
+            Ok(Bytes::from(joined).slice(skip..skip + length))
+        })
+    }
+}
+
+impl std::fmt::Debug for Volume {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Volume").field("name", &self.0.media.name()).finish_non_exhaustive()
+    }
+}
+
+impl Inner {
+    fn current(&self) -> MutexGuard<'_, Current> {
+        // Every change is one assignment.
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The caller has the turn. Returns the extents that nothing names any more.
+    async fn update_now(&self, change: impl FnOnce(&mut Superblock) + Send) -> Result<Vec<Extent>> {
+        let old = {
+            let current = self.current();
+            if let Some(failed) = &current.failed {
+                let message = format!("the superblock could not be written before: {failed}");
+                return Err(Error::new(ErrorKind::Closed, message));
+            }
+            current.superblock.clone()
+        };
+        // Before `change` looks at anything: what is freed later may still be named by what it writes.
+        let mut leaving = self.allocator.parked();
+        let mut new = old.clone();
+        change(&mut new);
+        new.sequence = old.sequence + 1;
+        new.parent = old.checksum();
+        let root_extents = new.root.as_ref().map_or(0, |root| root.extents.len());
+        if root_extents > ROOT_EXTENTS_MAX {
+            self.allocator.park_again(leaving);
+            let message = format!("the root has too many extents extents={root_extents} max={ROOT_EXTENTS_MAX}");
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
+        if let Err(error) = write_copies(&self.superblock_zone, &new).await {
+            tracing::error!(%error, "the superblock could not be written");
+            self.current().failed = Some(error.clone());
+            self.allocator.park_again(leaving);
+            return Err(error);
+        }
+        if let Some(root) = old.root
+            && new.root.as_ref() != Some(&root)
+        {
+            let kept = new.root.as_ref().map(|root| root.extents.as_slice()).unwrap_or_default();
+            let retired: Vec<Extent> = root.extents.into_iter().filter(|e| !kept.contains(e)).collect();
+            self.allocator.retire(&retired);
+            leaving.extend(retired);
+        }
+        self.current().superblock = new;
+        Ok(leaving)
+    }
+}
+
+fn ready<T: Send + 'static>(result: Result<T>) -> BoxFuture<Result<T>> {
+    Box::pin(std::future::ready(result))
+}
+
+fn outside(extents: &[Extent], offset: u64, bytes: u64) -> Error {
+    let message =
+        format!("a range reaches out of its extents offset={offset} bytes={bytes} extents={}", extents_bytes(extents));
+    Error::new(ErrorKind::Corrupt, message)
+}
+
+fn check_extents(media: &dyn Media, extents: &Zone) -> Result<()> {
+    if extents.length() < EXTENTS_UNITS_MIN * UNIT_BYTES {
+        let (min, have) = (EXTENTS_UNITS_MIN * UNIT_BYTES, extents.length());
+        let message = format!("{} has too little room for data extents_bytes={have} min={min}", media.name());
+        return Err(Error::new(ErrorKind::Invalid, message));
+    }
+    Ok(())
+}
+
+/// Copies 0 and 1 together, then 2 and 3 together, each durable.
+async fn write_copies(zone: &Zone, superblock: &Superblock) -> Result<()> {
+    for pair in [[0, 1], [2, 3]] {
+        let writes = pair.map(|copy| write_copy(zone, superblock, copy));
+        let mut outcome = Ok(());
+        for write in writes {
+            outcome = outcome.and(write.await);
+        }
+        outcome?;
+    }
+    Ok(())
+}
+
+fn write_copy(zone: &Zone, superblock: &Superblock, copy: usize) -> Op<()> {
+    let block = superblock.encode(copy).freeze();
+    zone.write(copy_offset(copy), vec![block], WriteMode::Durable, IoClass::Foreground)
+}
+
+/// What lies at the place of each copy. A block that cannot be read counts as damaged.
+async fn read_copies(zone: &Zone) -> Result<[Copy; COPIES]> {
+    let mut copies = [Copy::Damaged, Copy::Damaged, Copy::Damaged, Copy::Damaged];
+    for (i, copy) in copies.iter_mut().enumerate() {
+        match zone.read(copy_offset(i), AlignedBuf::zeroed(BLOCK_BYTES), IoClass::Foreground).await {
+            Ok(block) => *copy = Copy::decode(&block, i),
+            Err(error) if error.kind() == mainstay_io::ErrorKind::Media => {
+                tracing::warn!(%error, copy = i, "a copy of the superblock cannot be read");
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(copies)
+}
+
+fn judge(name: String, copies: &[Copy; COPIES]) -> Result<Superblock> {
+    let (row, verdict) = choose(copies);
+    let (kind, message) = match verdict {
+        Verdict::Take(superblock) => return Ok(*superblock),
+        Verdict::NotAVolume => {
+            (ErrorKind::Foreign, format!("{name} is not a volume; `mainstay format` makes one of it case={row}"))
+        }
+        Verdict::FormatCutShort => (
+            ErrorKind::Foreign,
+            format!("the format of {name} was cut short; run `mainstay format --force` case={row}"),
+        ),
+        Verdict::NewerFormat(version) => (
+            ErrorKind::Foreign,
+            format!(
+                "{name} was written by a newer release; open it with that one version={version} \
+                 supported={VOLUME_FORMAT_VERSION} case={row}"
+            ),
+        ),
+        Verdict::Corrupt(why) => (ErrorKind::Corrupt, format!("{name}: {why} case={row}")),
+    };
+    Err(Error::new(kind, message))
+}
+
+/// Writes what was chosen to every copy that differs: first where nothing whole is lost, one at a time.
+async fn mend(zone: &Zone, copies: &[Copy; COPIES], chosen: &Superblock) -> Result<()> {
+    let same = |copy: &Copy| matches!(copy, Copy::Whole(superblock, _) if **superblock == *chosen);
+    let whole = |copy: &Copy| matches!(copy, Copy::Whole(..));
+    let damaged = (0..COPIES).filter(|&i| copies.get(i).is_some_and(|c| !whole(c)));
+    let stale = (0..COPIES).filter(|&i| copies.get(i).is_some_and(|c| whole(c) && !same(c)));
+    for copy in damaged.chain(stale) {
+        tracing::warn!(copy, sequence = chosen.sequence, "a copy of the superblock is written again");
+        write_copy(zone, chosen, copy).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,537 @@
+//! A simulated disk: executes operations, injects faults, keeps the record, and crashes.
+//!
+//! # Place
+//! [`SimDisk`] belongs to the test: it outlives crashes and looks at the medium. [`SimDevice`] belongs to the node: a
+//! crash or kill makes all its handles answer `Closed`.
+//!
+//! Lock order: disk, then handle. No waker runs under a lock.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::device::{Door, SimDevice};
+use super::env::{SimRandom, SimScheduler, decide, mix};
+use super::image::{Block, CrashImages, DiskImage, Unsettled, after_crash};
+use super::medium::{Medium, blocks};
+use super::{Faults, IoEvent, IoKind, Latency, Outcome, SimOptions};
+use crate::gate::closed;
+use crate::transfer::IO_BYTES_MAX;
+use crate::{AlignedBuf, BLOCK_BYTES, Backend, Completer, Error, ErrorKind, Geometry, Op, Result, Spawner};
+
+/// Events of a disk that [`SimDisk::trace`] keeps: the latest.
+const TRACE_EVENTS_MAX: usize = 1 << 16;
+
+/// Where completions and resident tasks of a disk run.
+#[derive(Clone, Default)]
+pub(crate) struct Runtime {
+    pub(crate) scheduler: Option<Arc<dyn SimScheduler>>,
+    pub(crate) spawner: Option<Arc<dyn Spawner>>,
+}
+
+/// A simulated disk. Cloning gives another handle on the same one.
+#[derive(Clone)]
+pub struct SimDisk(pub(super) Arc<Shared>);
+
+pub(super) struct Shared {
+    pub(super) name: String,
+    options: SimOptions,
+    random: SimRandom,
+    pub(super) runtime: Runtime,
+    core: Mutex<Core>,
+}
+
+pub(super) struct Core {
+    pub(super) medium: Medium,
+    faults: Faults,
+    /// Counts the lives of the node: handles of an earlier one are dead.
+    epoch: u64,
+    pub(super) poison: Option<Error>,
+    flights: BTreeMap<u64, Flight>,
+    next_flight: u64,
+    fail_next: Vec<IoKind>,
+    trace: VecDeque<IoEvent>,
+    events: u64,
+    hash: u64,
+}
+
+/// What was asked, without its buffers.
+#[derive(Clone, Copy)]
+pub(super) struct What {
+    pub(super) op: &'static str,
+    pub(super) kind: IoKind,
+    pub(super) offset: u64,
+    pub(super) length: u64,
+}
+
+/// An operation that the device has taken and not completed.
+struct Flight {
+    what: What,
+    action: Action,
+    door: Arc<Door>,
+    second_part: bool,
+}
+
+pub(super) enum Action {
+    Read { buf: AlignedBuf, done: Completer<AlignedBuf> },
+    Write { content: Vec<(u64, Block)>, done: Completer<()> },
+    Flush { covers: u64, done: Completer<()> },
+    Allocate { done: Completer<()> },
+    Discard { done: Completer<()> },
+}
+
+/// What to tell the caller once the locks are released.
+enum Answer {
+    Read(Completer<AlignedBuf>, Result<AlignedBuf>),
+    Unit(Completer<()>, Result<()>),
+}
+
+impl Answer {
+    fn deliver(self) {
+        match self {
+            Answer::Read(done, result) => done.complete(result),
+            Answer::Unit(done, result) => done.complete(result),
+        }
+    }
+}
+
+impl SimDisk {
+    /// An empty disk that completes every operation inside the call.
+    pub fn new(name: &str, options: SimOptions) -> Self {
+        let image = DiskImage { capacity: options.capacity, ..DiskImage::default() };
+        Self::from_image(name, options, image)
+    }
+
+    /// A disk that holds `image`, otherwise as [`SimDisk::new`].
+    pub fn from_image(name: &str, options: SimOptions, image: DiskImage) -> Self {
+        Self::with_runtime(name, options, image, Runtime::default())
+    }
+
+    /// A disk that holds `image` and whose completions arrive through `scheduler`, its resident task through `spawner`.
+    pub fn scheduled(
+        name: &str,
+        options: SimOptions,
+        image: DiskImage,
+        scheduler: Arc<dyn SimScheduler>,
+        spawner: Arc<dyn Spawner>,
+    ) -> Self {
+        Self::with_runtime(name, options, image, Runtime { scheduler: Some(scheduler), spawner: Some(spawner) })
+    }
+
+    pub(crate) fn with_runtime(name: &str, options: SimOptions, image: DiskImage, runtime: Runtime) -> Self {
+        let seed = name.bytes().fold(options.seed, |seed, byte| decide(seed, &[u64::from(byte)]));
+        let core = Core {
+            medium: Medium::new(image, options.enospc_after),
+            faults: options.faults,
+            epoch: 0,
+            poison: None,
+            flights: BTreeMap::new(),
+            next_flight: 0,
+            fail_next: Vec::new(),
+            trace: VecDeque::new(),
+            events: 0,
+            hash: 0,
+        };
+        let random = SimRandom::new(seed);
+        Self(Arc::new(Shared { name: name.to_owned(), options, random, runtime, core: Mutex::new(core) }))
+    }
+
+    /// A device handle of the node's present life.
+    pub fn device(&self) -> Arc<SimDevice> {
+        let core = self.0.lock();
+        let geometry = Geometry {
+            capacity: core.medium.capacity(),
+            io_bytes_max: IO_BYTES_MAX,
+            backend: Backend::Sim,
+            fallback_reason: None,
+        };
+        Arc::new(SimDevice::new(self.0.clone(), core.epoch, geometry))
+    }
+
+    /// What the disk is called.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// The power fails: what `seed` lets survive is the content from now on, and is returned. Operations in flight
+    /// answer `Closed`, as do all handles from before; new ones come from [`SimDisk::device`].
+    pub fn crash(&self, seed: u64) -> DiskImage {
+        let image = self.crash_image(seed);
+        self.restart(image.clone());
+        image
+    }
+
+    /// The process dies while the disk keeps its power: completed writes stay, those in flight may land or not. Handles
+    /// end as in a [crash](SimDisk::crash).
+    pub fn kill(&self, seed: u64) -> DiskImage {
+        let core = self.0.lock();
+        let image = after_crash(&core.medium.image(), &shuffled(core.in_flight(), seed), seed);
+        drop(core);
+        self.restart(image.clone());
+        image
+    }
+
+    /// What a [crash](SimDisk::crash) by `seed` would leave; changes nothing.
+    pub fn crash_image(&self, seed: u64) -> DiskImage {
+        let core = self.0.lock();
+        let (durable, mut writes) = core.medium.at_risk();
+        writes.extend(shuffled(core.in_flight(), seed));
+        after_crash(&durable, &writes, seed)
+    }
+
+    /// Images that a crash now could leave: every subset of the writes at risk while they are at most ten, else 1024
+    /// draws; then every such write torn at its middle, with all others whole.
+    pub fn crash_images(&self) -> CrashImages {
+        let core = self.0.lock();
+        let (durable, mut writes) = core.medium.at_risk();
+        writes.extend(core.in_flight());
+        CrashImages::new(durable, writes)
+    }
+
+    /// The content with every completed write in it.
+    pub fn image(&self) -> DiskImage {
+        self.0.lock().medium.image()
+    }
+
+    /// Puts `image` in the place of the content, as if the disk had been exchanged while the node was down.
+    pub fn restart(&self, image: DiskImage) {
+        let mut core = self.0.lock();
+        let space = core.medium.space();
+        core.medium = Medium::new(image, space);
+        core.epoch += 1;
+        core.poison = None;
+        let flights = std::mem::take(&mut core.flights);
+        drop(core);
+        for flight in flights.into_values() {
+            let Flight { action, door, .. } = flight;
+            // A dropped completer answers `Closed`, and wakes whoever is left to hear it.
+            drop(action);
+            door.leave(false);
+        }
+    }
+
+    /// Changes the rates of faults.
+    pub fn set_faults(&self, faults: Faults) {
+        self.0.lock().faults = faults;
+    }
+
+    /// Ends all faults: rates, planned failures, unreadable ranges and lack of space. What rotted stays rotten, and a
+    /// poisoned device stays poisoned until the node restarts.
+    pub fn heal(&self) {
+        let mut core = self.0.lock();
+        core.faults = Faults::default();
+        core.fail_next.clear();
+        core.medium.set_space(None);
+        core.medium.heal();
+    }
+
+    /// Bytes that may be allocated in all; `None` lifts the bound.
+    pub fn set_space(&self, bytes: Option<u64>) {
+        self.0.lock().medium.set_space(bytes);
+    }
+
+    /// Bytes that are allocated.
+    pub fn allocated(&self) -> u64 {
+        self.0.lock().medium.reserved()
+    }
+
+    /// Lets the next operation of `kind` answer `Media`.
+    pub fn fail_next(&self, kind: IoKind) {
+        self.0.lock().fail_next.push(kind);
+    }
+
+    /// Flips one bit of the byte at `offset`, for good.
+    pub fn flip_bit(&self, offset: u64, bit: u8) {
+        self.0.lock().medium.flip_bit(offset, bit);
+    }
+
+    /// Makes the range unreadable (`Media`) until it is written again.
+    pub fn damage(&self, offset: u64, length: u64) {
+        self.0.lock().medium.damage(offset, length);
+    }
+
+    /// The latest events of the disk, oldest first: at most 65,536.
+    pub fn trace(&self) -> Vec<IoEvent> {
+        self.0.lock().trace.iter().copied().collect()
+    }
+
+    /// A digest of all events since the disk was made: equal runs have equal ones.
+    pub fn trace_hash(&self) -> u64 {
+        self.0.lock().hash
+    }
+
+    pub(crate) fn reserve_and_zero(&self, offset: u64, length: u64) -> Result<()> {
+        let mut core = self.0.lock();
+        core.medium.zero(offset, length);
+        if core.medium.reserve(offset, length) { Ok(()) } else { Err(full("format", offset, length)) }
+    }
+
+    pub(crate) fn reserved_in(&self, offset: u64, length: u64) -> u64 {
+        self.0.lock().medium.reserved_in(offset, length)
+    }
+
+    pub(crate) fn is_zero(&self, length: u64) -> bool {
+        let image = self.0.lock().medium.image();
+        image.blocks.range(blocks(0, length)).all(|(_, block)| block.iter().all(|byte| *byte == 0))
+    }
+
+    pub(crate) fn capacity(&self) -> u64 {
+        self.0.lock().medium.capacity()
+    }
+}
+
+impl std::fmt::Debug for SimDisk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SimDisk").field("name", &self.0.name).finish_non_exhaustive()
+    }
+}
+
+fn full(op: &'static str, offset: u64, length: u64) -> Error {
+    Error::new(ErrorKind::OutOfSpace, op, offset, length, "the simulated disk is full")
+}
+
+/// Writes that were in flight together reach the medium in any order.
+fn shuffled(mut writes: Vec<Unsettled>, seed: u64) -> Vec<Unsettled> {
+    writes.sort_by_key(|write| decide(seed, &[write.sequence, 3]));
+    writes
+}
+
+impl Core {
+    fn in_flight(&self) -> Vec<Unsettled> {
+        let mut writes = Vec::new();
+        for (id, flight) in &self.flights {
+            if let Action::Write { content, .. } = &flight.action {
+                writes.push(Unsettled { sequence: self.medium.sequence() + id, blocks: content.clone() });
+            }
+        }
+        writes
+    }
+
+    fn record(&mut self, what: What, outcome: Outcome) {
+        let What { kind, offset, length, .. } = what;
+        let event = IoEvent { sequence: self.events, kind, offset, length, outcome };
+        self.events += 1;
+        let (tag, detail) = match outcome {
+            Outcome::Done => (0, 0),
+            Outcome::Failed(kind) => (1, kind as u64),
+            Outcome::Misdirected(to) => (2, to),
+            Outcome::Phantom => (3, 0),
+            Outcome::Rotten(at) => (4, at),
+            Outcome::Short => (5, 0),
+        };
+        self.hash = mix(self.hash ^ decide(event.kind as u64, &[event.offset, event.length, tag, detail]));
+        if self.trace.len() == TRACE_EVENTS_MAX {
+            self.trace.pop_front();
+        }
+        self.trace.push_back(event);
+    }
+
+    /// True when a planned failure or the rate says that this operation fails.
+    fn fails(&mut self, kind: IoKind, random: &SimRandom) -> bool {
+        if let Some(position) = self.fail_next.iter().position(|k| *k == kind) {
+            self.fail_next.remove(position);
+            return true;
+        }
+        let rate = match kind {
+            IoKind::Read => self.faults.read_error,
+            IoKind::CachedWrite | IoKind::DurableWrite => self.faults.write_error,
+            IoKind::Flush => self.faults.flush_error,
+            IoKind::Allocate | IoKind::Discard => 0,
+        };
+        random.chance(rate)
+    }
+
+    fn execute_write(&mut self, what: What, content: &[(u64, Block)], random: &SimRandom) -> (Outcome, Result<()>) {
+        let durable = what.kind == IoKind::DurableWrite;
+        if !self.medium.reserve(what.offset, what.length) {
+            return (Outcome::Failed(ErrorKind::OutOfSpace), Err(full("write", what.offset, what.length)));
+        }
+        if self.fails(what.kind, random) {
+            let seed = random.number();
+            let landed: Vec<_> =
+                content.iter().filter(|(index, _)| decide(seed, &[*index]).is_multiple_of(2)).cloned().collect();
+            self.medium.write(&landed);
+            return (Outcome::Failed(ErrorKind::Media), Err(broken("write", what.offset, what.length)));
+        }
+        if random.chance(self.faults.phantom_write) {
+            return (Outcome::Phantom, Ok(()));
+        }
+        if random.chance(self.faults.misdirected_write) {
+            // Somewhere among the data that is already there, where it does harm.
+            let last = self.medium.written(0, self.medium.capacity()).next_back().unwrap_or(0);
+            let room = self.medium.capacity().saturating_sub(what.length);
+            let first = random.below(last / BLOCK_BYTES as u64 + 1).min(room / BLOCK_BYTES as u64);
+            let moved: Vec<_> = (first..).zip(content).map(|(index, (_, block))| (index, block.clone())).collect();
+            if durable {
+                self.medium.write_durable(&moved)
+            } else {
+                self.medium.write(&moved)
+            }
+            return (Outcome::Misdirected(first * BLOCK_BYTES as u64), Ok(()));
+        }
+        if durable {
+            self.medium.write_durable(content)
+        } else {
+            self.medium.write(content)
+        }
+        (Outcome::Done, Ok(()))
+    }
+
+    fn execute_read(&mut self, what: What, buf: &mut AlignedBuf, random: &SimRandom) -> (Outcome, Result<()>) {
+        let mut outcome = Outcome::Done;
+        if random.chance(self.faults.bit_rot) {
+            let written: Vec<_> = self.medium.written(what.offset, what.length).collect();
+            if !written.is_empty() {
+                let block = written[random.below(written.len() as u64) as usize];
+                let at = block + random.below(BLOCK_BYTES as u64);
+                self.medium.flip_bit(at, random.below(8) as u8);
+                outcome = Outcome::Rotten(at);
+            }
+        }
+        if self.fails(IoKind::Read, random) || !self.medium.read(what.offset, buf) {
+            return (Outcome::Failed(ErrorKind::Media), Err(broken("read", what.offset, what.length)));
+        }
+        (outcome, Ok(()))
+    }
+
+    /// Does what the operation asks, under the lock; the answer is given after it.
+    fn execute(&mut self, what: What, action: Action, random: &SimRandom) -> Answer {
+        let (outcome, answer) = match action {
+            Action::Read { mut buf, done } => {
+                let (outcome, result) = self.execute_read(what, &mut buf, random);
+                (outcome, Answer::Read(done, result.map(|()| buf)))
+            }
+            Action::Write { content, done } => {
+                let (outcome, result) = self.execute_write(what, &content, random);
+                let durable = what.kind == IoKind::DurableWrite;
+                (outcome, Answer::Unit(done, if durable { self.settle(what, result) } else { result }))
+            }
+            Action::Flush { covers, done } => {
+                let (outcome, result) = if self.fails(IoKind::Flush, random) {
+                    (Outcome::Failed(ErrorKind::Media), Err(broken("flush", 0, 0)))
+                } else if random.chance(self.faults.lost_flush) {
+                    (Outcome::Phantom, Ok(()))
+                } else {
+                    self.medium.flush(covers);
+                    (Outcome::Done, Ok(()))
+                };
+                (outcome, Answer::Unit(done, self.settle(what, result)))
+            }
+            Action::Allocate { done } => {
+                if self.medium.reserve(what.offset, what.length) {
+                    (Outcome::Done, Answer::Unit(done, Ok(())))
+                } else {
+                    let error = full("allocate", what.offset, what.length);
+                    (Outcome::Failed(ErrorKind::OutOfSpace), Answer::Unit(done, Err(error)))
+                }
+            }
+            Action::Discard { done } => {
+                self.medium.discard(what.offset, what.length, random.below(2) == 0);
+                (Outcome::Done, Answer::Unit(done, Ok(())))
+            }
+        };
+        self.record(what, outcome);
+        answer
+    }
+
+    /// The poison rule of [`BlockDevice`].
+    fn settle(&mut self, what: What, result: Result<()>) -> Result<()> {
+        match (result, &self.poison) {
+            (Err(e), _) => {
+                if e.kind() != ErrorKind::OutOfSpace && self.poison.is_none() {
+                    self.poison = Some(e.clone());
+                }
+                Err(e)
+            }
+            (Ok(()), Some(cause)) => Err(cause.poisoned(what.op, what.offset, what.length)),
+            (Ok(()), None) => Ok(()),
+        }
+    }
+}
+
+fn broken(op: &'static str, offset: u64, length: u64) -> Error {
+    Error::new(ErrorKind::Media, op, offset, length, "simulated input/output error")
+}
+
+impl Shared {
+    /// A panic while the lock was held is a failed test; the state stays readable for its message.
+    pub(super) fn lock(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn delay(&self, kind: IoKind) -> Duration {
+        let draw = |latency: Latency| {
+            let width = latency.max.saturating_sub(latency.min).as_nanos() as u64;
+            latency.min + Duration::from_nanos(if width == 0 { 0 } else { self.random.below(width + 1) })
+        };
+        let o = &self.options;
+        match kind {
+            IoKind::Read => draw(o.read_latency),
+            IoKind::CachedWrite | IoKind::Allocate | IoKind::Discard => draw(o.write_latency),
+            IoKind::DurableWrite => draw(o.write_latency) + draw(o.flush_latency),
+            IoKind::Flush => draw(o.flush_latency),
+        }
+    }
+
+    /// Starts an operation of a handle of life `epoch`.
+    pub(super) fn start<T>(
+        self: &Arc<Self>,
+        (epoch, door): (u64, &Arc<Door>),
+        what: What,
+        action: impl FnOnce(&Core, Completer<T>) -> Action,
+    ) -> Op<T> {
+        let mut core = self.lock();
+        if what.kind != IoKind::Read
+            && let Some(cause) = &core.poison
+        {
+            return Op::ready(Err(cause.poisoned(what.op, what.offset, what.length)));
+        }
+        if core.epoch != epoch || !door.enter(false) {
+            return Op::ready(Err(closed(what.op, what.offset, what.length)));
+        }
+        let (pending, done) = Op::pending();
+        let action = action(&core, done);
+        let id = core.next_flight;
+        core.next_flight += 1;
+        core.flights.insert(id, Flight { what, action, door: door.clone(), second_part: false });
+        drop(core);
+        self.launch(id, what.kind);
+        pending
+    }
+
+    fn launch(self: &Arc<Self>, id: u64, kind: IoKind) {
+        match &self.runtime.scheduler {
+            None => self.land(id),
+            Some(scheduler) => {
+                let delay = self.delay(kind);
+                let disk = self.clone();
+                scheduler.after(delay, Box::new(move || disk.land(id)));
+            }
+        }
+    }
+
+    /// The time of flight `id` has come. One that a crash took is gone.
+    fn land(self: &Arc<Self>, id: u64) {
+        let mut core = self.lock();
+        let Some(mut flight) = core.flights.remove(&id) else { return };
+        let what = flight.what;
+        if !flight.second_part && what.length > BLOCK_BYTES as u64 && self.random.chance(core.faults.short_io) {
+            if let Action::Write { content, .. } = &flight.action {
+                let first = content[..content.len() / 2].to_vec();
+                if core.medium.reserve(what.offset, what.length / 2) {
+                    core.medium.write(&first);
+                }
+            }
+            core.record(what, Outcome::Short);
+            flight.second_part = true;
+            core.flights.insert(id, flight);
+            drop(core);
+            return self.launch(id, what.kind);
+        }
+        let Flight { action, door, .. } = flight;
+        let answer = core.execute(what, action, &self.random);
+        drop(core);
+        answer.deliver();
+        door.leave(false);
+    }
+}

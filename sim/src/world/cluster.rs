@@ -1,0 +1,277 @@
+//! The nodes of a world: disks, lives, power.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use mainstay_engine::{Engine, EngineSettings, GroupSettings};
+use mainstay_io::BoxFuture;
+use mainstay_replication::{Node, NodeOptions, PeerAddress};
+use openraft_rt::AsyncRuntime;
+use tokio::sync::oneshot;
+
+use super::Settings;
+use crate::disk::Disk;
+use crate::net::Net;
+use crate::rt::{Executor, Group, SimRng, SimRuntime, environment};
+
+/// A node as the world holds it.
+pub(crate) type SimNode = Arc<Node<SimRuntime>>;
+
+/// What became of an operation that was handed to a node.
+pub(crate) enum Called<T> {
+    /// The node was down: it certainly never saw the operation.
+    Down,
+    /// The node died, or gave no answer in time.
+    Lost,
+    /// The answer.
+    Answered(T),
+}
+
+/// The nodes.
+pub(crate) struct Cluster {
+    pub(crate) executor: Arc<Executor>,
+    pub(crate) net: Arc<Net>,
+    pub(crate) settings: Settings,
+    members: Vec<Member>,
+    /// What went wrong that no fault explains. The run has failed if there is any.
+    problems: Mutex<Vec<String>>,
+}
+
+struct Member {
+    name: String,
+    address: PeerAddress,
+    disk: Disk,
+    skew: Duration,
+    slot: Mutex<Slot>,
+}
+
+#[derive(Default)]
+struct Slot {
+    /// Lives begun so far; the current one is the last.
+    lives: u64,
+    powered: bool,
+    formatted: bool,
+    node: Option<SimNode>,
+}
+
+impl Member {
+    fn slot(&self) -> MutexGuard<'_, Slot> {
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Cluster {
+    pub(crate) fn new(executor: &Arc<Executor>, net: &Arc<Net>, settings: &Settings, rng: &mut SimRng) -> Arc<Self> {
+        let members = (0..settings.nodes)
+            .map(|i| Member {
+                name: format!("n{i}"),
+                address: PeerAddress(format!("n{i}:7000")),
+                disk: Disk::new(executor, settings, rng.u64()),
+                skew: Duration::from_millis(rng.below(2_000)),
+                slot: Mutex::default(),
+            })
+            .collect();
+        Arc::new(Self {
+            executor: executor.clone(),
+            net: net.clone(),
+            settings: settings.clone(),
+            members,
+            problems: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn size(&self) -> usize {
+        self.members.len()
+    }
+
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.members.iter().map(|member| member.name.clone()).collect()
+    }
+
+    pub(crate) fn address(&self, i: usize) -> &PeerAddress {
+        &self.members[i].address
+    }
+
+    pub(crate) fn disk(&self, i: usize) -> &Disk {
+        &self.members[i].disk
+    }
+
+    /// The group of the current life of a node.
+    pub(crate) fn group(&self, i: usize) -> Group {
+        Group(1 + (i as u64) + 100 * self.members[i].slot().lives)
+    }
+
+    /// The node, if it has power and has started.
+    pub(crate) fn node(&self, i: usize) -> Option<SimNode> {
+        self.members[i].slot().node.clone()
+    }
+
+    pub(crate) fn is_powered(&self, i: usize) -> bool {
+        self.members[i].slot().powered
+    }
+
+    /// Nodes without power.
+    pub(crate) fn down(&self) -> Vec<usize> {
+        (0..self.size()).filter(|i| !self.is_powered(*i)).collect()
+    }
+
+    pub(crate) fn problem(&self, text: impl Into<String>) {
+        let text = format!("{:?} {}", self.executor.now(), text.into());
+        self.problems.lock().unwrap_or_else(PoisonError::into_inner).push(text);
+    }
+
+    pub(crate) fn problems(&self) -> Vec<String> {
+        self.problems.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Settings equal on all nodes.
+    pub(crate) fn group_settings(&self) -> GroupSettings {
+        GroupSettings {
+            memtable_bytes: self.settings.memtable_bytes,
+            table_bytes: self.settings.table_bytes,
+            base_level_bytes: self.settings.base_level_bytes,
+            l0_compaction_runs: self.settings.l0_compaction_runs,
+            state_machine: None,
+        }
+    }
+
+    /// Gives a node power: a new life begins, and it starts in the background.
+    pub(crate) fn start(self: &Arc<Self>, i: usize) {
+        let member = &self.members[i];
+        {
+            let mut slot = member.slot();
+            assert!(!slot.powered, "node {i} has power already");
+            slot.powered = true;
+            slot.lives += 1;
+        }
+        let group = self.group(i);
+        self.log(|| format!("start {} life={}", member.name, group.0));
+        member.disk.power_on(group);
+        let me = self.clone();
+        let boot = Box::pin(async move {
+            if let Err(e) = me.boot(i, group).await {
+                me.problem(format!("{} did not start: {e}", me.members[i].name));
+            }
+        });
+        drop(self.executor.spawn(group, "boot", boot));
+    }
+
+    async fn boot(&self, i: usize, group: Group) -> Result<(), String> {
+        let member = &self.members[i];
+        let environment = environment(&self.executor, group, member.skew);
+        let media = member.disk.media();
+        if !member.slot().formatted {
+            // A power cut in the middle of a format leaves something that must be forced.
+            Engine::format(media.clone(), &environment, self.settings.wal_bytes, true)
+                .await
+                .map_err(|e| format!("format: {e}"))?;
+            member.slot().formatted = true;
+        }
+        let mut found = Vec::new();
+        let engine_settings = EngineSettings {
+            memory_bytes: self.settings.memory_bytes,
+            background_tasks: 1,
+            wal_in_flight_max: self.settings.wal_in_flight_max,
+        };
+        let mut deliver = |record| {
+            found.push(record);
+            Ok(())
+        };
+        let engine = Engine::open(media, environment.clone(), engine_settings, &mut deliver)
+            .await
+            .map_err(|e| format!("open: {:?}: {e}", e.kind()))?;
+        let peers: BTreeMap<String, PeerAddress> =
+            self.members.iter().map(|m| (m.name.clone(), m.address.clone())).collect();
+        let options = NodeOptions {
+            name: member.name.clone(),
+            client_address: format!("{}:2379", member.name),
+            peers,
+            heartbeat: Duration::from_millis(100),
+            election_timeout: Duration::from_millis(300),
+            group: self.group_settings(),
+            entry_cache_bytes: self.settings.entry_cache_bytes,
+            environment,
+        };
+        let transport = self.net.transport(member.address.clone(), group);
+        let node = Node::<SimRuntime>::start(engine, found, options, transport)
+            .await
+            .map_err(|e| format!("start: {:?}: {e}", e.kind()))?;
+        member.slot().node = Some(Arc::new(node));
+        self.log(|| format!("up {}", member.name));
+        Ok(())
+    }
+
+    /// Cuts the power of a node between two polls: what its disk had not made durable may be lost or torn.
+    pub(crate) fn kill(&self, i: usize) {
+        let member = &self.members[i];
+        let group = self.group(i);
+        let node = {
+            let mut slot = member.slot();
+            if !slot.powered {
+                return;
+            }
+            slot.powered = false;
+            slot.node.take()
+        };
+        self.log(|| format!("kill {} life={}", member.name, group.0));
+        member.disk.cut_power();
+        self.net.kill(group);
+        self.executor.kill(group);
+        self.executor.run_as(group, move || drop(node));
+    }
+
+    /// Stops a node in good order; cuts its power if that takes too long.
+    pub(crate) async fn stop(&self, i: usize) {
+        self.log(|| format!("stop {}", self.members[i].name));
+        let closed = self
+            .call(i, Duration::from_secs(5), |node| {
+                Box::pin(async move { node.close().await.map_err(|e| e.to_string()) })
+            })
+            .await;
+        if let Called::Answered(Err(e)) = closed {
+            self.log(|| format!("close answered: {e}"));
+        }
+        self.kill(i);
+    }
+
+    /// Runs an operation on a node, in the node's own group, and waits at most `patience` for its answer.
+    pub(crate) async fn call<T: Send + 'static>(
+        &self,
+        i: usize,
+        patience: Duration,
+        operation: impl FnOnce(SimNode) -> BoxFuture<T>,
+    ) -> Called<T> {
+        let Some(node) = self.node(i) else { return Called::Down };
+        let group = self.group(i);
+        let (sender, receiver) = oneshot::channel();
+        let future = operation(node);
+        let task = Box::pin(async move {
+            // The caller may have lost its patience.
+            let _ = sender.send(future.await);
+        });
+        drop(self.executor.spawn(group, "client", task));
+        match SimRuntime::timeout(patience, receiver).await {
+            Ok(Ok(answer)) => Called::Answered(answer),
+            Ok(Err(_)) | Err(_) => Called::Lost,
+        }
+    }
+
+    /// The node that says it leads, if any; the latest term wins.
+    pub(crate) fn leader(&self) -> Option<usize> {
+        (0..self.size())
+            .filter_map(|i| {
+                let status = self.node(i)?.status();
+                (status.role == "leader").then_some((status.term, i))
+            })
+            .max()
+            .map(|(_, i)| i)
+    }
+
+    /// Prints what happens, if the run was asked to.
+    pub(crate) fn log(&self, text: impl FnOnce() -> String) {
+        if self.settings.verbose {
+            eprintln!("{:>12.6} {}", self.executor.now().as_secs_f64(), text());
+        }
+    }
+}

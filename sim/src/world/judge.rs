@@ -1,0 +1,210 @@
+//! What must hold while a world runs, and once its faults have stopped.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mainstay_engine::{CommandBody, MAIN, Snapshot, WriteBatch};
+use mainstay_replication::{Durability, ReadLevel, Write};
+
+use super::cluster::{Called, Cluster};
+use super::workload::{Client, Notes, read_registers};
+use crate::check;
+
+/// How often the state of all nodes is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// Virtual time in which the cluster must work again once faults have stopped.
+const HEAL_MAX: Duration = Duration::from_secs(60);
+
+/// What is known of the cluster from looking at its nodes.
+#[derive(Default)]
+pub(crate) struct Watcher {
+    leaders: BTreeMap<u64, usize>,
+    digests: BTreeMap<u64, (u128, usize)>,
+    applied: BTreeMap<(usize, u64), u64>,
+}
+
+impl Watcher {
+    /// Looks at every node: one leader a term, one digest an index, nothing applied is taken back, no node failed.
+    pub(crate) fn look(&mut self, cluster: &Cluster) {
+        for i in 0..cluster.size() {
+            let Some(node) = cluster.node(i) else { continue };
+            let status = node.status();
+            if let Some(failure) = &status.failure {
+                cluster.problem(format!("n{i} left service: {failure}"));
+            }
+            if status.role == "leader" {
+                let first = *self.leaders.entry(status.term).or_insert(i);
+                if first != i {
+                    cluster.problem(format!("two leaders in term {}: n{first} and n{i}", status.term));
+                }
+            }
+            let group = &status.group;
+            if group.divergences > 0 {
+                cluster.problem(format!("n{i} has {} tables that differ from the leader's", group.divergences));
+            }
+            let (digest, first) = *self.digests.entry(group.digest_index.0).or_insert((group.digest, i));
+            if digest != group.digest {
+                let index = group.digest_index;
+                cluster.problem(format!("digests of n{first} and n{i} differ at index {index}"));
+            }
+            let life = cluster.group(i).0;
+            let applied = self.applied.entry((i, life)).or_default();
+            if group.applied.0 < *applied {
+                cluster.problem(format!("n{i} went back from {applied} to {}", group.applied));
+            }
+            *applied = group.applied.0;
+        }
+    }
+
+    /// Terms in which somebody was seen to lead.
+    pub(crate) fn elections(&self) -> u64 {
+        self.leaders.len() as u64
+    }
+
+    /// Looks until `stop` says so.
+    pub(crate) async fn run(mut self, cluster: Arc<Cluster>, notes: Arc<Notes>) -> Self {
+        while !notes.stop.load(std::sync::atomic::Ordering::Relaxed) {
+            self.look(&cluster);
+            cluster.executor.sleep_until(cluster.executor.now() + LOOK_EVERY).await;
+        }
+        self
+    }
+}
+
+/// After the faults: every node takes part again and answers a write.
+pub(crate) async fn progress(cluster: &Arc<Cluster>) -> Result<(), String> {
+    let deadline = cluster.executor.now() + HEAL_MAX;
+    for i in 0..cluster.size() {
+        let mut last = "it did not start".to_owned();
+        loop {
+            if cluster.executor.now() > deadline {
+                let status = cluster.node(i).map(|node| node.status());
+                return Err(format!("no progress through n{i} {HEAL_MAX:?} after the faults: {last} {status:?}"));
+            }
+            let called = cluster
+                .call(i, Duration::from_secs(2), |node| {
+                    Box::pin(async move {
+                        let body = CommandBody::Batch(WriteBatch { branch: MAIN, ops: Vec::new() });
+                        node.write(Write { body, durability: Durability::Quorum }).await.map_err(|e| e.to_string())
+                    })
+                })
+                .await;
+            match called {
+                Called::Answered(Ok(_)) => break,
+                Called::Answered(Err(e)) => last = e,
+                Called::Lost => "no answer".clone_into(&mut last),
+                Called::Down => {}
+            }
+            cluster.executor.sleep_until(cluster.executor.now() + Duration::from_millis(50)).await;
+        }
+    }
+    Ok(())
+}
+
+/// Waits until every replica has applied the same and holds every table it should, and nothing moves any more.
+pub(crate) async fn settle(cluster: &Arc<Cluster>) -> Result<(), String> {
+    let deadline = cluster.executor.now() + HEAL_MAX;
+    let mut before = Vec::new();
+    loop {
+        let now: Vec<_> = (0..cluster.size())
+            .map(|i| {
+                cluster.node(i).map(|node| node.status()).map(|s| (s.group.applied, s.group.absent_jobs, s.last_log))
+            })
+            .collect();
+        let level = now.iter().all(|s| matches!(s, Some((applied, 0, last)) if applied == last && *s == now[0]));
+        if level && now == before {
+            return Ok(());
+        }
+        if cluster.executor.now() > deadline {
+            return Err(format!("replicas did not settle: applied, absent jobs, last entry: {now:?}"));
+        }
+        before = now;
+        // Longer than a flush, a compaction and the round that installs it.
+        cluster.executor.sleep_until(cluster.executor.now() + Duration::from_secs(1)).await;
+    }
+}
+
+/// All pairs of a view, as a count and a hash.
+async fn scan(snapshot: &Snapshot, keyspaces: &[(String, mainstay_engine::KeyspaceId)]) -> Result<(u64, u128), String> {
+    let (mut pairs, mut hasher) = (0, xxhash_rust::xxh3::Xxh3::new());
+    for (name, id) in keyspaces {
+        hasher.update(name.as_bytes());
+        let mut scan = snapshot.range(*id, Bound::Unbounded, Bound::Unbounded);
+        let mut last = None;
+        while let Some((key, value)) = scan.next().await.map_err(|e| e.to_string())? {
+            if last.as_ref().is_some_and(|last| *last >= key) {
+                return Err(format!("keys are out of order after {last:?}"));
+            }
+            hasher.update(&(key.len() as u64).to_le_bytes());
+            hasher.update(&key);
+            hasher.update(&(value.len() as u64).to_le_bytes());
+            hasher.update(&value);
+            pairs += 1;
+            last = Some(key);
+        }
+    }
+    Ok((pairs, hasher.digest128()))
+}
+
+/// Everything that a replica holds: each branch and checkpoint by name.
+async fn contents(cluster: &Arc<Cluster>, i: usize) -> Result<BTreeMap<String, (u64, u128)>, String> {
+    let called = cluster
+        .call(i, Duration::from_secs(120), |node| {
+            Box::pin(async move {
+                node.read_barrier(ReadLevel::Linearizable).await.map_err(|e| e.to_string())?;
+                let group = node.group();
+                let keyspaces = group.keyspaces();
+                let mut found = BTreeMap::new();
+                for branch in group.branches() {
+                    let view = group.snapshot(branch.id).map_err(|e| e.to_string())?;
+                    let held = scan(&view, &keyspaces).await.map_err(|e| format!("branch {}: {e}", branch.name))?;
+                    found.insert(format!("branch {}", branch.name), held);
+                }
+                for checkpoint in group.checkpoints() {
+                    let view = group.checkpoint(&checkpoint.name).map_err(|e| e.to_string())?;
+                    let held = scan(&view, &keyspaces).await.map_err(|e| format!("{}: {e}", checkpoint.name))?;
+                    found.insert(format!("checkpoint {}", checkpoint.name), held);
+                }
+                Ok::<_, String>(found)
+            })
+        })
+        .await;
+    match called {
+        Called::Answered(answer) => answer.map_err(|e| format!("scan of n{i}: {e}")),
+        Called::Down | Called::Lost => Err(format!("scan of n{i}: no answer")),
+    }
+}
+
+/// The last judgement. Problems go to the cluster's list; an `Err` ends it early.
+pub(crate) async fn judge(
+    cluster: &Arc<Cluster>,
+    notes: &Arc<Notes>,
+    watcher: &mut Watcher,
+    clients: &mut [Client],
+) -> Result<(), String> {
+    progress(cluster).await?;
+    settle(cluster).await?;
+    watcher.look(cluster);
+    let status: Vec<_> = (0..cluster.size()).filter_map(|i| cluster.node(i).map(|node| node.status().group)).collect();
+    if status.iter().any(|s| (s.digest, s.digest_index) != (status[0].digest, status[0].digest_index)) {
+        return Err(format!("replicas settled on different manifests: {status:?}"));
+    }
+    let first = contents(cluster, 0).await?;
+    for i in 1..cluster.size() {
+        let other = contents(cluster, i).await?;
+        if other != first {
+            return Err(format!("n0 and n{i} hold different data: {first:?} and {other:?}"));
+        }
+    }
+    for i in 0..cluster.size() {
+        read_registers(cluster, notes, i).await?;
+        for client in clients.iter_mut() {
+            if !client.check_all(i).await {
+                return Err(format!("n{i} did not answer the last reads"));
+            }
+        }
+    }
+    check::check(&notes.history()).map_err(|violation| format!("not linearizable: {violation}"))
+}

@@ -1,0 +1,268 @@
+//! One world: nodes, network, clients and faults from one seed, and the judgement of what they did.
+
+mod cluster;
+mod faults;
+mod judge;
+mod workload;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use mainstay_engine::{CommandBody, KeyspaceId};
+use mainstay_replication::{Durability, Write};
+
+use crate::net::{Net, NetSettings, NetStats};
+use crate::rt::{Executor, Group, SimRng};
+use cluster::{Called, Cluster};
+pub use faults::FaultStats;
+use judge::Watcher;
+use workload::{Client, Notes, OWNED};
+
+/// What a world is made of. [`Settings::draw`] takes all of it from a seed.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Nodes.
+    pub nodes: usize,
+    /// Clients.
+    pub clients: u64,
+    /// Virtual time with faults.
+    pub length: Duration,
+    /// Bytes of the log ring of a node.
+    pub wal_bytes: u64,
+    /// See `mainstay_engine::GroupSettings`.
+    pub memtable_bytes: u64,
+    /// See `mainstay_engine::GroupSettings`.
+    pub table_bytes: u64,
+    /// See `mainstay_engine::GroupSettings`.
+    pub base_level_bytes: u64,
+    /// See `mainstay_engine::GroupSettings`.
+    pub l0_compaction_runs: usize,
+    /// See `mainstay_engine::EngineSettings`.
+    pub memory_bytes: u64,
+    /// See `mainstay_engine::EngineSettings`.
+    pub wal_in_flight_max: usize,
+    /// See `mainstay_replication::NodeOptions`.
+    pub entry_cache_bytes: u64,
+    /// The network while faults last.
+    pub net: NetSettings,
+    /// The disks acknowledge writes and flushes that they do not keep: every check must notice.
+    pub lying_disks: bool,
+    /// Prints what happens.
+    pub verbose: bool,
+}
+
+impl Settings {
+    /// The settings of a seed: small enough that a short run sees rotation, flush, compaction, purge and snapshots.
+    pub fn draw(rng: &mut SimRng) -> Self {
+        let net = NetSettings {
+            delay_min: Duration::from_micros(rng.range(10, 200)),
+            delay_max: Duration::from_micros(rng.range(200, 3000)),
+            slow: rng.below(20),
+            loss: if rng.chance(500) { 0 } else { rng.below(20) },
+            duplicate: if rng.chance(500) { 0 } else { rng.below(50) },
+            may_repeat: |_| false,
+        };
+        Self {
+            nodes: 3,
+            clients: 4,
+            length: Duration::from_millis(rng.range(4_000, 10_000)),
+            wal_bytes: rng.range(2, 5) << 20,
+            memtable_bytes: rng.range(16, 128) << 10,
+            table_bytes: rng.range(16, 64) << 10,
+            base_level_bytes: rng.range(32, 256) << 10,
+            l0_compaction_runs: rng.range(2, 5) as usize,
+            memory_bytes: rng.range(8, 32) << 20,
+            wal_in_flight_max: rng.range(1, 5) as usize,
+            entry_cache_bytes: rng.range(32, 1024) << 10,
+            net,
+            lying_disks: false,
+            verbose: false,
+        }
+    }
+}
+
+/// What a run did, whatever its verdict.
+#[derive(Clone, Debug, Default)]
+pub struct Summary {
+    /// The hash over every poll and event.
+    pub trace: u64,
+    /// Virtual time.
+    pub time: Duration,
+    /// Polls.
+    pub polls: u64,
+    /// Faults.
+    pub faults: FaultStats,
+    /// The network's counts.
+    pub net: NetStats,
+    /// Terms in which somebody was seen to lead.
+    pub elections: u64,
+    /// What clients did, by kind.
+    pub counts: BTreeMap<&'static str, u64>,
+    /// Operations in the history of registers.
+    pub history: usize,
+    /// Counts of the engines at the end, summed over the nodes.
+    pub engine: EngineCounts,
+    /// What went wrong. Empty for a seed that passed.
+    pub problems: Vec<String>,
+}
+
+/// Counts of the engines at the end, for the judgement whether a run went deep enough.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EngineCounts {
+    /// Last applied entry of the furthest node.
+    pub applied: u64,
+    /// Last entry in tables of the furthest node.
+    pub flushed: u64,
+    /// Tables of the furthest node.
+    pub tables: u64,
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = |what| self.counts.get(what).copied().unwrap_or_default();
+        write!(
+            f,
+            "trace={:016x} virtual={:.1}s polls={} applied={} flushed={} tables={} writes={} reads={} unknown={} \
+             copies={} faults={} crashes={} elections={} calls={} lost={}",
+            self.trace,
+            self.time.as_secs_f64(),
+            self.polls,
+            self.engine.applied,
+            self.engine.flushed,
+            self.engine.tables,
+            count("writes"),
+            count("reads"),
+            count("unknown"),
+            count("checkpoints") + count("clones"),
+            self.faults.total(),
+            self.faults.crashes + self.faults.blackouts * 3,
+            self.elections,
+            self.net.calls,
+            self.net.lost
+        )
+    }
+}
+
+/// Runs one seed in a fresh world and judges it. `adjust` may change what the seed drew.
+pub fn run(seed: u64, adjust: impl FnOnce(&mut Settings)) -> Summary {
+    let mut rng = SimRng::new(seed);
+    let mut settings = Settings::draw(&mut rng);
+    adjust(&mut settings);
+    let executor = Executor::new(seed);
+    let summary = executor.block_on(live(&executor, settings, rng));
+    executor.shut_down();
+    summary
+}
+
+async fn live(executor: &Arc<Executor>, settings: Settings, mut rng: SimRng) -> Summary {
+    // Births happen in good weather: an operator watches them.
+    let net = Net::new(executor, NetSettings::calm());
+    let cluster = Cluster::new(executor, &net, &settings, &mut rng);
+    let notes = Arc::new(Notes::new());
+    let mut summary = Summary::default();
+    let mut watcher = Watcher::default();
+    for i in 0..cluster.size() {
+        cluster.start(i);
+    }
+    match birth(&cluster).await {
+        Err(e) => cluster.problem(e),
+        Ok(keyspace) => {
+            net.set(settings.net);
+            let (done, watching) = tokio::sync::oneshot::channel();
+            let (watched, noted) = (cluster.clone(), notes.clone());
+            let watch = Box::pin(async move {
+                // The world has ended if nobody takes the watcher back.
+                let _ = done.send(watcher.run(watched, noted).await);
+            });
+            drop(executor.spawn(Group::WORLD, "watcher", watch));
+            let mut running = Vec::new();
+            for id in 0..settings.clients {
+                let client = Client::new(id, &cluster, &notes, rng.fork(), keyspace);
+                let (done, ended) = tokio::sync::oneshot::channel();
+                let work = Box::pin(async move {
+                    let _ = done.send(client.run().await);
+                });
+                drop(executor.spawn(Group::WORLD, "client", work));
+                running.push(ended);
+            }
+            let until = executor.now() + settings.length;
+            summary.faults = faults::run(cluster.clone(), rng.fork(), until).await;
+            faults::calm(&cluster);
+            // Clients see the recovery too.
+            executor.sleep_until(executor.now() + Duration::from_secs(1)).await;
+            notes.stop.store(true, Ordering::Relaxed);
+            let mut clients = Vec::new();
+            for ended in running {
+                clients.push(ended.await.expect("a client of the world is never killed"));
+            }
+            let mut watcher = watching.await.expect("the watcher is never killed");
+            faults::calm(&cluster);
+            if let Err(e) = judge::judge(&cluster, &notes, &mut watcher, &mut clients).await {
+                cluster.problem(e);
+            }
+            summary.elections = watcher.elections();
+        }
+    }
+    for node in (0..cluster.size()).filter_map(|i| cluster.node(i)) {
+        let group = node.status().group;
+        summary.engine.applied = summary.engine.applied.max(group.applied.0);
+        summary.engine.flushed = summary.engine.flushed.max(group.flushed.0);
+        summary.engine.tables = summary.engine.tables.max(group.tables);
+    }
+    summary.trace = executor.trace_hash();
+    summary.time = executor.now();
+    summary.polls = executor.polls();
+    summary.net = net.stats();
+    summary.counts = notes.counts();
+    summary.history = notes.history().len();
+    for i in 0..cluster.size() {
+        cluster.kill(i);
+    }
+    summary.problems = cluster.problems();
+    summary
+}
+
+/// Makes one cluster of the nodes and a keyspace in it.
+async fn birth(cluster: &Arc<Cluster>) -> Result<KeyspaceId, String> {
+    let deadline = cluster.executor.now() + Duration::from_secs(30);
+    let mut last = "the first node did not start".to_owned();
+    let mut born = false;
+    while cluster.executor.now() < deadline {
+        cluster.executor.sleep_until(cluster.executor.now() + Duration::from_millis(20)).await;
+        if (0..cluster.size()).any(|i| cluster.node(i).is_none()) {
+            continue;
+        }
+        if !born {
+            let names = cluster.names();
+            let init = cluster
+                .call(0, Duration::from_secs(10), move |node| {
+                    Box::pin(async move { node.init(&names).await.map_err(|e| e.to_string()) })
+                })
+                .await;
+            match init {
+                Called::Answered(Ok(_)) => born = true,
+                Called::Answered(Err(e)) => last = format!("init: {e}"),
+                Called::Down | Called::Lost => "init: no answer".clone_into(&mut last),
+            }
+            continue;
+        }
+        let made = cluster
+            .call(0, Duration::from_secs(10), |node| {
+                Box::pin(async move {
+                    let body = CommandBody::CreateKeyspace { name: OWNED.to_owned() };
+                    node.write(Write { body, durability: Durability::Quorum }).await.map_err(|e| e.to_string())?;
+                    node.group().keyspace(OWNED).ok_or_else(|| "the keyspace is not there".to_owned())
+                })
+            })
+            .await;
+        match made {
+            Called::Answered(Ok(id)) => return Ok(id),
+            Called::Answered(Err(e)) => last = format!("first write: {e}"),
+            Called::Down | Called::Lost => "first write: no answer".clone_into(&mut last),
+        }
+    }
+    Err(format!("the cluster was not born: {last} {:?}", cluster.problems()))
+}
