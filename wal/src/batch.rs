@@ -1,7 +1,7 @@
 //! The bytes of a batch: encoding, and decoding that trusts nothing.
 //!
 //! # Place      the only module of this crate that knows offsets inside a batch
-//! # Format     docs/format.md, section "Write-ahead log"; the test at the bottom ties the two
+//! # Format     docs/format.md, section "Write-ahead log"; a test ties the two
 //! # Invariants
 //! 1. The header checksum covers the checksum of the body, so the header checksum alone names the whole batch. It is
 //!    what the next batch repeats as its chain.
@@ -235,4 +235,35 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
 
 fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_le_bytes(array_at(bytes, at)?))
+}
+
+/// Offset, bytes and name of every field of a batch header and of a record header, for the test that holds the document
+/// against them.
+#[cfg(test)]
+pub(crate) fn layout() -> [Vec<(usize, usize, &'static str)>; 2] {
+    let header = vec![
+        (0, 8, "magic"),
+        (OFFSET_VERSION, 2, "version"),
+        (OFFSET_HEADER_BYTES, 2, "header_bytes"),
+        (OFFSET_RECORDS, 4, "records"),
+        (OFFSET_VOLUME, 16, "volume"),
+        (OFFSET_EPOCH, 8, "epoch"),
+        (OFFSET_LSN, 8, "lsn"),
+        (OFFSET_FOLLOWS, 8, "follows"),
+        (OFFSET_DURABLE, 8, "durable"),
+        (OFFSET_CHAIN, 8, "chain"),
+        (OFFSET_BATCH_BYTES, 4, "batch_bytes"),
+        (OFFSET_PAYLOAD_BYTES, 4, "payload_bytes"),
+        (OFFSET_BODY_CHECKSUM, 8, "body_checksum"),
+        (OFFSET_HEADER_CHECKSUM, 8, "header_checksum"),
+    ];
+    let record = vec![
+        (0, 8, "checksum"),
+        (8, 4, "length"),
+        (12, 1, "kind"),
+        (13, 3, "reserved"),
+        (16, 8, "group"),
+        (RECORD_HEADER_BYTES, 0, "payload"),
+    ];
+    [header, record]
 }

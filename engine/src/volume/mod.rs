@@ -20,6 +20,9 @@ mod quorum;
 mod superblock;
 mod turn;
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;

@@ -1,7 +1,7 @@
 //! The superblock: its content and its bytes.
 //!
 //! # Place      used by `quorum`, which chooses among the copies, and by `volume`, which writes them
-//! # Format     docs/format.md, section "Superblock"; the test at the bottom ties the two
+//! # Format     docs/format.md, section "Superblock"; a test ties the two
 //! # Invariants
 //! 1. The checksum stored in a copy is bound to the copy's number, so that a copy that was written to the place of
 //!    another one does not count twice.
@@ -222,4 +222,28 @@ pub(crate) fn copy_offset(copy: usize) -> u64 {
 
 fn array_at<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..at.checked_add(N)?)?.try_into().ok()
+}
+
+/// Offset, bytes and name of every field, for the test that holds the document against them.
+#[cfg(test)]
+pub(crate) fn layout() -> Vec<(usize, usize, &'static str)> {
+    vec![
+        (0, 8, "magic"),
+        (OFFSET_VERSION, 2, "version"),
+        (OFFSET_FLAGS, 2, "flags"),
+        (OFFSET_ROOT_EXTENTS_COUNT, 4, "root_extents_count"),
+        (OFFSET_VOLUME, 16, "volume"),
+        (OFFSET_INCARNATION, 16, "incarnation"),
+        (OFFSET_IDENTITY, 32, "identity"),
+        (OFFSET_SEQUENCE, 8, "sequence"),
+        (OFFSET_PARENT, 8, "parent"),
+        (OFFSET_WAL_BYTES, 8, "wal_bytes"),
+        (OFFSET_EPOCH, 8, "epoch"),
+        (OFFSET_WAL_START, 8, "wal_start"),
+        (OFFSET_CLEAN_END, 8, "clean_end"),
+        (OFFSET_ROOT_BYTES, 8, "root_bytes"),
+        (OFFSET_ROOT_CHECKSUM, 8, "root_checksum"),
+        (OFFSET_ROOT_EXTENTS, ROOT_EXTENTS_MAX.saturating_mul(EXTENT_BYTES), "root_extents"),
+        (OFFSET_CHECKSUM, 8, "checksum"),
+    ]
 }

@@ -1,6 +1,7 @@
 //! Tests of the log on a device in memory.
 
 mod device;
+mod format;
 mod writing;
 
 use std::sync::{Arc, Mutex};
