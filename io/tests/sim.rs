@@ -314,7 +314,10 @@ fn a_lying_disk_is_lying_as_recorded() {
     disk.set_faults(Faults { lost_flush: always, ..Faults::default() });
     write(&*disk.device(), 0, 1, WriteMode::Cached).wait().expect("written");
     disk.device().flush().wait().expect("acknowledged");
-    assert!((0..50).any(|seed| disk.crash_image(seed).read(0, 1) == [0]));
+    write(&*disk.device(), 8192, 1, WriteMode::Durable).wait().expect("acknowledged");
+    for offset in [0, 8192] {
+        assert!((0..50).any(|seed| disk.crash_image(seed).read(offset, 1) == [0]), "offset={offset}");
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@
 
 pub mod check;
 mod disk;
+pub mod log_world;
 pub mod net;
 pub mod rt;
 pub mod world;

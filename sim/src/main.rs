@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use mainstay_sim::log_world;
 use mainstay_sim::world::{self, Summary};
 
 const USAGE: &str = "\
@@ -17,6 +18,8 @@ usage: cargo xtask sim [--seeds N] [--start S] [--twice] [--jobs J] [--verbose] 
   --jobs J       seeds at a time (one for each processor)
   --verbose      print faults, starts and refusals with their virtual time; RUST_LOG adds what the code logs
   --keep-going   do not stop at the first seed that fails
+  --log          run the log of one node alone instead of a cluster
+  --lying-disks  disks acknowledge what they do not keep: passes if at least one seed in four is found out
 ";
 
 /// Wall time after which a seed is taken for hanging.
@@ -29,6 +32,8 @@ struct Args {
     jobs: u64,
     verbose: bool,
     keep_going: bool,
+    lying: bool,
+    log: bool,
 }
 
 fn main() -> ExitCode {
@@ -49,16 +54,53 @@ fn main() -> ExitCode {
     }
     let began = Instant::now();
     println!("seeds {}..{}", args.start, args.start + args.seeds);
+    if args.log {
+        return log(&args);
+    }
     let (passed, failed, totals) = run(&args);
     let wall = began.elapsed().as_secs_f64();
     println!("{totals}");
+    if args.lying {
+        // Not every run loses power at a moment when the lie matters.
+        let found_out = failed * 4 >= args.seeds && failed > 0;
+        println!("{failed} of {} seeds found the lie", args.seeds);
+        println!("{} seeds passed, {} failed, {wall:.1} s", u64::from(found_out), u64::from(!found_out));
+        return if found_out { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     println!("{passed} seeds passed, {failed} failed, {wall:.1} s");
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// Lives of a log in one seed.
+const LOG_LIVES: u64 = 30;
+
+fn log(args: &Args) -> ExitCode {
+    let mut records = 0;
+    for seed in args.start..args.start + args.seeds {
+        match log_world::run(seed, LOG_LIVES, args.lying) {
+            Ok(count) => records += count,
+            Err(e) => {
+                println!("seed {seed} FAILED\n  {e}\n  replay: cargo xtask sim --log --seeds 1 --start {seed}");
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    println!("{} seeds passed, 0 failed, {records} records", args.seeds);
+    ExitCode::SUCCESS
+}
+
 fn parse() -> Result<Args, String> {
     let processors = std::thread::available_parallelism().map_or(1, usize::from) as u64;
-    let mut args = Args { seeds: 1, start: 1, twice: false, jobs: processors, verbose: false, keep_going: false };
+    let mut args = Args {
+        seeds: 1,
+        start: 1,
+        twice: false,
+        jobs: processors,
+        verbose: false,
+        keep_going: false,
+        lying: false,
+        log: false,
+    };
     let mut given = std::env::args().skip(1);
     while let Some(arg) = given.next() {
         let mut number = || -> Result<u64, String> {
@@ -72,6 +114,8 @@ fn parse() -> Result<Args, String> {
             "--twice" => args.twice = true,
             "--verbose" => args.verbose = true,
             "--keep-going" => args.keep_going = true,
+            "--log" => args.log = true,
+            "--lying-disks" => (args.lying, args.keep_going) = (true, true),
             "--help" | "-h" => return Err("runs whole clusters, each from one seed".to_owned()),
             other => return Err(format!("unknown argument `{other}`")),
         }
@@ -170,6 +214,10 @@ fn run(args: &Args) -> (u64, u64, Totals) {
             continue;
         }
         failed += 1;
+        if args.lying {
+            println!("seed {seed} found the lie: {}", problems.first().map_or("", String::as_str));
+            continue;
+        }
         println!("seed {seed} FAILED");
         for problem in problems.iter().take(20) {
             println!("  {problem}");
@@ -181,12 +229,17 @@ fn run(args: &Args) -> (u64, u64, Totals) {
 
 /// Runs a seed on a thread of its own, so that nothing of another seed is left in thread-locals.
 fn start(seed: u64, args: &Args, done: mpsc::Sender<Verdict>) {
-    let (runs, verbose) = (1 + usize::from(args.twice), args.verbose);
+    let (runs, verbose, lying) = (1 + usize::from(args.twice), args.verbose, args.lying);
     let began = Instant::now();
     let one = move || {
         (0..runs)
             .map(|_| {
-                let life = move || world::run(seed, |settings| settings.verbose = verbose);
+                let life = move || {
+                    world::run(seed, |settings| {
+                        settings.verbose = verbose;
+                        settings.lying_disks = lying;
+                    })
+                };
                 let thread = std::thread::Builder::new().name(format!("seed-{seed}")).stack_size(16 << 20).spawn(life);
                 let thread = thread.map_err(|e| format!("no thread: {e}"))?;
                 thread.join().map_err(|panic| {

@@ -26,6 +26,8 @@ usage: cargo xtask COMMAND
 
 /// Seeds of the simulation in `test`; each runs twice.
 const SIM_SEEDS: &str = "50";
+/// Seeds with disks that lie: some must fail, or the simulation sees nothing.
+const LYING_SEEDS: &str = "16";
 /// Seconds for each fuzz target in `test`.
 const FUZZ_SECONDS: &str = "20";
 
@@ -110,6 +112,9 @@ fn tests(report: &mut Report, root: &Path) {
     let mut sim = sim_command();
     sim.args(["--seeds", SIM_SEEDS, "--twice"]);
     report.count("simulation", sim, Tally::Seeds);
+    let mut lying = sim_command();
+    lying.args(["--seeds", LYING_SEEDS, "--lying-disks"]);
+    report.count("simulation finds lies", lying, Tally::Seeds);
     hook(report, root, "C binding", "bindings/c/test.sh");
     hook(report, root, "deploy", "deploy/check.sh");
     fuzz(report, root);

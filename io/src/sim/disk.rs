@@ -342,7 +342,7 @@ impl Core {
     }
 
     fn execute_write(&mut self, what: What, content: &[(u64, Block)], random: &SimRandom) -> (Outcome, Result<()>) {
-        let durable = what.kind == IoKind::DurableWrite;
+        let durable = what.kind == IoKind::DurableWrite && !random.chance(self.faults.lost_flush);
         if !self.medium.reserve(what.offset, what.length) {
             return (Outcome::Failed(ErrorKind::OutOfSpace), Err(full("write", what.offset, what.length)));
         }

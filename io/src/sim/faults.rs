@@ -68,7 +68,7 @@ pub struct Faults {
     pub misdirected_write: u32,
     /// A write is acknowledged and never happens.
     pub phantom_write: u32,
-    /// A flush is acknowledged and never happens.
+    /// A flush, or that of a durable write, is acknowledged and never happens.
     pub lost_flush: u32,
     /// Before a read, one bit of what it reads flips, for good.
     pub bit_rot: u32,

@@ -160,7 +160,7 @@ impl Cluster {
     async fn boot(&self, i: usize, group: Group) -> Result<(), String> {
         let member = &self.members[i];
         let environment = environment(&self.executor, group, member.skew);
-        let media = member.disk.media();
+        let media = member.disk.open()?;
         if !member.slot().formatted {
             // A power cut in the middle of a format leaves something that must be forced.
             Engine::format(media.clone(), &environment, self.settings.wal_bytes, true)

@@ -163,7 +163,7 @@ async fn live(executor: &Arc<Executor>, settings: Settings, mut rng: SimRng) -> 
     let cluster = Cluster::new(executor, &net, &settings, &mut rng);
     let notes = Arc::new(Notes::new());
     let mut summary = Summary::default();
-    let mut watcher = Watcher::default();
+    let watcher = Watcher::default();
     for i in 0..cluster.size() {
         cluster.start(i);
     }
@@ -265,4 +265,18 @@ async fn birth(cluster: &Arc<Cluster>) -> Result<KeyspaceId, String> {
         }
     }
     Err(format!("the cluster was not born: {last} {:?}", cluster.problems()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The short form, for who works on the core: one world, twice. `cargo xtask sim` runs many, in less time.
+    #[test]
+    fn a_seed_passes_and_repeats() {
+        let run = || run(1, |settings| settings.length = Duration::from_secs(2));
+        let first = run();
+        assert_eq!(first.problems, Vec::<String>::new(), "{first}");
+        assert_eq!(first.trace, run().trace);
+    }
 }
