@@ -26,7 +26,7 @@ pub(crate) struct Alone {
 }
 
 pub(crate) struct Replicated {
-    pub(crate) node: replication::Node,
+    pub(crate) node: Arc<replication::Node>,
     pub(crate) engine: Engine,
     pub(crate) handle: Handle,
     /// Set when the node made its own runtime ([`crate::Node::start_blocking`]).

@@ -157,7 +157,7 @@ impl Node {
         };
         let node = replication::Node::start(engine.clone(), found, node_options, transport).await?;
         let runtime = Mutex::new(runtime);
-        Ok(Self { inner: Arc::new(Replicated { node, engine, handle, runtime }), address })
+        Ok(Self { inner: Arc::new(Replicated { node: Arc::new(node), engine, handle, runtime }), address })
     }
 
     /// The replicated store: the interface of a store alone, with [`Store::with_durability`] and
@@ -167,7 +167,7 @@ impl Node {
     }
 
     /// The replica underneath, for a server: commands, barriers, forwarding.
-    pub fn replica(&self) -> &replication::Node {
+    pub fn replica(&self) -> &Arc<replication::Node> {
         &self.inner.node
     }
 

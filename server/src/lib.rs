@@ -16,6 +16,7 @@ mod admin;
 pub mod bench;
 pub mod client;
 mod context;
+pub mod demo;
 mod logs;
 mod metrics;
 mod offline;
