@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::file::OpenFile;
 use crate::request::Executor;
 use crate::threads::Pool;
+use crate::uring::Ring;
 use crate::{Backend, BackendChoice, Error, Result};
 
 /// Threads that serve the log. As many batches may be in flight without waiting for each other.
@@ -12,6 +13,15 @@ const WAL_THREADS: usize = 4;
 
 /// Threads that serve reads, extents and the superblock; at most half of them for background work.
 const DATA_THREADS: usize = 8;
+
+/// Places in the ring of the log: a few batches are in flight at once. Small, since locked memory may be scarce.
+const WAL_ENTRIES: u32 = 32;
+
+/// Places in the ring of all else.
+const DATA_ENTRIES: u32 = 128;
+
+/// Threads that reserve and discard space beside the rings.
+const HELPER_THREADS: usize = 2;
 
 /// What serves the log, and what serves all else.
 pub(crate) struct Executors {
@@ -46,7 +56,10 @@ impl Executors {
         Ok(Self { wal, data, backend: Backend::Threads, reason })
     }
 
-    fn rings(_file: &Arc<OpenFile>) -> std::result::Result<Self, String> {
-        Err("io_uring is not part of this build".to_owned())
+    fn rings(file: &Arc<OpenFile>) -> std::result::Result<Self, String> {
+        let helpers = Pool::start("io-help", HELPER_THREADS).map_err(|e| e.to_string())?;
+        let wal = Ring::start("io-wal", WAL_ENTRIES, file, helpers.clone())?;
+        let data = Ring::start("io-data", DATA_ENTRIES, file, helpers)?;
+        Ok(Self { wal, data, backend: Backend::Uring, reason: None })
     }
 }

@@ -50,7 +50,6 @@ impl AlignedBuf {
     }
 
     /// Address for the kernel. Valid until the buffer is dropped.
-    #[allow(dead_code, reason = "used by the backends")]
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.ptr.as_ptr()
     }
@@ -103,6 +102,11 @@ impl AlignedBytes {
     pub fn slice(&self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len(), "slice {range:?} of {} bytes", self.len());
         Self { buf: self.buf.clone(), range: self.range.start + range.start..self.range.start + range.end }
+    }
+
+    /// True when a device can take it: whole blocks at a multiple of [`BLOCK_BYTES`].
+    pub(crate) fn is_aligned(&self) -> bool {
+        self.is_empty() || self.len().is_multiple_of(BLOCK_BYTES) && self.as_ptr().addr().is_multiple_of(BLOCK_BYTES)
     }
 
     /// The same memory as [`Bytes`], for the network.

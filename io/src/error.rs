@@ -63,6 +63,13 @@ impl Error {
         Self::new(kind, op, offset, length, message)
     }
 
+    /// The error for a flush. One that found the file system full has lost data that was accepted: that is no
+    /// `OutOfSpace`, after which the caller could go on.
+    pub(crate) fn flush(op: &'static str, offset: u64, length: u64, errno: i32) -> Self {
+        let error = Self::os(op, offset, length, errno);
+        if error.kind == ErrorKind::OutOfSpace { Self { kind: ErrorKind::Media, ..error } } else { error }
+    }
+
     /// A target that cannot be used; `message` names the path and the remedy.
     pub(crate) fn unusable(op: &'static str, message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Unusable, op, 0, 0, message)
@@ -81,11 +88,6 @@ impl Error {
     /// The operation that failed, for instance `write`.
     pub fn op(&self) -> &'static str {
         self.op
-    }
-
-    /// What happened, without the operation and place.
-    pub(crate) fn message(&self) -> &str {
-        &self.message
     }
 
     /// Where on the device the operation began, in bytes.

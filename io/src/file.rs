@@ -21,7 +21,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::lock::{self, LockFile};
 use crate::transfer::{IO_BYTES_MAX, STALLS_MAX, Step, Transfer, VECTORS_MAX};
-use crate::{AlignedBuf, AlignedBytes, BLOCK_BYTES, Error, ErrorKind, Result, WriteMode};
+use crate::{AlignedBuf, AlignedBytes, BLOCK_BYTES, Error, Result, WriteMode};
 
 /// Logical size of the `extents` file: sparse, so a large number costs nothing.
 const SPARSE_BYTES_MAX: u64 = 8 << 40;
@@ -220,7 +220,7 @@ impl OpenFile {
                 rustix::io::pwritev(&self.fd, &slices, at)
             };
             if dsync && matches!(answer, Err(Errno::OPNOTSUPP | Errno::NOSYS)) {
-                self.no_dsync.store(true, Ordering::Relaxed);
+                self.lose_dsync();
                 dsync = false;
                 continue;
             }
@@ -236,7 +236,17 @@ impl OpenFile {
 
     /// True when one call writes all of it and makes it durable.
     fn dsync_in_one_call(&self, length: u64, count: usize) -> bool {
-        !self.raw && length <= IO_BYTES_MAX && count <= VECTORS_MAX && !self.no_dsync.load(Ordering::Relaxed)
+        !self.raw && length <= IO_BYTES_MAX && count <= VECTORS_MAX && self.has_dsync()
+    }
+
+    /// True until a write with RWF_DSYNC was refused as unsupported.
+    pub(crate) fn has_dsync(&self) -> bool {
+        !self.no_dsync.load(Ordering::Relaxed)
+    }
+
+    /// Remembers that RWF_DSYNC is not supported here.
+    pub(crate) fn lose_dsync(&self) {
+        self.no_dsync.store(true, Ordering::Relaxed);
     }
 
     /// Makes completed writes durable. A failure is final: see [`crate::BlockDevice`].
@@ -246,12 +256,7 @@ impl OpenFile {
             match rustix::fs::fdatasync(&self.fd) {
                 Ok(()) => return Ok(()),
                 Err(Errno::INTR) if stalls < STALLS_MAX => stalls += 1,
-                Err(e) => {
-                    let os = Error::os(op, offset, length, e.raw_os_error());
-                    // A flush that found the file system full has lost data that it had accepted: no promise is left.
-                    let kind = if os.kind() == ErrorKind::OutOfSpace { ErrorKind::Media } else { os.kind() };
-                    return Err(Error::new(kind, op, offset, length, os.message().to_owned()));
-                }
+                Err(e) => return Err(Error::flush(op, offset, length, e.raw_os_error())),
             }
         }
     }

@@ -24,7 +24,7 @@ pub(crate) struct FileDevice {
 
 impl FileDevice {
     /// A device over `file`; `fallback_reason` says why it is not the backend that was asked for.
-    pub(crate) fn new(
+    pub(crate) fn over(
         file: Arc<OpenFile>,
         backend: Backend,
         executor: Arc<dyn Executor>,
@@ -85,8 +85,7 @@ impl BlockDevice for FileDevice {
 
     fn write(&self, offset: u64, bufs: Vec<AlignedBytes>, mode: WriteMode, class: IoClass) -> Op<()> {
         let length = bufs.iter().map(|b| b.len() as u64).sum();
-        let aligned = |b: &AlignedBytes| b.len().is_multiple_of(BLOCK_BYTES) && b.as_ptr().addr() % BLOCK_BYTES == 0;
-        if !bufs.iter().all(aligned) {
+        if !bufs.iter().all(AlignedBytes::is_aligned) {
             let message = format!("every buffer must begin and end at a multiple of {BLOCK_BYTES}");
             return refused(Error::new(ErrorKind::Misaligned, "write", offset, length, message));
         }

@@ -278,10 +278,10 @@ impl Media for FileMedia {
 
 impl Executors {
     fn data_device(&self, file: Arc<OpenFile>) -> Arc<dyn BlockDevice> {
-        FileDevice::new(file, self.backend, self.data.clone(), self.reason.clone())
+        FileDevice::over(file, self.backend, self.data.clone(), self.reason.clone())
     }
 
     fn wal_device(&self, file: Arc<OpenFile>) -> Arc<dyn BlockDevice> {
-        FileDevice::new(file, self.backend, self.wal.clone(), self.reason.clone())
+        FileDevice::over(file, self.backend, self.wal.clone(), self.reason.clone())
     }
 }

@@ -25,6 +25,11 @@ pub(crate) fn enter_device_thread() {
     DEVICE_THREAD.with(|flag| flag.set(true));
 }
 
+/// True on a thread that [`enter_device_thread`] marked.
+pub(crate) fn is_device_thread() -> bool {
+    DEVICE_THREAD.with(Cell::get)
+}
+
 /// The door of one device.
 #[derive(Debug)]
 pub(crate) struct Gate {
@@ -69,7 +74,7 @@ impl Gate {
             return Err(cause.poisoned(op, offset, length));
         }
         let mut state = self.lock();
-        while state.file.is_some() && state.operations >= OPERATIONS_MAX && !DEVICE_THREAD.with(Cell::get) {
+        while state.file.is_some() && state.operations >= OPERATIONS_MAX && !is_device_thread() {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         let file = state.file.clone().ok_or_else(|| closed(op, offset, length))?;

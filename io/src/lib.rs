@@ -11,14 +11,18 @@ mod error;
 mod file;
 mod file_device;
 mod file_media;
+mod flight;
 mod gate;
 mod lock;
 mod media;
 mod op;
+mod probe;
 mod request;
+mod ring;
 pub mod sim;
 mod threads;
 mod transfer;
+mod uring;
 mod zone;
 
 pub use buf::{AlignedBuf, AlignedBytes, BLOCK_BYTES};

@@ -66,22 +66,38 @@ impl Request {
         }
     }
 
-    /// Completes it without running it.
-    pub(crate) fn refuse(self, error: &Error) {
+    /// Completes it with `error`, by the rules of the operation: a durable write that fails poisons.
+    pub(crate) fn fail(self, error: &Error) {
         let Self { ticket, body, .. } = self;
-        drop(ticket);
         match body {
-            Body::Read { done, .. } => done.complete(Err(error.clone())),
-            Body::Write { done, .. }
-            | Body::Flush { done }
-            | Body::Allocate { done, .. }
-            | Body::Discard { done, .. } => done.complete(Err(error.clone())),
+            Body::Read { done, .. } => {
+                drop(ticket);
+                done.complete(Err(error.clone()));
+            }
+            Body::Write { offset, bufs, mode, done } => {
+                let length = bufs.iter().map(|b| b.len() as u64).sum();
+                finish_write(ticket, offset, length, mode, Err(error.clone()), done);
+            }
+            Body::Flush { done } => finish_flush(ticket, Err(error.clone()), done),
+            Body::Allocate { done, .. } | Body::Discard { done, .. } => {
+                drop(ticket);
+                done.complete(Err(error.clone()));
+            }
         }
     }
 
-    /// Completes it as one that came to a closed device.
+    /// Completes it as one that was never started since its device was shut down.
     pub(crate) fn refuse_closed(self) {
-        self.refuse(&closed("submit", 0, 0));
+        let Self { ticket, body, .. } = self;
+        drop(ticket);
+        let error = closed("submit", 0, 0);
+        match body {
+            Body::Read { done, .. } => done.complete(Err(error)),
+            Body::Write { done, .. }
+            | Body::Flush { done }
+            | Body::Allocate { done, .. }
+            | Body::Discard { done, .. } => done.complete(Err(error)),
+        }
     }
 }
 

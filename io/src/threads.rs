@@ -8,14 +8,17 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
-use crate::gate::{Gate, Ticket, enter_device_thread};
+use crate::gate::{Gate, Ticket, enter_device_thread, is_device_thread};
 use crate::request::{Executor, Request};
 use crate::{BoxFuture, Error, IoClass, Result, block_on};
 
 /// A pool of threads. Dropping it lets them finish what was submitted.
 pub(crate) struct Pool {
     shared: Arc<Shared>,
+    crew: Crew,
 }
 
 struct Shared {
@@ -85,10 +88,10 @@ impl Pool {
     pub(crate) fn start(name: &str, threads: usize) -> Result<Arc<Self>> {
         let background_max = (threads / 2).max(1);
         let shared = Arc::new(Shared { queue: Mutex::default(), ready: Condvar::new(), background_max });
-        let pool = Arc::new(Self { shared });
+        let pool = Arc::new(Self { shared, crew: Crew::default() });
         for _ in 0..threads {
             let shared = pool.shared.clone();
-            spawn(name, move || shared.work())?;
+            pool.crew.spawn(name, move || shared.work())?;
         }
         Ok(pool)
     }
@@ -122,10 +125,64 @@ impl Executor for Pool {
 }
 
 impl Drop for Pool {
-    /// Does not join: a waker that runs on one of the threads may drop the last device.
     fn drop(&mut self) {
         self.shared.lock().stopping = true;
         self.shared.ready.notify_all();
+        self.crew.join();
+    }
+}
+
+/// How long the end of threads is waited for. One that hangs in the kernel must not hang its owner.
+const JOIN_GRACE: Duration = Duration::from_secs(5);
+
+/// The threads of one backend, joined by the last who holds it.
+#[derive(Default)]
+pub(crate) struct Crew {
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    alive: Arc<(Mutex<usize>, Condvar)>,
+}
+
+/// Counts a thread until it ends, by return or by panic.
+struct Alive(Arc<(Mutex<usize>, Condvar)>);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.0.1.notify_all();
+    }
+}
+
+impl Crew {
+    /// Starts a thread.
+    ///
+    /// # Errors
+    /// `Os` when the process may not start another thread.
+    pub(crate) fn spawn(&self, name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
+        *self.alive.0.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        let alive = Alive(self.alive.clone());
+        let thread = spawn(name, move || {
+            let _alive = alive;
+            run();
+        })?;
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        Ok(())
+    }
+
+    /// Waits for threads that were told to end. On a thread of a device it does not wait: a waker there may drop the
+    /// last handle of its own device.
+    pub(crate) fn join(&self) {
+        if is_device_thread() {
+            return;
+        }
+        let (count, changed) = &*self.alive;
+        let count = count.lock().unwrap_or_else(PoisonError::into_inner);
+        let ended = changed.wait_timeout_while(count, JOIN_GRACE, |count| *count > 0);
+        if !ended.is_ok_and(|(_, timeout)| timeout.timed_out()) {
+            for thread in self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+                // A panic was reported by the panic hook.
+                let _ = thread.join();
+            }
+        }
     }
 }
 
@@ -133,7 +190,7 @@ impl Drop for Pool {
 ///
 /// # Errors
 /// `Os` when the process may not start another thread.
-pub(crate) fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<std::thread::JoinHandle<()>> {
+pub(crate) fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     let builder = std::thread::Builder::new().name(name.to_owned());
     builder.spawn(run).map_err(|e| Error::os("start thread", 0, 0, e.raw_os_error().unwrap_or(libc::EAGAIN)))
 }

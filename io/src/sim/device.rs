@@ -118,8 +118,7 @@ impl BlockDevice for SimDevice {
 
     fn write(&self, offset: u64, bufs: Vec<AlignedBytes>, mode: WriteMode, _class: IoClass) -> Op<()> {
         let length = bufs.iter().map(|b| b.len() as u64).sum();
-        let aligned = |b: &AlignedBytes| b.len().is_multiple_of(BLOCK_BYTES) && b.as_ptr().addr() % BLOCK_BYTES == 0;
-        if !bufs.iter().all(aligned) {
+        if !bufs.iter().all(AlignedBytes::is_aligned) {
             let message = format!("every buffer must begin and end at a multiple of {BLOCK_BYTES}");
             return Op::ready(Err(Error::new(ErrorKind::Misaligned, "write", offset, length, message)));
         }
