@@ -1,13 +1,14 @@
 //! Opening, creating and refusing targets.
 
+mod support;
+
 use std::path::Path;
 
 use mainstay_io::{
-    AlignedBuf, BackendChoice, ErrorKind, IoClass, Media, MediaOptions, SUPERBLOCK_ZONE_BYTES, Target, WriteMode,
+    AlignedBuf, BackendChoice, ErrorKind, IoClass, MediaOptions, SUPERBLOCK_ZONE_BYTES, Target, WriteMode,
     create_media, open_media,
 };
-
-const WAL_BYTES: u64 = 4 << 20;
+use support::{WAL_BYTES, backends, block, close};
 
 fn threads() -> MediaOptions {
     MediaOptions { backend: BackendChoice::Threads }
@@ -23,18 +24,9 @@ fn image(path: &Path, bytes: u64) -> Target {
     Target::Device(path.to_owned())
 }
 
-fn block(byte: u8) -> Vec<mainstay_io::AlignedBytes> {
-    vec![AlignedBuf::copy_from(&[byte; 4096]).freeze()]
-}
-
-fn close(media: std::sync::Arc<dyn Media>) {
-    for device in media.devices() {
-        device.shutdown(std::time::Duration::from_secs(10)).wait().expect("drained");
-    }
-}
-
-fn format_write_reopen(target: &Target) {
-    let media = create_media(target, &threads()).expect("created");
+fn format_write_reopen(target: &Target, backend: BackendChoice) {
+    let options = MediaOptions { backend };
+    let media = create_media(target, &options).expect("created");
     assert!(media.is_blank().expect("readable"));
     media.create_zones(WAL_BYTES).wait().expect("formatted");
     assert_eq!(media.superblock().length(), SUPERBLOCK_ZONE_BYTES);
@@ -46,9 +38,10 @@ fn format_write_reopen(target: &Target) {
     extents.write(1 << 20, block(2), WriteMode::Cached, IoClass::Background).wait().expect("written");
     extents.flush().wait().expect("flushed");
     media.superblock().write(0, block(3), WriteMode::Durable, IoClass::Wal).wait().expect("durable");
-    close(media);
+    close(&*media);
+    drop(media);
 
-    let media = open_media(target, &threads()).expect("opened again");
+    let media = open_media(target, &options).expect("opened again");
     assert!(!media.is_blank().expect("readable"));
     let (wal, extents) = media.zones(WAL_BYTES).expect("zones");
     for (zone, offset, byte) in [(&wal, last, 1), (&extents, 1 << 20, 2), (&media.superblock(), 0, 3)] {
@@ -61,30 +54,48 @@ fn format_write_reopen(target: &Target) {
     let e = media.create_zones(WAL_BYTES).wait().expect_err("a volume is never formatted over");
     assert_eq!(e.kind(), ErrorKind::Unusable);
     extents.discard(1 << 20, 65536).wait().expect("discarded");
-    close(media);
+    close(&*media);
+    drop(media);
 }
 
 #[test]
 fn a_directory_keeps_what_was_written() {
     let dir = tempfile::tempdir().expect("a directory");
-    format_write_reopen(&directory(&dir.path().join("made/by/create")));
+    for backend in backends() {
+        format_write_reopen(&directory(&dir.path().join(format!("made/by/create/{backend:?}"))), backend);
+    }
 }
 
 #[test]
 fn a_plain_file_stands_for_a_device() {
     let dir = tempfile::tempdir().expect("a directory");
-    format_write_reopen(&image(&dir.path().join("disk"), 32 << 20));
+    for backend in backends() {
+        format_write_reopen(&image(&dir.path().join("disk"), 32 << 20), backend);
+    }
+}
+
+#[test]
+fn a_raw_device_keeps_what_was_written() {
+    for backend in backends() {
+        if let Some(place) = support::raw() {
+            format_write_reopen(&place.target, backend);
+        }
+    }
 }
 
 #[test]
 fn a_second_opener_is_told_who_holds_the_volume() {
     let dir = tempfile::tempdir().expect("a directory");
-    for target in [directory(&dir.path().join("d")), image(&dir.path().join("disk"), 32 << 20)] {
-        let media = create_media(&target, &threads()).expect("created");
+    let raw = support::raw();
+    let mut targets = vec![directory(&dir.path().join("d")), image(&dir.path().join("disk"), 32 << 20)];
+    targets.extend(raw.iter().map(|place| place.target.clone()));
+    for target in targets {
+        let media = create_media(&target, &MediaOptions::default()).expect("created");
         let e = open_media(&target, &threads()).err().expect("held");
         assert_eq!(e.kind(), ErrorKind::Locked);
         assert!(e.to_string().contains(&format!("pid={}", std::process::id())), "{e}");
-        close(media);
+        close(&*media);
+        drop(media);
         open_media(&target, &threads()).expect("free again");
     }
 }
