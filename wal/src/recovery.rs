@@ -118,7 +118,7 @@ pub(crate) async fn walk(
         let short = expect.clean_end.is_some_and(|clean| tail.end < clean);
         let row = decide(&Facts { at, lap, proof: scan.proof, short });
         tracing::trace!(lsn = tail.end.0, row = %row.letter, "log position judged");
-        let bad = if lap == Found::Torn { ring.lap_next(tail.end).unwrap_or(tail.end) } else { tail.end };
+        let bad = if lap == Found::Nothing { tail.end } else { ring.lap_next(tail.end).unwrap_or(tail.end) };
         match row.verdict {
             Verdict::Adopt | Verdict::AdoptLap => {
                 let (header, batch) = adopted.expect("a batch was found good only with its bytes");

@@ -12,6 +12,9 @@ use mainstay_io::{
     Geometry, IoClass, Op, Random, Spawner, TaskHandle, WriteMode, Zone,
 };
 
+/// What a device writes whole.
+pub(crate) const SECTOR_BYTES: usize = 512;
+
 pub(crate) struct MemDevice {
     geometry: Geometry,
     state: Mutex<State>,
@@ -26,6 +29,7 @@ struct State {
     held: VecDeque<Held>,
     writes: usize,
     flushes: usize,
+    trace: Vec<&'static str>,
     resident: Option<BoxFuture<()>>,
 }
 
@@ -69,8 +73,40 @@ impl MemDevice {
         self.lock().bytes.clone()
     }
 
-    pub(crate) fn poke(&self, offset: usize, change: impl FnOnce(&mut [u8])) {
-        change(&mut self.lock().bytes[offset..]);
+    /// What a loss of power may leave: of each held write nothing, all, a first part, or any set of sectors, as `draw`
+    /// decides.
+    pub(crate) fn crash_image(&self, mut draw: impl FnMut() -> u64) -> Vec<u8> {
+        let state = self.lock();
+        let mut bytes = state.bytes.clone();
+        for held in &state.held {
+            let sectors = held.data.len() / SECTOR_BYTES;
+            let (way, cut) = (draw() % 4, draw() as usize % sectors);
+            for sector in 0..sectors {
+                let kept = match way {
+                    0 => false,
+                    1 => true,
+                    2 => sector < cut,
+                    _ => draw() % 2 == 0,
+                };
+                if kept {
+                    let from = sector * SECTOR_BYTES;
+                    let at = held.offset as usize + from;
+                    bytes[at..at + SECTOR_BYTES].copy_from_slice(&held.data[from..from + SECTOR_BYTES]);
+                }
+            }
+        }
+        bytes
+    }
+
+    pub(crate) fn put(&self, image: Vec<u8>) {
+        self.lock().bytes = image;
+    }
+
+    /// The kinds of operations in order, repeats once.
+    pub(crate) fn trace(&self) -> Vec<&'static str> {
+        let mut trace = self.lock().trace.clone();
+        trace.dedup();
+        trace
     }
 
     pub(crate) fn hold(&self, hold: bool) {
@@ -149,7 +185,9 @@ impl BlockDevice for MemDevice {
     fn read(&self, offset: u64, mut buf: AlignedBuf, _: IoClass) -> Op<AlignedBuf> {
         let at = offset as usize;
         let length = buf.len();
-        buf.copy_from_slice(&self.lock().bytes[at..at + length]);
+        let mut state = self.lock();
+        state.trace.push("read");
+        buf.copy_from_slice(&state.bytes[at..at + length]);
         Op::ready(Ok(buf))
     }
 
@@ -158,6 +196,7 @@ impl BlockDevice for MemDevice {
         assert!(offset.is_multiple_of(4096) && data.len().is_multiple_of(4096), "{offset} {}", data.len());
         let mut state = self.lock();
         state.writes += 1;
+        state.trace.push("write");
         if state.hold {
             let (op, completer) = Op::pending();
             state.held.push_back(Held { offset, data, completer });
@@ -169,7 +208,9 @@ impl BlockDevice for MemDevice {
     }
 
     fn flush(&self) -> Op<()> {
-        self.lock().flushes += 1;
+        let mut state = self.lock();
+        state.flushes += 1;
+        state.trace.push("flush");
         Op::ready(Ok(()))
     }
 

@@ -1,7 +1,10 @@
 //! Tests of the log on a device in memory.
 
 mod device;
+mod faults;
 mod format;
+mod model;
+mod recovery;
 mod writing;
 
 use std::sync::{Arc, Mutex};

@@ -256,3 +256,30 @@ fn options_out_of_range_are_invalid() {
     let start = Bench::open(vec![0; MIB], WalOptions { start: Lsn(77), ..options(1) }).err().expect("refused");
     assert_eq!(start.kind(), ErrorKind::Invalid);
 }
+
+/// Recovery looks only so far behind the end; so batches in flight reach only so far.
+#[test]
+fn batches_in_flight_span_a_bounded_part_of_the_ring() {
+    let bench = Bench::open(vec![0; 64 * MIB], WalOptions { in_flight_max: 8, ..options(1) }).expect("opens");
+    bench.device.hold(true);
+    let long: Vec<Outcome> = (0..6).map(|i| bench.append(&payload(i, 3 * MIB))).collect();
+    bench.device.turn();
+    assert_eq!(bench.device.held().len(), 2, "three would reach farther than 8 MiB");
+    bench.device.complete(0, true);
+    bench.device.turn();
+    assert_eq!(bench.device.held().len(), 2);
+    while !bench.device.held().is_empty() {
+        bench.device.complete(0, true);
+        bench.device.turn();
+    }
+    assert!(long.iter().all(|o| matches!(o.get(), Some(Ok(_)))));
+    // One that is longer than the bound by itself goes alone.
+    let longest = [bench.append(&payload(7, 12 * MIB)), bench.append(b"short")];
+    bench.device.turn();
+    assert_eq!(bench.device.held().len(), 1);
+    bench.device.complete(0, true);
+    bench.device.turn();
+    bench.device.complete(0, true);
+    bench.device.turn();
+    assert!(longest.iter().all(|o| matches!(o.get(), Some(Ok(_)))));
+}
