@@ -1,15 +1,48 @@
 //! Raft replication: openraft behind our own [`Node`].
 //!
-//! Only this crate names openraft, and not in its public API.
+//! Only this crate names openraft, and not in its public API. docs/replication.md says what each [`Durability`] and
+//! [`ReadLevel`] promises and what happens on failures.
 
 mod durability;
+mod entry_index;
 mod error;
+mod init;
+mod log_store;
+mod membership;
+mod network;
 mod node;
+mod progress;
+mod read;
+mod record;
 mod runtime;
+mod service;
+mod state_machine;
+mod status;
+mod tasks;
+mod tcp;
 mod transport;
+mod types;
+mod wire;
+mod write;
 
 pub use durability::{Durability, ReadLevel};
 pub use error::{Error, ErrorKind, Result};
-pub use node::{CommitToken, MemberInfo, MemberRole, Node, NodeOptions, NodeStatus, Write};
+pub use node::{CommitToken, ForwardHandler, MemberInfo, MemberRole, Node, NodeOptions, NodeStatus, Write};
 pub use runtime::{Runtime, TokioRuntime};
-pub use transport::{Envelope, Handler, Hello, NodeId, PeerAddress, TcpTransport, Transport};
+pub use tcp::{FRAME_BYTES_MAX, TcpTransport};
+pub use transport::{Envelope, Handler, Hello, NodeId, PeerAddress, Transport};
+
+/// Entry points of the fuzzer: decoders of what disks and peers give.
+#[doc(hidden)]
+pub mod fuzzing {
+    use bytes::Bytes;
+
+    /// Decodes arbitrary bytes as every record and message there is. Must not panic.
+    pub fn decode_all(bytes: &Bytes) {
+        crate::tcp::decode_any(bytes);
+        crate::service::decode_any(bytes);
+        for kind in 32..40 {
+            let _ = crate::record::decode(mainstay_wal::RecordKind(kind), bytes);
+        }
+    }
+}

@@ -1,22 +1,54 @@
 //! A replica of a replicated store.
+//!
+//! # Place      above the engine and openraft; `service` answers peers, `write` and `read` serve callers, `init` and
+//!   `membership` decide who takes part, `tasks` runs what goes on beside
+//! # Invariants
+//! - I1. A node takes part only under an identity that its volume holds durably, given by `init` or by the leader of a
+//!   cluster that knows its name. It never starts a cluster by itself.
+//! - I2. An id is never used for another volume: `init` gives 1 to 64 in the order of names, and a node that joins later
+//!   gets 64 plus the index of a committed entry that was written for that purpose (pitfall 9).
+//! - I3. A restarted leader does not lead again without an election: what it had not made durable may have been
+//!   replicated under the same log ids. [`raft_config`] asserts the settings that safety rests on.
 
 use std::collections::BTreeMap;
-use std::marker::PhantomData;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
 use mainstay_engine::{
-    Applied, CommandBody, Engine, Group, GroupSettings, GroupStatus, LogIndex, OwnerRecord, Snapshot,
+    Applied, CommandBody, Engine, Group, GroupSettings, GroupStatus, Identity, LogIndex, OwnerRecord, Snapshot,
 };
-use mainstay_io::Environment;
+use mainstay_io::{BoxFuture, Environment};
+use mainstay_wal::GroupId;
+use openraft::SnapshotPolicy;
+use openraft::async_runtime::WatchReceiver;
+use openraft_rt::Instant;
+use tokio::sync::{Notify, Semaphore};
 
-use crate::{Durability, NodeId, PeerAddress, ReadLevel, Result, Runtime, TokioRuntime, Transport};
+use crate::init::Promise;
+use crate::log_store::LogStore;
+use crate::network::Networks;
+use crate::progress::Progress;
+use crate::read::Rounds;
+use crate::service::{InstallJob, Service};
+use crate::state_machine::StateMachine;
+use crate::types::{Raft, TypeConfig};
+use crate::{
+    Durability, Error, ErrorKind, Hello, NodeId, PeerAddress, ReadLevel, Result, Runtime, TokioRuntime, Transport,
+};
+
+/// The group that a node replicates.
+pub(crate) const GROUP: GroupId = GroupId(1);
+/// Ids that `init` may give; later ones are larger.
+pub(crate) const INIT_IDS: u64 = 64;
+/// Entries of one append to a peer, at most; bytes are bounded by `READ_BYTES_MAX`.
+const PAYLOAD_ENTRIES_MAX: u64 = 4096;
 
 /// How a node takes part. Times are `Duration`s.
 #[derive(Clone)]
 pub struct NodeOptions {
-    /// The name under which peers and operators know this process.
+    /// The name under which peers and operators know this process. 1 to 255 bytes.
     pub name: String,
     /// Where clients reach it, told to others so that they can name the leader.
     pub client_address: String,
@@ -24,7 +56,9 @@ pub struct NodeOptions {
     pub peers: BTreeMap<String, PeerAddress>,
     /// Heartbeat interval. Default 100 ms.
     pub heartbeat: Duration,
-    /// Election timeout, lower bound; the upper is twice as long. Default 300 ms.
+    /// How long a leader may be silent before others stop waiting for it; at least twice the heartbeat. A follower calls
+    /// an election 1.5 to 2 times this long after the leader's last word. Default 300 ms: shorter fails over faster,
+    /// longer bears more delay of disks, processors and network.
     pub election_timeout: Duration,
     /// Settings equal on all replicas.
     pub group: GroupSettings,
@@ -44,7 +78,7 @@ pub struct Write {
 }
 
 /// The position of a write that was answered at [`Durability::Local`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CommitToken {
     /// Raft term.
     pub term: u64,
@@ -85,7 +119,7 @@ pub struct NodeStatus {
     pub cluster: [u8; 16],
     /// Zero before `init` or `join`.
     pub id: NodeId,
-    /// `leader`, `follower`, `candidate`, `learner`, `waiting` (no identity yet), `removed`, `failed`.
+    /// `leader`, `follower`, `candidate`, `learner`, `waiting` (no identity yet), `removed`, `failed`, `closed`.
     pub role: String,
     /// Raft term.
     pub term: u64,
@@ -105,127 +139,471 @@ pub struct NodeStatus {
     pub failure: Option<String>,
 }
 
-/// A node. Cloning gives another handle.
+/// Answers application requests that other nodes forwarded.
+pub type ForwardHandler = Arc<dyn Fn(Bytes) -> BoxFuture<Result<Bytes>> + Send + Sync>;
+
+/// What a node is about to do for good.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// No identity yet.
+    Waiting,
+    /// Takes part.
+    Member,
+    /// Was removed from its cluster: idle.
+    Removed,
+    /// Left service.
+    Failed(String),
+    /// Closed by its owner.
+    Closed,
+}
+
+/// openraft at work.
+pub(crate) struct Running<R: Runtime> {
+    pub(crate) id: u64,
+    pub(crate) raft: Raft<R>,
+    pub(crate) metrics: Metrics<R>,
+    /// Votes are refused before this: a vote that was forgotten by a restart could break a lease that it had granted.
+    pub(crate) votes_from: R::Instant,
+}
+
+pub(crate) type Metrics<R> =
+    openraft::type_config::alias::WatchReceiverOf<TypeConfig<R>, openraft::RaftMetrics<TypeConfig<R>>>;
+
+/// A flag that can be waited for.
+#[derive(Default)]
+pub(crate) struct Latch {
+    set: AtomicBool,
+    notify: Notify,
+}
+
+impl Latch {
+    pub(crate) fn set(&self) {
+        self.set.store(true, Ordering::Release);
+        self.notify.notify_waiters();
+    }
+
+    pub(crate) fn is_set(&self) -> bool {
+        self.set.load(Ordering::Acquire)
+    }
+
+    /// Resolves once it is set. Cancel safe.
+    pub(crate) async fn wait(&self) {
+        loop {
+            let mut notified = std::pin::pin!(self.notify.notified());
+            notified.as_mut().enable();
+            if self.is_set() {
+                return;
+            }
+            notified.await;
+        }
+    }
+}
+
+pub(crate) struct Inner<R: Runtime> {
+    pub(crate) options: NodeOptions,
+    pub(crate) engine: Engine,
+    pub(crate) group: Group,
+    pub(crate) transport: Arc<dyn Transport>,
+    pub(crate) log: LogStore,
+    pub(crate) progress: Arc<Progress>,
+    pub(crate) running: RwLock<Option<Arc<Running<R>>>>,
+    pub(crate) phase: Mutex<Phase>,
+    pub(crate) changed: Notify,
+    pub(crate) closing: Latch,
+    pub(crate) forward: RwLock<Option<ForwardHandler>>,
+    pub(crate) promise: Mutex<Option<Promise<R>>>,
+    pub(crate) install: Mutex<Option<Arc<InstallJob>>>,
+    /// Ids that this node has seen leave the membership.
+    pub(crate) removed: Mutex<std::collections::BTreeSet<u64>>,
+    /// Snapshots pinned for receivers that asked for one, by their id; one each.
+    pub(crate) pinned: Mutex<BTreeMap<u64, mainstay_engine::Export>>,
+    /// One identity is taken on at a time.
+    pub(crate) adopting: Semaphore,
+    /// The leader changes the membership one step at a time.
+    pub(crate) changing: Semaphore,
+    pub(crate) rounds: Rounds,
+    pub(crate) lease_rounds: Rounds,
+    pub(crate) locals: crate::write::Locals,
+}
+
+/// A node. Cloning gives another handle. Once the last handle is dropped the node stops as a crash would stop it; see
+/// [`Node::close`].
 pub struct Node<R: Runtime = TokioRuntime> {
-    runtime: PhantomData<R>,
+    pub(crate) inner: Arc<Inner<R>>,
+    _handle: Arc<StopOnDrop<R>>,
+}
+
+struct StopOnDrop<R: Runtime>(Arc<Inner<R>>);
+
+impl<R: Runtime> Drop for StopOnDrop<R> {
+    fn drop(&mut self) {
+        self.0.closing.set();
+        self.0.progress.close();
+        self.0.log.detach();
+    }
+}
+
+impl<R: Runtime> Clone for Node<R> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone(), _handle: self._handle.clone() }
+    }
+}
+
+impl<R: Runtime> std::fmt::Debug for Node<R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node").field("name", &self.inner.options.name).finish_non_exhaustive()
+    }
+}
+
+/// openraft's settings. Those that safety or a promise of ours rests on are asserted here and nowhere an option.
+fn raft_config(options: &NodeOptions) -> Result<openraft::Config> {
+    let lease = u64::try_from(options.election_timeout.as_millis()).unwrap_or(u64::MAX);
+    let heartbeat = u64::try_from(options.heartbeat.as_millis()).unwrap_or(u64::MAX);
+    if heartbeat == 0 || lease < heartbeat.saturating_mul(2) || lease > 600_000 {
+        let message = format!(
+            "the election timeout is twice the heartbeat at least and 10 minutes at most heartbeat_ms={heartbeat} \
+             election_timeout_ms={lease}"
+        );
+        return Err(Error::new(ErrorKind::Invalid, message));
+    }
+    let config = openraft::Config {
+        cluster_name: "mainstay".into(),
+        heartbeat_interval: heartbeat,
+        // A follower waits for the lease (the upper bound) and then for a random time between the bounds.
+        election_timeout_min: (lease / 2).max(heartbeat + 1),
+        election_timeout_max: lease.max(heartbeat + 2),
+        // Off, always: a leader that lost power replicated entries that it had not made durable; as leader of the same
+        // term it would give their log ids to other commands, and replicas would differ for ever without a trace.
+        enable_leader_restore: Some(false),
+        enable_pre_vote: Some(true),
+        // A leader without a quorum goes silent for this long at a time, so that one node that still hears it does not
+        // keep a connected majority from electing. Lease and election timeout are both `election_timeout_max`.
+        quorum_loss_probe_interval: Some(2 * lease.max(heartbeat + 2)),
+        // Flushes decide when there is a snapshot, and bytes decide what is purged.
+        snapshot_policy: SnapshotPolicy::Never,
+        max_in_snapshot_log_to_keep: u64::MAX,
+        // Lag is bounded by the bytes of log that are kept, not by a count of entries (pitfall 7).
+        replication_lag_threshold: u64::MAX,
+        allow_log_reversion: Some(false),
+        max_payload_entries: PAYLOAD_ENTRIES_MAX,
+        max_append_entries: Some(PAYLOAD_ENTRIES_MAX),
+        // `Network::full_snapshot` repeats its offer and bounds each wait itself.
+        install_snapshot_timeout: 600_000,
+        backoff: "20ms 50ms 100ms ...500ms".into(),
+        ..openraft::Config::default()
+    };
+    let config = config.validate().map_err(|e| Error::new(ErrorKind::Invalid, e.to_string()))?;
+    assert_eq!(config.enable_leader_restore, Some(false), "a restarted leader is elected again or does not lead");
+    assert_eq!(config.allow_log_reversion, Some(false), "a log that went back is another volume");
+    assert_eq!(config.enable_pre_vote, Some(true));
+    assert!(config.quorum_loss_probe_interval.is_some());
+    assert_eq!(config.snapshot_policy, SnapshotPolicy::Never);
+    Ok(config)
+}
+
+/// A number that differs when a setting differs that must be equal on all replicas.
+fn fingerprint(settings: &GroupSettings) -> u64 {
+    // FNV-1a: stable for ever, which the standard hashers do not promise.
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let values =
+        [settings.memtable_bytes, settings.table_bytes, settings.base_level_bytes, settings.l0_compaction_runs as u64];
+    for byte in values.iter().flat_map(|v| v.to_le_bytes()) {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    }
+    hash
+}
+
+impl<R: Runtime> Inner<R> {
+    pub(crate) fn phase(&self) -> Phase {
+        self.phase.lock().expect("nothing panics while it holds this lock").clone()
+    }
+
+    /// Moves on to `phase`, unless the node has come to an end already.
+    pub(crate) fn set_phase(&self, phase: Phase) {
+        let mut current = self.phase.lock().expect("nothing panics while it holds this lock");
+        if matches!(&*current, Phase::Failed(_) | Phase::Closed) && phase != Phase::Closed {
+            return;
+        }
+        if *current != phase {
+            tracing::info!(node = %self.options.name, from = ?*current, to = ?phase, "phase");
+            *current = phase;
+        }
+        drop(current);
+        self.changed.notify_waiters();
+    }
+
+    pub(crate) fn hello(&self) -> Hello {
+        let identity = self.engine.identity();
+        Hello {
+            cluster: identity.cluster,
+            node: NodeId(identity.node),
+            incarnation: self.engine.incarnation(),
+            name: self.options.name.clone(),
+            peer_address: self.transport.local_address(),
+            settings_fingerprint: fingerprint(&self.options.group),
+        }
+    }
+
+    pub(crate) fn me(&self) -> crate::types::Member {
+        crate::types::Member {
+            name: self.options.name.clone(),
+            peer_address: self.transport.local_address().0,
+            client_address: self.options.client_address.clone(),
+            incarnation: self.engine.incarnation(),
+        }
+    }
+
+    /// openraft, while this node takes part.
+    pub(crate) fn running(&self) -> Result<Arc<Running<R>>> {
+        match self.phase() {
+            Phase::Member | Phase::Removed => {}
+            Phase::Waiting => return Err(Error::new(ErrorKind::Unavailable, "the node is not a member yet")),
+            Phase::Failed(reason) => return Err(Error::new(ErrorKind::Closed, format!("the node failed: {reason}"))),
+            Phase::Closed => return Err(Error::new(ErrorKind::Closed, "the node is closed")),
+        }
+        if self.closing.is_set() {
+            return Err(Error::new(ErrorKind::Closed, "the node is closed"));
+        }
+        let running = self.running.read().expect("nothing panics while it holds this lock").clone();
+        running.ok_or_else(|| Error::new(ErrorKind::Unavailable, "the node is starting"))
+    }
+
+    /// Runs `task` until it ends or the node closes.
+    pub(crate) fn spawn(self: &Arc<Self>, task: impl Future<Output = ()> + Send + 'static) {
+        let this = self.clone();
+        drop(R::spawn(async move {
+            let closing = std::pin::pin!(this.closing.wait());
+            let task = std::pin::pin!(task);
+            // The end first: what is closing does no further step.
+            let _ = R::select2(closing, task).await;
+        }));
+    }
+
+    /// Starts openraft under the identity of the volume.
+    pub(crate) async fn run(self: &Arc<Self>) -> Result<()> {
+        let id = self.engine.identity().node;
+        let config = Arc::new(raft_config(&self.options)?);
+        let restarted = self.log.has_vote();
+        let peers = Arc::new(crate::service::NodePeers(Arc::downgrade(self)));
+        let machine = StateMachine::open(self.group.clone(), self.log.clone(), peers, self.progress.clone())?;
+        let networks = Networks { me: id, transport: self.transport.clone() };
+        let raft = Raft::<R>::new(id, config, networks, self.log.clone(), machine)
+            .await
+            .map_err(|e| Error::new(ErrorKind::Internal, format!("openraft does not start: {e}")))?;
+        let metrics = raft.metrics();
+        let now = R::Instant::now();
+        let votes_from = if restarted { now + self.options.election_timeout } else { now };
+        let running = Arc::new(Running { id, raft, metrics, votes_from });
+        *self.running.write().expect("nothing panics while it holds this lock") = Some(running.clone());
+        self.set_phase(Phase::Member);
+        self.start_tasks(&running);
+        Ok(())
+    }
+
+    /// Takes on an identity: makes it durable, tells it to peers, starts openraft. Again under the same one is nothing.
+    pub(crate) async fn adopt(self: &Arc<Self>, identity: Identity) -> Result<()> {
+        let _one = self.adopting.acquire().await.map_err(|_| Error::new(ErrorKind::Closed, "the node is closed"))?;
+        let current = self.engine.identity();
+        if current == identity && self.phase() != Phase::Waiting {
+            return Ok(());
+        }
+        if current != Identity::default() && current != identity {
+            let message = format!("the volume belongs to another cluster or id node={}", current.node);
+            return Err(Error::new(ErrorKind::Foreign, message));
+        }
+        self.engine.set_identity(identity).await?;
+        self.run().await?;
+        self.transport.serve(self.hello(), Arc::new(Service(Arc::downgrade(self))));
+        Ok(())
+    }
+
+    /// True when the volume holds entries or state although it has no identity: a store that was alone, for instance.
+    pub(crate) fn has_data(&self) -> bool {
+        !self.log.is_pristine() || self.group.applied().0 > 0 || self.group.flushed().0 > 0
+    }
+
+    pub(crate) fn metrics_of<T>(
+        running: &Running<R>,
+        read: impl FnOnce(&openraft::RaftMetrics<TypeConfig<R>>) -> T,
+    ) -> T {
+        read(&running.metrics.borrow_watched())
+    }
 }
 
 impl<R: Runtime> Node<R> {
     /// Starts a node on an open engine. Without an identity it waits for `init` or for a cluster that knows its name.
+    /// `found` is what [`Engine::open`] delivered.
+    ///
+    /// # Errors
+    /// `Invalid` for a name or times out of range, `Corrupt` or `Foreign` when the log does not fit the tables.
     pub async fn start(
         engine: Engine,
         found: Vec<OwnerRecord>,
         options: NodeOptions,
         transport: Arc<dyn Transport>,
     ) -> Result<Self> {
-        let _ = (engine, found, options, transport);
-        todo!()
+        if options.name.is_empty() || options.name.len() > crate::wire::NAME_BYTES_MAX {
+            return Err(Error::new(ErrorKind::Invalid, "a node's name has 1 to 255 bytes"));
+        }
+        raft_config(&options)?;
+        let group = engine.group(GROUP, options.group.clone()).await?;
+        let log = LogStore::open(engine.wal().clone(), GROUP, found, options.entry_cache_bytes)?;
+        let inner = Arc::new(Inner {
+            options,
+            engine,
+            group,
+            transport,
+            log,
+            progress: Arc::default(),
+            running: RwLock::new(None),
+            phase: Mutex::new(Phase::Waiting),
+            changed: Notify::new(),
+            closing: Latch::default(),
+            forward: RwLock::new(None),
+            promise: Mutex::new(None),
+            install: Mutex::new(None),
+            removed: Mutex::default(),
+            pinned: Mutex::new(BTreeMap::new()),
+            adopting: Semaphore::new(1),
+            changing: Semaphore::new(1),
+            rounds: Rounds::default(),
+            lease_rounds: Rounds::default(),
+            locals: crate::write::Locals::default(),
+        });
+        inner.start_owner_task();
+        if inner.engine.identity() == Identity::default() {
+            inner.start_join_task();
+        } else {
+            inner.run().await?;
+        }
+        inner.transport.serve(inner.hello(), Arc::new(Service(Arc::downgrade(&inner))));
+        Ok(Self { _handle: Arc::new(StopOnDrop(inner.clone())), inner })
     }
 
     /// Gives birth to a cluster over `members` (names in [`NodeOptions::peers`], this one included). Two-phase and
-    /// idempotent: the same call again finds the cluster made. Refuses a member that has data or a cluster.
+    /// idempotent: the same call again finds the cluster made, or finishes what a crash left half done.
+    ///
+    /// # Errors
+    /// `Invalid`: an unknown name, or a member that holds data. `Foreign`: a member of another cluster. `Unavailable`: a
+    /// member cannot be reached, or another `init` is at work; call again.
+    /// # Cancel safety
+    /// Not cancel safe, but the same call again finishes it.
     pub async fn init(&self, members: &[String]) -> Result<[u8; 16]> {
-        let _ = members;
-        todo!()
+        self.inner.init(members).await
     }
 
     /// Proposes a command; a follower forwards it to the leader.
     ///
     /// # Errors
-    /// `NotLeader`, `Unavailable`: not applied. `Indeterminate`: may have been.
+    /// `NotLeader`, `Unavailable`: not applied. `Indeterminate`: may have been. `Unsupported`: see [`Durability`]; a write
+    /// at [`Durability::Local`] has an answer of another type, see [`Node::write_local`].
     /// # Cancel safety
     /// Not cancel safe: a dropped future may leave the command in the log.
     pub async fn write(&self, write: Write) -> Result<Applied> {
-        let _ = write;
-        todo!()
+        self.inner.write(write).await
     }
 
     /// Proposes a command and answers when the leader alone has it durable. Only on the leader.
+    ///
+    /// # Errors
+    /// `NotLeader`, `Unavailable`: not applied. `Indeterminate`: may have been.
+    /// # Cancel safety
+    /// Not cancel safe: a dropped future may leave the command in the log.
     pub async fn write_local(&self, body: CommandBody) -> Result<CommitToken> {
-        let _ = body;
-        todo!()
+        self.inner.write_local(body).await
     }
 
     /// Waits until what `write_local` promised holds at a stronger level. `Indeterminate` if the term ended first.
+    /// Cancel safe.
     pub async fn wait(&self, token: CommitToken, durability: Durability) -> Result<Applied> {
-        let _ = (token, durability);
-        todo!()
+        self.inner.wait(token, durability).await
     }
 
     /// A read view at the level asked for, of the branch of that name (`main` or a clone).
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such branch; else as [`Node::read_barrier`]. Cancel safe.
     pub async fn snapshot(&self, branch: &str, level: ReadLevel) -> Result<Snapshot> {
-        let _ = (branch, level);
-        todo!()
+        self.inner.read_barrier(level).await?;
+        let id = self
+            .inner
+            .group
+            .branch(branch)
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no such branch name={branch}")))?;
+        Ok(self.inner.group.snapshot(id)?)
     }
 
     /// Waits until a read of this level may be served here; returns the applied index that it may read at.
+    ///
+    /// # Errors
+    /// `Unavailable` when no quorum answers in time, `Unsupported` for [`ReadLevel::Stale`], `Closed`. Cancel safe.
     pub async fn read_barrier(&self, level: ReadLevel) -> Result<LogIndex> {
-        let _ = level;
-        todo!()
+        self.inner.read_barrier(level).await
     }
 
     /// Sends an application request to the leader (here if this is it). See [`Node::set_forward_handler`].
+    ///
+    /// # Errors
+    /// `Unavailable`: it was not handled. `Indeterminate`: it may have been. Else what the handler answered.
     pub async fn forward(&self, request: Bytes) -> Result<Bytes> {
-        let _ = request;
-        todo!()
+        self.inner.forward_request(request).await
     }
 
     /// Answers application requests that others forwarded.
-    pub fn set_forward_handler(
-        &self,
-        handler: Arc<dyn Fn(Bytes) -> mainstay_io::BoxFuture<Result<Bytes>> + Send + Sync>,
-    ) {
-        let _ = handler;
-        todo!()
+    pub fn set_forward_handler(&self, handler: ForwardHandler) {
+        *self.inner.forward.write().expect("nothing panics while it holds this lock") = Some(handler);
     }
 
     /// Adds the process of that name as a learner under a new id, and promotes it once it has caught up if `voter`.
+    /// Again for a member of that name does what is missing.
+    ///
+    /// # Errors
+    /// `Unavailable` when it cannot be reached or does not catch up in time: it stays a learner. `Foreign` when it belongs
+    /// to another cluster, `Invalid` when it holds data or has another name.
     pub async fn add_member(&self, name: &str, address: PeerAddress, voter: bool) -> Result<MemberInfo> {
-        let _ = (name, address, voter);
-        todo!()
+        self.inner.add_member(name, address, voter).await
     }
 
     /// Makes a learner a voter.
     pub async fn promote_member(&self, id: NodeId) -> Result<()> {
-        let _ = id;
-        todo!()
+        self.inner.promote_member(id).await
     }
 
     /// Changes the addresses of a member.
     pub async fn update_member(&self, id: NodeId, address: PeerAddress) -> Result<()> {
-        let _ = (id, address);
-        todo!()
+        self.inner.update_member(id, address).await
     }
 
-    /// Removes a member.
+    /// Removes a member. Its id is never used again; its node goes idle.
     pub async fn remove_member(&self, id: NodeId) -> Result<()> {
-        let _ = id;
-        todo!()
+        self.inner.remove_member(id).await
     }
 
     /// Hands leadership to `to`, or to the most caught-up voter. Returns once this node sees another leader.
     pub async fn transfer_leader(&self, to: Option<NodeId>) -> Result<NodeId> {
-        let _ = to;
-        todo!()
+        self.inner.transfer_leader(to).await
     }
 
     /// The replicated state, for local reads.
     pub fn group(&self) -> &Group {
-        todo!()
+        &self.inner.group
     }
 
     /// Counts and states.
     pub fn status(&self) -> NodeStatus {
-        todo!()
+        self.inner.status()
     }
 
     /// Resolves at each change of leader, role or membership. Cancel safe.
     pub async fn changed(&self) {
-        todo!()
+        self.inner.changed.notified().await;
     }
 
     /// Hands leadership over if it leads, stops taking part, closes the engine.
+    ///
+    /// # Errors
+    /// Of the engine: the volume was not marked clean.
     pub async fn close(&self) -> Result<()> {
-        todo!()
+        self.inner.close().await
     }
 }

@@ -83,7 +83,3 @@ pub trait Transport: Send + Sync + 'static {
     /// Ends all connections and tasks.
     fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
-
-/// TCP on tokio with length limits, timeouts and one connection a peer.
-#[derive(Clone)]
-pub struct TcpTransport {}

@@ -1,0 +1,476 @@
+//! What the log of a group holds and where: the pure part of the log store.
+//!
+//! # Place      below `log_store`, which queues the records; no I/O here, so that recovery is a function of records
+//! # Invariants
+//! - X1. The entries are `purged + 1 ..= last`, without a hole.
+//! - X2. The cache holds the newest entries, `cache_first ..= last`; an entry leaves it only once its place is known.
+//! - X3. For every index from `purged` to `last` the term is known, and for `purged` also the membership: an anchor. So
+//!   whatever index the engine has flushed, its log id and membership can be told after a restart (`state_at`).
+//!
+//! # Crash
+//! Recovery reads the records in order; a later one wins:
+//!
+//! | Record | Finds | Does |
+//! |---|---|---|
+//! | entry `i` | nothing before | begins the log at `i` |
+//! | entry `i` | last = `i - 1` | appends |
+//! | entry `i` | last >= `i` | drops `i..`, appends: the same entry queued again after the ring was full |
+//! | entry `i` | last < `i - 1` | ignored: the one before it had been refused for space, so this was never acknowledged |
+//! | truncate after `i` | | drops `i + 1 ..` |
+//! | purge up to `i` | | drops `..= i`, remembers log id and membership of `i` |
+//! | snapshot about to be installed at `i` | | remembers log id and membership of `i` |
+//! | vote | | replaces the vote |
+//!
+//! At the end the entries must begin right behind what is purged, or at 0; else the log is `Corrupt`.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use mainstay_wal::{Lsn, RecordPos};
+
+use crate::types::{Entry, EntryPayload, LogId, StoredMembership, Vote, log_id, term_of};
+use crate::{Error, ErrorKind, Result};
+
+/// Anchors of installs that came to nothing, before a further install is refused.
+pub(crate) const ANCHORS_MAX: usize = 16;
+
+/// The place of a record that is not durable yet.
+const NOWHERE: RecordPos = RecordPos { batch: Lsn(u64::MAX), offset: u32::MAX, length: 0 };
+
+/// A record of this log, decoded.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Recovered {
+    Entry(Entry),
+    Vote(Vote),
+    Truncate(Option<LogId>),
+    Purge(LogId, StoredMembership),
+    Install(LogId, StoredMembership),
+}
+
+/// The state of the machine at an index: what a snapshot of it is called.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Anchor {
+    pub(crate) log_id: LogId,
+    pub(crate) membership: StoredMembership,
+    pub(crate) pos: Option<RecordPos>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct EntryIndex {
+    /// Index of `slots[0]`.
+    first: u64,
+    slots: VecDeque<RecordPos>,
+    /// First index of each run of one term.
+    terms: BTreeMap<u64, u64>,
+    /// Membership entries in the log.
+    memberships: BTreeMap<u64, StoredMembership>,
+    anchors: BTreeMap<u64, Anchor>,
+    purged: Option<LogId>,
+    vote: Option<Vote>,
+    pub(crate) vote_pos: Option<RecordPos>,
+    cache: VecDeque<Entry>,
+    cached_bytes: u64,
+    cache_bytes_max: u64,
+    begun: bool,
+}
+
+fn entry_bytes(entry: &Entry) -> u64 {
+    // What an entry costs beside its payload: the entry itself and its share of the queues.
+    const FIXED: u64 = 128;
+    match &entry.payload {
+        EntryPayload::Normal(payload) => FIXED + payload.bytes.len() as u64,
+        _ => FIXED,
+    }
+}
+
+impl EntryIndex {
+    pub(crate) fn new(cache_bytes_max: u64) -> Self {
+        Self { cache_bytes_max, ..Self::default() }
+    }
+
+    pub(crate) fn vote(&self) -> Option<Vote> {
+        self.vote
+    }
+
+    pub(crate) fn set_vote(&mut self, vote: Vote) {
+        self.vote = Some(vote);
+        self.vote_pos = None;
+    }
+
+    pub(crate) fn purged(&self) -> Option<LogId> {
+        self.purged
+    }
+
+    /// The index after the last entry.
+    pub(crate) fn next(&self) -> u64 {
+        self.first + self.slots.len() as u64
+    }
+
+    pub(crate) fn first(&self) -> u64 {
+        self.first
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// True when there is no trace of a log: nothing was ever written.
+    pub(crate) fn is_pristine(&self) -> bool {
+        self.slots.is_empty() && self.purged.is_none() && self.anchors.is_empty() && self.vote.is_none()
+    }
+
+    pub(crate) fn last(&self) -> Option<LogId> {
+        if self.slots.is_empty() { self.purged } else { self.log_id(self.next() - 1) }
+    }
+
+    /// The log id at an index, if it is known.
+    pub(crate) fn log_id(&self, index: u64) -> Option<LogId> {
+        if (self.first..self.next()).contains(&index) {
+            let (_, term) = self.terms.range(..=index).next_back().expect("every entry lies in a run of a term");
+            return Some(log_id(*term, index));
+        }
+        self.anchors.get(&index).map(|a| a.log_id)
+    }
+
+    /// Appends an entry behind the last.
+    pub(crate) fn push(&mut self, entry: Entry) {
+        let index = entry.log_id.index;
+        if self.slots.is_empty() && self.purged.is_none() && !self.begun {
+            self.first = index;
+        }
+        assert_eq!(index, self.next(), "a log has no holes");
+        self.begun = true;
+        let term = term_of(&entry.log_id);
+        if self.slots.is_empty() {
+            self.terms.clear();
+        }
+        if self.terms.last_key_value().is_none_or(|(_, last)| *last != term) {
+            self.terms.insert(index, term);
+        }
+        if let EntryPayload::Membership(membership) = &entry.payload {
+            self.memberships.insert(index, StoredMembership::new(Some(entry.log_id), membership.clone()));
+        }
+        self.slots.push_back(NOWHERE);
+        self.cached_bytes += entry_bytes(&entry);
+        self.cache.push_back(entry);
+        self.evict();
+    }
+
+    /// The entry at `index` is durable at `pos`. Without effect if another has taken its place.
+    pub(crate) fn durable(&mut self, id: LogId, pos: RecordPos) {
+        if self.log_id(id.index) == Some(id) && id.index >= self.first {
+            self.slots[(id.index - self.first) as usize] = pos;
+            self.evict();
+        }
+    }
+
+    /// Where the entry lies, once it is durable.
+    pub(crate) fn pos(&self, index: u64) -> Option<RecordPos> {
+        let slot = *self.slots.get(usize::try_from(index.checked_sub(self.first)?).ok()?)?;
+        (slot != NOWHERE).then_some(slot)
+    }
+
+    pub(crate) fn cached(&self, index: u64) -> Option<&Entry> {
+        let offset = index.checked_sub(self.cache_first())?;
+        self.cache.get(usize::try_from(offset).ok()?)
+    }
+
+    fn cache_first(&self) -> u64 {
+        self.next() - self.cache.len() as u64
+    }
+
+    #[cfg(test)]
+    pub(crate) fn cached_bytes(&self) -> u64 {
+        self.cached_bytes
+    }
+
+    /// X2: the oldest go first, and only those that can be read back.
+    fn evict(&mut self) {
+        while self.cached_bytes > self.cache_bytes_max && self.cache.len() > 1 {
+            if self.pos(self.cache_first()).is_none() {
+                return;
+            }
+            let entry = self.cache.pop_front().expect("it is not empty");
+            self.cached_bytes -= entry_bytes(&entry);
+        }
+    }
+
+    /// Drops the entries after `after` (all of them for `None`).
+    pub(crate) fn truncate_after(&mut self, after: Option<u64>) {
+        let keep_to = after.map_or(0, |i| i + 1).max(self.first);
+        while self.next() > keep_to {
+            self.slots.pop_back();
+            if let Some(entry) = self.cache.pop_back() {
+                self.cached_bytes -= entry_bytes(&entry);
+            }
+        }
+        self.terms.split_off(&keep_to);
+        self.memberships.split_off(&keep_to);
+    }
+
+    /// Drops the entries up to `upto` and remembers what the state there is called.
+    pub(crate) fn purge(&mut self, upto: LogId, membership: StoredMembership) {
+        if self.purged.is_some_and(|p| p.index > upto.index) {
+            return;
+        }
+        while self.first <= upto.index && !self.slots.is_empty() {
+            if self.cache.len() == self.slots.len() {
+                let entry = self.cache.pop_front().expect("as many as slots");
+                self.cached_bytes -= entry_bytes(&entry);
+            }
+            self.slots.pop_front();
+            self.first += 1;
+        }
+        self.first = upto.index + 1;
+        // The run that the first entry left belongs to begins there now.
+        let later = self.terms.split_off(&self.first);
+        let current = self.terms.pop_last();
+        self.terms = later;
+        if !self.slots.is_empty() && !self.terms.contains_key(&self.first) {
+            let (_, term) = current.expect("every entry lies in a run of a term");
+            self.terms.insert(self.first, term);
+        }
+        self.memberships = self.memberships.split_off(&self.first);
+        self.anchors = self.anchors.split_off(&upto.index);
+        self.anchors.insert(upto.index, Anchor { log_id: upto, membership, pos: None });
+        self.purged = Some(upto);
+        self.begun = true;
+    }
+
+    /// Remembers what the state at `at` is called, before the engine takes it over.
+    pub(crate) fn anchor(&mut self, at: LogId, membership: StoredMembership) {
+        self.anchors.insert(at.index, Anchor { log_id: at, membership, pos: None });
+    }
+
+    pub(crate) fn anchors(&self) -> impl Iterator<Item = &Anchor> {
+        self.anchors.values()
+    }
+
+    pub(crate) fn anchor_durable(&mut self, at: LogId, pos: RecordPos) {
+        if let Some(anchor) = self.anchors.get_mut(&at.index)
+            && anchor.log_id == at
+        {
+            anchor.pos = Some(pos);
+        }
+    }
+
+    /// The membership in force at `index`: of the last membership entry up to there, or of the anchor below it.
+    pub(crate) fn membership_at(&self, index: u64) -> StoredMembership {
+        let anchor = self.anchors.range(..=index).next_back();
+        let entry = self.memberships.range(..=index).next_back();
+        match (anchor, entry) {
+            (Some((at, anchor)), Some((i, _))) if at >= i => anchor.membership.clone(),
+            (_, Some((_, membership))) => membership.clone(),
+            (Some((_, anchor)), None) => anchor.membership.clone(),
+            (None, None) => StoredMembership::default(),
+        }
+    }
+
+    /// Log id and membership of the state that the engine flushed at `index` (X3).
+    ///
+    /// # Errors
+    /// `Corrupt` when the log does not know that index: the tables and the log are not of one history.
+    pub(crate) fn state_at(&self, index: u64) -> Result<(Option<LogId>, StoredMembership)> {
+        if index == 0 {
+            return Ok((None, StoredMembership::default()));
+        }
+        let id = self.log_id(index).ok_or_else(|| {
+            let message = format!(
+                "the log does not know the flushed entry flushed={index} first={} next={}",
+                self.first,
+                self.next()
+            );
+            Error::new(ErrorKind::Corrupt, message)
+        })?;
+        Ok((Some(id), self.membership_at(index)))
+    }
+
+    /// Terms and memberships from `purged` to `index`, for the state machine to go on from.
+    pub(crate) fn log_ids_to(&self, index: u64) -> Vec<LogId> {
+        let mut ids: Vec<LogId> = self.anchors.values().map(|a| a.log_id).filter(|i| i.index <= index).collect();
+        ids.extend(self.terms.range(..=index).map(|(i, t)| log_id(*t, *i)));
+        ids
+    }
+
+    /// The highest index up to which all may be purged so that at most `tail_bytes` of the log before its durable end
+    /// stay for followers that lag.
+    pub(crate) fn purge_for_tail(&self, upto: u64, tail_bytes: u64) -> Option<u64> {
+        let end = self.slots.iter().rev().find(|p| **p != NOWHERE)?;
+        let count = usize::try_from((upto + 1).checked_sub(self.first)?).ok()?.min(self.slots.len());
+        let floor = end.batch.0.saturating_sub(tail_bytes);
+        // Places grow with the index, so the first that stays is found by halving.
+        let (mut lo, mut hi) = (0, count);
+        while lo < hi {
+            let mid = lo + (hi - lo) / 2;
+            if self.slots[mid].batch.0 < floor { lo = mid + 1 } else { hi = mid }
+        }
+        (lo > 0).then(|| self.first + lo as u64 - 1)
+    }
+
+    /// Takes one record at recovery; see the table above.
+    pub(crate) fn recover(&mut self, record: Recovered, pos: RecordPos) {
+        match record {
+            Recovered::Entry(entry) => {
+                let id = entry.log_id;
+                let known = self.begun || self.purged.is_some();
+                if known && id.index > self.next() {
+                    tracing::warn!(index = id.index, next = self.next(), "ignored an entry behind a refused one");
+                    return;
+                }
+                if known && id.index < self.first {
+                    if self.purged.is_some_and(|p| p.index >= id.index) {
+                        return;
+                    }
+                    self.truncate_after(None);
+                    self.begun = false;
+                } else if known {
+                    self.truncate_after(id.index.checked_sub(1));
+                }
+                self.push(entry);
+                self.durable(id, pos);
+            }
+            Recovered::Vote(vote) => {
+                self.vote = Some(vote);
+                self.vote_pos = Some(pos);
+            }
+            Recovered::Truncate(after) => self.truncate_after(after.map(|id| id.index)),
+            Recovered::Purge(upto, membership) => {
+                self.purge(upto, membership);
+                self.anchor_durable(upto, pos);
+            }
+            Recovered::Install(at, membership) => {
+                self.anchor(at, membership);
+                self.anchor_durable(at, pos);
+            }
+        }
+    }
+
+    /// Checks what recovery found.
+    pub(crate) fn check(&self) -> Result<()> {
+        let expect = self.purged.map_or(0, |p| p.index + 1);
+        if !self.slots.is_empty() && self.first != expect {
+            let message = format!("the log has a hole first={} expected={expect}", self.first);
+            return Err(Error::new(ErrorKind::Corrupt, message));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::types::{Membership, Payload};
+
+    fn entry(term: u64, index: u64) -> Entry {
+        Entry { log_id: log_id(term, index), payload: EntryPayload::Normal(Payload::new(Bytes::from(vec![7; 100]))) }
+    }
+
+    fn pos(n: u64) -> RecordPos {
+        RecordPos { batch: Lsn(n * 4096), offset: 64, length: 100 }
+    }
+
+    fn replay(records: Vec<Recovered>) -> EntryIndex {
+        let mut index = EntryIndex::new(1 << 20);
+        for (n, record) in records.into_iter().enumerate() {
+            index.recover(record, pos(n as u64));
+        }
+        index
+    }
+
+    fn span(index: &EntryIndex) -> (u64, u64) {
+        (index.first(), index.next())
+    }
+
+    use Recovered as R;
+
+    #[test]
+    fn every_row_of_the_recovery_table() {
+        let plain = replay(vec![R::Entry(entry(1, 0)), R::Entry(entry(1, 1)), R::Entry(entry(2, 2))]);
+        assert_eq!(span(&plain), (0, 3));
+        assert_eq!(plain.last(), Some(log_id(2, 2)));
+        assert_eq!(plain.log_id(1), Some(log_id(1, 1)));
+
+        // The one before it had been refused.
+        let gap =
+            replay(vec![R::Entry(entry(1, 0)), R::Entry(entry(1, 2)), R::Entry(entry(1, 1)), R::Entry(entry(1, 2))]);
+        assert_eq!(span(&gap), (0, 3));
+        assert_eq!(gap.pos(2), Some(pos(3)));
+
+        let again = replay(vec![R::Entry(entry(1, 0)), R::Entry(entry(1, 1)), R::Entry(entry(2, 1))]);
+        assert_eq!(again.last(), Some(log_id(2, 1)));
+
+        let cut = replay(vec![R::Entry(entry(1, 0)), R::Entry(entry(1, 1)), R::Truncate(Some(log_id(1, 0)))]);
+        assert_eq!(span(&cut), (0, 1));
+        let cut = replay(vec![R::Entry(entry(1, 0)), R::Truncate(None), R::Entry(entry(3, 0))]);
+        assert_eq!(cut.last(), Some(log_id(3, 0)));
+
+        let m = StoredMembership::new(Some(log_id(1, 0)), Membership::default());
+        let purged = replay(vec![
+            R::Entry(entry(1, 5)),
+            R::Entry(entry(1, 6)),
+            R::Entry(entry(2, 7)),
+            R::Purge(log_id(1, 6), m.clone()),
+        ]);
+        assert_eq!(span(&purged), (7, 8));
+        assert_eq!(purged.log_id(6), Some(log_id(1, 6)));
+        assert_eq!(purged.membership_at(7), m);
+        assert!(purged.check().is_ok());
+
+        let headless = replay(vec![R::Entry(entry(1, 5))]);
+        assert_eq!(headless.check().expect_err("no base").kind(), &ErrorKind::Corrupt);
+
+        let installed = replay(vec![R::Entry(entry(1, 0)), R::Install(log_id(4, 90), m.clone())]);
+        assert_eq!(installed.state_at(90).expect("anchored"), (Some(log_id(4, 90)), m));
+        assert_eq!(installed.state_at(91).expect_err("unknown").kind(), &ErrorKind::Corrupt);
+        assert_eq!(span(&installed), (0, 1));
+    }
+
+    #[test]
+    fn cache_keeps_what_cannot_be_read_back() {
+        let mut index = EntryIndex::new(500);
+        for i in 0..10 {
+            index.push(entry(1, i));
+        }
+        assert!(index.cached(0).is_some(), "nothing is durable yet");
+        for i in 0..5 {
+            index.durable(log_id(1, i), pos(i));
+        }
+        assert!(index.cached(4).is_none());
+        assert!(index.cached(5).is_some(), "not durable");
+        for i in 5..10 {
+            index.durable(log_id(1, i), pos(i));
+        }
+        assert!(index.cached_bytes() <= 500);
+        assert!(index.cached(9).is_some());
+        index.truncate_after(Some(3));
+        assert_eq!(index.cached_bytes(), 0);
+        index.push(entry(2, 4));
+        assert_eq!(index.cached(4).map(|e| e.log_id), Some(log_id(2, 4)));
+    }
+
+    #[test]
+    fn a_late_completion_does_not_place_the_entry_that_followed() {
+        let mut index = EntryIndex::new(1 << 20);
+        index.push(entry(1, 0));
+        index.truncate_after(None);
+        index.push(entry(2, 0));
+        index.durable(log_id(1, 0), pos(1));
+        assert_eq!(index.pos(0), None);
+        index.durable(log_id(2, 0), pos(2));
+        assert_eq!(index.pos(0), Some(pos(2)));
+    }
+
+    #[test]
+    fn tail_is_kept_by_bytes() {
+        let mut index = EntryIndex::new(1 << 20);
+        for i in 0..10 {
+            index.push(entry(1, i));
+            index.durable(log_id(1, i), pos(i));
+        }
+        assert_eq!(index.purge_for_tail(8, 0), Some(8));
+        assert_eq!(index.purge_for_tail(8, 3 * 4096), Some(5));
+        assert_eq!(index.purge_for_tail(3, 3 * 4096), Some(3));
+        assert_eq!(index.purge_for_tail(8, 1 << 30), None);
+    }
+}

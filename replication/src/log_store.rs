@@ -1,0 +1,623 @@
+//! The Raft log over the node's log: entries, vote, purge.
+//!
+//! # Place      openraft's `RaftLogStorage` above [`mainstay_wal::Wal`]; `entry_index` knows what is where
+//! # Invariants
+//! - L1. `append` returns when the entries can be read and never waits for the device (pitfall 1). Each entry is a record
+//!   of its own; the log merges what many appends queued into one write.
+//! - L2. Votes, entries, truncations and purges go through one queue in call order, under `order` (pitfall 2). So no
+//!   copy of an old vote can be queued behind a newer one.
+//! - L3. An entry is reported durable only when all before it are. The log completes in order; when it refuses a record
+//!   for space, everything behind is held back until it has been queued again (pitfall 5).
+//! - L4. `save_committed` does no I/O (pitfall 3): after a restart the applied state is what the engine had flushed,
+//!   and the entries behind are applied again once the cluster says that they are committed.
+//! - L5. Any other failed write ends the log for good: no vote and no acknowledgement follows (pitfall 12).
+//! - L6. A vote, a purge or an anchor that is older than the oldest entry is written again before the ring is cut, so an
+//!   idle group pins nothing (pitfall 11).
+//!
+//! # Crash      see `entry_index`
+//!
+//! Lock order: `order`, then `state`. Neither is held across an await; completions take `state` alone.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::ops::{Bound, RangeBounds};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use futures_util::{Stream, StreamExt, stream};
+use mainstay_engine::{Engine, LogIndex, OwnerPin, OwnerRecord};
+use mainstay_io::BoxFuture;
+use mainstay_wal::{GroupId, Record, RecordKind, RecordPos, Reserve, Wal};
+use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
+use openraft::{OptionalSend, RaftTypeConfig};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::entry_index::{ANCHORS_MAX, EntryIndex};
+use crate::types::{Entry, EntryPayload, LogId, SnapshotMeta, StoredMembership, TypeConfig, Vote, io_error};
+use crate::{Error, ErrorKind, Result, Runtime, record};
+
+/// Bytes of entries that one read for a peer or for the applier returns at most, beyond its first entry.
+pub(crate) const READ_BYTES_MAX: usize = 1 << 20;
+/// Requests to purge that wait at once.
+const PURGE_REQUESTS_MAX: usize = 4;
+
+type Callback = Box<dyn FnOnce(std::io::Result<()>) + Send>;
+
+/// A request of the engine to purge before it cuts the ring: entries up to `flushed` are in tables.
+pub(crate) struct PurgeRequest {
+    pub(crate) flushed: LogIndex,
+    pub(crate) done: oneshot::Sender<()>,
+}
+
+#[derive(Default)]
+struct State {
+    index: EntryIndex,
+    committed: Option<LogId>,
+    /// The first entry that the log refused for space; nothing from here on counts as durable (L3).
+    stalled_from: Option<u64>,
+    /// Completions of entries that are held back, by the index of the last entry of their append.
+    held: BTreeMap<u64, Callback>,
+    /// Entries queued in the log and not completed.
+    in_flight: u64,
+    failed: Option<String>,
+    purge_requests: Option<mpsc::Sender<PurgeRequest>>,
+}
+
+struct Inner {
+    wal: Wal,
+    group: GroupId,
+    order: Mutex<()>,
+    state: Mutex<State>,
+}
+
+/// The log of one group. Cloning gives another handle; openraft's readers are such.
+#[derive(Clone)]
+pub(crate) struct LogStore {
+    inner: Arc<Inner>,
+}
+
+impl LogStore {
+    /// Rebuilds the log from the records found at open.
+    ///
+    /// # Errors
+    /// `Corrupt`, `Foreign`: see `entry_index`.
+    pub(crate) fn open(wal: Wal, group: GroupId, found: Vec<OwnerRecord>, cache_bytes: u64) -> Result<Self> {
+        let mut index = EntryIndex::new(cache_bytes);
+        for record in found.into_iter().filter(|r| r.group == group) {
+            index.recover(record::decode(record.kind, &record.payload)?, record.pos);
+        }
+        index.check()?;
+        let state = State { index, ..State::default() };
+        Ok(Self { inner: Arc::new(Inner { wal, group, order: Mutex::new(()), state: Mutex::new(state) }) })
+    }
+
+    /// Takes part in purging `engine`'s log; the receiver gets the engine's requests.
+    pub(crate) fn attach(&self, engine: &Engine) -> mpsc::Receiver<PurgeRequest> {
+        let (tx, rx) = mpsc::channel(PURGE_REQUESTS_MAX);
+        self.state().purge_requests = Some(tx);
+        engine.set_owner_pin(Arc::new(self.clone()));
+        rx
+    }
+
+    /// Stops asking for purges: nobody answers any more.
+    pub(crate) fn detach(&self) {
+        self.state().purge_requests = None;
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.inner.state.lock().expect("nothing panics while it holds this lock")
+    }
+
+    /// Why the log takes nothing any more.
+    pub(crate) fn failure(&self) -> Option<String> {
+        self.state().failed.clone()
+    }
+
+    /// True while the ring is too full for entries.
+    pub(crate) fn is_stalled(&self) -> bool {
+        self.state().stalled_from.is_some()
+    }
+
+    pub(crate) fn is_pristine(&self) -> bool {
+        self.state().index.is_pristine()
+    }
+
+    pub(crate) fn has_vote(&self) -> bool {
+        self.state().index.vote().is_some()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn last(&self) -> Option<LogId> {
+        self.state().index.last()
+    }
+
+    /// Log id and membership of the state that the engine has flushed.
+    pub(crate) fn state_at(&self, index: LogIndex) -> Result<(Option<LogId>, StoredMembership)> {
+        self.state().index.state_at(index.0)
+    }
+
+    /// What the state machine needs to name any state from here to `index`.
+    pub(crate) fn history_to(&self, index: LogIndex) -> (Vec<LogId>, Vec<(u64, StoredMembership)>) {
+        let state = self.state();
+        let ids = state.index.log_ids_to(index.0);
+        let memberships =
+            ids.iter().map(|id| id.index).chain([index.0]).map(|i| (i, state.index.membership_at(i))).collect();
+        (ids, memberships)
+    }
+
+    /// Up to where to purge so that `tail_bytes` stay for followers that lag.
+    pub(crate) fn purge_target(&self, flushed: LogIndex, tail_bytes: u64) -> Option<u64> {
+        self.state().index.purge_for_tail(flushed.0, tail_bytes)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn purged(&self) -> Option<LogId> {
+        self.state().index.purged()
+    }
+
+    fn fail(&self, error: &mainstay_wal::Error) -> std::io::Error {
+        let message = format!("the log cannot be written: {error}");
+        let mut state = self.state();
+        if state.failed.is_none() {
+            tracing::error!(reason = %message, "the node leaves service");
+            state.failed = Some(message.clone());
+        }
+        io_error(message)
+    }
+
+    /// Queues a record; the caller holds `order`.
+    fn queue(&self, kind: RecordKind, payload: Vec<bytes::Bytes>, reserve: Reserve, done: mainstay_wal::OnDurable) {
+        self.inner.wal.append(Record { group: self.inner.group, kind, payload }, reserve, done);
+    }
+
+    /// Queues a small record that must go through, and returns what tells its end.
+    fn queue_critical(
+        &self,
+        kind: RecordKind,
+        payload: Vec<bytes::Bytes>,
+        placed: impl FnOnce(&mut State, RecordPos) + Send + 'static,
+    ) -> oneshot::Receiver<std::io::Result<()>> {
+        let (tx, rx) = oneshot::channel();
+        let this = self.clone();
+        let done = move |result: mainstay_wal::Result<RecordPos>| {
+            let result = match result {
+                Ok(pos) => {
+                    placed(&mut this.state(), pos);
+                    Ok(())
+                }
+                Err(error) => Err(this.fail(&error)),
+            };
+            // A dropped receiver waits for nothing.
+            let _ = tx.send(result);
+        };
+        self.queue(kind, payload, Reserve::Critical, Box::new(done));
+        rx
+    }
+
+    async fn wait(rx: oneshot::Receiver<std::io::Result<()>>) -> std::io::Result<()> {
+        rx.await.unwrap_or_else(|_| Err(io_error("the log was closed before the record was durable")))
+    }
+
+    fn check(&self) -> std::io::Result<()> {
+        match &self.state().failed {
+            Some(reason) => Err(io_error(reason)),
+            None => Ok(()),
+        }
+    }
+
+    /// Queues one entry; the caller holds `order` and has it in the index.
+    fn queue_entry(&self, entry: &Entry, callback: Option<Callback>) {
+        let id = entry.log_id;
+        let waiter = match &entry.payload {
+            EntryPayload::Normal(payload) => payload.waiter.clone(),
+            _ => None,
+        };
+        let this = self.clone();
+        let done = move |result: mainstay_wal::Result<RecordPos>| {
+            let outcome = match result {
+                Ok(pos) => this.entry_written(id, pos, callback),
+                Err(error) if error.kind() == mainstay_wal::ErrorKind::OutOfSpace => {
+                    this.entry_refused(id, callback);
+                    None
+                }
+                Err(error) => {
+                    let failure = this.fail(&error);
+                    this.state().in_flight -= 1;
+                    if let Some(waiter) = &waiter {
+                        waiter.abandon();
+                    }
+                    callback.map(|c| (c, Err(failure)))
+                }
+            };
+            if let Some((callback, result)) = outcome {
+                if let (Ok(()), Some(waiter)) = (&result, &waiter) {
+                    waiter.durable(crate::types::term_of(&id), id.index);
+                }
+                callback(result);
+            } else if let Some(waiter) = &waiter
+                && this.state().index.pos(id.index).is_some()
+            {
+                waiter.durable(crate::types::term_of(&id), id.index);
+            }
+        };
+        self.queue(record::ENTRY, record::encode_entry(entry), Reserve::Normal, Box::new(done));
+    }
+
+    fn entry_written(
+        &self,
+        id: LogId,
+        pos: RecordPos,
+        callback: Option<Callback>,
+    ) -> Option<(Callback, std::io::Result<()>)> {
+        let mut state = self.state();
+        state.in_flight -= 1;
+        if state.stalled_from.is_some_and(|from| from <= id.index) {
+            // One before it was refused: this one is in the ring and will be queued again (L3).
+            hold(&mut state, id, callback);
+            return None;
+        }
+        if id.index >= state.index.first() && state.index.log_id(id.index) != Some(id) {
+            // Truncated while it was in flight. Its acknowledgement must not go out: an entry before it may have been
+            // refused, and the leader that waits for it has been replaced.
+            return None;
+        }
+        state.index.durable(id, pos);
+        callback.map(|c| (c, Ok(())))
+    }
+
+    fn entry_refused(&self, id: LogId, callback: Option<Callback>) {
+        let mut state = self.state();
+        state.in_flight -= 1;
+        if state.index.log_id(id.index) != Some(id) {
+            return;
+        }
+        if state.stalled_from.is_none_or(|from| id.index < from) {
+            if state.stalled_from.is_none() {
+                tracing::warn!(index = id.index, "the ring is full: entries wait for space");
+            }
+            state.stalled_from = Some(id.index);
+        }
+        hold(&mut state, id, callback);
+    }
+
+    /// Queues again what was refused for space. Called at each append and by the node's housekeeping.
+    pub(crate) fn resume(&self) {
+        let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
+        let entries: Vec<(Entry, Option<Callback>)> = {
+            let mut state = self.state();
+            let Some(from) = state.stalled_from else { return };
+            if state.in_flight > 0 || state.failed.is_some() {
+                return;
+            }
+            let stats = self.inner.wal.stats();
+            // Below three quarters there is room for a fair part of what waits; else it would only be refused again.
+            if stats.used_bytes > stats.ring_bytes / 4 * 3 {
+                return;
+            }
+            state.stalled_from = None;
+            let mut entries = Vec::new();
+            for i in from..state.index.next() {
+                let entry = state.index.cached(i).cloned().expect("X2: an entry that is not durable is cached");
+                entries.push((entry, state.held.remove(&i)));
+            }
+            state.in_flight += entries.len() as u64;
+            entries
+        };
+        for (entry, callback) in entries {
+            self.queue_entry(&entry, callback);
+        }
+    }
+
+    /// Makes it durable that the state at `meta` is about to be taken over from a peer. Whatever happens then, the log
+    /// can name the state that the engine is found to have.
+    pub(crate) async fn begin_install(&self, meta: &SnapshotMeta) -> std::io::Result<()> {
+        let Some(at) = meta.last_log_id else { return Err(io_error("a snapshot of nothing")) };
+        let rx = {
+            let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
+            let mut state = self.state();
+            if state.index.anchors().count() >= ANCHORS_MAX {
+                return Err(io_error("too many snapshots were begun and not finished"));
+            }
+            state.index.anchor(at, meta.last_membership.clone());
+            drop(state);
+            self.queue_critical(record::INSTALL, record::encode_anchor(&at, &meta.last_membership), move |s, pos| {
+                s.index.anchor_durable(at, pos);
+            })
+        };
+        Self::wait(rx).await
+    }
+
+    /// Writes again what is older than the oldest entry, then tells the oldest record that is needed (L6).
+    async fn copy_forward(&self) -> std::io::Result<Option<RecordPos>> {
+        let mut waits = Vec::new();
+        {
+            let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
+            let state = self.state();
+            let oldest = if state.index.is_empty() { None } else { state.index.pos(state.index.first()) };
+            let stale = |pos: Option<RecordPos>| match (pos, oldest) {
+                (Some(pos), Some(oldest)) => pos < oldest,
+                _ => true,
+            };
+            let vote = state.index.vote().filter(|_| stale(state.index.vote_pos));
+            let purged = state.index.purged();
+            let anchors: Vec<_> = state.index.anchors().filter(|a| stale(a.pos)).cloned().collect();
+            drop(state);
+            for anchor in anchors {
+                let at = anchor.log_id;
+                let kind = if purged == Some(at) { record::PURGE } else { record::INSTALL };
+                let body = record::encode_anchor(&at, &anchor.membership);
+                waits.push(self.queue_critical(kind, body, move |s, pos| s.index.anchor_durable(at, pos)));
+            }
+            if let Some(vote) = vote {
+                waits.push(self.queue_critical(record::VOTE, record::encode_vote(&vote), move |s, pos| {
+                    if s.index.vote() == Some(vote) {
+                        s.index.vote_pos = Some(pos);
+                    }
+                }));
+            }
+        }
+        for wait in waits {
+            Self::wait(wait).await?;
+        }
+        // What was queued before a copy is durable now, so every place that is still unknown lies behind it.
+        let state = self.state();
+        let entry = if state.index.is_empty() { None } else { state.index.pos(state.index.first()) };
+        let anchors = state.index.anchors().filter_map(|a| a.pos);
+        Ok(anchors.chain(state.index.vote_pos).chain(entry).min())
+    }
+
+    async fn read(&self, indexes: std::ops::Range<u64>, bytes_max: usize) -> std::io::Result<Vec<Entry>> {
+        enum Found {
+            Cached(Entry),
+            At(u64, RecordPos),
+        }
+        let mut found = Vec::new();
+        let mut bytes = 0;
+        {
+            let state = self.state();
+            let range = indexes.start.max(state.index.first())..indexes.end.min(state.index.next());
+            for i in range {
+                if bytes > bytes_max {
+                    break;
+                }
+                if let Some(entry) = state.index.cached(i) {
+                    if let EntryPayload::Normal(payload) = &entry.payload {
+                        bytes += payload.bytes.len();
+                    }
+                    found.push(Found::Cached(entry.clone()));
+                } else {
+                    let pos = state.index.pos(i).expect("X2: an entry that is not cached has a place");
+                    bytes += pos.length as usize;
+                    found.push(Found::At(i, pos));
+                }
+            }
+        }
+        let mut entries = Vec::with_capacity(found.len());
+        for item in found {
+            entries.push(match item {
+                Found::Cached(entry) => entry,
+                Found::At(index, pos) => {
+                    let bytes = self.inner.wal.read(pos).await.map_err(io_error)?;
+                    let entry = record::decode_entry(&bytes).map_err(io_error)?;
+                    if entry.log_id.index != index {
+                        let got = entry.log_id.index;
+                        return Err(io_error(format!("another entry lies there expected={index} found={got}")));
+                    }
+                    entry
+                }
+            });
+        }
+        Ok(entries)
+    }
+}
+
+/// Keeps a completion until its entry is queued again. A later one of the same index takes the place of an earlier,
+/// which belonged to an entry that was truncated.
+fn hold(state: &mut State, id: LogId, callback: Option<Callback>) {
+    if let Some(callback) = callback
+        && state.index.log_id(id.index) == Some(id)
+    {
+        state.held.insert(id.index, callback);
+    }
+}
+
+fn bounds(range: &impl RangeBounds<u64>) -> std::ops::Range<u64> {
+    let start = match range.start_bound() {
+        Bound::Included(i) => *i,
+        Bound::Excluded(i) => i.saturating_add(1),
+        Bound::Unbounded => 0,
+    };
+    let end = match range.end_bound() {
+        Bound::Included(i) => i.saturating_add(1),
+        Bound::Excluded(i) => *i,
+        Bound::Unbounded => u64::MAX,
+    };
+    start..end
+}
+
+impl<R: Runtime> RaftLogReader<TypeConfig<R>> for LogStore {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> std::io::Result<Vec<Entry>> {
+        self.read(bounds(&range), usize::MAX).await
+    }
+
+    async fn read_vote(&mut self) -> std::io::Result<Option<Vote>> {
+        Ok(self.state().index.vote())
+    }
+
+    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> std::io::Result<Vec<Entry>> {
+        self.read(start..end, READ_BYTES_MAX).await
+    }
+
+    /// In parts of [`READ_BYTES_MAX`]: after a restart the range may be the whole log.
+    async fn entries_stream<RB>(&mut self, range: RB) -> impl Stream<Item = std::io::Result<Entry>> + OptionalSend
+    where
+        RB: RangeBounds<u64> + Clone + Debug + OptionalSend,
+    {
+        let range = bounds(&range);
+        let parts = stream::unfold(Some((self.clone(), range)), |next| async move {
+            let (store, range) = next?;
+            if range.is_empty() {
+                return None;
+            }
+            match store.read(range.clone(), READ_BYTES_MAX).await {
+                Ok(entries) => {
+                    let rest = entries.last().map(|e| (store, e.log_id.index + 1..range.end));
+                    Some((entries.into_iter().map(Ok).collect::<Vec<_>>(), rest))
+                }
+                Err(error) => Some((vec![Err(error)], None)),
+            }
+        });
+        parts.flat_map(stream::iter).boxed()
+    }
+}
+
+impl<R: Runtime> RaftLogStorage<TypeConfig<R>> for LogStore {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> std::io::Result<LogState<TypeConfig<R>>> {
+        let state = self.state();
+        Ok(LogState { last_purged_log_id: state.index.purged(), last_log_id: state.index.last() })
+    }
+
+    async fn get_log_reader(&mut self) -> Self::LogReader {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote) -> std::io::Result<()> {
+        self.check()?;
+        let vote = *vote;
+        let rx = {
+            let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
+            self.state().index.set_vote(vote);
+            self.queue_critical(record::VOTE, record::encode_vote(&vote), move |s, pos| {
+                if s.index.vote() == Some(vote) {
+                    s.index.vote_pos = Some(pos);
+                }
+            })
+        };
+        Self::wait(rx).await
+    }
+
+    async fn save_committed(&mut self, committed: Option<LogId>) -> std::io::Result<()> {
+        self.state().committed = committed;
+        Ok(())
+    }
+
+    async fn read_committed(&mut self) -> std::io::Result<Option<LogId>> {
+        let state = self.state();
+        // Clamped (pitfall 3): an entry behind the last one cannot be applied again from here.
+        Ok(state.committed.min(state.index.last()))
+    }
+
+    async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig<R>>) -> std::io::Result<()>
+    where
+        I: IntoIterator<Item = Entry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        self.check()?;
+        self.resume();
+        let entries: Vec<Entry> = entries.into_iter().collect();
+        let Some(last) = entries.last().map(|e| e.log_id.index) else {
+            callback.io_completed(Ok(()));
+            return Ok(());
+        };
+        let mut callback: Option<Callback> = Some(Box::new(move |result| callback.io_completed(result)));
+        let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
+        {
+            let mut state = self.state();
+            for entry in &entries {
+                state.index.push(entry.clone());
+            }
+            if state.stalled_from.is_some() {
+                if let Some(callback) = callback.take() {
+                    state.held.insert(last, callback);
+                }
+                return Ok(());
+            }
+            state.in_flight += entries.len() as u64;
+        }
+        for entry in &entries {
+            let done = if entry.log_id.index == last { callback.take() } else { None };
+            self.queue_entry(entry, done);
+        }
+        Ok(())
+    }
+
+    async fn truncate_after(&mut self, last: Option<LogId>) -> std::io::Result<()> {
+        self.check()?;
+        let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
+        {
+            let mut state = self.state();
+            state.index.truncate_after(last.map(|id| id.index));
+            let next = state.index.next();
+            // Completions of what is gone: openraft has moved on and waits for none of them.
+            state.held.split_off(&next);
+            if state.stalled_from.is_some_and(|from| from >= next) {
+                state.stalled_from = None;
+            }
+        }
+        // Nobody has to wait: what is appended next is behind it in the same queue.
+        drop(self.queue_critical(record::TRUNCATE, record::encode_truncate(last.as_ref()), |_, _| ()));
+        Ok(())
+    }
+
+    async fn purge(&mut self, upto: LogId) -> std::io::Result<()> {
+        self.check()?;
+        let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
+        let membership = {
+            let mut state = self.state();
+            let membership = state.index.membership_at(upto.index);
+            state.index.purge(upto, membership.clone());
+            let first = state.index.first();
+            state.held = state.held.split_off(&first);
+            if state.stalled_from.is_some_and(|from| from < first) {
+                state.stalled_from = (!state.index.is_empty()).then_some(first);
+            }
+            membership
+        };
+        drop(self.queue_critical(record::PURGE, record::encode_anchor(&upto, &membership), move |s, pos| {
+            s.index.anchor_durable(upto, pos);
+        }));
+        Ok(())
+    }
+}
+
+impl OwnerPin for LogStore {
+    fn pin(&self, group: GroupId, flushed: LogIndex) -> BoxFuture<mainstay_engine::Result<Option<RecordPos>>> {
+        let this = self.clone();
+        Box::pin(async move {
+            if group != this.inner.group {
+                return Ok(None);
+            }
+            let requests = this.state().purge_requests.clone();
+            if let Some(requests) = requests {
+                let (done, wait) = oneshot::channel();
+                if requests.try_send(PurgeRequest { flushed, done }).is_ok() {
+                    // The node bounds this in time; when it is gone, what is needed is told without a purge.
+                    let _ = wait.await;
+                }
+            }
+            this.copy_forward().await.map_err(|e| {
+                mainstay_engine::Error::new(mainstay_engine::ErrorKind::Closed, format!("the raft log is closed: {e}"))
+            })
+        })
+    }
+}
+
+/// Keeps the bound on `C` that the traits above need in one place.
+const _: () = {
+    const fn is_config<C: RaftTypeConfig>() {}
+    is_config::<TypeConfig<crate::TokioRuntime>>();
+};
+
+impl From<Error> for std::io::Error {
+    fn from(error: Error) -> Self {
+        let kind = match error.kind() {
+            ErrorKind::Corrupt => std::io::ErrorKind::InvalidData,
+            _ => std::io::ErrorKind::Other,
+        };
+        Self::new(kind, error.to_string())
+    }
+}

@@ -1,0 +1,624 @@
+//! Who takes part: joining, adding, promoting, removing, handing leadership over.
+//!
+//! # Invariants
+//! - M1. The leader changes the membership, one change at a time; others pass requests on to it, once.
+//! - M2. A voter is replaced by adding first: the new volume becomes a learner, catches up, and one joint change puts it
+//!   in the place of the old id. Never the other way round, which would leave a smaller quorum meanwhile.
+//! - M3. A wiped volume is let in by its name only when the former bearer of the name does not answer.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use mainstay_engine::Identity;
+use openraft::ChangeMembers;
+use openraft::async_runtime::WatchReceiver;
+use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
+use openraft_rt::Instant;
+
+use crate::network::method;
+use crate::node::{INIT_IDS, Inner, Phase, Running};
+use crate::types::{Member, TypeConfig, members_of};
+use crate::wire::{MEMBERS_MAX, NAME_BYTES_MAX, Reader, Writer, decode_result};
+use crate::{Envelope, Error, ErrorKind, Hello, MemberInfo, MemberRole, NodeId, PeerAddress, Result, Runtime};
+
+/// How long a change of the membership may take, a learner's catching up included.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a node that passed such a request on waits for the answer.
+const CHANGE_CALL_TIMEOUT: Duration = Duration::from_secs(65);
+/// How long a member is asked whether it lives.
+const ALIVE_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long a hand-over may take until this node sees another leader.
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Entries that a learner may lack and still be promoted.
+const CAUGHT_UP_ENTRIES: u64 = 64;
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
+const JOIN_PAUSE_MIN: Duration = Duration::from_millis(100);
+const JOIN_PAUSE_MAX: Duration = Duration::from_secs(2);
+
+/// A request to the leader.
+#[derive(Clone, Debug, PartialEq)]
+enum Change {
+    Add { name: String, address: String, voter: bool },
+    Promote(u64),
+    Update { id: u64, address: String },
+    Remove(u64),
+    Transfer(Option<u64>),
+}
+
+impl Change {
+    fn encode(&self) -> Bytes {
+        let mut out = Writer::new();
+        match self {
+            Self::Add { name, address, voter } => out.u8(1).string(name).string(address).bool(*voter),
+            Self::Promote(id) => out.u8(2).u64(*id),
+            Self::Update { id, address } => out.u8(3).u64(*id).string(address),
+            Self::Remove(id) => out.u8(4).u64(*id),
+            Self::Transfer(to) => out.u8(5).option(*to, |w, id| {
+                w.u64(id);
+            }),
+        };
+        out.finish()
+    }
+
+    fn decode(bytes: &Bytes) -> Result<Self> {
+        let mut reader = Reader::open(bytes)?;
+        let change = match reader.u8()? {
+            1 => Self::Add { name: reader.string()?, address: reader.string()?, voter: reader.bool()? },
+            2 => Self::Promote(reader.u64()?),
+            3 => Self::Update { id: reader.u64()?, address: reader.string()? },
+            4 => Self::Remove(reader.u64()?),
+            5 => Self::Transfer(reader.option(Reader::u64)?),
+            other => return Err(Error::new(ErrorKind::Unsupported, format!("no such change change={other}"))),
+        };
+        reader.end()?;
+        Ok(change)
+    }
+}
+
+/// What a node says of itself and its cluster to whoever asks.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Who {
+    pub(crate) member: Member,
+    pub(crate) cluster: [u8; 16],
+    pub(crate) node: u64,
+    pub(crate) blank: bool,
+    pub(crate) members: Vec<MemberInfo>,
+    pub(crate) leader: Option<u64>,
+    /// It leads, and a quorum has just confirmed that: its list of members is the truth.
+    pub(crate) confirmed: bool,
+}
+
+impl Who {
+    pub(crate) fn write(&self, out: &mut Writer) {
+        out.member(&self.member).id(&self.cluster).u64(self.node).bool(self.blank).member_infos(&self.members);
+        out.option(self.leader, |w, id| {
+            w.u64(id);
+        });
+        out.bool(self.confirmed);
+    }
+
+    pub(crate) fn read(reader: &mut Reader) -> Result<Self> {
+        Ok(Self {
+            member: reader.member()?,
+            cluster: reader.id()?,
+            node: reader.u64()?,
+            blank: reader.bool()?,
+            members: reader.member_infos()?,
+            leader: reader.option(Reader::u64)?,
+            confirmed: reader.bool()?,
+        })
+    }
+}
+
+/// The next change that puts new volumes in the place of wiped ones: the voters to have, and the learners to drop. A
+/// learner stands for a voter when it bears its name. Pure, so that a table of cases tests it.
+fn replacement(members: &[MemberInfo], caught_up: &BTreeSet<u64>) -> Option<(BTreeSet<u64>, BTreeSet<u64>)> {
+    // Ids grow, so the largest of a name is the newest volume of that name.
+    let mut newest: BTreeMap<&str, u64> = BTreeMap::new();
+    for member in members {
+        let id = newest.entry(&member.name).or_default();
+        *id = (*id).max(member.id.0);
+    }
+    let mut voters = BTreeSet::new();
+    let mut dropped = BTreeSet::new();
+    let mut change = false;
+    for member in members {
+        let new = newest[member.name.as_str()];
+        let replaced = member.id.0 != new && caught_up.contains(&new);
+        match (member.role, replaced) {
+            (MemberRole::Voter, true) => {
+                voters.insert(new);
+                change = true;
+            }
+            (MemberRole::Voter, false) => {
+                voters.insert(member.id.0);
+            }
+            (MemberRole::Learner, true) => {
+                dropped.insert(member.id.0);
+                change = true;
+            }
+            (MemberRole::Learner, false) => {}
+        }
+    }
+    change.then_some((voters, dropped))
+}
+
+impl<R: Runtime> Inner<R> {
+    pub(crate) async fn add_member(
+        self: &Arc<Self>,
+        name: &str,
+        address: PeerAddress,
+        voter: bool,
+    ) -> Result<MemberInfo> {
+        if name.is_empty() || name.len() > NAME_BYTES_MAX || address.0.is_empty() || address.0.len() > NAME_BYTES_MAX {
+            return Err(Error::new(ErrorKind::Invalid, "a name and an address have 1 to 255 bytes"));
+        }
+        let change = Change::Add { name: name.into(), address: address.0, voter };
+        let mut infos = self.change(change).await?;
+        infos.pop().ok_or_else(|| Error::new(ErrorKind::Internal, "the leader named no member"))
+    }
+
+    pub(crate) async fn promote_member(self: &Arc<Self>, id: NodeId) -> Result<()> {
+        self.change(Change::Promote(id.0)).await.map(|_| ())
+    }
+
+    pub(crate) async fn update_member(self: &Arc<Self>, id: NodeId, address: PeerAddress) -> Result<()> {
+        if address.0.is_empty() || address.0.len() > NAME_BYTES_MAX {
+            return Err(Error::new(ErrorKind::Invalid, "an address has 1 to 255 bytes"));
+        }
+        self.change(Change::Update { id: id.0, address: address.0 }).await.map(|_| ())
+    }
+
+    pub(crate) async fn remove_member(self: &Arc<Self>, id: NodeId) -> Result<()> {
+        self.change(Change::Remove(id.0)).await.map(|_| ())
+    }
+
+    pub(crate) async fn transfer_leader(self: &Arc<Self>, to: Option<NodeId>) -> Result<NodeId> {
+        let infos = self.change(Change::Transfer(to.map(|id| id.0))).await?;
+        let leader =
+            infos.first().map(|i| i.id).ok_or_else(|| Error::new(ErrorKind::Internal, "no leader was named"))?;
+        let running = self.running()?;
+        let mut metrics = running.metrics.clone();
+        let seen = metrics.wait_until(|m| m.current_leader == Some(leader.0));
+        match R::timeout(TRANSFER_TIMEOUT, seen).await {
+            Ok(Ok(_)) => Ok(leader),
+            _ => Err(Error::new(ErrorKind::Unavailable, "leadership moved, and this node has not seen it yet")),
+        }
+    }
+
+    /// Has the leader do it: here, or with one message (M1).
+    async fn change(self: &Arc<Self>, change: Change) -> Result<Vec<MemberInfo>> {
+        let deadline = R::Instant::now() + CHANGE_TIMEOUT;
+        loop {
+            let running = self.running()?;
+            let result = match self.leader_of(&running) {
+                Some(id) if id == running.id => self.execute(&running, change.clone()).await,
+                Some(id) => {
+                    let answer =
+                        self.call_member(NodeId(id), method::MEMBER, change.encode(), CHANGE_CALL_TIMEOUT).await;
+                    answer.and_then(|bytes| decode_result(&bytes, Reader::member_infos))
+                }
+                None => Err(self.not_leader(&running)),
+            };
+            match result {
+                Err(e) if matches!(e.kind(), ErrorKind::NotLeader { .. }) => {
+                    if R::Instant::now() + RETRY_PAUSE >= deadline {
+                        return Err(Error::new(ErrorKind::Unavailable, "no leader was found in time"));
+                    }
+                }
+                other => return other,
+            }
+            R::sleep(RETRY_PAUSE).await;
+        }
+    }
+
+    pub(crate) async fn serve_member_change(self: &Arc<Self>, body: &Bytes) -> Result<Vec<MemberInfo>> {
+        let change = Change::decode(body)?;
+        let running = self.running()?;
+        self.execute(&running, change).await
+    }
+
+    async fn execute(self: &Arc<Self>, running: &Arc<Running<R>>, change: Change) -> Result<Vec<MemberInfo>> {
+        if self.leader_of(running) != Some(running.id) {
+            return Err(self.not_leader(running));
+        }
+        let known = |id: u64| {
+            self.member(NodeId(id)).ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no such member id={id}")))
+        };
+        match change {
+            Change::Add { name, address, voter } => {
+                let id = self.add(running, &name, &address).await?;
+                if voter {
+                    self.promote(running, id).await?;
+                }
+                Ok(vec![known(id)?])
+            }
+            Change::Promote(id) => {
+                known(id)?;
+                self.promote(running, id).await?;
+                Ok(vec![known(id)?])
+            }
+            Change::Update { id, address } => {
+                let info = known(id)?;
+                let member = Member {
+                    name: info.name,
+                    peer_address: address,
+                    client_address: info.client_address,
+                    incarnation: info.incarnation,
+                };
+                self.change_members(running, ChangeMembers::SetNodes(BTreeMap::from([(id, member)])), true).await?;
+                Ok(vec![known(id)?])
+            }
+            Change::Remove(id) => {
+                let info = known(id)?;
+                let voters = self.members().iter().filter(|m| m.role == MemberRole::Voter).count();
+                let change = match info.role {
+                    MemberRole::Voter if voters == 1 => {
+                        return Err(Error::new(ErrorKind::Invalid, "the last voter cannot be removed"));
+                    }
+                    MemberRole::Voter => ChangeMembers::RemoveVoters(BTreeSet::from([id])),
+                    MemberRole::Learner => ChangeMembers::RemoveNodes(BTreeSet::from([id])),
+                };
+                self.change_members(running, change, false).await?;
+                Ok(vec![info])
+            }
+            Change::Transfer(to) => {
+                let to = self.hand_over(running, to).await?;
+                Ok(vec![known(to)?])
+            }
+        }
+    }
+
+    /// Makes a process a learner and tells it; again for one that is a member gives its id.
+    async fn add(self: &Arc<Self>, running: &Arc<Running<R>>, name: &str, address: &str) -> Result<u64> {
+        let address = PeerAddress(address.into());
+        let answer = self.call_address(&address, method::WHO, Writer::new().finish()).await;
+        let who = answer.and_then(|bytes| decode_result(&bytes, Who::read)).map_err(|e| {
+            Error::new(ErrorKind::Unavailable, format!("the process to add does not answer name={name}: {e}"))
+        })?;
+        if who.member.name != name {
+            let found = &who.member.name;
+            return Err(Error::new(ErrorKind::Invalid, format!("another name answers name={name} found={found}")));
+        }
+        let identity = self.engine.identity();
+        if who.cluster == identity.cluster && self.member(NodeId(who.node)).is_some() {
+            return Ok(who.node);
+        }
+        if who.cluster != [0; 16] {
+            return Err(Error::new(ErrorKind::Foreign, format!("it belongs to another cluster name={name}")));
+        }
+        if !who.blank {
+            return Err(Error::new(ErrorKind::Invalid, format!("its volume holds data name={name}")));
+        }
+        let mut member = who.member;
+        member.peer_address = address.0.clone();
+        let node = self.admit(running, member.clone()).await?;
+        let mut body = Writer::new();
+        body.id(&identity.cluster).u64(node).id(&member.incarnation);
+        let answer = self.call_address(&address, method::ADOPT, body.finish()).await;
+        if let Err(error) = answer.and_then(|bytes| decode_result(&bytes, |_| Ok(()))) {
+            // It asks for itself as well, since it waits to join.
+            tracing::info!(%error, name, "a new member was not told yet");
+        }
+        Ok(node)
+    }
+
+    /// Gives a volume an id of its own and makes it a learner (I2).
+    async fn admit(self: &Arc<Self>, running: &Arc<Running<R>>, member: Member) -> Result<u64> {
+        let _one = self.changing.acquire().await.map_err(|_| Error::new(ErrorKind::Closed, "the node is closed"))?;
+        let members = self.members();
+        if let Some(known) = members.iter().find(|m| m.incarnation == member.incarnation && m.name == member.name) {
+            return Ok(known.id.0);
+        }
+        if members.len() >= MEMBERS_MAX {
+            return Err(Error::new(ErrorKind::Invalid, format!("a cluster has {MEMBERS_MAX} members at most")));
+        }
+        let reserved = running.raft.write_blank().await.map_err(|e| change_error(&e))?;
+        let id = INIT_IDS + reserved.log_id.index;
+        self.change_members_locked(running, ChangeMembers::AddNodes(BTreeMap::from([(id, member)])), true).await?;
+        Ok(id)
+    }
+
+    async fn promote(self: &Arc<Self>, running: &Arc<Running<R>>, id: u64) -> Result<()> {
+        if self.member(NodeId(id)).is_some_and(|m| m.role == MemberRole::Voter) {
+            return Ok(());
+        }
+        let mut metrics = running.metrics.clone();
+        let caught_up = metrics
+            .wait_until(|m| m.replication.is_none() || lag_of(m, id).is_some_and(|lag| lag <= CAUGHT_UP_ENTRIES));
+        if R::timeout(CHANGE_TIMEOUT, caught_up).await.is_err() {
+            return Err(Error::new(ErrorKind::Unavailable, format!("the learner does not catch up id={id}")));
+        }
+        self.change_members(running, ChangeMembers::AddVoterIds(BTreeSet::from([id])), true).await
+    }
+
+    async fn change_members(
+        self: &Arc<Self>,
+        running: &Arc<Running<R>>,
+        change: ChangeMembers<u64, Member>,
+        retain: bool,
+    ) -> Result<()> {
+        let _one = self.changing.acquire().await.map_err(|_| Error::new(ErrorKind::Closed, "the node is closed"))?;
+        self.change_members_locked(running, change, retain).await
+    }
+
+    /// The caller holds `changing`. Tries again while another change is under way or the lease is not there yet
+    /// (pitfall 4).
+    async fn change_members_locked(
+        &self,
+        running: &Arc<Running<R>>,
+        change: ChangeMembers<u64, Member>,
+        retain: bool,
+    ) -> Result<()> {
+        let deadline = R::Instant::now() + CHANGE_TIMEOUT;
+        loop {
+            let attempt = running.raft.change_membership(change.clone(), retain);
+            let error = match R::timeout_at(deadline, attempt).await {
+                Ok(Ok(_)) => return Ok(()),
+                Ok(Err(error)) => error,
+                Err(_) => {
+                    return Err(Error::new(ErrorKind::Indeterminate, "the membership was not changed in time"));
+                }
+            };
+            let again = match &error {
+                RaftError::APIError(ClientWriteError::ForwardToLeader(f)) => {
+                    f.leader_id.is_none() || f.leader_id == Some(running.id)
+                }
+                RaftError::APIError(ClientWriteError::ChangeMembershipError(
+                    ChangeMembershipError::InProgress(_) | ChangeMembershipError::UncommittedLeaderLog(_),
+                )) => true,
+                _ => false,
+            };
+            if !again || R::Instant::now() + RETRY_PAUSE >= deadline {
+                return Err(change_error(&error));
+            }
+            R::sleep(RETRY_PAUSE).await;
+        }
+    }
+
+    /// Hands leadership to `to` or to the voter that lacks least, and waits until it is seen.
+    pub(crate) async fn hand_over(&self, running: &Arc<Running<R>>, to: Option<u64>) -> Result<u64> {
+        let members = self.members();
+        let voters = members.iter().filter(|m| m.role == MemberRole::Voter && m.id.0 != running.id);
+        let candidates: Vec<u64> = voters.map(|m| m.id.0).collect();
+        let to = match to {
+            Some(to) if to == running.id => return Ok(to),
+            Some(to) if candidates.contains(&to) => to,
+            Some(to) => return Err(Error::new(ErrorKind::NotFound, format!("no such voter id={to}"))),
+            None => {
+                let metrics = running.metrics.borrow_watched();
+                let best = candidates.iter().min_by_key(|id| (lag_of(&metrics, **id).unwrap_or(u64::MAX), **id));
+                *best.ok_or_else(|| Error::new(ErrorKind::Invalid, "there is no other voter"))?
+            }
+        };
+        let deadline = R::Instant::now() + TRANSFER_TIMEOUT;
+        loop {
+            running.raft.trigger().transfer_leader(to).await.map_err(|e| crate::service::raft_error(&e))?;
+            let mut metrics = running.metrics.clone();
+            let me = running.id;
+            let moved = metrics.wait_until(move |m| m.current_leader.is_some_and(|l| l != me));
+            // A target that was behind refuses; asked again once it has caught up.
+            let part = (R::Instant::now() + self.options.election_timeout * 2).min(deadline);
+            if let Ok(Ok(seen)) = R::timeout_at(part, moved).await {
+                return Ok(seen.current_leader.expect("waited for"));
+            }
+            if R::Instant::now() >= deadline {
+                return Err(Error::new(ErrorKind::Unavailable, format!("leadership was not taken over id={to}")));
+            }
+        }
+    }
+
+    /// Answers a volume without an identity that looks for the cluster that knows its name.
+    pub(crate) async fn serve_join(self: &Arc<Self>, member: Member, forwarded: bool) -> Result<([u8; 16], u64)> {
+        let running = self.running()?;
+        let leader = self.leader_of(&running);
+        if leader != Some(running.id) {
+            let Some(leader) = leader.filter(|_| !forwarded) else { return Err(self.not_leader(&running)) };
+            let mut body = Writer::new();
+            body.member(&member).bool(true);
+            let answer = self.call_member(NodeId(leader), method::JOIN, body.finish(), CHANGE_TIMEOUT).await?;
+            return decode_result(&answer, |r| Ok((r.id()?, r.u64()?)));
+        }
+        let cluster = self.engine.identity().cluster;
+        let namesakes: Vec<_> = self.members().into_iter().filter(|m| m.name == member.name).collect();
+        if namesakes.is_empty() {
+            let message = format!("no member has this name: add it first name={}", member.name);
+            return Err(Error::new(ErrorKind::NotFound, message));
+        }
+        if let Some(known) = namesakes.iter().find(|m| m.incarnation == member.incarnation) {
+            return Ok((cluster, known.id.0));
+        }
+        for other in &namesakes {
+            let request = Envelope { method: method::WHO, body: Writer::new().finish() };
+            let call = self.transport.call(other.peer_address.clone(), Some(other.id), request, ALIVE_TIMEOUT);
+            if other.id.0 == running.id || call.await.is_ok() {
+                let message = format!("a member of this name is alive name={} id={}", other.name, other.id);
+                return Err(Error::new(ErrorKind::Foreign, message));
+            }
+        }
+        tracing::warn!(name = %member.name, "a member comes back with another volume: it joins under a new id");
+        let node = self.admit(&running, member).await?;
+        Ok((cluster, node))
+    }
+
+    /// Looks for a cluster that knows this name, until there is an identity.
+    pub(crate) fn start_join_task(self: &Arc<Self>) {
+        let this = self.clone();
+        self.spawn(async move {
+            let mut pause = JOIN_PAUSE_MIN;
+            while this.phase() == Phase::Waiting {
+                for (name, address) in &this.options.peers {
+                    if *name == this.options.name || this.phase() != Phase::Waiting {
+                        continue;
+                    }
+                    let mut body = Writer::new();
+                    body.member(&this.me()).bool(false);
+                    let answer = this.call_address(address, method::JOIN, body.finish()).await;
+                    match answer.and_then(|bytes| decode_result(&bytes, |r| Ok((r.id()?, r.u64()?)))) {
+                        Ok((cluster, node)) => {
+                            if this.has_data() {
+                                tracing::error!(
+                                    "a cluster knows this name, but the volume holds data of a store alone"
+                                );
+                            } else if let Err(error) = this.adopt(Identity { cluster, node }).await {
+                                tracing::error!(%error, "cannot take on an identity");
+                            }
+                        }
+                        Err(error) => tracing::debug!(peer = %name, %error, "not let in"),
+                    }
+                }
+                R::sleep(pause).await;
+                pause = (pause * 2).min(JOIN_PAUSE_MAX);
+            }
+        });
+    }
+
+    pub(crate) async fn who(self: &Arc<Self>, from: &Hello) -> Result<Who> {
+        let identity = self.engine.identity();
+        let mut who = Who {
+            member: self.me(),
+            cluster: identity.cluster,
+            node: identity.node,
+            blank: identity == Identity::default() && !self.has_data(),
+            members: Vec::new(),
+            leader: None,
+            confirmed: false,
+        };
+        // Strangers learn nothing of the cluster.
+        if let Ok(running) = self.running()
+            && from.cluster == identity.cluster
+        {
+            who.leader = self.leader_of(&running);
+            if who.leader == Some(running.id) && from.node.0 != running.id {
+                who.confirmed = self.leader_read_index(false).await.is_ok();
+            }
+            who.members = {
+                let metrics = running.metrics.borrow_watched();
+                members_of(metrics.committed_membership_config.membership())
+            };
+        }
+        Ok(who)
+    }
+
+    /// Asks around whether this node is still a member; `true` when the leader says that it is not.
+    pub(crate) async fn is_given_up(self: &Arc<Self>, running: &Arc<Running<R>>) -> bool {
+        let mut asked: BTreeSet<PeerAddress> = BTreeSet::new();
+        let mine = self.transport.local_address();
+        let known = self.members().into_iter().filter(|m| m.id.0 != running.id).map(|m| m.peer_address);
+        let mut todo: Vec<PeerAddress> = self.options.peers.values().cloned().chain(known).collect();
+        while let Some(address) = todo.pop() {
+            if address == mine || asked.len() > 2 * MEMBERS_MAX || !asked.insert(address.clone()) {
+                continue;
+            }
+            let answer = self.call_address(&address, method::WHO, Writer::new().finish()).await;
+            let Ok(who) = answer.and_then(|bytes| decode_result(&bytes, Who::read)) else { continue };
+            if who.cluster != self.engine.identity().cluster {
+                continue;
+            }
+            if who.confirmed {
+                return !who.members.is_empty() && who.members.iter().all(|m| m.id.0 != running.id);
+            }
+            if let Some(leader) = who.leader {
+                todo.extend(who.members.iter().filter(|m| m.id.0 == leader).map(|m| m.peer_address.clone()));
+            }
+        }
+        false
+    }
+
+    /// True for an id that the cluster has given up.
+    pub(crate) fn was_removed(&self, id: NodeId) -> bool {
+        if self.removed.lock().expect("nothing panics while it holds this lock").contains(&id.0) {
+            return true;
+        }
+        // Ids of `init` were all in the first membership: one that is not there any more was removed.
+        id.0 <= INIT_IDS && !self.members().is_empty() && self.member(id).is_none()
+    }
+
+    /// Puts caught-up volumes in the place of wiped ones of the same name.
+    pub(crate) async fn reconcile(self: &Arc<Self>, running: &Arc<Running<R>>) {
+        let (members, caught_up) = {
+            let metrics = running.metrics.borrow_watched();
+            let members = members_of(metrics.membership_config.membership());
+            let near = |m: &&MemberInfo| lag_of(&metrics, m.id.0).is_some_and(|lag| lag <= CAUGHT_UP_ENTRIES);
+            let caught_up: BTreeSet<u64> = members.iter().filter(near).map(|m| m.id.0).collect();
+            (members, caught_up)
+        };
+        let Some((voters, dropped)) = replacement(&members, &caught_up) else { return };
+        let change =
+            ChangeMembers::Batch(vec![ChangeMembers::RemoveNodes(dropped), ChangeMembers::ReplaceAllVoters(voters)]);
+        match self.change_members(running, change, false).await {
+            Ok(()) => tracing::info!("a wiped member was replaced by its new volume"),
+            Err(error) => tracing::warn!(%error, "a wiped member is not replaced yet"),
+        }
+    }
+}
+
+/// Entries that a member lacks, as the leader sees it; `None` before it has heard from it.
+fn lag_of<R: Runtime>(metrics: &openraft::RaftMetrics<TypeConfig<R>>, id: u64) -> Option<u64> {
+    let matched = metrics.replication.as_ref()?.get(&id)?.as_ref()?;
+    Some(metrics.last_log_index?.saturating_sub(matched.index))
+}
+
+fn change_error<R: Runtime>(error: &RaftError<TypeConfig<R>, ClientWriteError<TypeConfig<R>>>) -> Error {
+    let kind = match error {
+        RaftError::APIError(ClientWriteError::ForwardToLeader(_)) => ErrorKind::NotLeader { leader: None },
+        RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)) | RaftError::Fatal(_) => ErrorKind::Indeterminate,
+        RaftError::APIError(ClientWriteError::ChangeMembershipError(
+            ChangeMembershipError::InProgress(_) | ChangeMembershipError::UncommittedLeaderLog(_),
+        )) => ErrorKind::Unavailable,
+        RaftError::APIError(_) => ErrorKind::Invalid,
+    };
+    Error::new(kind, format!("the membership was not changed: {error}"))
+}
+
+/// Decodes arbitrary bytes as a request to change the membership, for the fuzzer.
+pub(crate) fn decode_any(bytes: &Bytes) {
+    let _ = Change::decode(bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn member(id: u64, name: &str, voter: bool) -> MemberInfo {
+        Member { name: name.into(), ..Member::default() }
+            .info(id, if voter { MemberRole::Voter } else { MemberRole::Learner })
+    }
+
+    fn check(members: &[MemberInfo], caught_up: &[u64], expect: Option<(&[u64], &[u64])>) {
+        let got = replacement(members, &caught_up.iter().copied().collect());
+        let set = |ids: &[u64]| ids.iter().copied().collect::<BTreeSet<_>>();
+        assert_eq!(got, expect.map(|(v, d)| (set(v), set(d))));
+    }
+
+    #[test]
+    fn a_new_volume_takes_the_place_of_its_namesake_once_it_caught_up() {
+        let three = [member(1, "a", true), member(2, "b", true), member(3, "c", true)];
+        check(&three, &[1, 2, 3], None);
+        let wiped = [three.as_slice(), &[member(70, "b", false)]].concat();
+        check(&wiped, &[1, 3], None);
+        check(&wiped, &[1, 3, 70], Some((&[1, 3, 70], &[])));
+        // Wiped again before it was promoted: the newest counts, the one between is dropped.
+        let twice = [wiped.as_slice(), &[member(80, "b", false)]].concat();
+        check(&twice, &[1, 3, 70], None);
+        check(&twice, &[1, 3, 80], Some((&[1, 3, 80], &[70])));
+        let learner = [three.as_slice(), &[member(90, "d", false)]].concat();
+        check(&learner, &[90], None);
+    }
+
+    #[test]
+    fn changes_survive_the_wire() {
+        for change in [
+            Change::Add { name: "n".into(), address: "h:1".into(), voter: true },
+            Change::Promote(7),
+            Change::Update { id: 7, address: "h:2".into() },
+            Change::Remove(9),
+            Change::Transfer(None),
+            Change::Transfer(Some(3)),
+        ] {
+            assert_eq!(Change::decode(&change.encode()).expect("ours"), change);
+        }
+    }
+}

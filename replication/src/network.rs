@@ -1,0 +1,304 @@
+//! openraft's messages over [`Transport`].
+//!
+//! # Place      openraft's network traits above the transport; `serve_*` is the other end, called by `node`
+//! # Invariants
+//! - N1. What is sent is encoded by `wire` (pitfall 8), with its length bounded: at most `READ_BYTES_MAX` of entries
+//!   beyond the first in one append.
+//! - N2. A transport that could not deliver is `Unreachable`, never a granted pre-vote.
+//! - N3. A snapshot is offered and not sent: the receiver fetches the tables it lacks. The offer is repeated while the
+//!   receiver works, so a dead receiver is noticed within [`OFFER_WAIT`].
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use openraft::OptionalSend;
+use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, TransferLeaderError, TransferLeaderRequest,
+    TransferLeaderResponse, VoteRequest, VoteResponse,
+};
+use openraft_rt::Select2;
+
+use crate::state_machine::{Offer, SnapshotHandle};
+use crate::types::{Member, RaftSnapshot, SnapshotMeta, TypeConfig, Vote};
+use crate::wire::{Reader, Writer, decode_result};
+use crate::{Envelope, Error, ErrorKind, NodeId, PeerAddress, Result, Runtime, Transport};
+
+/// What an [`Envelope`] asks for. The numbers are the protocol's.
+pub(crate) mod method {
+    pub(crate) const APPEND: u8 = 1;
+    pub(crate) const VOTE: u8 = 2;
+    pub(crate) const PRE_VOTE: u8 = 3;
+    pub(crate) const SNAPSHOT: u8 = 4;
+    pub(crate) const TRANSFER: u8 = 5;
+    pub(crate) const TABLE_READ: u8 = 6;
+    pub(crate) const WRITE: u8 = 7;
+    pub(crate) const READ_INDEX: u8 = 8;
+    pub(crate) const FORWARD: u8 = 9;
+    pub(crate) const PREPARE: u8 = 10;
+    pub(crate) const ADOPT: u8 = 11;
+    pub(crate) const JOIN: u8 = 12;
+    pub(crate) const MEMBER: u8 = 13;
+    pub(crate) const OFFER: u8 = 14;
+    pub(crate) const WHO: u8 = 15;
+}
+
+/// How long a receiver of a snapshot holds an offer before it says that it still works on it.
+pub(crate) const OFFER_WAIT: Duration = Duration::from_secs(10);
+/// How long a leader waits for that answer.
+const OFFER_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Sends Raft's messages to one node.
+pub(crate) struct Network<R> {
+    target: u64,
+    address: PeerAddress,
+    me: u64,
+    transport: Arc<dyn Transport>,
+    runtime: std::marker::PhantomData<fn() -> R>,
+}
+
+/// Makes a [`Network`] for each node.
+pub(crate) struct Networks {
+    pub(crate) me: u64,
+    pub(crate) transport: Arc<dyn Transport>,
+}
+
+impl<R: Runtime> RaftNetworkFactory<TypeConfig<R>> for Networks {
+    type Network = Network<R>;
+
+    async fn new_client(&mut self, target: u64, node: &Member) -> Network<R> {
+        Network {
+            target,
+            address: crate::wire::peer_address(node),
+            me: self.me,
+            transport: self.transport.clone(),
+            runtime: std::marker::PhantomData,
+        }
+    }
+}
+
+fn unreachable<R: Runtime>(error: &Error) -> Unreachable<TypeConfig<R>> {
+    Unreachable::from_string(error)
+}
+
+/// Whether openraft shall back off from a peer, or try again at once.
+fn rpc_error<R: Runtime>(error: &Error) -> RPCError<TypeConfig<R>> {
+    match error.kind() {
+        ErrorKind::Indeterminate => RPCError::Network(NetworkError::from_string(error)),
+        _ => RPCError::Unreachable(unreachable(error)),
+    }
+}
+
+impl<R: Runtime> Network<R> {
+    async fn call<T>(
+        &self,
+        method: u8,
+        body: Bytes,
+        timeout: Duration,
+        read: impl FnOnce(&mut Reader) -> Result<T>,
+    ) -> Result<T> {
+        let request = Envelope { method, body };
+        let answer = self.transport.call(self.address.clone(), Some(NodeId(self.target)), request, timeout).await?;
+        decode_result(&answer.body, read)
+    }
+}
+
+impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
+    type SnapshotData = SnapshotHandle;
+
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<TypeConfig<R>>,
+        option: RPCOption,
+    ) -> Result<AppendEntriesResponse<TypeConfig<R>>, RPCError<TypeConfig<R>>> {
+        let body = encode_append(&rpc);
+        self.call(method::APPEND, body, option.soft_ttl(), read_append_response).await.map_err(|e| rpc_error(&e))
+    }
+
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig<R>>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<TypeConfig<R>>, RPCError<TypeConfig<R>>> {
+        let body = encode_vote_request(&rpc);
+        self.call(method::VOTE, body, option.soft_ttl(), read_vote_response).await.map_err(|e| rpc_error(&e))
+    }
+
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig<R>>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<TypeConfig<R>>, RPCError<TypeConfig<R>>> {
+        let body = encode_vote_request(&rpc);
+        self.call(method::PRE_VOTE, body, option.soft_ttl(), read_vote_response).await.map_err(|e| rpc_error(&e))
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: RaftSnapshot,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        _option: RPCOption,
+    ) -> Result<SnapshotResponse<TypeConfig<R>>, StreamingError<TypeConfig<R>>> {
+        // The export inside pins its tables until the receiver has them.
+        let SnapshotHandle::Local(export) = &snapshot.snapshot else {
+            let error = Error::new(ErrorKind::Internal, "a snapshot of a peer is not passed on");
+            return Err(StreamingError::Unreachable(unreachable(&error)));
+        };
+        let offer = Offer { meta: snapshot.meta.clone(), manifest: export.manifest.clone(), from: self.me };
+        let mut cancel = std::pin::pin!(cancel);
+        loop {
+            let mut body = Writer::with_capacity(256 + offer.manifest.len());
+            body.vote(&vote);
+            write_offer(&mut body, &offer);
+            let call = std::pin::pin!(
+                self.call(method::SNAPSHOT, body.finish(), OFFER_TIMEOUT, |r| { r.option(Reader::vote) })
+            );
+            match R::select2(cancel.as_mut(), call).await {
+                Select2::First(closed) => return Err(StreamingError::Closed(closed)),
+                Select2::Second(Ok(Some(vote))) => return Ok(SnapshotResponse::new(vote)),
+                Select2::Second(Ok(None)) => {}
+                // Backs off also after a timeout: openraft would try again at once.
+                Select2::Second(Err(error)) => return Err(StreamingError::Unreachable(unreachable(&error))),
+            }
+        }
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        req: TransferLeaderRequest<TypeConfig<R>>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<TypeConfig<R>>, RPCError<TypeConfig<R>>> {
+        let mut body = Writer::new();
+        body.vote(req.from_leader()).u64(*req.to_node_id()).option_log_id(req.last_log_id());
+        self.call(method::TRANSFER, body.finish(), option.soft_ttl(), read_transfer_response)
+            .await
+            .map_err(|e| rpc_error(&e))
+    }
+}
+
+pub(crate) fn encode_append<R: Runtime>(rpc: &AppendEntriesRequest<TypeConfig<R>>) -> Bytes {
+    let bytes: usize = rpc.entries.iter().map(|e| crate::wire::entry_parts(e).1.len() + 21).sum();
+    let mut body = Writer::with_capacity(bytes + 64);
+    body.vote(&rpc.vote)
+        .option_log_id(rpc.prev_log_id.as_ref())
+        .option_log_id(rpc.leader_commit.as_ref())
+        .entries(&rpc.entries);
+    body.finish()
+}
+
+pub(crate) fn read_append<R: Runtime>(body: &Bytes) -> Result<AppendEntriesRequest<TypeConfig<R>>> {
+    let mut reader = Reader::open(body)?;
+    let vote = reader.vote()?;
+    let prev_log_id = reader.option(Reader::log_id)?;
+    let leader_commit = reader.option(Reader::log_id)?;
+    let entries = reader.entries()?;
+    reader.end()?;
+    // openraft takes the entries as given: they must be what follows `prev_log_id`, one by one.
+    let mut expect = prev_log_id.as_ref().map_or(0, |id| id.index.saturating_add(1));
+    for entry in &entries {
+        if entry.log_id.index != expect {
+            return Err(Error::new(ErrorKind::Corrupt, "entries of an append do not follow each other"));
+        }
+        expect = expect.saturating_add(1);
+    }
+    Ok(AppendEntriesRequest { vote, prev_log_id, leader_commit, entries })
+}
+
+pub(crate) fn write_append_response<R: Runtime>(out: &mut Writer, answer: AppendEntriesResponse<TypeConfig<R>>) {
+    match answer {
+        AppendEntriesResponse::Success => out.u8(0),
+        AppendEntriesResponse::PartialSuccess(id) => out.u8(1).option_log_id(id.as_ref()),
+        AppendEntriesResponse::Conflict => out.u8(2),
+        AppendEntriesResponse::HigherVote(vote) => out.u8(3).vote(&vote),
+    };
+}
+
+fn read_append_response<R: Runtime>(reader: &mut Reader) -> Result<AppendEntriesResponse<TypeConfig<R>>> {
+    Ok(match reader.u8()? {
+        0 => AppendEntriesResponse::Success,
+        1 => AppendEntriesResponse::PartialSuccess(reader.option(Reader::log_id)?),
+        2 => AppendEntriesResponse::Conflict,
+        3 => AppendEntriesResponse::HigherVote(reader.vote()?),
+        _ => return Err(Error::new(ErrorKind::Corrupt, "unknown answer to an append")),
+    })
+}
+
+fn encode_vote_request<R: Runtime>(rpc: &VoteRequest<TypeConfig<R>>) -> Bytes {
+    let mut body = Writer::new();
+    body.vote(&rpc.vote).option_log_id(rpc.last_log_id.as_ref()).bool(rpc.leadership_transfer);
+    body.finish()
+}
+
+pub(crate) fn read_vote_request<R: Runtime>(body: &Bytes) -> Result<VoteRequest<TypeConfig<R>>> {
+    let mut reader = Reader::open(body)?;
+    let mut request = VoteRequest::new(reader.vote()?, reader.option(Reader::log_id)?);
+    request.leadership_transfer = reader.bool()?;
+    reader.end()?;
+    Ok(request)
+}
+
+pub(crate) fn write_vote_response<R: Runtime>(out: &mut Writer, answer: &VoteResponse<TypeConfig<R>>) {
+    out.vote(&answer.vote).bool(answer.vote_granted).option_log_id(answer.last_log_id.as_ref());
+}
+
+fn read_vote_response<R: Runtime>(reader: &mut Reader) -> Result<VoteResponse<TypeConfig<R>>> {
+    let vote = reader.vote()?;
+    let granted = reader.bool()?;
+    Ok(VoteResponse::new(vote, reader.option(Reader::log_id)?, granted))
+}
+
+pub(crate) fn read_transfer_request<R: Runtime>(body: &Bytes) -> Result<TransferLeaderRequest<TypeConfig<R>>> {
+    let mut reader = Reader::open(body)?;
+    let vote = reader.vote()?;
+    let to = reader.u64()?;
+    let request = TransferLeaderRequest::new(vote, to, reader.option(Reader::log_id)?);
+    reader.end()?;
+    Ok(request)
+}
+
+pub(crate) fn write_transfer_response<R: Runtime>(out: &mut Writer, answer: &TransferLeaderResponse<TypeConfig<R>>) {
+    match answer {
+        Ok(()) => out.u8(0),
+        Err(TransferLeaderError::VoteChanged { expected, actual }) => out.u8(1).vote(expected).vote(actual),
+        Err(TransferLeaderError::LogNotFlushed { expected, actual }) => {
+            out.u8(2).option_log_id(expected.as_ref()).option_log_id(actual.as_ref())
+        }
+    };
+}
+
+fn read_transfer_response<R: Runtime>(reader: &mut Reader) -> Result<TransferLeaderResponse<TypeConfig<R>>> {
+    Ok(match reader.u8()? {
+        0 => Ok(()),
+        1 => Err(TransferLeaderError::VoteChanged { expected: reader.vote()?, actual: reader.vote()? }),
+        2 => Err(TransferLeaderError::LogNotFlushed {
+            expected: reader.option(Reader::log_id)?,
+            actual: reader.option(Reader::log_id)?,
+        }),
+        _ => return Err(Error::new(ErrorKind::Corrupt, "unknown answer to a transfer")),
+    })
+}
+
+pub(crate) fn write_offer(out: &mut Writer, offer: &Offer) {
+    out.u64(offer.from)
+        .option_log_id(offer.meta.last_log_id.as_ref())
+        .stored_membership(&offer.meta.last_membership)
+        .bytes(&offer.manifest);
+}
+
+pub(crate) fn read_offer(reader: &mut Reader) -> Result<Offer> {
+    let from = reader.u64()?;
+    let last_log_id = reader.option(Reader::log_id)?;
+    let last_membership = reader.stored_membership()?;
+    Ok(Offer { from, meta: SnapshotMeta { last_log_id, last_membership }, manifest: reader.bytes()? })
+}
+
+/// Decodes arbitrary bytes as every answer to Raft's requests, for the fuzzer.
+pub(crate) fn decode_any<R: Runtime>(bytes: &Bytes) {
+    let _ = decode_result(bytes, read_append_response::<R>);
+    let _ = decode_result(bytes, read_vote_response::<R>);
+    let _ = decode_result(bytes, read_transfer_response::<R>);
+}

@@ -1,0 +1,92 @@
+//! Records of the Raft log in the node's log. docs/format.md, "Raft records".
+//!
+//! # Invariants
+//! - Kinds and layouts are fixed by [`crate::wire::VERSION`]; a record of another version is `Foreign`, a damaged one
+//!   `Corrupt`. The log checks the bytes before they come here.
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+
+use bytes::Bytes;
+use mainstay_wal::RecordKind;
+
+use crate::entry_index::Recovered;
+use crate::types::{Entry, EntryPayload, LogId, Payload, StoredMembership, Vote};
+use crate::wire::{Reader, Writer, entry_parts};
+use crate::{Error, ErrorKind, Result};
+
+/// An entry of the Raft log.
+pub(crate) const ENTRY: RecordKind = RecordKind(32);
+/// The vote.
+pub(crate) const VOTE: RecordKind = RecordKind(33);
+/// The entries after an index are gone.
+pub(crate) const TRUNCATE: RecordKind = RecordKind(34);
+/// The entries up to an index are gone: they are in tables.
+pub(crate) const PURGE: RecordKind = RecordKind(35);
+/// The state at an index is about to be taken over from a peer.
+pub(crate) const INSTALL: RecordKind = RecordKind(36);
+
+/// The parts of an entry's record: a header of 18 bytes, and the command as the proposer gave it.
+pub(crate) fn encode_entry(entry: &Entry) -> Vec<Bytes> {
+    let (kind, payload) = entry_parts(entry);
+    let mut header = Writer::with_capacity(18);
+    header.u8(kind).log_id(&entry.log_id);
+    if payload.is_empty() { vec![header.finish()] } else { vec![header.finish(), payload] }
+}
+
+pub(crate) fn encode_vote(vote: &Vote) -> Vec<Bytes> {
+    let mut writer = Writer::new();
+    writer.vote(vote);
+    vec![writer.finish()]
+}
+
+pub(crate) fn encode_truncate(after: Option<&LogId>) -> Vec<Bytes> {
+    let mut writer = Writer::new();
+    writer.option_log_id(after);
+    vec![writer.finish()]
+}
+
+/// The body of [`PURGE`] and of [`INSTALL`].
+pub(crate) fn encode_anchor(at: &LogId, membership: &StoredMembership) -> Vec<Bytes> {
+    let mut writer = Writer::new();
+    writer.log_id(at).stored_membership(membership);
+    vec![writer.finish()]
+}
+
+/// Decodes the record of an entry; the payload shares the memory of `bytes`.
+pub(crate) fn decode_entry(bytes: &Bytes) -> Result<Entry> {
+    let mut reader = Reader::open(bytes)?;
+    let kind = reader.u8()?;
+    let log_id = reader.log_id()?;
+    let payload = match kind {
+        0 => {
+            reader.end()?;
+            EntryPayload::Blank
+        }
+        1 => EntryPayload::Normal(Payload::new(reader.rest())),
+        2 => {
+            let membership = reader.membership()?;
+            reader.end()?;
+            EntryPayload::Membership(membership)
+        }
+        other => return Err(Error::new(ErrorKind::Foreign, format!("entry of an unknown kind kind={other}"))),
+    };
+    Ok(Entry { log_id, payload })
+}
+
+/// Decodes a record of the log's owner.
+pub(crate) fn decode(kind: RecordKind, bytes: &Bytes) -> Result<Recovered> {
+    if kind == ENTRY {
+        return decode_entry(bytes).map(Recovered::Entry);
+    }
+    let mut reader = Reader::open(bytes)?;
+    let record = match kind {
+        VOTE => Recovered::Vote(reader.vote()?),
+        TRUNCATE => Recovered::Truncate(reader.option(Reader::log_id)?),
+        PURGE => Recovered::Purge(reader.log_id()?, reader.stored_membership()?),
+        INSTALL => Recovered::Install(reader.log_id()?, reader.stored_membership()?),
+        other => {
+            return Err(Error::new(ErrorKind::Foreign, format!("record of an unknown kind kind={}", other.0)));
+        }
+    };
+    reader.end()?;
+    Ok(record)
+}

@@ -1,0 +1,349 @@
+//! Answers the requests of peers.
+//!
+//! # Place      the [`Handler`] that a node gives to its transport
+//! # Invariants
+//! - V1. No request is served that comes under another cluster id, under other group settings, or under the id of a
+//!   member with another incarnation than the membership names. A wiped volume never answers as the member it was.
+//! - V2. Votes wait until a lease that this node may have granted before a restart is over.
+//! - V3. While the ring is full, entries of a peer are refused here: what openraft has accepted it must hold in memory.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use mainstay_engine::TableId;
+use mainstay_io::BoxFuture;
+use openraft_rt::Instant;
+use tokio::sync::Notify;
+
+use crate::network::{
+    OFFER_WAIT, method, read_append, read_offer, read_transfer_request, read_vote_request, write_append_response,
+    write_offer, write_transfer_response, write_vote_response,
+};
+use crate::node::{Inner, Phase, Running};
+use crate::state_machine::{Offer, Peers, SnapshotHandle, TABLE_READ_BYTES_MAX};
+use crate::types::{LogId, RaftSnapshot, Vote};
+use crate::wire::{Reader, Writer, decode_result, encode_result};
+use crate::{Envelope, Error, ErrorKind, Handler, Hello, NodeId, Result, Runtime};
+
+/// The handler of a node; knows it weakly, since the node owns the transport that owns this.
+pub(crate) struct Service<R: Runtime>(pub(crate) Weak<Inner<R>>);
+
+fn closed() -> Error {
+    Error::new(ErrorKind::Closed, "the node is closed")
+}
+
+/// How long a part of a table may take.
+const TABLE_READ_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A snapshot on its way in: started by the first offer, joined by its repetitions.
+pub(crate) struct InstallJob {
+    vote: Vote,
+    at: Option<LogId>,
+    result: Mutex<Option<Result<Vote>>>,
+    done: Notify,
+}
+
+impl<R: Runtime> Handler for Service<R> {
+    fn accept(&self, hello: &Hello) -> Result<()> {
+        self.0.upgrade().ok_or_else(closed)?.accept(hello)
+    }
+
+    fn handle(&self, from: Hello, request: Envelope) -> Pin<Box<dyn Future<Output = Result<Envelope>> + Send>> {
+        let Some(inner) = self.0.upgrade() else { return Box::pin(async { Err(closed()) }) };
+        Box::pin(async move {
+            inner.accept(&from)?;
+            let method = request.method;
+            let body = inner.serve(from, request).await?;
+            Ok(Envelope { method, body })
+        })
+    }
+}
+
+impl<R: Runtime> Inner<R> {
+    fn accept(&self, hello: &Hello) -> Result<()> {
+        let mine = self.hello();
+        let foreign = |what: &str| Error::new(ErrorKind::Foreign, format!("{what} name={}", hello.name));
+        if hello.settings_fingerprint != mine.settings_fingerprint {
+            return Err(foreign("a node with other settings of the group"));
+        }
+        let blank = [0; 16];
+        if hello.cluster != blank && mine.cluster != blank && hello.cluster != mine.cluster {
+            return Err(foreign("a node of another cluster"));
+        }
+        if hello.node == mine.node && hello.node != NodeId(0) && hello.incarnation != mine.incarnation {
+            return Err(foreign("a node under the id of this one"));
+        }
+        if hello.node != NodeId(0)
+            && let Some(member) = self.member(hello.node)
+            && member.incarnation != hello.incarnation
+        {
+            return Err(foreign("a volume other than the one that was admitted under its id"));
+        }
+        Ok(())
+    }
+
+    async fn serve(self: &Arc<Self>, from: Hello, request: Envelope) -> Result<Bytes> {
+        let body = request.body;
+        match request.method {
+            method::APPEND => {
+                let running = self.raft_peer(&from)?;
+                let request = read_append::<R>(&body)?;
+                if self.log.is_stalled() && !request.entries.is_empty() {
+                    return Err(Error::new(ErrorKind::Unavailable, "the ring of the log is full"));
+                }
+                let answer = running.raft.append_entries(request).await.map_err(|e| raft_error(&e));
+                Ok(encode_result(answer, write_append_response::<R>))
+            }
+            method::VOTE | method::PRE_VOTE => {
+                let running = self.raft_peer(&from)?;
+                let vote = read_vote_request::<R>(&body)?;
+                if R::Instant::now() < running.votes_from && !vote.leadership_transfer {
+                    return Err(Error::new(ErrorKind::Unavailable, "restarted a moment ago: no vote yet"));
+                }
+                let answer = if request.method == method::VOTE {
+                    running.raft.vote(vote).await
+                } else {
+                    running.raft.pre_vote(vote).await
+                };
+                Ok(encode_result(answer.map_err(|e| raft_error(&e)), |w, a| write_vote_response::<R>(w, &a)))
+            }
+            method::TRANSFER => {
+                let running = self.raft_peer(&from)?;
+                let transfer = read_transfer_request::<R>(&body)?;
+                let answer = running.raft.handle_transfer_leader(transfer).await.map_err(|e| raft_error(&e));
+                Ok(encode_result(answer, |w, a| write_transfer_response::<R>(w, &a)))
+            }
+            method::SNAPSHOT => {
+                let running = self.raft_peer(&from)?;
+                let mut reader = Reader::open(&body)?;
+                let vote = reader.vote()?;
+                let offer = read_offer(&mut reader)?;
+                reader.end()?;
+                let answer = self.take_offer(&running, vote, offer).await;
+                Ok(encode_result(answer, |w, vote| {
+                    w.option(vote, |w, vote| {
+                        w.vote(&vote);
+                    });
+                }))
+            }
+            method::TABLE_READ => {
+                self.cluster_peer(&from)?;
+                let mut reader = Reader::open(&body)?;
+                let id = reader.table_id()?;
+                let offset = reader.u64()?;
+                let length = reader.u64()?.min(TABLE_READ_BYTES_MAX);
+                reader.end()?;
+                let read = self.group.read_table(id, offset, length).await.map_err(Error::from);
+                Ok(encode_result(read, |w, bytes| {
+                    w.bytes(&bytes);
+                }))
+            }
+            method::OFFER => {
+                let running = self.raft_peer(&from)?;
+                let answer = self.make_offer(&running, from.node).await;
+                Ok(encode_result(answer, |w, offer| write_offer(w, &offer)))
+            }
+            method::WRITE => {
+                self.cluster_peer(&from)?;
+                let mut reader = Reader::open(&body)?;
+                let command = reader.bytes()?;
+                reader.end()?;
+                let answer = self.propose(command, true).await;
+                Ok(encode_result(answer, |w, applied| {
+                    w.applied(&applied);
+                }))
+            }
+            method::READ_INDEX => {
+                self.cluster_peer(&from)?;
+                let mut reader = Reader::open(&body)?;
+                let lease = reader.bool()?;
+                reader.end()?;
+                let answer = self.leader_read_index(lease).await;
+                Ok(encode_result(answer, |w, index| {
+                    w.u64(index.0);
+                }))
+            }
+            method::FORWARD => {
+                self.cluster_peer(&from)?;
+                let mut reader = Reader::open(&body)?;
+                let request = reader.bytes()?;
+                reader.end()?;
+                let answer = self.answer_forwarded(request).await;
+                Ok(encode_result(answer, |w, bytes| {
+                    w.bytes(&bytes);
+                }))
+            }
+            method::PREPARE => {
+                let mut reader = Reader::open(&body)?;
+                let cluster = reader.id()?;
+                reader.end()?;
+                let answer = self.prepare(cluster);
+                Ok(encode_result(answer, |w, prepared| prepared.write(w)))
+            }
+            method::ADOPT => {
+                let mut reader = Reader::open(&body)?;
+                let cluster = reader.id()?;
+                let node = reader.u64()?;
+                let incarnation = reader.id()?;
+                reader.end()?;
+                let answer = self.serve_adopt(&from, cluster, node, incarnation).await;
+                Ok(encode_result(answer, |_, ()| ()))
+            }
+            method::JOIN => {
+                let mut reader = Reader::open(&body)?;
+                let member = reader.member()?;
+                let forwarded = reader.bool()?;
+                reader.end()?;
+                let answer = self.serve_join(member, forwarded).await;
+                Ok(encode_result(answer, |w, (cluster, node)| {
+                    w.id(&cluster).u64(node);
+                }))
+            }
+            method::MEMBER => {
+                self.cluster_peer(&from)?;
+                let answer = self.serve_member_change(&body).await;
+                Ok(encode_result(answer, |w, info| {
+                    w.member_infos(&info);
+                }))
+            }
+            method::WHO => {
+                let answer = self.who(&from).await;
+                Ok(encode_result(answer, |w, who| who.write(w)))
+            }
+            other => Err(Error::new(ErrorKind::Unsupported, format!("no such request method={other}"))),
+        }
+    }
+
+    /// Only nodes of this cluster speak Raft, and only one whose id was not given up.
+    fn raft_peer(&self, from: &Hello) -> Result<Arc<Running<R>>> {
+        self.cluster_peer(from)?;
+        if self.was_removed(from.node) {
+            return Err(Error::new(ErrorKind::Foreign, format!("a node that was removed id={}", from.node)));
+        }
+        if self.phase() == Phase::Removed {
+            return Err(Error::new(ErrorKind::Unavailable, "this node was removed"));
+        }
+        self.running()
+    }
+
+    fn cluster_peer(&self, from: &Hello) -> Result<()> {
+        if from.cluster != self.engine.identity().cluster || from.node == NodeId(0) {
+            return Err(Error::new(ErrorKind::Unavailable, "not of one cluster yet"));
+        }
+        Ok(())
+    }
+
+    /// Starts to install an offered snapshot, or joins the install at work; `None` while it goes on.
+    async fn take_offer(self: &Arc<Self>, running: &Arc<Running<R>>, vote: Vote, offer: Offer) -> Result<Option<Vote>> {
+        let at = offer.meta.last_log_id;
+        let job = {
+            let mut install = self.install.lock().expect("nothing panics while it holds this lock");
+            match &*install {
+                Some(job) if job.vote == vote && job.at >= at => job.clone(),
+                Some(job) if job.result.lock().expect("nothing panics while it holds this lock").is_none() => {
+                    return Err(Error::new(ErrorKind::Unavailable, "another snapshot is being installed"));
+                }
+                _ => {
+                    let job = Arc::new(InstallJob { vote, at, result: Mutex::new(None), done: Notify::new() });
+                    *install = Some(job.clone());
+                    let (running, job2) = (running.clone(), job.clone());
+                    self.spawn(async move {
+                        let data = SnapshotHandle::Remote { manifest: offer.manifest, from: offer.from };
+                        let snapshot = RaftSnapshot { meta: offer.meta, snapshot: data };
+                        let result = running.raft.install_full_snapshot(vote, snapshot).await;
+                        let result = result.map(|r| r.vote).map_err(|e| raft_error(&e));
+                        *job2.result.lock().expect("nothing panics while it holds this lock") = Some(result);
+                        job2.done.notify_waiters();
+                    });
+                    job
+                }
+            }
+        };
+        let mut done = std::pin::pin!(job.done.notified());
+        done.as_mut().enable();
+        if job.result.lock().expect("nothing panics while it holds this lock").is_none() {
+            let pause = std::pin::pin!(R::sleep(OFFER_WAIT));
+            let _ = R::select2(done, pause).await;
+        }
+        let result = job.result.lock().expect("nothing panics while it holds this lock").clone();
+        if result.is_some() {
+            let mut install = self.install.lock().expect("nothing panics while it holds this lock");
+            if install.as_ref().is_some_and(|i| Arc::ptr_eq(i, &job)) {
+                *install = None;
+            }
+        }
+        result.transpose()
+    }
+
+    /// A snapshot of this node for a peer whose install lost its source; pinned until the peer asks for another.
+    async fn make_offer(self: &Arc<Self>, running: &Arc<Running<R>>, to: NodeId) -> Result<Offer> {
+        if self.leader_of(running) != Some(running.id) {
+            return Err(self.not_leader(running));
+        }
+        let snapshot = running.raft.get_snapshot().await.map_err(|e| raft_error(&e))?;
+        let Some(RaftSnapshot { meta, snapshot: SnapshotHandle::Local(export) }) = snapshot else {
+            return Err(Error::new(ErrorKind::Unavailable, "there is no snapshot yet"));
+        };
+        let manifest = export.manifest.clone();
+        self.pinned.lock().expect("nothing panics while it holds this lock").insert(to.0, export);
+        Ok(Offer { meta, manifest, from: running.id })
+    }
+}
+
+/// What openraft says to one who asks a node that stopped or lost its disk.
+pub(crate) fn raft_error(error: &impl std::fmt::Display) -> Error {
+    Error::new(ErrorKind::Unavailable, format!("raft does not answer: {error}"))
+}
+
+/// Where an install gets what it lacks.
+pub(crate) struct NodePeers<R: Runtime>(pub(crate) Weak<Inner<R>>);
+
+impl<R: Runtime> Peers for NodePeers<R> {
+    fn read_table(&self, from: u64, id: TableId, offset: u64, length: u64) -> BoxFuture<Result<Bytes>> {
+        let inner = self.0.upgrade();
+        Box::pin(async move {
+            let inner = inner.ok_or_else(closed)?;
+            let mut body = Writer::new();
+            body.table_id(id).u64(offset).u64(length);
+            let answer = inner.call_member(NodeId(from), method::TABLE_READ, body.finish(), TABLE_READ_TIMEOUT).await?;
+            decode_result(&answer, Reader::bytes)
+        })
+    }
+
+    fn offer(&self) -> BoxFuture<Result<Offer>> {
+        let inner = self.0.upgrade();
+        Box::pin(async move {
+            let inner = inner.ok_or_else(closed)?;
+            let running = inner.running()?;
+            let leader = inner
+                .leader_of(&running)
+                .filter(|id| *id != running.id)
+                .ok_or_else(|| Error::new(ErrorKind::Unavailable, "no leader is known"))?;
+            let answer =
+                inner.call_member(NodeId(leader), method::OFFER, Writer::new().finish(), TABLE_READ_TIMEOUT).await?;
+            decode_result(&answer, read_offer)
+        })
+    }
+
+    fn is_closing(&self) -> bool {
+        self.0.upgrade().is_none_or(|inner| inner.closing.is_set())
+    }
+}
+
+/// Decodes arbitrary bytes as every request and answer, for the fuzzer.
+pub(crate) fn decode_any(bytes: &Bytes) {
+    type R = crate::TokioRuntime;
+    let _ = read_append::<R>(bytes);
+    let _ = read_vote_request::<R>(bytes);
+    let _ = read_transfer_request::<R>(bytes);
+    let _ = decode_result(bytes, read_offer);
+    let _ = decode_result(bytes, Reader::applied);
+    let _ = decode_result(bytes, Reader::member_infos);
+    let _ = decode_result(bytes, crate::init::Prepared::read);
+    let _ = decode_result(bytes, crate::membership::Who::read);
+    crate::network::decode_any::<R>(bytes);
+    crate::membership::decode_any(bytes);
+}

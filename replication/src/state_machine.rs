@@ -1,0 +1,387 @@
+//! The replicated state behind openraft: applies entries to the engine's group, names its snapshots, takes them over.
+//!
+//! # Place      openraft's `RaftStateMachine` above [`mainstay_engine::Group`]; openraft's worker is the one applier
+//! # Invariants
+//! - S1. A Raft snapshot is what the engine has flushed (`Group::export`): O(1), nothing is written (pitfall 6). Its log
+//!   id and membership come from `history`, which begins at what the log knows and grows with what is applied.
+//! - S2. `applied_state` after a restart is the flushed index. Nothing else is stored: the log holds the entries from
+//!   `purged` on and the anchor of `purged`, and `purged <= flushed` always, so it can name that index (X3).
+//! - S3. Before a snapshot is taken over, an anchor with its log id and membership is durable in the log. Import is
+//!   atomic in the engine; so after a crash at any point the flushed index is either the old one, which the log can
+//!   name, or the new one, which the anchor names.
+//! - S4. Every responder is answered (a lost one would hang its writer).
+//!
+//! # Why not    storing log id and membership with each flush: one more thing to keep in step with the manifest
+//! # Why not    failing an install when the leader goes: openraft takes a failed install as a failed disk and stops. So an
+//!   install asks on, for a newer snapshot from whoever leads then, until it is done or the node closes
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
+use mainstay_engine::{Applied, Command, Export, Group, LogIndex, TableId, TableSource};
+use mainstay_io::BoxFuture;
+use openraft::OptionalSend;
+use openraft::entry::RaftPayload;
+use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
+
+use crate::log_store::LogStore;
+use crate::progress::Progress;
+use crate::types::{
+    EntryPayload, LogId, RaftSnapshot, Reply, SnapshotMeta, StoredMembership, TypeConfig, io_error, log_id, term_of,
+};
+use crate::{Error, ErrorKind, Result, Runtime};
+
+/// Pause before an install asks again for what it could not get.
+const INSTALL_RETRY: Duration = Duration::from_millis(200);
+
+/// What the state machine needs of a group. The second implementation is the double that openraft's own suite drives,
+/// which applies entries that never were in a log.
+pub(crate) trait State: Clone + Send + Sync + 'static {
+    fn apply(
+        &self,
+        index: LogIndex,
+        command: &Command,
+    ) -> impl Future<Output = mainstay_engine::Result<Applied>> + Send;
+    fn skip(&self, index: LogIndex);
+    fn applied(&self) -> LogIndex;
+    fn flushed(&self) -> LogIndex;
+    fn export(&self) -> mainstay_engine::Result<Export>;
+    fn import(
+        &self,
+        manifest: Bytes,
+        source: &dyn TableSource,
+    ) -> impl Future<Output = mainstay_engine::Result<LogIndex>> + Send;
+}
+
+impl State for Group {
+    async fn apply(&self, index: LogIndex, command: &Command) -> mainstay_engine::Result<Applied> {
+        Group::apply(self, index, command).await
+    }
+
+    fn skip(&self, index: LogIndex) {
+        Group::skip(self, index);
+    }
+
+    fn applied(&self) -> LogIndex {
+        Group::applied(self)
+    }
+
+    fn flushed(&self) -> LogIndex {
+        Group::flushed(self)
+    }
+
+    fn export(&self) -> mainstay_engine::Result<Export> {
+        Group::export(self)
+    }
+
+    async fn import(&self, manifest: Bytes, source: &dyn TableSource) -> mainstay_engine::Result<LogIndex> {
+        Group::import(self, manifest, source).await
+    }
+}
+
+/// A snapshot of a peer, as it is offered: the tables that it names are fetched by who lacks them.
+#[derive(Clone, Debug)]
+pub(crate) struct Offer {
+    pub(crate) meta: SnapshotMeta,
+    pub(crate) manifest: Bytes,
+    /// Who holds the tables.
+    pub(crate) from: u64,
+}
+
+/// What openraft carries as snapshot data.
+#[derive(Clone, Debug)]
+pub(crate) enum SnapshotHandle {
+    /// Of this node: pins its tables while a receiver fetches them.
+    Local(Export),
+    /// Of a peer.
+    Remote {
+        /// For `Group::import`.
+        manifest: Bytes,
+        /// Who holds the tables.
+        from: u64,
+    },
+}
+
+/// Where an install gets tables and, when they are gone, another snapshot.
+pub(crate) trait Peers: Send + Sync + 'static {
+    /// Bytes of a table held by a node.
+    fn read_table(&self, from: u64, id: TableId, offset: u64, length: u64) -> BoxFuture<Result<Bytes>>;
+    /// A snapshot of whoever leads now, pinned there for this node.
+    fn offer(&self) -> BoxFuture<Result<Offer>>;
+    /// True once the node closes: an install gives up.
+    fn is_closing(&self) -> bool;
+}
+
+/// Reads tables from one node and remembers whether that failed, to tell it from a failure of this volume.
+struct Source {
+    peers: Arc<dyn Peers>,
+    from: u64,
+    failed: Mutex<Option<Error>>,
+}
+
+/// Bytes of one request for a part of a table; a longer one is cut.
+pub(crate) const TABLE_READ_BYTES_MAX: u64 = 4 << 20;
+
+struct SharedSource(Arc<Source>);
+
+impl TableSource for SharedSource {
+    fn read_table(&self, id: TableId, offset: u64, length: u64) -> BoxFuture<mainstay_engine::Result<Bytes>> {
+        let source = self.0.clone();
+        Box::pin(async move {
+            let mut parts = Vec::new();
+            let mut done = 0;
+            while done < length {
+                let part = (length - done).min(TABLE_READ_BYTES_MAX);
+                let read = source.peers.read_table(source.from, id, offset + done, part).await;
+                let bytes = match read {
+                    Ok(bytes) if bytes.len() as u64 == part => bytes,
+                    other => {
+                        let error = other.err().unwrap_or_else(|| {
+                            Error::new(ErrorKind::Corrupt, format!("a peer sent a part of another length table={id}"))
+                        });
+                        let kind = mainstay_engine::ErrorKind::Unavailable;
+                        let message = error.to_string();
+                        *source.failed.lock().expect("nothing panics while it holds this lock") = Some(error);
+                        return Err(mainstay_engine::Error::new(kind, message));
+                    }
+                };
+                done += part;
+                parts.push(bytes);
+            }
+            Ok(match parts.len() {
+                1 => parts.swap_remove(0),
+                _ => parts.concat().into(),
+            })
+        })
+    }
+}
+
+/// Terms and memberships by the index from which on they hold.
+#[derive(Debug, Default)]
+struct History {
+    terms: BTreeMap<u64, u64>,
+    memberships: BTreeMap<u64, StoredMembership>,
+}
+
+impl History {
+    fn add(&mut self, id: &LogId) {
+        let term = term_of(id);
+        if self.terms.last_key_value().is_none_or(|(i, t)| *t != term && *i < id.index) {
+            self.terms.insert(id.index, term);
+        }
+    }
+
+    fn at(&self, index: u64) -> Option<(LogId, StoredMembership)> {
+        let (_, term) = self.terms.range(..=index).next_back()?;
+        let membership = self.memberships.range(..=index).next_back().map(|(_, m)| m.clone()).unwrap_or_default();
+        Some((log_id(*term, index), membership))
+    }
+
+    /// Forgets what no index from `index` on needs.
+    fn prune(&mut self, index: u64) {
+        fn cut<V>(map: &mut BTreeMap<u64, V>, index: u64) {
+            if let Some(first) = map.range(..=index).next_back().map(|(i, _)| *i) {
+                *map = map.split_off(&first);
+            }
+        }
+        cut(&mut self.terms, index);
+        cut(&mut self.memberships, index);
+    }
+}
+
+/// The state machine that openraft drives.
+pub(crate) struct StateMachine<R: Runtime, S: State> {
+    state: S,
+    log: LogStore,
+    peers: Arc<dyn Peers>,
+    progress: Arc<Progress>,
+    history: Mutex<History>,
+    last_applied: Option<LogId>,
+    membership: StoredMembership,
+    runtime: std::marker::PhantomData<fn() -> R>,
+}
+
+impl<R: Runtime, S: State> StateMachine<R, S> {
+    /// Goes on from what the engine has flushed (S2).
+    ///
+    /// # Errors
+    /// `Corrupt` when the log cannot name that index.
+    pub(crate) fn open(state: S, log: LogStore, peers: Arc<dyn Peers>, progress: Arc<Progress>) -> Result<Self> {
+        let flushed = state.flushed();
+        let (last_applied, membership) = log.state_at(flushed)?;
+        let mut history = History::default();
+        let (ids, memberships) = log.history_to(flushed);
+        for id in ids {
+            history.terms.insert(id.index, term_of(&id));
+        }
+        history.memberships.extend(memberships);
+        progress.advance(flushed.0);
+        Ok(Self {
+            state,
+            log,
+            peers,
+            progress,
+            history: Mutex::new(history),
+            last_applied,
+            membership,
+            runtime: std::marker::PhantomData,
+        })
+    }
+
+    /// Names what is flushed now. Called by the worker and not by the task that openraft starts for a builder: that one
+    /// runs beside the next apply, whose entries openraft does not know to be applied yet.
+    fn current(&self) -> std::io::Result<RaftSnapshot> {
+        let mut history = self.history.lock().expect("nothing panics while it holds this lock");
+        let export = self.state.export().map_err(io_error)?;
+        let index = export.flushed.0;
+        let meta = match history.at(index) {
+            Some((id, membership)) if index > 0 => SnapshotMeta { last_log_id: Some(id), last_membership: membership },
+            None if index > 0 => return Err(io_error(format!("no log id for the flushed entry index={index}"))),
+            _ => SnapshotMeta::default(),
+        };
+        history.prune(index);
+        Ok(RaftSnapshot { meta, snapshot: SnapshotHandle::Local(export) })
+    }
+
+    async fn take_over(&mut self, mut offer: Offer) -> std::io::Result<SnapshotMeta> {
+        let least = offer.meta.last_log_id;
+        loop {
+            self.log.begin_install(&offer.meta).await?;
+            let source = Arc::new(Source { peers: self.peers.clone(), from: offer.from, failed: Mutex::new(None) });
+            let error = match self.state.import(offer.manifest.clone(), &SharedSource(source.clone())).await {
+                Ok(index) if Some(index.0) == offer.meta.last_log_id.map(|id| id.index) => return Ok(offer.meta),
+                Ok(index) => {
+                    return Err(io_error(format!("the snapshot held another index index={index} meta={}", offer.meta)));
+                }
+                Err(error) => error,
+            };
+            if source.failed.lock().expect("nothing panics while it holds this lock").is_none()
+                && error.kind() != mainstay_engine::ErrorKind::OutOfSpace
+            {
+                return Err(io_error(format!("a snapshot could not be installed: {error}")));
+            }
+            tracing::warn!(from = offer.from, %error, "a snapshot is not complete: asking the leader again");
+            loop {
+                if self.peers.is_closing() {
+                    return Err(io_error("closed during the install of a snapshot"));
+                }
+                R::sleep(INSTALL_RETRY).await;
+                match self.peers.offer().await {
+                    Ok(next) if next.meta.last_log_id >= least => {
+                        offer = next;
+                        break;
+                    }
+                    Ok(_) => {}
+                    Err(error) => tracing::debug!(%error, "no snapshot to be had yet"),
+                }
+            }
+        }
+    }
+}
+
+impl<R: Runtime, S: State> RaftStateMachine<TypeConfig<R>> for StateMachine<R, S> {
+    type SnapshotData = SnapshotHandle;
+    type SnapshotBuilder = Builder;
+
+    async fn applied_state(&mut self) -> std::io::Result<(Option<LogId>, StoredMembership)> {
+        Ok((self.last_applied, self.membership.clone()))
+    }
+
+    async fn apply<Strm>(&mut self, mut entries: Strm) -> std::io::Result<()>
+    where
+        Strm: Stream<Item = std::io::Result<EntryResponder<TypeConfig<R>>>> + Unpin + OptionalSend,
+    {
+        while let Some(item) = entries.next().await {
+            let (entry, responder) = item?;
+            let id = entry.log_id;
+            let index = LogIndex(id.index);
+            // An install may have taken the state further than openraft asked for: those entries are in it.
+            let fresh = index > self.state.applied();
+            let reply = match &entry.payload {
+                EntryPayload::Normal(payload) if fresh => {
+                    let command = Command::decode(&payload.bytes)
+                        .map_err(|e| io_error(format!("a committed command cannot be read index={index}: {e}")))?;
+                    let applied = self.state.apply(index, &command).await.map_err(io_error)?;
+                    Reply(Some(applied))
+                }
+                EntryPayload::Normal(_) => Reply(None),
+                EntryPayload::Blank | EntryPayload::Membership(_) => {
+                    if fresh {
+                        self.state.skip(index);
+                    }
+                    Reply(None)
+                }
+            };
+            if self.last_applied.is_none_or(|last| last < id) {
+                let mut history = self.history.lock().expect("nothing panics while it holds this lock");
+                history.add(&id);
+                if let Some(membership) = entry.payload.get_membership() {
+                    self.membership = StoredMembership::new(Some(id), membership);
+                    history.memberships.insert(id.index, self.membership.clone());
+                }
+                self.last_applied = Some(id);
+            }
+            self.progress.advance(id.index);
+            if let Some(responder) = responder {
+                responder.send(reply);
+            }
+        }
+        Ok(())
+    }
+
+    async fn try_create_snapshot_builder(&mut self, _force: bool) -> Option<Self::SnapshotBuilder> {
+        Some(Builder(self.current()))
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {
+        Builder(self.current())
+    }
+
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotHandle) -> std::io::Result<()> {
+        let SnapshotHandle::Remote { manifest, from } = snapshot else {
+            // What this node exported is in it.
+            return Ok(());
+        };
+        if meta.last_log_id.is_some_and(|id| id.index <= self.state.applied().0)
+            && meta.last_log_id <= self.last_applied
+        {
+            return Ok(());
+        }
+        let offer = Offer { meta: meta.clone(), manifest, from };
+        let meta = self.take_over(offer).await?;
+        let at = meta.last_log_id.expect("begin_install refuses a snapshot of nothing");
+        let mut history = self.history.lock().expect("nothing panics while it holds this lock");
+        history.terms = BTreeMap::from([(at.index, term_of(&at))]);
+        history.memberships = BTreeMap::from([(at.index, meta.last_membership.clone())]);
+        drop(history);
+        self.last_applied = Some(at);
+        self.membership = meta.last_membership;
+        self.progress.advance(at.index);
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> std::io::Result<Option<RaftSnapshot>> {
+        if self.state.flushed().0 == 0 {
+            return Ok(None);
+        }
+        self.current().map(Some)
+    }
+}
+
+/// A snapshot that has been named already.
+pub(crate) struct Builder(std::io::Result<RaftSnapshot>);
+
+impl<R: Runtime> RaftSnapshotBuilder<TypeConfig<R>> for Builder {
+    type SnapshotData = SnapshotHandle;
+
+    async fn build_snapshot(&mut self) -> std::io::Result<RaftSnapshot> {
+        match &self.0 {
+            Ok(snapshot) => Ok(snapshot.clone()),
+            Err(error) => Err(io_error(error)),
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! What a node tells of itself.
+
+use mainstay_engine::LogIndex;
+use openraft::ServerState;
+use openraft::async_runtime::WatchReceiver;
+
+use crate::node::{Inner, Phase};
+use crate::types::members_of;
+use crate::{MemberInfo, MemberRole, NodeId, NodeStatus, Runtime};
+
+impl<R: Runtime> Inner<R> {
+    pub(crate) fn status(&self) -> NodeStatus {
+        let identity = self.engine.identity();
+        let mut status = NodeStatus {
+            cluster: identity.cluster,
+            id: NodeId(identity.node),
+            group: self.group.status(),
+            ..NodeStatus::default()
+        };
+        let running = self.running.read().expect("nothing panics while it holds this lock").clone();
+        if let Some(running) = running {
+            let metrics = running.metrics.borrow_watched();
+            status.term = metrics.current_term;
+            status.leader = metrics.current_leader.map(NodeId);
+            status.last_log = LogIndex(metrics.last_log_index.unwrap_or(0));
+            status.committed = LogIndex(metrics.local_committed.as_ref().map_or(0, |id| id.index));
+            status.members = members_of(metrics.membership_config.membership());
+            let last = metrics.last_log_index.map_or(0, |i| i + 1);
+            for (id, matched) in metrics.replication.iter().flatten() {
+                if *id != running.id {
+                    let matched = matched.as_ref().map_or(0, |m| m.index + 1);
+                    status.lag.insert(*id, last.saturating_sub(matched));
+                }
+            }
+            status.role = match metrics.state {
+                ServerState::Leader => "leader",
+                ServerState::Follower => "follower",
+                ServerState::Candidate => "candidate",
+                _ => "learner",
+            }
+            .into();
+        }
+        match self.phase() {
+            Phase::Member => {}
+            Phase::Waiting => status.role = "waiting".into(),
+            Phase::Removed => status.role = "removed".into(),
+            Phase::Closed => status.role = "closed".into(),
+            Phase::Failed(reason) => {
+                status.role = "failed".into();
+                status.failure = Some(reason);
+            }
+        }
+        status
+    }
+
+    /// Members of the configuration in force here, committed or not.
+    pub(crate) fn members(&self) -> Vec<MemberInfo> {
+        let running = self.running.read().expect("nothing panics while it holds this lock").clone();
+        running.map_or_else(Vec::new, |r| members_of(r.metrics.borrow_watched().membership_config.membership()))
+    }
+
+    pub(crate) fn member(&self, id: NodeId) -> Option<MemberInfo> {
+        let running = self.running.read().expect("nothing panics while it holds this lock").clone()?;
+        let metrics = running.metrics.borrow_watched();
+        let membership = metrics.membership_config.membership();
+        let member = membership.get_node(&id.0)?;
+        let voter = membership.voter_ids().any(|v| v == id.0);
+        Some(member.info(id.0, if voter { MemberRole::Voter } else { MemberRole::Learner }))
+    }
+}

@@ -1,0 +1,294 @@
+//! What a node does beside: purging, leading, watching itself, closing.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mainstay_engine::LogIndex;
+use openraft::ServerState;
+use openraft::async_runtime::WatchReceiver;
+use openraft::errors::{ClientWriteError, RaftError};
+use openraft_rt::{Instant, Select3};
+
+use crate::node::{Inner, Phase, Running};
+use crate::types::Payload;
+use crate::{ErrorKind, Result, Runtime};
+
+/// How often what nothing else wakes is looked at.
+const HOUSEKEEPING: Duration = Duration::from_millis(100);
+/// How long openraft may take for a step of a purge, before the ring is cut without it.
+const PURGE_STEP_TIMEOUT: Duration = Duration::from_secs(2);
+/// Pause before a proposal of ours is tried again.
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
+/// How often a leader looks for members to replace.
+const RECONCILE: Duration = Duration::from_millis(500);
+/// How long a member is without a leader before it asks whether it is one still.
+const ORPHAN: Duration = Duration::from_secs(3);
+/// How long closing waits for another leader.
+const HAND_OVER: Duration = Duration::from_secs(3);
+
+impl<R: Runtime> Inner<R> {
+    /// Purges after flushes and when the engine asks, and queues again what a full ring refused.
+    pub(crate) fn start_owner_task(self: &Arc<Self>) {
+        let mut requests = self.log.attach(&self.engine);
+        let this = self.clone();
+        self.spawn(async move {
+            let mut seen = this.group.flushed();
+            loop {
+                let event = {
+                    let request = std::pin::pin!(requests.recv());
+                    let flushed = std::pin::pin!(this.group.flushed_beyond(seen));
+                    let tick = std::pin::pin!(R::sleep(HOUSEKEEPING));
+                    R::select3(request, flushed, tick).await
+                };
+                this.log.resume();
+                match event {
+                    Select3::First(Some(request)) => {
+                        this.purge(request.flushed).await;
+                        // An engine that gave up waiting is content with what there is.
+                        let _ = request.done.send(());
+                    }
+                    Select3::First(None) => return,
+                    Select3::Second(()) => {
+                        seen = this.group.flushed();
+                        this.purge(seen).await;
+                    }
+                    Select3::Third(()) => {}
+                }
+            }
+        });
+    }
+
+    /// Tells openraft that everything up to `flushed` is in a snapshot, and has it purge all but a tail for followers
+    /// that lag.
+    async fn purge(&self, flushed: LogIndex) {
+        let Ok(running) = self.running() else { return };
+        if flushed.0 == 0 || self.phase() != Phase::Member {
+            return;
+        }
+        if running.raft.trigger().snapshot().await.is_err() {
+            return;
+        }
+        let mut metrics = running.metrics.clone();
+        let named = metrics.wait_until(|m| m.snapshot.as_ref().is_some_and(|s| s.index >= flushed.0));
+        if R::timeout(PURGE_STEP_TIMEOUT, named).await.is_err() {
+            return;
+        }
+        let ring = self.engine.wal().stats().ring_bytes;
+        let tail = self.options.entry_cache_bytes.min(ring / 4);
+        let Some(upto) = self.log.purge_target(flushed, tail) else { return };
+        if running.raft.trigger().purge_log(upto).await.is_err() {
+            return;
+        }
+        let mut metrics = running.metrics.clone();
+        let purged = metrics.wait_until(|m| m.purged.as_ref().is_some_and(|p| p.index >= upto));
+        // A follower that is being sent these entries holds the purge up: the next one will do.
+        let _ = R::timeout(PURGE_STEP_TIMEOUT, purged).await;
+    }
+
+    pub(crate) fn start_tasks(self: &Arc<Self>, running: &Arc<Running<R>>) {
+        let (this, r) = (self.clone(), running.clone());
+        self.spawn(async move { this.watch(&r).await });
+        let (this, r) = (self.clone(), running.clone());
+        self.spawn(async move { this.lead(&r).await });
+        let (this, r) = (self.clone(), running.clone());
+        self.spawn(async move { this.look_after_members(&r).await });
+        let (this, r) = (self.clone(), running.clone());
+        self.spawn(async move { this.ask_when_orphaned(&r).await });
+        // A dropped node stops as in a crash: openraft ends with it.
+        let (this, r) = (self.clone(), running.clone());
+        drop(R::spawn(async move {
+            this.closing.wait().await;
+            let _ = r.raft.shutdown().await;
+            this.transport.close().await;
+        }));
+    }
+
+    /// Follows openraft's state: announces changes, and leaves service when it stops.
+    async fn watch(self: &Arc<Self>, running: &Arc<Running<R>>) {
+        let mut metrics = running.metrics.clone();
+        let mut last = None;
+        let mut known: BTreeSet<u64> = BTreeSet::new();
+        loop {
+            let (now, failure, committed, voter_once) = {
+                let m = metrics.borrow_and_update();
+                let committed: BTreeSet<u64> =
+                    m.committed_membership_config.membership().nodes().map(|(id, _)| *id).collect();
+                let now = (m.state, m.current_term, m.current_leader, *m.membership_config.log_id());
+                let inside = m.membership_config.get_node(&running.id).is_some();
+                (now, m.running_state.as_ref().err().map(ToString::to_string), committed, inside)
+            };
+            if let Some(reason) = failure {
+                if !self.closing.is_set() {
+                    self.set_phase(Phase::Failed(self.log.failure().unwrap_or(reason)));
+                    self.progress.close();
+                }
+                return;
+            }
+            if !committed.is_empty() {
+                let gone: Vec<u64> = known.difference(&committed).copied().collect();
+                if gone.contains(&running.id) && !voter_once {
+                    self.leave(running);
+                }
+                let mut removed = self.removed.lock().expect("nothing panics while it holds this lock");
+                removed.extend(gone);
+                known = committed;
+            }
+            if last != Some(now) {
+                last = Some(now);
+                self.changed.notify_waiters();
+            }
+            if metrics.changed().await.is_err() {
+                if !self.closing.is_set() {
+                    let reason = self.log.failure().unwrap_or_else(|| "raft stopped".into());
+                    self.set_phase(Phase::Failed(reason));
+                    self.progress.close();
+                }
+                return;
+            }
+        }
+    }
+
+    /// The cluster has given this node up: it goes idle, says so, and does not disturb.
+    fn leave(&self, running: &Running<R>) {
+        tracing::warn!(id = running.id, "this node was removed from its cluster");
+        running.raft.runtime_config().elect(false);
+        self.set_phase(Phase::Removed);
+    }
+
+    /// While it leads: proposes what its jobs produced.
+    async fn lead(&self, running: &Arc<Running<R>>) {
+        let mut metrics = running.metrics.clone();
+        loop {
+            let Ok(leading) = metrics.wait_until(|m| m.state == ServerState::Leader).await else { return };
+            let term = leading.current_term;
+            // What finished while another led, or was lost with it.
+            self.group.offer_installs();
+            loop {
+                let mut ended = metrics.clone();
+                let ended =
+                    std::pin::pin!(ended.wait_until(|m| m.state != ServerState::Leader || m.current_term != term));
+                let next = std::pin::pin!(self.group.next_install());
+                let command = match R::select2(ended, next).await {
+                    openraft_rt::Select2::First(Ok(_)) => break,
+                    openraft_rt::Select2::First(Err(_)) => return,
+                    openraft_rt::Select2::Second(command) => command,
+                };
+                let bytes = match command.encode() {
+                    Ok(bytes) => bytes,
+                    Err(error) => {
+                        tracing::error!(%error, "an install cannot be encoded");
+                        continue;
+                    }
+                };
+                // Not admitted like a client's write: it is what makes room.
+                while self.propose_install(running, bytes.clone()).await.is_none() {
+                    let leads = metrics.borrow_watched().state == ServerState::Leader;
+                    if !leads || self.closing.is_set() {
+                        break;
+                    }
+                    R::sleep(RETRY_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// `None` when it was not appended and may be tried again.
+    async fn propose_install(&self, running: &Arc<Running<R>>, bytes: bytes::Bytes) -> Option<()> {
+        match running.raft.client_write(Payload::new(bytes)).await {
+            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => None,
+            Ok(response) => {
+                if let Some(Err(error)) = response.data.0.map(|a| a.response) {
+                    tracing::warn!(%error, "an install had no effect");
+                }
+                Some(())
+            }
+            Err(error) => {
+                tracing::warn!(%error, "an install was not committed here");
+                Some(())
+            }
+        }
+    }
+
+    async fn look_after_members(self: &Arc<Self>, running: &Arc<Running<R>>) {
+        loop {
+            R::sleep(RECONCILE).await;
+            let leads = running.metrics.borrow_watched().state == ServerState::Leader;
+            if leads {
+                self.reconcile(running).await;
+            } else {
+                self.pinned.lock().expect("nothing panics while it holds this lock").clear();
+            }
+        }
+    }
+
+    /// A removed node hears nothing any more, not even that it was removed: it asks.
+    async fn ask_when_orphaned(self: &Arc<Self>, running: &Arc<Running<R>>) {
+        let mut since = R::Instant::now();
+        loop {
+            R::sleep(ORPHAN / 3).await;
+            let (led, initialized) = {
+                let m = running.metrics.borrow_watched();
+                (m.current_leader.is_some(), m.membership_config.log_id().is_some())
+            };
+            let now = R::Instant::now();
+            if self.phase() != Phase::Member {
+                continue;
+            }
+            // One that never heard of a membership may be one that `init` or a leader is about to reach.
+            if !initialized || (led && !self.is_silent(running)) {
+                since = now;
+                continue;
+            }
+            if now.saturating_duration_since(since) < ORPHAN {
+                continue;
+            }
+            since = now;
+            if self.is_given_up(running).await {
+                self.leave(running);
+            }
+        }
+    }
+
+    /// True while the leader that this node knows has said nothing: openraft keeps its name until the next election, and
+    /// a learner never elects.
+    fn is_silent(&self, running: &Running<R>) -> bool {
+        let m = running.metrics.borrow_watched();
+        m.state == ServerState::Learner
+    }
+
+    pub(crate) async fn close(self: &Arc<Self>) -> Result<()> {
+        if self.phase() == Phase::Closed {
+            return Ok(());
+        }
+        let running = self.running.read().expect("nothing panics while it holds this lock").clone();
+        if let Some(running) = &running
+            && self.phase() == Phase::Member
+            && self.leader_of(running) == Some(running.id)
+        {
+            match R::timeout(HAND_OVER, self.hand_over(running, None)).await {
+                Ok(Ok(to)) => tracing::info!(to, "handed leadership over"),
+                // A leader without other voters is the common case.
+                Ok(Err(e)) if *e.kind() == ErrorKind::Invalid => {}
+                Ok(Err(error)) => tracing::warn!(%error, "leadership was not handed over"),
+                Err(_) => tracing::warn!("leadership was not handed over in time"),
+            }
+        }
+        let failed = matches!(self.phase(), Phase::Failed(_));
+        self.set_phase(Phase::Closed);
+        self.closing.set();
+        self.progress.close();
+        self.log.detach();
+        if let Some(running) = running {
+            // Its error says that the core panicked or was cancelled; nothing more can be done here.
+            let _ = running.raft.shutdown().await;
+        }
+        *self.running.write().expect("nothing panics while it holds this lock") = None;
+        self.transport.close().await;
+        match self.engine.close().await {
+            // The volume left service already, and its close can say no more than that.
+            Err(_) if failed => Ok(()),
+            result => Ok(result?),
+        }
+    }
+}
