@@ -7,6 +7,5 @@ use mainstay_replication::{TcpTransport, Transport};
 use crate::Result;
 
 pub(crate) async fn tcp_transport(listen: &str, advertise: Option<&str>) -> Result<Arc<dyn Transport>> {
-    let _ = (listen, advertise, std::mem::size_of::<TcpTransport>());
-    todo!()
+    Ok(Arc::new(TcpTransport::bind(listen, advertise).await?))
 }
