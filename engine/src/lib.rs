@@ -21,6 +21,10 @@ mod table;
 mod types;
 mod volume;
 
+/// Entry points for the fuzz targets and benches of this workspace; no part of the interface.
+#[doc(hidden)]
+pub mod hooks;
+
 pub use command::{Command, CommandBody, InstallTable, KEY_BYTES_MAX, VALUE_BYTES_MAX, WriteBatch, WriteOp};
 pub use engine::{Engine, EngineSettings, EngineStatus, Identity, OwnerPin, OwnerRecord};
 pub use error::{Error, ErrorKind, Result};

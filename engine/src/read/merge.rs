@@ -1,0 +1,370 @@
+//! Merges sorted sources into the newest version of each key.
+//!
+//! # Invariants
+//! G1. Sources on an entry stand in `order` by key in the merge's direction, and for one key from the newest to the oldest.
+//! G2. A source is stepped when the next entry is asked for, not when its entry is given: no block is read for entries
+//!     that nobody asks for.
+//! G3. Dropping the future of [`Merge::next`] loses nothing: what was stepped is stepped, the rest is `stale` still.
+
+use std::cmp::Ordering;
+use std::ops::Bound;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::memtable::{Memtable, MemtableCursor};
+use crate::table::{Step, Table, TableCursor};
+use crate::{LogIndex, Result};
+
+/// Tables in order of keys, without overlap, as one source.
+struct RunCursor {
+    tables: Arc<[Arc<Table>]>,
+    /// The table that the cursor walks.
+    table: usize,
+    cursor: TableCursor,
+    /// The next table in the direction was entered but its first entry not yet found.
+    entering: bool,
+    at: LogIndex,
+    reverse: bool,
+    bypass: bool,
+}
+
+impl RunCursor {
+    fn new(tables: Arc<[Arc<Table>]>, at: LogIndex, reverse: bool, bypass: bool) -> Self {
+        Self { tables, table: 0, cursor: TableCursor::new(reverse), entering: false, at, reverse, bypass }
+    }
+
+    async fn seek(&mut self, from: Bound<&[u8]>) -> Result<()> {
+        let (key, exclusive) = match from {
+            Bound::Unbounded => (None, false),
+            Bound::Included(key) => (Some(key), false),
+            Bound::Excluded(key) => (Some(key), true),
+        };
+        // The first table in the direction that reaches `key`.
+        let table = match key {
+            None if self.reverse => self.tables.len().checked_sub(1),
+            None => Some(0),
+            Some(key) if self.reverse => {
+                self.tables.partition_point(|table| table.meta().first.as_ref() <= key).checked_sub(1)
+            }
+            Some(key) => Some(self.tables.partition_point(|table| table.meta().last.as_ref() < key)),
+        };
+        self.entering = false;
+        let Some(table) = table.filter(|table| *table < self.tables.len()) else {
+            self.cursor = TableCursor::new(self.reverse);
+            return Ok(());
+        };
+        self.table = table;
+        self.cursor = self.open();
+        match key {
+            Some(key) => self.cursor.seek(&self.tables[table], key, exclusive).await?,
+            None => self.cursor.seek_start(&self.tables[table]).await?,
+        }
+        self.settle().await
+    }
+
+    fn open(&self) -> TableCursor {
+        if self.bypass { TableCursor::new_bypass(&self.tables[self.table]) } else { TableCursor::new(self.reverse) }
+    }
+
+    fn visible(&self) -> bool {
+        self.cursor.index() <= self.at
+    }
+
+    /// Goes one entry on if that needs no other block.
+    fn step(&mut self) -> Result<Step> {
+        loop {
+            if self.entering {
+                return Ok(Step::Load);
+            }
+            if self.cursor.step(&self.tables[self.table])? == Step::Load {
+                return Ok(Step::Load);
+            }
+            if !self.cursor.valid() {
+                return Ok(if self.next_table() { Step::Load } else { Step::Done });
+            }
+            if self.visible() {
+                return Ok(Step::Done);
+            }
+        }
+    }
+
+    /// Finishes a step that needed a block.
+    async fn load(&mut self) -> Result<()> {
+        if self.entering {
+            self.cursor.seek_start(&self.tables[self.table]).await?;
+            self.entering = false;
+        } else {
+            self.cursor.load(&self.tables[self.table]).await?;
+        }
+        self.settle().await
+    }
+
+    /// Goes on until the entry is visible, into the next tables if need be.
+    async fn settle(&mut self) -> Result<()> {
+        loop {
+            if self.cursor.valid() {
+                if self.visible() {
+                    return Ok(());
+                }
+                self.cursor.advance(&self.tables[self.table]).await?;
+            } else if self.next_table() {
+                self.cursor.seek_start(&self.tables[self.table]).await?;
+                self.entering = false;
+            } else {
+                return Ok(());
+            }
+        }
+    }
+
+    fn next_table(&mut self) -> bool {
+        let next = if self.reverse { self.table.checked_sub(1) } else { Some(self.table + 1) };
+        match next.filter(|next| *next < self.tables.len()) {
+            Some(next) => {
+                self.table = next;
+                self.cursor = self.open();
+                self.entering = true;
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+enum Source {
+    Memtable(MemtableCursor),
+    Run(RunCursor),
+}
+
+impl Source {
+    fn valid(&self) -> bool {
+        match self {
+            Self::Memtable(cursor) => cursor.valid(),
+            Self::Run(run) => run.cursor.valid(),
+        }
+    }
+
+    #[inline]
+    fn key(&self) -> &[u8] {
+        match self {
+            Self::Memtable(cursor) => cursor.key(),
+            Self::Run(run) => run.cursor.key(),
+        }
+    }
+
+    #[inline]
+    fn index(&self) -> LogIndex {
+        match self {
+            Self::Memtable(cursor) => cursor.index(),
+            Self::Run(run) => run.cursor.index(),
+        }
+    }
+
+    fn value(&self) -> Option<Bytes> {
+        match self {
+            Self::Memtable(cursor) => cursor.value(),
+            Self::Run(run) => run.cursor.value(),
+        }
+    }
+
+    #[inline]
+    fn step(&mut self) -> Result<Step> {
+        match self {
+            Self::Memtable(cursor) => {
+                cursor.advance();
+                Ok(Step::Done)
+            }
+            Self::Run(run) => run.step(),
+        }
+    }
+
+    async fn load(&mut self) -> Result<()> {
+        match self {
+            Self::Memtable(_) => Ok(()),
+            Self::Run(run) => run.load().await,
+        }
+    }
+
+    async fn seek(&mut self, from: Bound<&[u8]>) -> Result<()> {
+        match (self, from) {
+            (Self::Memtable(cursor), Bound::Unbounded) => cursor.seek_start(),
+            (Self::Memtable(cursor), Bound::Included(key)) => cursor.seek(key, false),
+            (Self::Memtable(cursor), Bound::Excluded(key)) => cursor.seek(key, true),
+            (Self::Run(run), from) => run.seek(from).await?,
+        }
+        Ok(())
+    }
+}
+
+/// The newest version of each key, tombstones included, in one direction.
+pub(super) struct Merge {
+    sources: Vec<Source>,
+    /// The sources that stand on an entry (G1).
+    order: Vec<usize>,
+    /// So many at the front of `order` stand on the key that was given, and have yet to be stepped.
+    stale: usize,
+    reverse: bool,
+    key: Vec<u8>,
+}
+
+impl Merge {
+    pub(super) fn new(reverse: bool) -> Self {
+        Self { sources: Vec::new(), order: Vec::new(), stale: 0, reverse, key: Vec::new() }
+    }
+
+    pub(super) fn memtable(&mut self, memtable: &Arc<Memtable>, at: LogIndex) {
+        if !memtable.is_empty() {
+            self.sources.push(Source::Memtable(memtable.cursor(at, self.reverse)));
+        }
+    }
+
+    /// Tables in order of keys, without overlap.
+    pub(super) fn run(&mut self, tables: Arc<[Arc<Table>]>, at: LogIndex, bypass: bool) {
+        if !tables.is_empty() {
+            self.sources.push(Source::Run(RunCursor::new(tables, at, self.reverse, bypass)));
+        }
+    }
+
+    /// Puts all sources on their first entry from `from` on. Not to be used after it was dropped half way.
+    pub(super) async fn seek(&mut self, from: Bound<&[u8]>) -> Result<()> {
+        self.order.clear();
+        self.stale = 0;
+        for at in 0..self.sources.len() {
+            self.sources[at].seek(from).await?;
+            if self.sources[at].valid() {
+                let place = self.order.partition_point(|other| self.before(*other, at));
+                self.order.insert(place, at);
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes to the next key. Then [`Merge::key`], [`Merge::index`] and [`Merge::value`] are those of its newest version.
+    ///
+    /// # Cancel safety
+    /// Cancel safe (G3).
+    #[inline]
+    pub(super) async fn next(&mut self) -> Result<bool> {
+        while self.stale > 0 {
+            let source = &mut self.sources[self.order[0]];
+            if source.step()? == Step::Load {
+                source.load().await?;
+            }
+            self.reorder();
+        }
+        let Some(&first) = self.order.first() else { return Ok(false) };
+        self.key.clear();
+        self.key.extend_from_slice(self.sources[first].key());
+        self.stale = 1;
+        while self.order.get(self.stale).is_some_and(|other| self.sources[*other].key() == self.key) {
+            self.stale += 1;
+        }
+        Ok(true)
+    }
+
+    /// Puts the first source, just stepped, where it belongs now.
+    #[inline]
+    fn reorder(&mut self) {
+        self.stale -= 1;
+        let source = self.order[0];
+        if !self.sources[source].valid() {
+            self.order.remove(0);
+            return;
+        }
+        // Those that are stale stand on a key that this one has passed.
+        let mut place = 1;
+        while place < self.order.len() && (place <= self.stale || self.before(self.order[place], source)) {
+            self.order[place - 1] = self.order[place];
+            place += 1;
+        }
+        self.order[place - 1] = source;
+    }
+
+    fn before(&self, a: usize, b: usize) -> bool {
+        let (x, y) = (&self.sources[a], &self.sources[b]);
+        let keys = if self.reverse { y.key().cmp(x.key()) } else { x.key().cmp(y.key()) };
+        match keys.then_with(|| y.index().cmp(&x.index())) {
+            Ordering::Less => true,
+            Ordering::Equal => a < b,
+            Ordering::Greater => false,
+        }
+    }
+
+    pub(super) fn key(&self) -> &[u8] {
+        &self.key
+    }
+
+    pub(super) fn index(&self) -> LogIndex {
+        self.order.first().map_or(LogIndex(0), |first| self.sources[*first].index())
+    }
+
+    pub(super) fn value(&self) -> Option<Bytes> {
+        self.order.first().and_then(|first| self.sources[*first].value())
+    }
+}
+
+/// An entry on its way into a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct EntryRef<'a> {
+    /// The key.
+    pub(crate) key: &'a [u8],
+    /// The index of its newest version.
+    pub(crate) index: LogIndex,
+    /// `None` is a tombstone.
+    pub(crate) value: Option<&'a [u8]>,
+}
+
+/// Merges memtables and tables for a flush or compaction: the newest version of each key, ascending. Reads go in large
+/// pieces and leave the block cache as it is.
+pub(crate) struct MergeInput {
+    merge: Merge,
+    started: bool,
+    drop_tombstones: bool,
+    value: Option<Bytes>,
+}
+
+impl MergeInput {
+    /// The sources in any order: the version with the highest index wins. `drop_tombstones`: nothing older lies below the
+    /// output.
+    pub(crate) fn new(memtables: Vec<Arc<Memtable>>, tables: Vec<Arc<Table>>, drop_tombstones: bool) -> Self {
+        let mut merge = Merge::new(false);
+        let all = LogIndex(u64::MAX);
+        for memtable in &memtables {
+            merge.memtable(memtable, all);
+        }
+        for run in runs(tables) {
+            merge.run(run, all, true);
+        }
+        Self { merge, started: false, drop_tombstones, value: None }
+    }
+
+    /// The next entry.
+    pub(crate) async fn next(&mut self) -> Result<Option<EntryRef<'_>>> {
+        if !self.started {
+            self.merge.seek(Bound::Unbounded).await?;
+            self.started = true;
+        }
+        while self.merge.next().await? {
+            self.value = self.merge.value();
+            if self.value.is_some() || !self.drop_tombstones {
+                let (key, index) = (self.merge.key(), self.merge.index());
+                return Ok(Some(EntryRef { key, index, value: self.value.as_deref() }));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Sorts tables into as few runs without overlap as a greedy pass finds, so that the merge has few sources.
+fn runs(mut tables: Vec<Arc<Table>>) -> Vec<Arc<[Arc<Table>]>> {
+    tables.sort_by(|a, b| a.meta().first.cmp(&b.meta().first));
+    let mut runs: Vec<Vec<Arc<Table>>> = Vec::new();
+    for table in tables {
+        let fits = |run: &&mut Vec<Arc<Table>>| run.last().is_none_or(|last| last.meta().last < table.meta().first);
+        match runs.iter_mut().find(fits) {
+            Some(run) => run.push(table),
+            None => runs.push(vec![table]),
+        }
+    }
+    runs.into_iter().map(Arc::from).collect()
+}

@@ -1,0 +1,220 @@
+//! One keyspace of one branch, pinned: memtables, L0 and levels.
+
+use std::ops::Bound;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+
+use super::Lookup;
+use super::merge::Merge;
+use crate::memtable::Memtable;
+use crate::table::Table;
+use crate::{LogIndex, Result};
+
+/// Keys that a scan gives are cut from pieces of memory of this size; one key may keep one piece.
+const KEY_PIECE_BYTES: usize = 4 << 10;
+
+/// Memtables and tables of one keyspace of one branch, pinned by reference count.
+#[derive(Clone, Default)]
+pub(crate) struct ReadView {
+    /// Newest first.
+    pub(crate) memtables: Vec<Arc<Memtable>>,
+    /// Newest first.
+    pub(crate) l0: Vec<Arc<Table>>,
+    /// From L1 down; each sorted by key, without overlap.
+    pub(crate) levels: Vec<Arc<[Arc<Table>]>>,
+}
+
+impl ReadView {
+    /// The value of a key at `at`.
+    ///
+    /// Ready at the first poll when no block has to be read.
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(crate) async fn get(&self, key: &[u8], at: LogIndex) -> Result<Option<Bytes>> {
+        Ok(match self.lookup(key, at).await? {
+            Some(Lookup::Value(value)) => Some(value),
+            Some(Lookup::Deleted) | None => None,
+        })
+    }
+
+    async fn lookup(&self, key: &[u8], at: LogIndex) -> Result<Option<Lookup>> {
+        for memtable in &self.memtables {
+            if let Some(lookup) = memtable.get(key, at) {
+                return Ok(Some(lookup));
+            }
+        }
+        for table in &self.l0 {
+            if let Some(lookup) = table.get(key, at).await? {
+                return Ok(Some(lookup));
+            }
+        }
+        for level in &self.levels {
+            let place = level.partition_point(|table| table.meta().last.as_ref() < key);
+            if let Some(table) = level.get(place)
+                && let Some(lookup) = table.get(key, at).await?
+            {
+                return Ok(Some(lookup));
+            }
+        }
+        Ok(None)
+    }
+
+    /// A scan over the bounds at `at`. It reads nothing before it is asked for a pair.
+    pub(crate) fn scan(self: &Arc<Self>, lower: Bound<Bytes>, upper: Bound<Bytes>, at: LogIndex) -> ScanCursor {
+        ScanCursor {
+            view: self.clone(),
+            at,
+            lower,
+            upper,
+            front: None,
+            back: None,
+            finished: false,
+            keys: BytesMut::new(),
+        }
+    }
+
+    fn merge(&self, at: LogIndex, reverse: bool, lower: Bound<&[u8]>, upper: Bound<&[u8]>) -> Merge {
+        let mut merge = Merge::new(reverse);
+        for memtable in &self.memtables {
+            merge.memtable(memtable, at);
+        }
+        let outside = |table: &Table| {
+            let (first, last) = (table.meta().first.as_ref(), table.meta().last.as_ref());
+            above(last, lower) || below(first, upper) || table.indexes().0 > at
+        };
+        for table in self.l0.iter().filter(|table| !outside(table)) {
+            merge.run(Arc::from([table.clone()]), at, false);
+        }
+        for level in &self.levels {
+            let from = level.partition_point(|table| above(&table.meta().last, lower));
+            if level.get(from).is_some_and(|table| !below(&table.meta().first, upper)) {
+                merge.run(level.clone(), at, false);
+            }
+        }
+        merge
+    }
+}
+
+/// All keys up to `last` are before the lower bound.
+fn above(last: &[u8], lower: Bound<&[u8]>) -> bool {
+    match lower {
+        Bound::Included(key) => last < key,
+        Bound::Excluded(key) => last <= key,
+        Bound::Unbounded => false,
+    }
+}
+
+/// All keys from `first` on are after the upper bound.
+fn below(first: &[u8], upper: Bound<&[u8]>) -> bool {
+    match upper {
+        Bound::Included(key) => key < first,
+        Bound::Excluded(key) => key <= first,
+        Bound::Unbounded => false,
+    }
+}
+
+fn bytes(bound: &Bound<Bytes>) -> Bound<&[u8]> {
+    bound.as_ref().map(AsRef::as_ref)
+}
+
+/// A scan over a view that it owns. Both ends may be taken from at any time; they meet in the middle, and no pair is given
+/// twice.
+pub(crate) struct ScanCursor {
+    view: Arc<ReadView>,
+    at: LogIndex,
+    /// What is left: each pair given moves its bound.
+    lower: Bound<Bytes>,
+    upper: Bound<Bytes>,
+    /// Made when first asked; stands on what it gave last.
+    front: Option<Merge>,
+    back: Option<Merge>,
+    /// One end met the other, or the end of the data: nothing is left for either.
+    finished: bool,
+    keys: BytesMut,
+}
+
+impl ScanCursor {
+    /// The next pair from the low end.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: a pair that was not given is given by the next call.
+    pub(crate) async fn next(&mut self) -> Result<Option<(Bytes, Bytes)>> {
+        if self.finished {
+            return Ok(None);
+        }
+        if self.front.is_none() {
+            let (lower, upper) = (bytes(&self.lower), bytes(&self.upper));
+            let mut merge = self.view.merge(self.at, false, lower, upper);
+            merge.seek(lower).await?;
+            self.front = Some(merge);
+        }
+        let Some(merge) = &mut self.front else { return Ok(None) };
+        while merge.next().await? {
+            if below(merge.key(), bytes(&self.upper)) {
+                break;
+            }
+            if let Some(value) = merge.value() {
+                let key = cut_key(&mut self.keys, merge.key());
+                self.lower = Bound::Excluded(key.clone());
+                return Ok(Some((key, value)));
+            }
+        }
+        self.finished = true;
+        Ok(None)
+    }
+
+    /// The next pair from the high end.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: a pair that was not given is given by the next call.
+    pub(crate) async fn next_back(&mut self) -> Result<Option<(Bytes, Bytes)>> {
+        if self.finished {
+            return Ok(None);
+        }
+        if self.back.is_none() {
+            let (lower, upper) = (bytes(&self.lower), bytes(&self.upper));
+            let mut merge = self.view.merge(self.at, true, lower, upper);
+            merge.seek(upper).await?;
+            self.back = Some(merge);
+        }
+        let Some(merge) = &mut self.back else { return Ok(None) };
+        while merge.next().await? {
+            if above(merge.key(), bytes(&self.lower)) {
+                break;
+            }
+            if let Some(value) = merge.value() {
+                let key = cut_key(&mut self.keys, merge.key());
+                self.upper = Bound::Excluded(key.clone());
+                return Ok(Some((key, value)));
+            }
+        }
+        self.finished = true;
+        Ok(None)
+    }
+
+    /// Moves the low end up to the first key at or after `key`. A key below the low end moves nothing: what was given is
+    /// not given again.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: the low end has moved.
+    pub(crate) async fn seek(&mut self, key: &[u8]) -> Result<()> {
+        if !above(key, bytes(&self.lower)) {
+            self.lower = Bound::Included(Bytes::copy_from_slice(key));
+            if let Some(mut merge) = self.front.take() {
+                merge.seek(bytes(&self.lower)).await?;
+                self.front = Some(merge);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A copy of a key in memory that keys share, so that a scan does not allocate for each.
+fn cut_key(piece: &mut BytesMut, key: &[u8]) -> Bytes {
+    if piece.capacity() - piece.len() < key.len() {
+        *piece = BytesMut::with_capacity(KEY_PIECE_BYTES.max(key.len()));
+    }
+    piece.extend_from_slice(key);
+    piece.split().freeze()
+}

@@ -1,0 +1,273 @@
+//! Builds a table from entries in key order.
+//!
+//! # Place      used by flush and compaction, which write the chunks as they come
+//! # Invariants
+//! T1. Equal options and equal entries give equal bytes: nothing of time, addresses or chance goes into them.
+//! T2. Memory is bounded by one data block, one index block, the hashes of one filter partition, the top index, and the
+//!     chunks that were not yet taken.
+
+use bytes::Bytes;
+use mainstay_io::{AlignedBuf, AlignedBytes, BLOCK_BYTES};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::block::{BlockBuilder, EntryKind, INDEX_RESTART_INTERVAL, RESTART_INTERVAL};
+use super::index::{FOOTER_BYTES, Handle, MAGIC, ROOT_BYTES, Root, checksum, separator};
+use super::{Compression, TableMeta, TableOptions, codec, filter};
+use crate::LogIndex;
+
+/// Bytes of a chunk; the last one may be shorter.
+pub(crate) const CHUNK_BYTES: usize = 256 << 10;
+/// An index block is cut at this size.
+pub(crate) const INDEX_BLOCK_BYTES: usize = 16 << 10;
+
+const _: () = assert!(CHUNK_BYTES.is_multiple_of(BLOCK_BYTES));
+const _: () = assert!(ROOT_BYTES + 8 + MAGIC.len() == FOOTER_BYTES);
+
+/// Builds a table. Take the chunks while adding, so that they do not pile up.
+pub(crate) struct TableBuilder {
+    options: TableOptions,
+    out: Output,
+    data: BlockBuilder,
+    /// The last data block, whose index entry waits for the first key of the next.
+    unreferred: Option<Handle>,
+    index: BlockBuilder,
+    top: BlockBuilder,
+    levels: u16,
+    hashes: Vec<u64>,
+    filters: BlockBuilder,
+    first: Vec<u8>,
+    last: Vec<u8>,
+    entries: u64,
+    tombstones: u64,
+    raw_bytes: u64,
+    index_min: u64,
+    index_max: u64,
+}
+
+impl TableBuilder {
+    /// A builder without entries.
+    pub(crate) fn new(options: TableOptions) -> Self {
+        Self {
+            options,
+            out: Output::new(),
+            data: BlockBuilder::new(RESTART_INTERVAL),
+            unreferred: None,
+            index: BlockBuilder::new(INDEX_RESTART_INTERVAL),
+            top: BlockBuilder::new(INDEX_RESTART_INTERVAL),
+            levels: 1,
+            hashes: Vec::new(),
+            filters: BlockBuilder::new(INDEX_RESTART_INTERVAL),
+            first: Vec::new(),
+            last: Vec::new(),
+            entries: 0,
+            tombstones: 0,
+            raw_bytes: 0,
+            index_min: u64::MAX,
+            index_max: 0,
+        }
+    }
+
+    /// Adds the newest version of a key; keys ascend strictly. `None` is a tombstone.
+    pub(crate) fn add(&mut self, key: &[u8], index: LogIndex, value: Option<&[u8]>) {
+        assert!(self.entries == 0 || self.last.as_slice() < key, "keys of a table ascend strictly");
+        if self.entries == 0 {
+            self.first.extend_from_slice(key);
+        }
+        if !self.data.is_empty()
+            && self.data.len() + key.len() + value.map_or(0, <[u8]>::len) > self.options.block_bytes
+        {
+            self.cut_data();
+        }
+        if let Some(handle) = self.unreferred.take() {
+            let separator = separator(&self.last, key);
+            self.refer(&separator, handle);
+        }
+        self.data.add(
+            key,
+            if value.is_some() { EntryKind::Value } else { EntryKind::Tombstone },
+            index,
+            value.unwrap_or_default(),
+        );
+        self.last.clear();
+        self.last.extend_from_slice(key);
+        self.entries += 1;
+        self.tombstones += u64::from(value.is_none());
+        self.index_min = self.index_min.min(index.0);
+        self.index_max = self.index_max.max(index.0);
+        if self.options.filter_bits > 0 {
+            self.hashes.push(filter::hash(key));
+            if self.hashes.len() == filter::PARTITION_KEYS {
+                self.cut_filter();
+            }
+        }
+    }
+
+    /// Entries added.
+    pub(crate) fn entries(&self) -> u64 {
+        self.entries
+    }
+
+    /// About the length that `finish` would give now; the open block counts uncompressed.
+    pub(crate) fn estimated_bytes(&self) -> u64 {
+        let open = self.data.len() + self.index.len() + self.top.len() + self.filters.len() + FOOTER_BYTES;
+        let filter = self.hashes.len() * usize::from(self.options.filter_bits) * 5 / 32;
+        self.out.length + (open + filter) as u64
+    }
+
+    /// Finished bytes in order, each a whole number of [`BLOCK_BYTES`], to be written one after the other.
+    pub(crate) fn take_chunks(&mut self) -> Vec<AlignedBytes> {
+        std::mem::take(&mut self.out.chunks)
+    }
+
+    /// The remaining chunks, and what names the table.
+    ///
+    /// At least one entry was added.
+    pub(crate) fn finish(mut self) -> (Vec<AlignedBytes>, TableMeta) {
+        assert!(self.entries > 0, "a table has an entry");
+        self.cut_data();
+        if let Some(handle) = self.unreferred.take() {
+            let last = std::mem::take(&mut self.last);
+            self.refer(&last, handle);
+            self.last = last;
+        }
+        if !self.hashes.is_empty() {
+            self.cut_filter();
+        }
+        let top = if self.levels == 1 {
+            let block = self.index.finish();
+            self.out.block(&block, self.options.compression)
+        } else {
+            if !self.index.is_empty() {
+                self.cut_index();
+            }
+            let block = self.top.finish();
+            self.out.block(&block, self.options.compression)
+        };
+        let filters = if self.filters.is_empty() {
+            None
+        } else {
+            let block = self.filters.finish();
+            Some(self.out.block(&block, self.options.compression))
+        };
+        let bytes = (self.out.length + FOOTER_BYTES as u64).next_multiple_of(BLOCK_BYTES as u64);
+        let root = Root {
+            levels: self.levels,
+            entries: self.entries,
+            tombstones: self.tombstones,
+            raw_bytes: self.raw_bytes,
+            index_min: self.index_min,
+            index_max: self.index_max,
+            top,
+            filters,
+            bytes,
+        }
+        .encode();
+        let (chunks, digest) = self.out.finish(bytes, &root);
+        let meta = TableMeta {
+            first: self.first.into(),
+            last: self.last.into(),
+            entries: self.entries,
+            tombstones: self.tombstones,
+            bytes,
+            digest,
+            root,
+        };
+        (chunks, meta)
+    }
+
+    fn cut_data(&mut self) {
+        debug_assert!(self.unreferred.is_none(), "a block is referred to before the next is cut");
+        let block = self.data.finish();
+        self.raw_bytes += block.len() as u64;
+        self.unreferred = Some(self.out.block(&block, self.options.compression));
+        self.data.recycle(block);
+    }
+
+    /// Adds an index entry, and cuts the index block when it is full.
+    fn refer(&mut self, separator: &[u8], handle: Handle) {
+        if self.index.len() >= INDEX_BLOCK_BYTES {
+            self.cut_index();
+        }
+        add_handle(&mut self.index, separator, handle);
+    }
+
+    fn cut_index(&mut self) {
+        self.levels = 2;
+        let last = self.index.last().to_vec();
+        let block = self.index.finish();
+        let handle = self.out.block(&block, self.options.compression);
+        self.index.recycle(block);
+        add_handle(&mut self.top, &last, handle);
+    }
+
+    fn cut_filter(&mut self) {
+        let filter = filter::build(std::mem::take(&mut self.hashes), self.options.filter_bits);
+        // Fingerprints are noise: no compressor makes them smaller.
+        let handle = self.out.block(&filter, Compression::None);
+        add_handle(&mut self.filters, &self.last, handle);
+    }
+}
+
+fn add_handle(block: &mut BlockBuilder, key: &[u8], handle: Handle) {
+    let mut value = Vec::with_capacity(32);
+    handle.put(&mut value);
+    block.add(key, EntryKind::Value, LogIndex(0), &value);
+}
+
+/// Cuts the bytes of the table into chunks and digests them.
+struct Output {
+    chunks: Vec<AlignedBytes>,
+    open: Option<(AlignedBuf, usize)>,
+    length: u64,
+    digest: Xxh3,
+}
+
+impl Output {
+    fn new() -> Self {
+        Self { chunks: Vec::new(), open: None, length: 0, digest: Xxh3::new() }
+    }
+
+    /// Appends a block and returns its handle.
+    fn block(&mut self, raw: &[u8], compression: Compression) -> Handle {
+        let packed = codec::compress(raw, compression);
+        let stored = packed.as_deref().unwrap_or(raw);
+        let handle = Handle {
+            offset: self.length,
+            stored: stored.len() as u32,
+            raw: if packed.is_some() { raw.len() as u32 } else { 0 },
+            checksum: checksum(stored),
+        };
+        self.write(stored);
+        handle
+    }
+
+    fn write(&mut self, mut bytes: &[u8]) {
+        self.digest.update(bytes);
+        self.length += bytes.len() as u64;
+        while !bytes.is_empty() {
+            let (mut buf, filled) = self.open.take().unwrap_or_else(|| (AlignedBuf::zeroed(CHUNK_BYTES), 0));
+            let take = bytes.len().min(CHUNK_BYTES - filled);
+            buf[filled..filled + take].copy_from_slice(&bytes[..take]);
+            bytes = &bytes[take..];
+            if filled + take == CHUNK_BYTES {
+                self.chunks.push(buf.freeze());
+            } else {
+                self.open = Some((buf, filled + take));
+            }
+        }
+    }
+
+    /// Appends zeros and the footer so that the table has `bytes` bytes.
+    fn finish(mut self, bytes: u64, root: &Bytes) -> (Vec<AlignedBytes>, u128) {
+        let zeros = bytes - FOOTER_BYTES as u64 - self.length;
+        self.write(&[0; BLOCK_BYTES][..zeros as usize]);
+        let mut footer = [0; FOOTER_BYTES];
+        footer[..ROOT_BYTES].copy_from_slice(root);
+        footer[FOOTER_BYTES - MAGIC.len()..].copy_from_slice(&MAGIC);
+        self.write(&footer);
+        if let Some((buf, filled)) = self.open.take() {
+            self.chunks.push(buf.freeze().slice(0..filled));
+        }
+        (self.chunks, self.digest.digest128())
+    }
+}

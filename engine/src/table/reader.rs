@@ -1,0 +1,349 @@
+//! An open table: point lookups, and the blocks for its cursors.
+//!
+//! # Place      below `read`; fills the block cache
+//! # Invariants
+//! R1. No byte is looked at before it matched the checksum in its referrer; the first referrer is the root in the manifest.
+//! R2. A lookup is ready at its first poll when its blocks are cached and the top index has been read once.
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use xxhash_rust::xxh3::Xxh3;
+
+use super::block::{Block, BlockCursor, EntryKind, Malformed};
+use super::filter::Filter;
+use super::index::{FOOTER_BYTES, Handle, MAGIC, ROOT_BYTES, Root};
+use super::{TableBytes, TableMeta, codec, filter};
+use crate::cache::BlockCache;
+use crate::memory::{MemoryBudget, MemoryKind, Reservation};
+use crate::read::Lookup;
+use crate::{Error, ErrorKind, LogIndex, Result};
+
+/// A value of at most this length is copied out of its block, so that it does not keep the block in memory.
+const COPY_BYTES_MAX: usize = 128;
+/// Bytes of one read of `verify`.
+const VERIFY_READ_BYTES: usize = 1 << 20;
+
+/// A verified block in memory, as the cache holds it.
+#[derive(Clone, Debug)]
+pub(crate) enum CachedBlock {
+    /// Data or index.
+    Block(Block),
+    /// A filter partition.
+    Filter(Filter),
+}
+
+impl CachedBlock {
+    /// Bytes that it holds.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        match self {
+            Self::Block(block) => block.len() as u64,
+            Self::Filter(filter) => filter.len() as u64,
+        }
+    }
+}
+
+/// A top index or filter index, kept as long as the table is open.
+struct Pinned {
+    block: Block,
+    _memory: Reservation,
+}
+
+/// An open table.
+pub(crate) struct Table {
+    meta: TableMeta,
+    root: Root,
+    bytes: Arc<dyn TableBytes>,
+    cache: Arc<BlockCache>,
+    budget: Arc<MemoryBudget>,
+    /// The table's number in the cache.
+    owner: u64,
+    top: OnceLock<Pinned>,
+    filters: OnceLock<Pinned>,
+}
+
+impl Table {
+    /// Opens a table. Nothing is read: top index and filter index are read when they are first needed, and kept.
+    ///
+    /// # Errors
+    /// `Corrupt` when the root is damaged or contradicts `meta`, `Foreign` when it is of a newer format.
+    pub(crate) fn open(
+        meta: TableMeta,
+        bytes: Arc<dyn TableBytes>,
+        cache: &Arc<BlockCache>,
+        budget: &Arc<MemoryBudget>,
+    ) -> Result<Self> {
+        let root = Root::decode(&meta.root).map_err(|error| match error {
+            None => Error::new(ErrorKind::Foreign, "the table is of a newer format; use a newer release"),
+            Some(Malformed(what)) => Error::new(ErrorKind::Corrupt, format!("the table has {what}")),
+        })?;
+        if root.bytes != meta.bytes || root.entries != meta.entries || root.tombstones != meta.tombstones {
+            return Err(Error::new(ErrorKind::Corrupt, "the root of a table contradicts the manifest"));
+        }
+        Ok(Self {
+            meta,
+            root,
+            bytes,
+            cache: cache.clone(),
+            budget: budget.clone(),
+            owner: cache.owner(),
+            top: OnceLock::new(),
+            filters: OnceLock::new(),
+        })
+    }
+
+    /// What names the table.
+    pub(crate) fn meta(&self) -> &TableMeta {
+        &self.meta
+    }
+
+    /// Lowest and highest index of an entry.
+    pub(crate) fn indexes(&self) -> (LogIndex, LogIndex) {
+        (LogIndex(self.root.index_min), LogIndex(self.root.index_max))
+    }
+
+    /// The key may be in the table: it is not outside of its first and last key.
+    pub(crate) fn covers(&self, key: &[u8]) -> bool {
+        self.meta.first.as_ref() <= key && key <= self.meta.last.as_ref()
+    }
+
+    /// The version of a key in this table, if its index is at most `at`.
+    ///
+    /// # Errors
+    /// `Corrupt` when a block does not match its checksum, and the errors of reading.
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(crate) async fn get(&self, key: &[u8], at: LogIndex) -> Result<Option<Lookup>> {
+        if !self.covers(key) || self.root.index_min > at.0 {
+            return Ok(None);
+        }
+        if let Some(handle) = self.root.filters {
+            let filters = self.filter_index(&handle).await?;
+            let Some(found) = filters.search(key).map_err(|error| self.corrupt(error, &handle))? else {
+                // Partitions reach to the last key, which `covers` has compared.
+                return Err(self.corrupt(Malformed("a filter index that ends before the last key"), &handle));
+            };
+            let handle = self.handle(filters.part(&found.value), &handle)?;
+            if !self.filter(&handle).await?.may_contain(filter::hash(key)) {
+                return Ok(None);
+            }
+        }
+        let top = self.top().await?;
+        let Some(mut handle) = self.child(top, key, &self.root.top)? else { return Ok(None) };
+        if self.root.levels == 2 {
+            let index = self.block(&handle).await?;
+            match self.child(&index, key, &handle)? {
+                Some(child) => handle = child,
+                None => return Ok(None),
+            }
+        }
+        let block = self.block(&handle).await?;
+        let found = block.search(key).map_err(|error| self.corrupt(error, &handle))?;
+        let Some(found) = found.filter(|found| found.exact && found.index <= at) else { return Ok(None) };
+        Ok(Some(match found.kind {
+            EntryKind::Tombstone => Lookup::Deleted,
+            EntryKind::Value if found.value.len() <= COPY_BYTES_MAX => {
+                Lookup::Value(Bytes::copy_from_slice(block.part(&found.value)))
+            }
+            EntryKind::Value => Lookup::Value(block.slice(found.value)),
+        }))
+    }
+
+    /// Reads every byte and checks it: the digest, every checksum, order, counts, first and last key, the filters, and
+    /// the footer.
+    ///
+    /// # Errors
+    /// `Corrupt` names what does not match.
+    pub(crate) async fn verify(&self) -> Result<()> {
+        let mut digest = Xxh3::new();
+        let mut footer = Vec::new();
+        let mut offset = 0u64;
+        while offset < self.meta.bytes {
+            let length = self.meta.bytes.saturating_sub(offset).min(VERIFY_READ_BYTES as u64) as usize;
+            let bytes = self.read(offset, length).await?;
+            digest.update(&bytes);
+            offset = offset.saturating_add(length as u64);
+            // The footer may stand across two reads when the length says so; keep the tail of both.
+            footer.extend_from_slice(bytes.get(bytes.len().saturating_sub(FOOTER_BYTES)..).unwrap_or_default());
+            footer.drain(..footer.len().saturating_sub(FOOTER_BYTES));
+        }
+        let whole = Handle { offset: 0, stored: 0, raw: 0, checksum: 0 };
+        if digest.digest128() != self.meta.digest {
+            return Err(self.corrupt(Malformed("bytes that do not match its digest"), &whole));
+        }
+        let root_again = footer.get(..ROOT_BYTES) == Some(&self.meta.root);
+        if !root_again || !footer.ends_with(&MAGIC) {
+            return Err(self.corrupt(Malformed("a footer that is not its root"), &whole));
+        }
+        let (mut entries, mut tombstones) = (0u64, 0u64);
+        let mut last: Vec<u8> = Vec::new();
+        let mut cursor = super::TableCursor::new_bypass(self);
+        cursor.seek_start(self).await?;
+        while cursor.valid() {
+            let key = cursor.key();
+            if entries == 0 && key != self.meta.first.as_ref() {
+                return Err(self.corrupt(Malformed("another first key than the manifest says"), &whole));
+            }
+            if entries > 0 && key <= last.as_slice() {
+                return Err(self.corrupt(Malformed("keys that do not ascend"), &whole));
+            }
+            if !(self.root.index_min..=self.root.index_max).contains(&cursor.index().0) {
+                return Err(self.corrupt(Malformed("an entry outside of the indexes of the root"), &whole));
+            }
+            if let Some(handle) = self.root.filters {
+                let filters = self.filter_index(&handle).await?;
+                let found = filters.search(key).map_err(|error| self.corrupt(error, &handle))?;
+                let child = found.map(|found| self.handle(filters.part(&found.value), &handle)).transpose()?;
+                let known = match child {
+                    Some(handle) => self.filter(&handle).await?.may_contain(filter::hash(key)),
+                    None => false,
+                };
+                if !known {
+                    return Err(self.corrupt(Malformed("a filter that denies a key"), &handle));
+                }
+            }
+            last.clear();
+            last.extend_from_slice(key);
+            entries = entries.saturating_add(1);
+            tombstones = tombstones.saturating_add(u64::from(cursor.is_tombstone()));
+            cursor.advance(self).await?;
+        }
+        if last != self.meta.last.as_ref() || entries != self.meta.entries || tombstones != self.meta.tombstones {
+            return Err(self.corrupt(Malformed("another last key or other counts than the manifest says"), &whole));
+        }
+        Ok(())
+    }
+
+    pub(super) fn levels(&self) -> u16 {
+        self.root.levels
+    }
+
+    pub(super) fn budget(&self) -> &Arc<MemoryBudget> {
+        &self.budget
+    }
+
+    /// The top index.
+    pub(super) async fn top(&self) -> Result<&Block> {
+        self.pinned(&self.top, &self.root.top).await
+    }
+
+    async fn filter_index(&self, handle: &Handle) -> Result<&Block> {
+        self.pinned(&self.filters, handle).await
+    }
+
+    async fn pinned<'a>(&self, slot: &'a OnceLock<Pinned>, handle: &Handle) -> Result<&'a Block> {
+        if let Some(pinned) = slot.get() {
+            return Ok(&pinned.block);
+        }
+        let block = self.load(handle).await?;
+        let memory = self.budget.reserve(MemoryKind::Table, block.len() as u64);
+        Ok(&slot.get_or_init(|| Pinned { block, _memory: memory }).block)
+    }
+
+    /// A block, from the cache or read into it.
+    pub(super) async fn block(&self, handle: &Handle) -> Result<Block> {
+        let cached = match self.cache.get(self.owner, handle.offset) {
+            Some(cached) => cached,
+            None => {
+                let load = async { Ok(CachedBlock::Block(self.load(handle).await?)) };
+                self.cache.get_or_load(self.owner, handle.offset, load).await?
+            }
+        };
+        match cached {
+            CachedBlock::Block(block) => Ok(block),
+            CachedBlock::Filter(_) => Err(self.corrupt(Malformed("a filter where a block should be"), handle)),
+        }
+    }
+
+    /// A block, if it is cached.
+    pub(super) fn cached(&self, handle: &Handle) -> Option<Block> {
+        match self.cache.get(self.owner, handle.offset) {
+            Some(CachedBlock::Block(block)) => Some(block),
+            _ => None,
+        }
+    }
+
+    /// Puts in what was read ahead.
+    pub(super) fn cache(&self, handle: &Handle, block: &Block) {
+        self.cache.insert(self.owner, handle.offset, CachedBlock::Block(block.clone()));
+    }
+
+    async fn filter(&self, handle: &Handle) -> Result<Filter> {
+        let cached = match self.cache.get(self.owner, handle.offset) {
+            Some(cached) => cached,
+            None => {
+                let load = async {
+                    let bytes = self.read(handle.offset, handle.stored as usize).await?;
+                    let bytes = codec::open(&bytes, handle).map(own).map_err(|error| self.corrupt(error, handle))?;
+                    Ok(CachedBlock::Filter(Filter::parse(bytes).map_err(|error| self.corrupt(error, handle))?))
+                };
+                self.cache.get_or_load(self.owner, handle.offset, load).await?
+            }
+        };
+        match cached {
+            CachedBlock::Filter(filter) => Ok(filter),
+            CachedBlock::Block(_) => Err(self.corrupt(Malformed("a block where a filter should be"), handle)),
+        }
+    }
+
+    async fn load(&self, handle: &Handle) -> Result<Block> {
+        let bytes = self.read(handle.offset, handle.stored as usize).await?;
+        self.decode(&bytes, handle, true)
+    }
+
+    /// Verifies and parses stored bytes. To be cached, a block that is stored raw leaves the buffer it was read into.
+    pub(super) fn decode(&self, stored: &Bytes, handle: &Handle, to_be_cached: bool) -> Result<Block> {
+        let bytes = codec::open(stored, handle).map_err(|error| self.corrupt(error, handle))?;
+        let bytes = if handle.raw == 0 && to_be_cached { own(bytes) } else { bytes };
+        Block::parse(bytes).map_err(|error| self.corrupt(error, handle))
+    }
+
+    pub(super) async fn read(&self, offset: u64, length: usize) -> Result<Bytes> {
+        let bytes = self.bytes.read(offset, length).await?;
+        if bytes.len() == length {
+            return Ok(bytes);
+        }
+        Err(Error::new(
+            ErrorKind::Internal,
+            format!("a table read gave another length offset={offset} length={length} given={}", bytes.len()),
+        ))
+    }
+
+    /// The handle of the child in which `key` would be; none when it is above all.
+    fn child(&self, index: &Block, key: &[u8], of: &Handle) -> Result<Option<Handle>> {
+        let found = index.search(key).map_err(|error| self.corrupt(error, of))?;
+        found.map(|found| self.handle(index.part(&found.value), of)).transpose()
+    }
+
+    /// Decodes a handle that stands in the block `of`.
+    pub(super) fn handle(&self, bytes: &[u8], of: &Handle) -> Result<Handle> {
+        Handle::take(bytes, self.meta.bytes).map_err(|error| self.corrupt(error, of))
+    }
+
+    /// The handle at which a cursor over an index stands.
+    pub(super) fn handle_at(&self, index: &BlockCursor) -> Result<Handle> {
+        Handle::take(index.value_part(), self.meta.bytes).map_err(|error| self.corrupt(error, &self.root.top))
+    }
+
+    pub(super) fn corrupt(&self, Malformed(what): Malformed, handle: &Handle) -> Error {
+        Error::new(
+            ErrorKind::Corrupt,
+            format!(
+                "the table has {what}; run verify and restore this replica digest={:032x} offset={} length={}",
+                self.meta.digest, handle.offset, handle.stored
+            ),
+        )
+    }
+}
+
+/// The same bytes in memory of their own, so that they do not keep a larger buffer.
+fn own(bytes: Bytes) -> Bytes {
+    Bytes::copy_from_slice(&bytes)
+}
+
+impl std::fmt::Debug for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Table").field("meta", &self.meta).field("root", &self.root).finish_non_exhaustive()
+    }
+}

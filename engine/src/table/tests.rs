@@ -1,0 +1,558 @@
+//! Tables against an ordered map, against damage, and against what an earlier release wrote.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use mainstay_io::{BLOCK_BYTES, BoxFuture, block_on};
+use proptest::prelude::*;
+
+use super::block::{Block, BlockBuilder, BlockCursor, EntryKind};
+use super::index::{FOOTER_BYTES, FORMAT_VERSION, Handle, MAGIC, ROOT_BYTES, Root, checksum, separator};
+use super::*;
+use crate::cache::BlockCache;
+use crate::memory::MemoryBudget;
+use crate::read::Lookup;
+use crate::{ErrorKind, LogIndex};
+
+pub(crate) type Entries = BTreeMap<Vec<u8>, (u64, Option<Vec<u8>>)>;
+
+/// A table in memory that counts its reads.
+pub(crate) struct MemoryBytes {
+    bytes: Bytes,
+    pub(crate) reads: AtomicU64,
+}
+
+thread_local! {
+    static STALLS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
+/// The next so many reads of this thread never come back.
+pub(crate) fn stall_next(reads: u64) {
+    STALLS.set(reads);
+}
+
+impl MemoryBytes {
+    pub(crate) fn new(bytes: impl Into<Bytes>) -> Arc<Self> {
+        Arc::new(Self { bytes: bytes.into(), reads: AtomicU64::new(0) })
+    }
+}
+
+impl TableBytes for MemoryBytes {
+    fn read(&self, offset: u64, length: usize) -> BoxFuture<Result<Bytes>> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        let bytes = self.bytes.slice(offset as usize..offset as usize + length);
+        let stall = STALLS.get() > 0;
+        STALLS.set(STALLS.get().saturating_sub(1));
+        Box::pin(async move {
+            if stall {
+                std::future::pending::<()>().await;
+            }
+            Ok(bytes)
+        })
+    }
+}
+
+pub(crate) fn build(options: &TableOptions, entries: &Entries) -> (Vec<u8>, TableMeta) {
+    let mut builder = TableBuilder::new(options.clone());
+    let mut bytes = Vec::new();
+    for (key, (index, value)) in entries {
+        builder.add(key, LogIndex(*index), value.as_deref());
+        for chunk in builder.take_chunks() {
+            assert!(chunk.len().is_multiple_of(BLOCK_BYTES));
+            bytes.extend_from_slice(&chunk);
+        }
+    }
+    let (chunks, meta) = builder.finish();
+    chunks.iter().for_each(|chunk| bytes.extend_from_slice(chunk));
+    assert_eq!(bytes.len() as u64, meta.bytes);
+    assert!(bytes.len().is_multiple_of(BLOCK_BYTES));
+    (bytes, meta)
+}
+
+pub(crate) struct Place {
+    pub(crate) budget: Arc<MemoryBudget>,
+    pub(crate) cache: Arc<BlockCache>,
+}
+
+pub(crate) fn place() -> Place {
+    let budget = MemoryBudget::new(64 << 20);
+    let cache = BlockCache::new(&budget);
+    Place { budget, cache }
+}
+
+impl Place {
+    pub(crate) fn open(&self, meta: TableMeta, bytes: Arc<MemoryBytes>) -> Result<Table> {
+        Table::open(meta, bytes, &self.cache, &self.budget)
+    }
+
+    pub(crate) fn table(&self, options: &TableOptions, entries: &Entries) -> Arc<Table> {
+        let (bytes, meta) = build(options, entries);
+        Arc::new(self.open(meta, MemoryBytes::new(bytes)).expect("own root"))
+    }
+}
+
+type Found = Vec<(Vec<u8>, u64, Option<Vec<u8>>)>;
+
+async fn drain(table: &Table, cursor: &mut TableCursor) -> Result<Found> {
+    let mut out = Vec::new();
+    while cursor.valid() {
+        out.push((cursor.key().to_vec(), cursor.index().0, cursor.value().map(|value| value.to_vec())));
+        cursor.advance(table).await?;
+    }
+    Ok(out)
+}
+
+fn flat<'a>(entries: impl Iterator<Item = (&'a Vec<u8>, &'a (u64, Option<Vec<u8>>))>) -> Found {
+    entries.map(|(key, (index, value))| (key.clone(), *index, value.clone())).collect()
+}
+
+fn check(options: &TableOptions, entries: &Entries, probes: &[Vec<u8>]) {
+    let place = place();
+    let table = place.table(options, entries);
+    block_on(async {
+        table.verify().await.expect("a table just built");
+        let all = flat(entries.iter());
+        for bypass in [false, true] {
+            let mut cursor = if bypass { TableCursor::new_bypass(&table) } else { TableCursor::new(false) };
+            cursor.seek_start(&table).await.expect("seek");
+            assert_eq!(drain(&table, &mut cursor).await.expect("scan"), all);
+        }
+        let mut cursor = TableCursor::new(true);
+        cursor.seek_start(&table).await.expect("seek");
+        assert_eq!(drain(&table, &mut cursor).await.expect("scan"), all.iter().rev().cloned().collect::<Vec<_>>());
+        for probe in probes.iter().chain(entries.keys()) {
+            for at in [0, 500, u64::MAX] {
+                let expected = entries.get(probe).filter(|entry| entry.0 <= at).map(|entry| match &entry.1 {
+                    Some(value) => Lookup::Value(value.clone().into()),
+                    None => Lookup::Deleted,
+                });
+                assert_eq!(table.get(probe, LogIndex(at)).await.expect("get"), expected, "key={probe:?} at={at}");
+            }
+        }
+        for probe in probes.iter().chain(entries.keys().step_by(7)) {
+            let mut cursor = TableCursor::new(false);
+            let mut back = TableCursor::new(true);
+            for exclusive in [false, true] {
+                let from = |key: &Vec<u8>| if exclusive { key > probe } else { key >= probe };
+                let to = |key: &Vec<u8>| if exclusive { key < probe } else { key <= probe };
+                cursor.seek(&table, probe, exclusive).await.expect("seek");
+                let found = drain(&table, &mut cursor).await.expect("scan");
+                assert_eq!(found, flat(entries.iter().filter(|entry| from(entry.0))), "{probe:?} {exclusive}");
+                back.seek(&table, probe, exclusive).await.expect("seek");
+                let found = drain(&table, &mut back).await.expect("scan");
+                assert_eq!(found, flat(entries.iter().rev().filter(|entry| to(entry.0))), "{probe:?} {exclusive}");
+            }
+        }
+    });
+}
+
+pub(crate) fn key() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![
+        (0u16..400).prop_map(|key| format!("key{key:05}").into_bytes()),
+        prop::collection::vec(0u8..3, 1..8),
+        prop::collection::vec(any::<u8>(), 1..40),
+    ]
+}
+
+fn value() -> impl Strategy<Value = Option<Vec<u8>>> {
+    prop_oneof![
+        1 => Just(None),
+        4 => prop::collection::vec(any::<u8>(), 0..60).prop_map(Some),
+        2 => (0u8..3, 0usize..400).prop_map(|(byte, length)| Some(vec![byte; length])),
+    ]
+}
+
+pub(crate) fn options() -> impl Strategy<Value = TableOptions> {
+    (prop_oneof![Just(64usize), Just(256), Just(16 << 10)], any::<bool>(), prop_oneof![Just(0u8), Just(8), Just(16)])
+        .prop_map(|(block_bytes, packed, filter_bits)| TableOptions {
+            block_bytes,
+            compression: if packed { Compression::Lz4 } else { Compression::None },
+            filter_bits,
+        })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn a_table_is_what_an_ordered_map_is(
+        options in options(),
+        entries in prop::collection::btree_map(key(), (1u64..1000, value()), 1..300),
+        probes in prop::collection::vec(key(), 12),
+    ) {
+        check(&options, &entries, &probes);
+    }
+
+    #[test]
+    fn a_block_is_what_an_ordered_map_is(
+        entries in prop::collection::btree_map(key(), (any::<u64>(), value()), 1..100),
+        probes in prop::collection::vec(key(), 20),
+        interval in 1usize..20,
+    ) {
+        let mut builder = BlockBuilder::new(interval);
+        for (key, (index, value)) in &entries {
+            let kind = if value.is_some() { EntryKind::Value } else { EntryKind::Tombstone };
+            builder.add(key, kind, LogIndex(*index), value.as_deref().unwrap_or_default());
+        }
+        let length = builder.len();
+        let bytes = builder.finish();
+        prop_assert_eq!(bytes.len(), length);
+        let block = Block::parse(bytes.into()).expect("own block");
+        for probe in probes.iter().chain(entries.keys()) {
+            let found = block.search(probe).expect("own block");
+            let expected = entries.range(probe.clone()..).next();
+            prop_assert_eq!(found.as_ref().map(|found| found.index.0), expected.map(|entry| entry.1.0));
+            prop_assert_eq!(found.is_some_and(|found| found.exact), entries.contains_key(probe));
+            let mut ceiling = BlockCursor::new(block.clone(), true);
+            ceiling.seek_ceiling(probe).expect("own block");
+            let expected = expected.or(entries.iter().next_back()).expect("not empty").0;
+            prop_assert_eq!(ceiling.key(), expected.as_slice());
+            ceiling.advance().expect("own block");
+            let before = entries.range(..expected.clone()).next_back();
+            prop_assert_eq!(ceiling.valid().then(|| ceiling.key()), before.map(|entry| entry.0.as_slice()));
+        }
+    }
+
+    #[test]
+    fn a_separator_separates(a in key(), b in key()) {
+        prop_assume!(a != b);
+        let (last, next) = if a < b { (a, b) } else { (b, a) };
+        let separator = separator(&last, &next);
+        prop_assert!(last <= separator && separator < next && separator.len() <= last.len());
+    }
+
+    #[test]
+    fn hostile_blocks_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..300), probe in key(), frame in any::<bool>()) {
+        if frame && bytes.len() > 8 {
+            // A frame that holds, so that the entries are reached.
+            let at = bytes.len() - 8;
+            bytes.splice(at.., [0, 0, 0, 0, 1, 0, 0, 0]);
+        }
+        fuzzing::block(&bytes, &probe);
+    }
+
+    #[test]
+    fn hostile_roots_handles_and_filters_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), hash in any::<u64>()) {
+        let _ = Root::decode(&bytes);
+        let _ = Handle::take(&bytes, 1 << 30);
+        if let Ok(filter) = filter::Filter::parse(bytes.into()) {
+            let _ = filter.may_contain(hash);
+        }
+    }
+
+    /// Sealed with a right checksum, so that the decoder is reached: a peer or a broken build could do that.
+    #[test]
+    fn hostile_packed_blocks_never_panic(bytes in prop::collection::vec(any::<u8>(), 1..300), raw in any::<u32>()) {
+        let handle = Handle { offset: 0, stored: bytes.len() as u32, raw, checksum: checksum(&bytes) };
+        let _ = codec::open(&bytes.into(), &handle);
+    }
+
+    /// A table whose middle was made by someone who knows the format: the frame holds and the rest is noise.
+    #[test]
+    fn mutated_blocks_never_panic(
+        entries in prop::collection::btree_map(key(), (any::<u64>(), value()), 1..60),
+        flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        probe in key(),
+    ) {
+        let mut builder = BlockBuilder::new(4);
+        for (key, (index, value)) in &entries {
+            builder.add(key, EntryKind::Value, LogIndex(*index), value.as_deref().unwrap_or_default());
+        }
+        let mut bytes = builder.finish();
+        for (at, value) in flips {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        fuzzing::block(&bytes, &probe);
+    }
+}
+
+/// Three levels of blocks, several filter partitions, chunks, keys with long common prefixes.
+#[test]
+fn a_large_table_is_whole() {
+    let entries: Entries = (0..150_000u64)
+        .map(|at| {
+            (format!("common/prefix/{:012}", at * 3).into_bytes(), (at + 1, (at % 50 != 0).then(|| vec![at as u8; 20])))
+        })
+        .collect();
+    let place = place();
+    let options = TableOptions { block_bytes: 1 << 10, compression: Compression::None, ..TableOptions::default() };
+    let table = place.table(&options, &entries);
+    block_on(async {
+        table.verify().await.expect("a table just built");
+        assert_eq!(table.levels(), 2);
+        for at in (0..150_000u64).step_by(97) {
+            let key = format!("common/prefix/{:012}", at * 3);
+            let found = table.get(key.as_bytes(), LogIndex(u64::MAX)).await.expect("get");
+            assert_eq!(found.is_some_and(|found| found == Lookup::Deleted), at % 50 == 0, "key={key}");
+            let absent = format!("common/prefix/{:012}", at * 3 + 1);
+            assert_eq!(table.get(absent.as_bytes(), LogIndex(u64::MAX)).await.expect("get"), None);
+            let mut back = TableCursor::new(true);
+            back.seek(&table, absent.as_bytes(), false).await.expect("seek");
+            assert_eq!(back.key(), key.as_bytes());
+        }
+    });
+}
+
+#[test]
+fn a_value_of_the_largest_size_comes_back_in_one_block() {
+    let value: Vec<u8> = (0..16u32 << 20).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let key = vec![7; 64 << 10];
+    let entries = Entries::from([(key.clone(), (1, Some(value.clone()))), (vec![8], (2, None))]);
+    for compression in [Compression::None, Compression::Lz4] {
+        let table = place().table(&TableOptions { compression, ..TableOptions::default() }, &entries);
+        block_on(async {
+            table.verify().await.expect("a table just built");
+            assert_eq!(table.get(&key, LogIndex(1)).await.expect("get"), Some(Lookup::Value(value.clone().into())));
+        });
+    }
+}
+
+fn small() -> Entries {
+    (0..40u64)
+        .map(|at| (format!("key{at:04}").into_bytes(), (at + 1, (at % 5 != 3).then(|| vec![at as u8; 9]))))
+        .collect()
+}
+
+/// A flipped bit gives `Corrupt` or, where nothing reads it on the way (padding, another block), the right answer; and
+/// `verify` finds it in every case. The old wrong result would be another value, or a key that is gone.
+#[test]
+fn every_flipped_bit_is_found_and_never_read_as_data() {
+    for compression in [Compression::None, Compression::Lz4] {
+        let options = TableOptions { block_bytes: 128, compression, filter_bits: 8 };
+        let entries = small();
+        let (good, meta) = build(&options, &entries);
+        let place = place();
+        let all = flat(entries.iter());
+        let used = good.iter().rposition(|byte| *byte != 0).map_or(0, |at| at + 1);
+        assert!(used > 0);
+        for bit in 0..good.len() * 8 {
+            // Padding: one bit in a byte is as good as another.
+            if good[bit / 8] == 0 && bit % 8 != 0 {
+                continue;
+            }
+            let mut bad = good.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            let table = place.open(meta.clone(), MemoryBytes::new(bad)).expect("the root is in the manifest");
+            block_on(async {
+                let error = table.verify().await.expect_err("a flipped bit");
+                assert_eq!(error.kind(), ErrorKind::Corrupt, "bit={bit}");
+                let mut cursor = TableCursor::new(false);
+                let scan = match cursor.seek_start(&table).await {
+                    Ok(()) => drain(&table, &mut cursor).await,
+                    Err(error) => Err(error),
+                };
+                match scan {
+                    Ok(found) => assert_eq!(found, all, "bit={bit}"),
+                    Err(error) => assert_eq!(error.kind(), ErrorKind::Corrupt, "bit={bit}"),
+                }
+                for (key, (_, value)) in entries.iter().step_by(11) {
+                    match table.get(key, LogIndex(u64::MAX)).await {
+                        Ok(found) => assert_eq!(
+                            found,
+                            Some(value.clone().map_or(Lookup::Deleted, |value| Lookup::Value(value.into()))),
+                            "bit={bit}"
+                        ),
+                        Err(error) => assert_eq!(error.kind(), ErrorKind::Corrupt, "bit={bit}"),
+                    }
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn every_flipped_bit_of_the_root_is_refused() {
+    let (bytes, meta) = build(&TableOptions::default(), &small());
+    for bit in 0..ROOT_BYTES * 8 {
+        let mut root = meta.root.to_vec();
+        root[bit / 8] ^= 1 << (bit % 8);
+        let bad = TableMeta { root: root.into(), ..meta.clone() };
+        let error = place().open(bad, MemoryBytes::new(bytes.clone())).expect_err("a damaged root");
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "bit={bit}");
+    }
+}
+
+#[test]
+fn a_newer_format_is_foreign() {
+    let (bytes, meta) = build(&TableOptions::default(), &small());
+    for (at, value) in [(0usize, FORMAT_VERSION as u8 + 1), (4, 1), (7, 0x80)] {
+        let mut root = meta.root.to_vec();
+        root[at] = value;
+        let body = root.len() - 8;
+        let sum = checksum(&root[..body]);
+        root[body..].copy_from_slice(&sum.to_le_bytes());
+        let newer = TableMeta { root: root.into(), ..meta.clone() };
+        let error = place().open(newer, MemoryBytes::new(bytes.clone())).expect_err("a newer format");
+        assert_eq!(error.kind(), ErrorKind::Foreign, "offset={at}");
+    }
+}
+
+/// Two blocks of the right form and the right length, each with a checksum that holds somewhere, in each other's place:
+/// only a checksum that stands in the referrer tells.
+#[test]
+fn blocks_in_each_others_place_are_found() {
+    let entries: Entries = (0..64u64).map(|at| (at.to_be_bytes().to_vec(), (1, Some(vec![at as u8; 8])))).collect();
+    let options = TableOptions { block_bytes: 256, compression: Compression::None, filter_bits: 0 };
+    let (good, meta) = build(&options, &entries);
+    let place = place();
+    let table = place.open(meta.clone(), MemoryBytes::new(good.clone())).expect("own root");
+    let (first, second) = block_on(async {
+        let mut index = BlockCursor::new(table.top().await.expect("top").clone(), false);
+        index.seek_start().expect("own index");
+        index.advance().expect("own index");
+        let first = table.handle_at(&index).expect("own handle");
+        index.advance().expect("own index");
+        (first, table.handle_at(&index).expect("own handle"))
+    });
+    assert_eq!(first.stored, second.stored);
+    let mut bad = good.clone();
+    let (a, b, length) = (first.offset as usize, second.offset as usize, first.stored as usize);
+    bad[a..a + length].copy_from_slice(&good[b..b + length]);
+    bad[b..b + length].copy_from_slice(&good[a..a + length]);
+    let table = place.open(meta, MemoryBytes::new(bad)).expect("own root");
+    let mut cursor = TableCursor::new(false);
+    let error = block_on(async {
+        cursor.seek_start(&table).await?;
+        drain(&table, &mut cursor).await
+    })
+    .expect_err("swapped blocks");
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+}
+
+#[test]
+fn equal_input_gives_equal_bytes() {
+    let entries: Entries =
+        (0..5000u64).map(|at| (at.to_be_bytes().to_vec(), (at, Some(at.to_string().into_bytes())))).collect();
+    let (a, meta_a) = build(&TableOptions::default(), &entries);
+    let (b, meta_b) = build(&TableOptions::default(), &entries);
+    assert_eq!((a, meta_a.clone()), (b, meta_b));
+    let mut other = entries;
+    other.get_mut(&7u64.to_be_bytes().to_vec()).expect("present").0 += 1;
+    assert_ne!(build(&TableOptions::default(), &other).1.digest, meta_a.digest);
+}
+
+/// A reader that has the blocks waits for nothing and reads nothing.
+#[test]
+fn a_cached_get_is_ready_at_the_first_poll() {
+    let entries: Entries = (0..5000u64).map(|at| (at.to_be_bytes().to_vec(), (at, Some(vec![1; 300])))).collect();
+    let (bytes, meta) = build(&TableOptions::default(), &entries);
+    let bytes = MemoryBytes::new(bytes);
+    let place = place();
+    let table = place.open(meta, bytes.clone()).expect("own root");
+    let key = 77u64.to_be_bytes();
+    assert!(block_on(table.get(&key, LogIndex(77))).expect("get").is_some());
+    let reads = bytes.reads.load(Ordering::Relaxed);
+    let mut get = std::pin::pin!(table.get(&key, LogIndex(77)));
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    let std::task::Poll::Ready(found) = get.as_mut().poll(&mut context) else { panic!("pending on cached blocks") };
+    assert!(found.expect("get").is_some());
+    assert_eq!(bytes.reads.load(Ordering::Relaxed), reads);
+}
+
+#[test]
+fn a_scan_reads_ahead_and_a_merge_input_leaves_the_cache_alone() {
+    let entries: Entries = (0..20_000u64)
+        .map(|at| {
+            (at.to_be_bytes().to_vec(), (at, Some(at.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes().repeat(12))))
+        })
+        .collect();
+    let options = TableOptions { compression: Compression::None, ..TableOptions::default() };
+    let (bytes, meta) = build(&options, &entries);
+    let blocks = bytes.len() as u64 / (16 << 10);
+    for (reverse, bypass) in [(false, false), (true, false), (false, true)] {
+        let place = place();
+        let bytes = MemoryBytes::new(bytes.clone());
+        let table = place.open(meta.clone(), bytes.clone()).expect("own root");
+        block_on(async {
+            let mut cursor = if bypass { TableCursor::new_bypass(&table) } else { TableCursor::new(reverse) };
+            cursor.seek_start(&table).await.expect("seek");
+            assert_eq!(drain(&table, &mut cursor).await.expect("scan").len(), entries.len());
+        });
+        let reads = bytes.reads.load(Ordering::Relaxed);
+        assert!(reads < blocks / 6, "reads={reads} blocks={blocks} reverse={reverse} bypass={bypass}");
+        assert_eq!(place.cache.weight() < 64 << 10, bypass, "reverse={reverse}");
+        drop(table);
+        assert_eq!(place.budget.used(), place.cache.weight(), "what a table reserved it gave back");
+    }
+}
+
+#[test]
+fn a_dropped_step_is_taken_again() {
+    let entries: Entries = (0..2000u64)
+        .map(|at| {
+            (at.to_be_bytes().to_vec(), (at, Some(at.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes().repeat(40))))
+        })
+        .collect();
+    let options = TableOptions { block_bytes: 512, compression: Compression::None, ..TableOptions::default() };
+    let (bytes, meta) = build(&options, &entries);
+    for reverse in [false, true] {
+        let bytes = MemoryBytes::new(bytes.clone());
+        let place = place();
+        let table = place.open(meta.clone(), bytes.clone()).expect("own root");
+        let mut cursor = TableCursor::new(reverse);
+        block_on(cursor.seek_start(&table)).expect("seek");
+        let mut found = 0;
+        let mut dropped = 0;
+        while cursor.valid() {
+            found += 1;
+            stall_next(1);
+            {
+                let mut step = std::pin::pin!(cursor.advance(&table));
+                let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+                let ready = step.as_mut().poll(&mut context).is_ready();
+                stall_next(0);
+                if ready {
+                    continue;
+                }
+            }
+            dropped += 1;
+            block_on(cursor.load(&table)).expect("load");
+        }
+        assert_eq!(found, entries.len(), "reverse={reverse}");
+        assert!(dropped > 3, "reverse={reverse} dropped={dropped}");
+    }
+}
+
+/// docs/format.md owns these numbers.
+#[test]
+fn the_layout_is_that_of_the_document() {
+    let document = include_str!("../../../docs/format.md");
+    for line in [
+        format!("Format version: {FORMAT_VERSION}"),
+        format!("Root: {ROOT_BYTES} bytes"),
+        format!("Footer: {FOOTER_BYTES} bytes, magic `{}`", std::str::from_utf8(&MAGIC).expect("ascii")),
+        format!("Filter partition: {} keys, header of {} bytes", filter::PARTITION_KEYS, filter::HEADER_BYTES),
+        format!("Restart interval: {} entries, {} in an index", block::RESTART_INTERVAL, block::INDEX_RESTART_INTERVAL),
+        format!("Largest block: {} bytes", block::BLOCK_BYTES_MAX),
+        format!("Index block: cut at {} bytes", builder::INDEX_BLOCK_BYTES),
+    ] {
+        assert!(document.contains(&line), "docs/format.md lacks: {line}");
+    }
+}
+
+/// A table that the first release wrote: a change of any byte here parts replicas of different releases, and old volumes.
+#[test]
+fn the_first_releases_table_is_read_and_written_again_byte_for_byte() {
+    let mut entries: Entries = (0..200u64)
+        .map(|at| {
+            (
+                format!("user/{:06}/name", at * 7).into_bytes(),
+                (at + 1, Some(format!("value {at} ").repeat(3).into_bytes())),
+            )
+        })
+        .collect();
+    entries.insert(b"user/gone".to_vec(), (900, None));
+    let options = TableOptions { block_bytes: 1024, compression: Compression::Lz4, filter_bits: 8 };
+    let (bytes, meta) = build(&options, &entries);
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/testdata/table-1.bin");
+    if std::env::var_os("MAINSTAY_WRITE_GOLDEN").is_some() {
+        std::fs::write(path, &bytes).expect("write");
+    }
+    let golden = std::fs::read(path).expect("testdata/table-1.bin");
+    assert!(bytes == golden, "the table's bytes have changed");
+    let table = place().open(meta, MemoryBytes::new(golden)).expect("own root");
+    block_on(table.verify()).expect("whole");
+}
