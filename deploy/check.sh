@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 target=${CARGO_TARGET_DIR:-../target}
-venv=$target/deploy-venv
+venv=$target/tools/venv
 version=1.32
 if ! "$venv/bin/kubernetes-validate" --help >/dev/null 2>&1; then
     mkdir -p "$target"

@@ -1,0 +1,77 @@
+//! The replicated store through the facade.
+
+use mainstay::{Batch, Durability, ErrorKind, Node, NodeOptions, ReadLevel, Store};
+
+fn options(name: &str, path: &std::path::Path) -> NodeOptions {
+    NodeOptions::new(name, path.join(name)).storage(Store::builder().wal_bytes(8 << 20).memory_bytes(32 << 20))
+}
+
+#[test]
+fn one_node_without_tokio_serves_the_blocking_interface() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let node = Node::start_blocking(options("one", folder.path())).expect("starts");
+    assert_eq!(node.status().role, "waiting");
+    let early = node.store().keyspace("data").err().expect("no cluster yet");
+    assert!(early.is_retryable() || matches!(early.kind(), ErrorKind::Unavailable), "{early}");
+    let cluster = node.block_on(node.init(["one"])).expect("a cluster");
+    assert_eq!(node.block_on(node.init(["one"])).expect("the same again"), cluster);
+    let store = node.store();
+    let data = store.keyspace("data").expect("made");
+    let commit = data.insert("a", "1").expect("written");
+    assert_eq!(data.get("a").expect("readable").as_deref(), Some(&b"1"[..]));
+    let local = store.with_read_level(ReadLevel::AtLeast(commit.index())).keyspace("data").expect("there");
+    assert_eq!(local.iter().count(), 1);
+
+    let mut batch = Batch::new();
+    batch.insert(&data, "b", "2");
+    let commit = store.commit_with(batch, Durability::Local).expect("durable here");
+    store.wait(commit, Durability::Quorum).expect("durable on a quorum");
+    assert!(data.contains_key("b").expect("readable"));
+    let unsupported = store.commit_with(Batch::new(), Durability::All).expect_err("not yet");
+    assert_eq!(*unsupported.kind(), ErrorKind::Unsupported);
+    node.block_on(node.close()).expect("closes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_nodes_serve_one_store_and_its_clones() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let addresses: Vec<String> = (0..3)
+        .map(|_| std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound").to_string())
+        .collect();
+    let names = ["a", "b", "c"];
+    let mut nodes = Vec::new();
+    for (name, address) in names.iter().zip(&addresses) {
+        let mut options = options(name, folder.path()).listen(address);
+        for (peer, address) in names.iter().zip(&addresses) {
+            options = options.peer(*peer, address);
+        }
+        nodes.push(Node::start(options).await.expect("starts"));
+    }
+    nodes[1].init(names).await.expect("a cluster");
+    let data = nodes[2].store().keyspace_async("data").await.expect("made");
+    for number in 0..50u32 {
+        data.insert_async(number.to_be_bytes(), "x").await.expect("written");
+    }
+    let checkpoint = nodes[0].store().checkpoint_async("first").await.expect("taken");
+    let clone = nodes[1].store().create_clone_async("trial", "first").await.expect("made");
+    clone.keyspace_async("data").await.expect("there").insert_async("only here", "y").await.expect("written");
+    for node in &nodes {
+        let view = node.store().snapshot_async().await.expect("a view");
+        let data = node.store().keyspace_async("data").await.expect("there");
+        let mut scan = view.iter(&data);
+        assert_eq!(scan.next_chunk_async(1000).await.expect("readable").len(), 50);
+        let found = node.store().checkpoints();
+        assert_eq!(found.iter().map(|c| (c.name.as_str(), c.index)).collect::<Vec<_>>(), [("first", checkpoint.index)]);
+        let trial = node.store().open_clone("trial").expect("applied");
+        let trial = trial.keyspace_async("data").await.expect("there");
+        assert!(trial.get_async("only here").await.expect("readable").is_some());
+    }
+    let leader = nodes.iter().position(Node::is_leader).expect("a leader");
+    nodes.remove(leader).close().await.expect("hands over and closes");
+    data.insert_async("after", "z").await.ok();
+    let data = nodes[0].store().keyspace_async("data").await.expect("there");
+    data.insert_async("after", "z").await.expect("written under the next leader");
+    for node in nodes {
+        node.close().await.expect("closes");
+    }
+}

@@ -1,0 +1,200 @@
+//! The store of one node through the facade.
+
+use mainstay::{Batch, Entry, ErrorKind, ReadLevel, Result, Store, StoreBuilder};
+
+fn builder() -> StoreBuilder {
+    Store::builder().wal_bytes(8 << 20).memory_bytes(32 << 20)
+}
+
+fn keys(scan: impl Iterator<Item = Result<Entry>>) -> Vec<String> {
+    scan.map(|entry| String::from_utf8(entry.expect("readable").key.to_vec()).expect("text")).collect()
+}
+
+#[test]
+fn what_was_written_is_there_after_a_close_and_after_a_crash() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    for round in 0..4u32 {
+        let store = builder().open(&path).expect("opens");
+        let numbers = store.keyspace("numbers").expect("a keyspace");
+        for earlier in 0..round {
+            assert_eq!(numbers.get(earlier.to_be_bytes()).expect("readable").as_deref(), Some(&b"here"[..]));
+        }
+        numbers.insert(round.to_be_bytes(), "here").expect("written");
+        if round % 2 == 0 {
+            store.close().expect("closes");
+        }
+        // Else the handles are dropped: the next open replays the log.
+    }
+}
+
+#[test]
+fn a_batch_is_all_or_nothing_over_keyspaces() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = builder().open(folder.path().join("store")).expect("opens");
+    let (left, right) = (store.keyspace("left").expect("made"), store.keyspace("right").expect("made"));
+    let mut batch = Batch::new();
+    batch.insert(&left, "k", "1").insert(&right, "k", "2").remove(&right, "absent");
+    let commit = store.commit(batch).expect("written");
+    assert_eq!(store.snapshot().expect("a view").index(), commit.index());
+    let mut wrong = Batch::new();
+    wrong.insert(&left, "k", "changed").insert(&right, "", "an empty key");
+    let refused = store.commit(wrong).expect_err("an empty key");
+    assert_eq!(*refused.kind(), ErrorKind::Invalid);
+    assert_eq!(left.get("k").expect("readable").as_deref(), Some(&b"1"[..]));
+    assert_eq!(right.get("k").expect("readable").as_deref(), Some(&b"2"[..]));
+    store.close().expect("closes");
+}
+
+#[test]
+fn ranges_and_prefixes_run_both_ways_and_meet() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = builder().open(folder.path().join("store")).expect("opens");
+    let names = store.keyspace("names").expect("made");
+    for name in ["ada", "alan", "barbara", "edsger", "grace"] {
+        names.insert(name, "").expect("written");
+    }
+    assert_eq!(keys(names.iter()), ["ada", "alan", "barbara", "edsger", "grace"]);
+    assert_eq!(keys(names.prefix("a").rev()), ["alan", "ada"]);
+    assert_eq!(keys(names.range("alan".."edsger")), ["alan", "barbara"]);
+    assert_eq!(keys(names.range("alan"..="edsger").rev()), ["edsger", "barbara", "alan"]);
+    assert_eq!(keys(names.range::<&str>(..)), keys(names.iter()));
+    let mut scan = names.iter();
+    let ends = [scan.next(), scan.next_back(), scan.next(), scan.next_back(), scan.next(), scan.next_back()];
+    assert_eq!(keys(ends.into_iter().flatten()), ["ada", "grace", "alan", "edsger", "barbara"]);
+    assert!(scan.next().is_none());
+    let mut scan = names.iter();
+    scan.seek("b").expect("readable");
+    assert_eq!(keys(scan), ["barbara", "edsger", "grace"]);
+    assert_eq!(names.first().expect("readable").expect("not empty").key, "ada");
+    assert_eq!(names.last().expect("readable").expect("not empty").key, "grace");
+    let many = names.multi_get(&["grace", "nobody"]).expect("readable");
+    assert_eq!(many.iter().map(Option::is_some).collect::<Vec<_>>(), [true, false]);
+    store.close().expect("closes");
+}
+
+#[test]
+fn a_snapshot_stays_while_the_store_moves_on() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = builder().open(folder.path().join("store")).expect("opens");
+    let data = store.keyspace("data").expect("made");
+    data.insert("a", "1").expect("written");
+    let before = store.snapshot().expect("a view");
+    data.insert("a", "2").expect("written");
+    data.insert("b", "2").expect("written");
+    assert_eq!(before.get(&data, "a").expect("readable").as_deref(), Some(&b"1"[..]));
+    assert_eq!(keys(before.iter(&data)), ["a"]);
+    assert_eq!(keys(data.iter()), ["a", "b"]);
+    store.close().expect("closes");
+}
+
+#[test]
+fn checkpoints_and_clones_live_on_their_own_and_survive_a_restart() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    {
+        let store = builder().open(&path).expect("opens");
+        let data = store.keyspace("data").expect("made");
+        data.insert("a", "first").expect("written");
+        let checkpoint = store.checkpoint("monday").expect("taken");
+        assert_eq!(checkpoint.name, "monday");
+        assert_eq!(*store.checkpoint("monday").expect_err("the name is taken").kind(), ErrorKind::Invalid);
+        data.insert("a", "second").expect("written");
+        let clone = store.create_clone("trial", "monday").expect("made");
+        assert_eq!(clone.branch_name(), "trial");
+        let trial = clone.keyspace("data").expect("there");
+        assert_eq!(trial.get("a").expect("readable").as_deref(), Some(&b"first"[..]));
+        trial.insert("a", "third").expect("written");
+        assert_eq!(*store.create_clone("x", "absent").err().expect("no such checkpoint").kind(), ErrorKind::NotFound);
+        store.close().expect("closes");
+    }
+    let store = builder().open(&path).expect("opens");
+    let data = store.keyspace("data").expect("there");
+    assert_eq!(data.get("a").expect("readable").as_deref(), Some(&b"second"[..]));
+    let frozen = store.open_checkpoint("monday").expect("there");
+    assert_eq!(frozen.get(&data, "a").expect("readable").as_deref(), Some(&b"first"[..]));
+    let trial = store.open_clone("trial").expect("there").keyspace("data").expect("there");
+    assert_eq!(trial.get("a").expect("readable").as_deref(), Some(&b"third"[..]));
+    assert_eq!(store.clones().iter().map(|clone| clone.name.as_str()).collect::<Vec<_>>(), ["trial"]);
+    store.drop_checkpoint("monday").expect("dropped");
+    assert_eq!(trial.get("a").expect("readable").as_deref(), Some(&b"third"[..]));
+    store.drop_clone("trial").expect("dropped");
+    assert!(store.open_clone("trial").is_err());
+    assert!(store.checkpoints().is_empty());
+    store.close().expect("closes");
+}
+
+#[test]
+fn the_async_forms_run_under_a_foreign_executor() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    // No tokio here: the crate's own futures need nothing but a waker.
+    let answer = pollster(async move {
+        let store = builder().open_async(&path).await?;
+        let data = store.keyspace_async("data").await?;
+        data.insert_async("a", "1").await?;
+        let mut scan = data.prefix("a");
+        let found = scan.next_async().await?.map(|entry| entry.value);
+        store.close_async().await?;
+        Ok::<_, mainstay::Error>(found)
+    });
+    assert_eq!(answer.expect("no error").as_deref(), Some(&b"1"[..]));
+}
+
+/// The smallest executor: parks the thread until it is woken.
+fn pollster<T>(future: impl Future<Output = T>) -> T {
+    struct Unpark(std::thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: std::sync::Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = std::sync::Arc::new(Unpark(std::thread::current())).into();
+    let mut context = std::task::Context::from_waker(&waker);
+    let mut future = std::pin::pin!(future);
+    loop {
+        if let std::task::Poll::Ready(answer) = future.as_mut().poll(&mut context) {
+            return answer;
+        }
+        std::thread::park();
+    }
+}
+
+#[test]
+fn wrong_targets_are_refused_by_kind_and_left_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let store = builder().open(&path).expect("opens");
+    let second = builder().open(&path).err().expect("it is open already");
+    assert_eq!(*second.kind(), ErrorKind::Locked, "{second}");
+    store.close().expect("closes");
+    assert_eq!(*store.snapshot().err().expect("closed").kind(), ErrorKind::Closed);
+    drop(store);
+
+    let foreign = folder.path().join("foreign");
+    std::fs::create_dir(&foreign).expect("a folder");
+    std::fs::write(foreign.join("superblock"), vec![7u8; 1 << 20]).expect("written");
+    let refused = builder().open(&foreign).err().expect("not a volume");
+    assert!(matches!(refused.kind(), ErrorKind::Foreign | ErrorKind::Corrupt), "{refused}");
+    assert_eq!(std::fs::read(foreign.join("superblock")).expect("there"), vec![7u8; 1 << 20], "left as it was");
+
+    let absent = builder().format_if_blank(false).open(folder.path().join("absent"));
+    assert!(absent.is_err());
+}
+
+#[test]
+fn limits_and_levels_are_typed_errors() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = builder().wal_bytes(64 << 20).open(folder.path().join("store")).expect("opens");
+    let data = store.keyspace("data").expect("made");
+    let refused = data.insert("big", vec![0; (16 << 20) + 1]).expect_err("over the limit");
+    assert_eq!(*refused.kind(), ErrorKind::Invalid, "{refused}");
+    let refused = data.insert(vec![b'k'; (64 << 10) + 1], "").expect_err("over the limit");
+    assert_eq!(*refused.kind(), ErrorKind::Invalid, "{refused}");
+    let site = store.with_durability(mainstay::Durability::Site("b".into())).keyspace("data").expect("there");
+    assert_eq!(*site.insert("a", "").expect_err("alone").kind(), ErrorKind::Unsupported);
+    let commit = data.insert("a", "1").expect("written");
+    let later = store.with_read_level(ReadLevel::AtLeast(commit.index())).keyspace("data").expect("there");
+    assert!(later.contains_key("a").expect("readable"));
+    store.close().expect("closes");
+}

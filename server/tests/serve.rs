@@ -1,0 +1,333 @@
+//! Real processes: birth, writes, ports, settings, a clean stop.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+use mainstay_server::proto::etcdserverpb::kv_client::KvClient;
+use mainstay_server::proto::etcdserverpb::{PutRequest, RangeRequest};
+use mainstay_server::proto::mainstay::v1 as pb;
+use rustix::process::{Pid, Signal, kill_process};
+
+/// Free ports for one process: client, peer, admin, metrics.
+struct Ports([String; 4]);
+
+impl Ports {
+    fn free() -> Self {
+        let bound: Vec<TcpListener> = (0..4).map(|_| TcpListener::bind("127.0.0.1:0").expect("a port")).collect();
+        let addresses: Vec<String> = bound.iter().map(|l| l.local_addr().expect("bound").to_string()).collect();
+        Self(addresses.try_into().expect("four of four"))
+    }
+
+    fn client(&self) -> &str {
+        &self.0[0]
+    }
+
+    fn peer(&self) -> &str {
+        &self.0[1]
+    }
+
+    fn admin(&self) -> &str {
+        &self.0[2]
+    }
+
+    fn metrics(&self) -> &str {
+        &self.0[3]
+    }
+}
+
+fn mainstay() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mainstay"));
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("MAINSTAY_") {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+/// A process that is killed by its id when the test ends, however it ends.
+struct Server {
+    process: Child,
+    lines: std::io::Lines<BufReader<std::process::ChildStderr>>,
+}
+
+impl Server {
+    /// Starts `serve` and waits for the log line that says that it serves.
+    fn start(name: &str, data: &Path, ports: &Ports, peers: &str) -> Self {
+        let mut command = mainstay();
+        command.arg("serve").args(["--name", name, "--peers", peers, "--wal", "8MiB", "--memory", "32MiB"]);
+        command.arg("--data").arg(data).args(["--listen", ports.client(), "--listen-peer", ports.peer()]);
+        command.args(["--listen-admin", ports.admin(), "--listen-metrics", ports.metrics()]);
+        let mut process = command.stderr(Stdio::piped()).spawn().expect("starts");
+        let lines = BufReader::new(process.stderr.take().expect("piped")).lines();
+        let mut server = Self { process, lines };
+        server.line_with("\"message\":\"serving\"");
+        server
+    }
+
+    /// The next line of the log that holds `text`. Every line is one JSON object with the stable keys.
+    fn line_with(&mut self, text: &str) -> serde_json::Value {
+        for line in self.lines.by_ref() {
+            let line = line.expect("utf-8");
+            let object: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+            assert!(object["time"].is_string() && object["member"].is_string(), "{line}");
+            if line.contains(text) {
+                return object;
+            }
+        }
+        panic!("the log ended without {text}");
+    }
+
+    fn stop(mut self) {
+        kill_process(Pid::from_child(&self.process), Signal::TERM).expect("told");
+        self.line_with("\"message\":\"closed\"");
+        let status = self.process.wait().expect("ends");
+        assert_eq!(status.code(), Some(0));
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// One HTTP/1.1 request: status and body.
+fn get(address: &str, path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(address).expect("connects");
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").expect("sent");
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).expect("read");
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or_default();
+    let body = answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default();
+    (status, body)
+}
+
+fn run(args: &[&str]) -> Output {
+    mainstay().args(args).output().expect("runs")
+}
+
+fn json(output: &Output) -> serde_json::Value {
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    serde_json::from_slice(&output.stdout).expect("one JSON document")
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
+#[test]
+fn one_replica_is_born_written_stopped_and_found_again() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path().join("a");
+    let ports = Ports::free();
+    let server = Server::start("a", &data, &ports, "");
+    assert_eq!(get(ports.admin(), "/livez").0, 200, "alive before birth");
+    assert_eq!(get(ports.admin(), "/readyz"), (503, "not a member: waiting\n".into()));
+
+    let init = ["init", "--members", "a", "--admin", ports.admin(), "--json"];
+    let born = json(&run(&init));
+    assert_eq!(born["cluster"].as_str().map(str::len), Some(32));
+    assert_eq!(json(&run(&init)), born, "the same call again finds the cluster");
+
+    let address = format!("http://{}", ports.client());
+    runtime().block_on(async {
+        let mut kv = KvClient::connect(address.clone()).await.expect("connects");
+        let put = PutRequest { key: "k".into(), value: "v".into(), ..PutRequest::default() };
+        kv.put(put).await.expect("written");
+    });
+    assert_eq!(get(ports.admin(), "/readyz").0, 200);
+    server.stop();
+
+    let server = Server::start("a", &data, &ports, "");
+    runtime().block_on(async {
+        let mut kv = KvClient::connect(address).await.expect("connects");
+        let found = loop {
+            // No leader yet: the one voter elects itself first.
+            match kv.range(RangeRequest { key: "k".into(), ..RangeRequest::default() }).await {
+                Ok(answer) => break answer.into_inner(),
+                Err(status) => assert_eq!(status.code(), tonic::Code::Unavailable, "{status}"),
+            }
+        };
+        assert_eq!(found.kvs.first().map(|pair| &pair.value[..]), Some(&b"v"[..]));
+    });
+    server.stop();
+}
+
+#[test]
+fn each_port_serves_its_own_and_nothing_else() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let ports = Ports::free();
+    let server = Server::start("a", &folder.path().join("a"), &ports, "");
+    json(&run(&["init", "--members", "a", "--admin", ports.admin(), "--json"]));
+
+    for path in ["/livez", "/readyz", "/status", "/metrics"] {
+        let (status, _) = get(ports.client(), path);
+        assert_ne!(status, 200, "{path} is not for clients");
+    }
+    assert_ne!(get(ports.admin(), "/metrics").0, 200);
+    assert_ne!(get(ports.metrics(), "/status").0, 200);
+    let (status, metrics) = get(ports.metrics(), "/metrics");
+    assert_eq!(status, 200);
+    for name in ["mainstay_raft_term", "mainstay_log_batches_total", "mainstay_engine_memory_bytes", "mainstay_ready"] {
+        assert!(metrics.contains(name), "{name} is missing in\n{metrics}");
+    }
+    runtime().block_on(async {
+        let init = pb::InitRequest { members: vec!["a".into()] };
+        let address = format!("http://{}", ports.client());
+        let mut admin = pb::admin_client::AdminClient::connect(address).await.expect("connects");
+        let refused = admin.init(init.clone()).await.expect_err("admin is not on the client port");
+        assert_eq!(refused.code(), tonic::Code::Unimplemented);
+        let address = format!("http://{}", ports.admin());
+        let mut admin = pb::admin_client::AdminClient::connect(address.clone()).await.expect("connects");
+        admin.init(init).await.expect("admin is on the admin port");
+        let mut kv = KvClient::connect(address).await.expect("connects");
+        let refused = kv.range(RangeRequest { key: "k".into(), ..RangeRequest::default() }).await;
+        assert_eq!(refused.expect_err("no data on the admin port").code(), tonic::Code::Unimplemented);
+    });
+    let (_, metrics) = get(ports.metrics(), "/metrics");
+    assert!(metrics.contains("code=\"Unimplemented\""), "requests are counted by code\n{metrics}");
+    server.stop();
+}
+
+#[test]
+fn the_status_has_the_promised_keys_and_a_line_for_each_layer() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let ports = Ports::free();
+    let server = Server::start("a", &folder.path().join("a"), &ports, "");
+    json(&run(&["init", "--members", "a", "--admin", ports.admin(), "--json"]));
+    let status = json(&run(&["status", "--admin", ports.admin(), "--json"]));
+    let status = &status[0];
+    for key in include_str!("../testdata/status_keys.txt").lines() {
+        let pointer = format!("/{}", key.replace("raft.members.", "raft.members.0.").replace('.', "/"));
+        assert!(status.pointer(&pointer).is_some(), "{key} is missing in {status:#}");
+    }
+    assert_eq!(status["member"], "a");
+    assert_eq!(status["raft"]["members"][0]["name"], "a");
+    let text = run(&["status", "--admin", ports.admin()]);
+    let text = String::from_utf8_lossy(&text.stdout).into_owned();
+    for layer in ["disk", "log", "raft", "engine"] {
+        assert_eq!(text.lines().filter(|line| line.trim_start().starts_with(layer)).count(), 1, "{text}");
+    }
+    let members = json(&run(&["member", "list", "--admin", ports.admin(), "--json"]));
+    assert_eq!(members[0]["voter"], true);
+    server.stop();
+}
+
+#[test]
+fn three_replicas_serve_checkpoints_and_clones_and_hand_over() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let names = ["a", "b", "c"];
+    let ports = [Ports::free(), Ports::free(), Ports::free()];
+    let peers: Vec<String> = names.iter().zip(&ports).map(|(name, ports)| format!("{name}={}", ports.peer())).collect();
+    let peers = peers.join(",");
+    let mut servers: Vec<Option<Server>> = names
+        .iter()
+        .zip(&ports)
+        .map(|(name, ports)| Some(Server::start(name, &folder.path().join(name), ports, &peers)))
+        .collect();
+    json(&run(&["init", "--members", "a,b,c", "--admin", ports[0].admin(), "--json"]));
+
+    let endpoints = ports.each_ref().map(|ports| ports.client().to_owned()).join(",");
+    let bench = json(&run(&["bench", "--ops", "200", "--clients", "8", "--endpoints", &endpoints, "--json"]));
+    assert_eq!((&bench["ops"], &bench["errors"]), (&200.into(), &0.into()), "{bench}");
+
+    let at = ["--endpoints", ports[1].client(), "--json"];
+    let made = json(&run(&[&["checkpoint", "create", "monday"], &at[..]].concat()));
+    assert_eq!(made["name"], "monday");
+    json(&run(&[&["clone", "create", "trial", "monday"], &at[..]].concat()));
+    let listed = json(&run(&[&["clone", "list"], &at[..]].concat()));
+    assert_eq!((&listed[0]["name"], &listed[0]["checkpoint"]), (&"trial".into(), &"monday".into()));
+    let taken = run(&[&["checkpoint", "create", "monday"], &at[..]].concat());
+    assert_eq!(taken.status.code(), Some(1), "the name is taken");
+
+    // The leader stops: the others go on, and prestop lets it go at once since they are a quorum.
+    let statuses = ports.each_ref().map(|ports| json(&run(&["status", "--admin", ports.admin(), "--json"])));
+    let leader = statuses.iter().position(|status| status[0]["raft"]["role"] == "leader").expect("a leader");
+    let prestop = json(&run(&["prestop", "--drain", "0s", "--admin", ports[leader].admin(), "--json"]));
+    assert_eq!(prestop["others_are_quorum"], true, "{prestop}");
+    servers[leader].take().expect("it runs").stop();
+    let other = (leader + 1) % 3;
+    let at = ["--endpoints", ports[other].client(), "--json"];
+    json(&run(&[&["clone", "drop", "trial"], &at[..]].concat()));
+    json(&run(&[&["checkpoint", "drop", "monday"], &at[..]].concat()));
+    for server in servers.into_iter().flatten() {
+        server.stop();
+    }
+}
+
+#[test]
+fn wrong_calls_exit_with_two_and_failures_with_one() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().to_str().expect("utf-8");
+    let check = |args: &[&str], status: i32, says: &str| {
+        let output = run(args);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(status), "{args:?}: {text}");
+        assert!(text.contains(says), "{args:?} should say '{says}': {text}");
+    };
+    check(&["serve", "--name", "a"], 2, "data is not set");
+    check(&["serve", "--nmae", "a"], 2, "--nmae");
+    check(&["serve", "--name", "a", "--data", path, "--listen", "0.0.0.0:1"], 2, "--insecure-listen-anywhere");
+    check(&["serve", "--name", "a", "--data", path, "--wal", "1GB"], 2, "GB");
+    check(&["checkpoint", "create"], 2, "<NAME>");
+    check(&["status", "--admin", "127.0.0.1:1"], 1, "127.0.0.1:1");
+    check(&["status", "--admin", "not an address"], 2, "HOST:PORT");
+
+    let settings = folder.path().join("settings.toml");
+    std::fs::write(&settings, "name = 'a'\nhearbeat = '1s'\n").expect("written");
+    check(&["serve", "--config", settings.to_str().expect("utf-8")], 2, "hearbeat");
+    let output = mainstay().args(["status"]).env("MAINSTAY_ADMNI", "x").output().expect("runs");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("MAINSTAY_ADMNI"));
+    let help = run(&["serve", "--help"]);
+    assert_eq!(help.status.code(), Some(0));
+    assert!(String::from_utf8_lossy(&help.stdout).contains("MAINSTAY_LISTEN_PEER"));
+}
+
+#[test]
+fn flags_win_over_the_environment_and_that_over_the_file() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let settings = folder.path().join("settings.toml");
+    // Each source names an address that is refused, so that the message tells which one was taken.
+    std::fs::write(&settings, "name = 'a'\ndata = '/nowhere'\nlisten = '198.51.100.1:1'\n").expect("written");
+    let check = |env: Option<&str>, flag: Option<&str>, expect: &str| {
+        let mut command = mainstay();
+        command.args(["serve", "--config"]).arg(&settings);
+        if let Some(address) = env {
+            command.env("MAINSTAY_LISTEN", address);
+        }
+        if let Some(address) = flag {
+            command.args(["--listen", address]);
+        }
+        let output = command.output().expect("runs");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(text.contains(expect), "{text}");
+    };
+    check(None, None, "198.51.100.1");
+    check(Some("198.51.100.2:1"), None, "198.51.100.2");
+    check(Some("198.51.100.2:1"), Some("198.51.100.3:1"), "198.51.100.3");
+}
+
+#[test]
+fn a_volume_is_laid_out_once_and_by_force_again() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path().join("volume");
+    let data = data.to_str().expect("utf-8");
+    let format = ["format", "--data", data, "--wal", "4MiB", "--json"];
+    assert_eq!(json(&run(&format))["wal_bytes"], 4 << 20);
+    let again = run(&format);
+    assert_eq!(again.status.code(), Some(1), "it holds a volume");
+    assert!(String::from_utf8_lossy(&again.stderr).contains("volume"), "it says what it holds");
+    json(&run(&[&format[..], &["--force"]].concat()));
+    json(&run(&["verify", "--data", data, "--json"]));
+    for part in ["superblock", "wal", "manifest"] {
+        json(&run(&["inspect", part, "--data", data, "--json"]));
+    }
+}
