@@ -23,6 +23,8 @@ mod turn;
 #[cfg(test)]
 mod tests;
 
+use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -31,6 +33,7 @@ use mainstay_io::{
     WriteMode, Zone,
 };
 use mainstay_wal::{Lsn, RING_BYTES_MIN};
+use tokio::sync::Notify;
 
 pub(crate) use self::allocator::{Reservation, SpaceStats};
 pub(crate) use self::extent::{Extent, UNIT_BYTES, extents_bytes};
@@ -59,7 +62,15 @@ struct Inner {
     allocator: Arc<Allocator>,
     /// Held by the one update in progress.
     turnstile: Arc<Turnstile>,
+    updates: Arc<Updates>,
     current: Mutex<Current>,
+}
+
+/// Tasks of updates that have not ended; each holds the volume open.
+#[derive(Default)]
+struct Updates {
+    running: AtomicUsize,
+    ended: Notify,
 }
 
 struct Current {
@@ -137,6 +148,7 @@ impl Volume {
             spawner: environment.spawner.clone(),
             allocator,
             turnstile: Arc::default(),
+            updates: Arc::default(),
             current: Mutex::new(Current { superblock: found.clone(), failed: None }),
             media,
         }));
@@ -163,6 +175,8 @@ impl Volume {
     pub(crate) fn update(&self, change: impl FnOnce(&mut Superblock) + Send + 'static) -> BoxFuture<Result<()>> {
         let (done, completer) = Op::<Result<()>>::pending();
         let inner = self.0.clone();
+        let updates = inner.updates.clone();
+        updates.running.fetch_add(1, Ordering::AcqRel);
         let task = async move {
             let turn = inner.turnstile.enter().await;
             let outcome = inner.update_now(change).await;
@@ -174,9 +188,25 @@ impl Volume {
                 }
                 Err(error) => completer.complete(Ok(Err(error))),
             }
+            // In this order: who waits for the end may open the volume anew.
+            drop(inner);
+            updates.running.fetch_sub(1, Ordering::AcqRel);
+            updates.ended.notify_waiters();
         };
         drop(self.0.spawner.spawn("mainstay-superblock", Box::pin(task)));
         Box::pin(async move { done.await? })
+    }
+
+    /// Waits until no task of an update holds the volume open any more.
+    pub(crate) async fn quiet(&self) {
+        loop {
+            let mut ended = pin!(self.0.updates.ended.notified());
+            ended.as_mut().enable();
+            if self.0.updates.running.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            ended.await;
+        }
     }
 
     /// The ring of the log.
