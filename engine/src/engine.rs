@@ -1,12 +1,33 @@
 //! A volume opened: its log, its extents, its groups.
+//!
+//! # Place      below `LocalLog` and `replication`, which own the entries in the log; above `volume` and `wal`
+//! # Crash      docs/architecture.md, "Restart": pages, then the edits found in the log, then the entries, which the owner
+//!              applies again. Extents that no manifest names are free
 
-use std::sync::Arc;
+mod pages;
+mod upkeep;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use bytes::Bytes;
-use mainstay_io::{Environment, Media};
-use mainstay_wal::{GroupId, RecordKind, RecordPos, Wal};
+use mainstay_io::{Backend, Environment, Media, Spawner, TaskHandle};
+use mainstay_wal::{GroupId, RecordKind, RecordPos, Wal, WalOptions};
+use tokio::sync::Notify;
 
-use crate::{Group, GroupSettings, Result};
+use crate::cache::BlockCache;
+use crate::group::{GroupShared, MANIFEST_EDIT, Recovered};
+use crate::manifest::{Manifest, Places};
+use crate::memory::{MemoryBudget, MemoryKind};
+use crate::stored::{StoredBytes, StoredTable, extents_of};
+use crate::volume::Volume;
+use crate::{Error, ErrorKind, Group, GroupSettings, Result, TableId};
+
+/// Memtables may hold this much of the memory budget: so many parts in four.
+const MEMTABLE_QUARTERS: u64 = 2;
+/// Background tasks at most.
+const BACKGROUND_TASKS_MAX: usize = 64;
 
 /// Settings of one replica; may differ between replicas.
 #[derive(Clone, Debug)]
@@ -62,9 +83,57 @@ pub struct EngineStatus {
     pub read_only: Option<String>,
 }
 
-/// An open volume. Cloning gives another handle.
+/// An open volume. Cloning gives another handle. When the last is dropped without [`Engine::close`], the background tasks
+/// end as if the process had been killed.
 #[derive(Clone)]
-pub struct Engine {}
+pub struct Engine {
+    shared: Arc<EngineShared>,
+    _closer: Arc<Closer>,
+}
+
+/// Ends the tasks when the last handle is gone.
+struct Closer(Arc<EngineShared>);
+
+impl Drop for Closer {
+    fn drop(&mut self) {
+        self.0.end_tasks();
+        // The groups hold the engine: without this neither would ever be dropped.
+        self.0.groups().clear();
+        *self.0.pin.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// A group of the volume.
+pub(crate) enum Slot {
+    /// Found, and nobody has asked for it yet.
+    Found(Box<Recovered>),
+    Open(Arc<GroupShared>),
+}
+
+/// What the handles, the groups and the tasks share.
+pub(crate) struct EngineShared {
+    pub(crate) environment: Environment,
+    pub(crate) volume: Volume,
+    wal: Wal,
+    pub(crate) budget: Arc<MemoryBudget>,
+    pub(crate) cache: Arc<BlockCache>,
+    groups: Mutex<BTreeMap<GroupId, Slot>>,
+    pin: Mutex<Option<Arc<dyn OwnerPin>>>,
+    tasks: Mutex<Vec<TaskHandle>>,
+    /// There may be a job to run.
+    pub(crate) work: Notify,
+    /// There may be pages to write, log to cut or extents to let go.
+    upkeep: Notify,
+    pages: tokio::sync::Mutex<()>,
+    pages_wanted: AtomicBool,
+    /// Groups whose installs are to be offered again behind the next purge.
+    offer_again: Mutex<Vec<Weak<GroupShared>>>,
+    /// Where the log ended when it was last cut.
+    purged_at: AtomicU64,
+    full: AtomicBool,
+    retry: AtomicBool,
+    closing: AtomicBool,
+}
 
 impl Engine {
     /// Lays out a new volume on a blank target and makes it durable.
@@ -72,8 +141,7 @@ impl Engine {
     /// # Errors
     /// `Invalid` when the target holds data (unless `force`) or is too small, `Locked`, `Io`.
     pub async fn format(media: Arc<dyn Media>, environment: &Environment, wal_bytes: u64, force: bool) -> Result<()> {
-        let _ = (media, environment, wal_bytes, force);
-        todo!()
+        Volume::format(&*media, environment, wal_bytes, force).await
     }
 
     /// Opens a volume: superblock, manifest pages, log. `deliver` gets the owner's records in log order.
@@ -86,53 +154,277 @@ impl Engine {
         settings: EngineSettings,
         deliver: &mut (dyn FnMut(OwnerRecord) -> Result<()> + Send),
     ) -> Result<Self> {
-        let _ = (media, environment, settings, deliver);
-        todo!()
+        let (volume, found) = Volume::open(media, &environment).await?;
+        let superblock = volume.superblock();
+        let mut groups: BTreeMap<GroupId, Option<Recovered>> = match &superblock.root {
+            Some(root) => pages::read_pages(&volume, root).await?.into_iter().map(|(id, r)| (id, Some(r))).collect(),
+            None => BTreeMap::new(),
+        };
+        let mut options = WalOptions::new(superblock.volume, superblock.epoch, superblock.wal_start, found.clean_end);
+        options.in_flight_max = settings.wal_in_flight_max;
+        // The error of a record keeps its kind on its way through the log.
+        let mut failed = None;
+        let mut oldest: BTreeMap<GroupId, RecordPos> = BTreeMap::new();
+        let mut sort = |group, kind: RecordKind, pos, payload: Bytes| -> Result<()> {
+            if kind.0 >= RecordKind::OWNER_FIRST {
+                oldest.entry(group).or_insert(pos);
+                return deliver(OwnerRecord { group, kind, pos, payload });
+            }
+            if kind != MANIFEST_EDIT {
+                return Err(Error::new(ErrorKind::Foreign, format!("a record of an unknown kind kind={}", kind.0)));
+            }
+            Recovered::apply_edit(groups.entry(group).or_default(), group, payload)
+        };
+        let opened = Wal::open(volume.wal_zone(), environment.clone(), options, &mut |group, kind, pos, payload| {
+            sort(group, kind, pos, payload).map_err(|error| {
+                let stop = mainstay_io::Error::new(mainstay_io::ErrorKind::Closed, "deliver", 0, 0, error.to_string());
+                failed.get_or_insert(error);
+                stop.into()
+            })
+        })
+        .await;
+        let (wal, _) = match (opened, failed) {
+            (Ok(opened), _) => opened,
+            (Err(_), Some(error)) => return Err(error),
+            (Err(error), None) => return Err(error.into()),
+        };
+        let mut live = Vec::new();
+        let mut slots = BTreeMap::new();
+        for (id, found) in groups {
+            let Some(mut found) = found else { continue };
+            // Only what the manifest still names: a job's input may have been replaced by the last edits.
+            let named = found.manifest.tables();
+            found.places.retain(|id, _| named.contains_key(id));
+            for place in found.places.values() {
+                live.extend(extents_of(place)?);
+            }
+            found.oldest = oldest.get(&id).copied();
+            slots.insert(id, Slot::Found(Box::new(found)));
+        }
+        volume.set_live(live)?;
+        let budget = MemoryBudget::new(settings.memory_bytes);
+        let cache = BlockCache::new(&budget);
+        let shared = Arc::new(EngineShared {
+            purged_at: AtomicU64::new(wal.durable().0),
+            environment,
+            volume,
+            wal,
+            budget,
+            cache,
+            groups: Mutex::new(slots),
+            pin: Mutex::default(),
+            tasks: Mutex::default(),
+            work: Notify::new(),
+            upkeep: Notify::new(),
+            pages: tokio::sync::Mutex::default(),
+            pages_wanted: AtomicBool::new(false),
+            offer_again: Mutex::default(),
+            full: AtomicBool::new(false),
+            retry: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+        });
+        let spawner = &shared.environment.spawner;
+        let mut tasks = vec![spawner.spawn("mainstay-upkeep", Box::pin(shared.clone().keep_up()))];
+        for n in 0..settings.background_tasks.clamp(1, BACKGROUND_TASKS_MAX) {
+            tasks.push(spawner.spawn(&format!("mainstay-job-{n}"), Box::pin(shared.clone().work_on_jobs())));
+        }
+        *shared.tasks.lock().unwrap_or_else(PoisonError::into_inner) = tasks;
+        Ok(Self { _closer: Arc::new(Closer(shared.clone())), shared })
     }
 
     /// The log, for the owner of the groups' entries.
     pub fn wal(&self) -> &Wal {
-        todo!()
+        self.shared.wal()
     }
 
-    /// Opens or makes a group. One handle a group: a second call gives a clone of the first.
+    /// Opens or makes a group. One handle a group: a second call gives a clone of the first. The settings of a group are
+    /// fixed when it is made.
+    ///
+    /// # Errors
+    /// `Corrupt` when what the manifest says of a table cannot be; `Closed`.
     pub async fn group(&self, id: GroupId, settings: GroupSettings) -> Result<Group> {
-        let _ = (id, settings);
-        todo!()
+        let mut groups = self.shared.groups();
+        if self.shared.is_closing() {
+            return Err(Error::new(ErrorKind::Closed, "the engine is closed"));
+        }
+        let found = match groups.remove(&id) {
+            Some(Slot::Open(group)) => {
+                groups.insert(id, Slot::Open(group.clone()));
+                return Ok(Group::new(group));
+            }
+            Some(Slot::Found(found)) => Some(*found),
+            None => None,
+        };
+        let group = GroupShared::open(id, self.shared.clone(), settings, found)?;
+        groups.insert(id, Slot::Open(group.clone()));
+        drop(groups);
+        self.shared.work.notify_one();
+        Ok(Group::new(group))
     }
 
     /// The id made with this volume.
     pub fn incarnation(&self) -> [u8; 16] {
-        todo!()
+        self.shared.volume.superblock().incarnation
     }
 
     /// Whom the volume answers as.
     pub fn identity(&self) -> Identity {
-        todo!()
+        Identity::from_bytes(self.shared.volume.superblock().identity)
     }
 
     /// Makes a new identity durable. Refused once one is set, unless it is the same.
+    ///
+    /// # Errors
+    /// `Invalid` when the volume answers as someone else already; `Io`, `Closed`.
     pub async fn set_identity(&self, identity: Identity) -> Result<()> {
-        let _ = identity;
-        todo!()
+        // Two calls at once: the superblock decides which came first.
+        let bytes = identity.to_bytes();
+        self.shared
+            .volume
+            .update(move |superblock| {
+                if superblock.identity == [0; 32] {
+                    superblock.identity = bytes;
+                }
+            })
+            .await?;
+        if self.identity() == identity {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Invalid, "the volume answers as another node already; format it to use it anew"))
     }
 
     /// Tells which records of the log the owner still needs: nothing before the returned position of the smallest group
     /// is kept. The engine calls `pin` when it purges; the owner appends again what it wants to keep from before it
     /// (votes) before it answers with the oldest position that it needs.
     pub fn set_owner_pin(&self, pin: Arc<dyn OwnerPin>) {
-        let _ = pin;
-        todo!()
+        *self.shared.pin.lock().unwrap_or_else(PoisonError::into_inner) = Some(pin);
     }
 
     /// Counts and states.
     pub fn status(&self) -> EngineStatus {
-        todo!()
+        let shared = &self.shared;
+        let (backend, fallback_reason) = shared.volume.media().backend();
+        let backend = match backend {
+            Backend::Uring => "uring",
+            Backend::Threads => "threads",
+            Backend::Sim => "sim",
+        };
+        let wal = shared.wal().stats();
+        let poisoned = shared.volume.media().devices().iter().find_map(|device| device.poisoned());
+        let full = shared.space_is_short().then(|| "the volume is full".to_owned());
+        EngineStatus {
+            backend: backend.into(),
+            fallback_reason,
+            extent_bytes: shared.volume.live_bytes(),
+            wal_used_bytes: wal.used_bytes,
+            wal_ring_bytes: wal.ring_bytes,
+            memory_used_bytes: shared.budget.used(),
+            memory_bytes: shared.budget.total(),
+            read_only: poisoned.map(|error| error.to_string()).or(full),
+        }
     }
 
-    /// Flushes what is in memory where that shortens the next open, ends the background tasks, marks the volume clean.
+    /// Ends the background tasks, writes the manifest pages, cuts the log and marks the volume clean. The owner has stopped
+    /// applying; what it wants flushed it has rotated and waited for.
+    ///
+    /// # Errors
+    /// `Io`, `Closed`, `OutOfSpace`: the volume is as after a kill, and nothing acknowledged is lost.
     pub async fn close(&self) -> Result<()> {
-        todo!()
+        let shared = &self.shared;
+        shared.end_tasks();
+        let tasks = std::mem::take(&mut *shared.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        if tasks.is_empty() {
+            return Ok(());
+        }
+        for task in tasks {
+            task.await;
+        }
+        let purged = shared.purge().await;
+        let end = shared.wal().close().await?;
+        purged?;
+        shared.volume.update(move |superblock| superblock.clean_end = Some(end)).await?;
+        shared.volume.quiet().await;
+        Ok(())
+    }
+
+    pub(crate) fn shared_ref(&self) -> &Arc<EngineShared> {
+        &self.shared
+    }
+
+    pub(crate) fn spawner(&self) -> &Arc<dyn Spawner> {
+        &self.shared.environment.spawner
+    }
+}
+
+impl EngineShared {
+    pub(crate) fn wal(&self) -> &Wal {
+        &self.wal
+    }
+
+    fn groups(&self) -> MutexGuard<'_, BTreeMap<GroupId, Slot>> {
+        // Every change is an insert or a remove.
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open_groups(&self) -> Vec<Arc<GroupShared>> {
+        let groups = self.groups();
+        let open = groups.values().filter_map(|slot| match slot {
+            Slot::Open(group) => Some(group.clone()),
+            Slot::Found(_) => None,
+        });
+        open.collect()
+    }
+
+    /// Bytes of the extents of the manifest pages.
+    #[cfg(test)]
+    pub(crate) fn root_bytes(&self) -> u64 {
+        self.volume.superblock().root.map_or(0, |root| crate::volume::extents_bytes(&root.extents))
+    }
+
+    fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+
+    fn end_tasks(&self) {
+        self.closing.store(true, Ordering::Release);
+        self.work.notify_one();
+        self.upkeep.notify_one();
+    }
+
+    /// True while memtables hold more than their part of the memory.
+    pub(crate) fn memtables_are_over(&self) -> bool {
+        self.budget.reserved(MemoryKind::Memtable) > self.budget.total() / 4 * MEMTABLE_QUARTERS
+    }
+
+    /// Opens the tables that a manifest names, without reading them.
+    pub(crate) fn open_tables(
+        &self,
+        manifest: &Manifest,
+        mut places: Places,
+    ) -> Result<BTreeMap<TableId, StoredTable>> {
+        let open = |(id, meta): (TableId, crate::manifest::TableRef)| {
+            let place = places.remove(&id).filter(|place| !place.is_empty()).ok_or_else(|| {
+                Error::new(ErrorKind::Corrupt, format!("the manifest does not say where a table lies table={id}"))
+            })?;
+            let bytes = StoredBytes::new(self.volume.clone(), extents_of(&place)?, meta.bytes);
+            Ok((id, StoredTable::open(meta, bytes, &self.cache, &self.budget)?))
+        };
+        manifest.tables().into_iter().map(open).collect()
+    }
+}
+
+impl Identity {
+    fn to_bytes(self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        bytes[..16].copy_from_slice(&self.cluster);
+        bytes[16..24].copy_from_slice(&self.node.to_le_bytes());
+        bytes
+    }
+
+    fn from_bytes(bytes: [u8; 32]) -> Self {
+        let (cluster, rest) = bytes.split_first_chunk().expect("16 of 32 bytes");
+        let (node, _) = rest.split_first_chunk().expect("8 of 16 bytes");
+        Self { cluster: *cluster, node: u64::from_le_bytes(*node) }
     }
 }
 

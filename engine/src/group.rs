@@ -1,13 +1,43 @@
 //! One replicated state: applies entries, serves snapshots, flushes and compacts.
+//!
+//! # Place      one writer (the applier of its log) calls [`Group::apply`]; any number of readers; jobs run on the tasks of
+//!              the engine. Locks, in order: `core`, `durable`; none is held across an await
+//! # Invariants docs/architecture.md, "A group and its log"; those of each step stand in `core`, `apply`, `present`, `jobs`
 
-use std::sync::Arc;
+mod apply;
+mod core;
+mod jobs;
+mod present;
+mod transfer;
 
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use mainstay_io::BoxFuture;
+use mainstay_wal::GroupId;
+use tokio::sync::Notify;
 
+use self::core::{Core, Structure, checkpoint_views};
+pub(crate) use self::core::{Names, Views};
+pub(crate) use self::jobs::{JobClass, Run};
+use self::present::Durable;
+pub(crate) use self::present::{MANIFEST_EDIT, Recovered};
+pub use self::transfer::Export;
+use self::transfer::Pins;
+use crate::engine::EngineShared;
+use crate::manifest::{Manifest, ManifestSettings};
 use crate::{
-    BranchId, BranchInfo, CheckpointInfo, Command, KeyspaceId, LogIndex, Result, Snapshot, StateMachine, TableId,
+    BranchId, BranchInfo, CheckpointInfo, Command, Error, ErrorKind, KeyspaceId, LogIndex, Result, Snapshot,
+    StateMachine, TableId,
 };
+
+/// Frozen generations above which writers wait.
+const FROZEN_GENERATIONS_MAX: usize = 4;
+/// L0 runs above which writers wait, as a multiple of those at which compaction starts.
+const L0_STALL_FACTOR: usize = 6;
 
 /// Settings that must be equal on all replicas of a group.
 #[derive(Clone)]
@@ -57,15 +87,6 @@ pub struct GroupStatus {
     pub divergences: u64,
 }
 
-/// The flushed state, pinned for a receiver: tables are not freed while it lives.
-#[derive(Clone, Debug)]
-pub struct Export {
-    /// Entries up to here are in the tables.
-    pub flushed: LogIndex,
-    /// Opaque to the owner: what [`Group::import`] takes.
-    pub manifest: Bytes,
-}
-
 /// Where a receiver gets tables that it does not hold.
 pub trait TableSource: Send + Sync {
     /// Bytes `offset..offset + length` of a table.
@@ -74,19 +95,235 @@ pub trait TableSource: Send + Sync {
 
 /// A group. Cloning gives another handle.
 #[derive(Clone)]
-pub struct Group {}
+pub struct Group(Arc<GroupShared>);
+
+/// What the handles of a group share.
+pub(crate) struct GroupShared {
+    id: GroupId,
+    engine: Arc<EngineShared>,
+    state_machine: Option<Arc<dyn StateMachine>>,
+    core: Mutex<Core>,
+    /// See `core`, invariant 2, for the order in which these two are written and read.
+    applied: AtomicU64,
+    structure: ArcSwap<Structure>,
+    /// Of the durable present manifest.
+    flushed: AtomicU64,
+    frozen: AtomicUsize,
+    l0_runs: AtomicUsize,
+    l0_runs_max: usize,
+    divergences: AtomicU64,
+    durable: Mutex<Durable>,
+    /// Why nothing is applied any more.
+    failed: OnceLock<Error>,
+    /// The flushed index, memory or space has changed.
+    progress: Notify,
+    /// There may be something to propose.
+    offers: Notify,
+    pins: Mutex<Vec<Weak<Pins>>>,
+}
+
+impl GroupShared {
+    fn lock(&self) -> MutexGuard<'_, Core> {
+        // A panic while it was held is a failed assertion about the state: whoever comes next must not build on it.
+        self.core.lock().expect("no step of the group has failed half way")
+    }
+
+    pub(crate) fn id(&self) -> GroupId {
+        self.id
+    }
+
+    pub(crate) fn applied(&self) -> LogIndex {
+        LogIndex(self.applied.load(Ordering::Acquire))
+    }
+
+    fn check_alive(&self) -> Result<()> {
+        match self.failed.get() {
+            None => Ok(()),
+            Some(error) => Err(Error::new(ErrorKind::Closed, format!("the group is closed: {error}"))),
+        }
+    }
+
+    /// The present manifest with the places of its tables, the flushed index in it, and its lineage.
+    pub(crate) fn pages(&self) -> (u64, Manifest, crate::manifest::Places) {
+        let core = self.lock();
+        (core.lineage, core.present.clone(), core.places())
+    }
+
+    pub(crate) fn present_flushed(&self) -> LogIndex {
+        self.lock().present.flushed()
+    }
+
+    /// True when nothing frozen waits for its flush.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.lock().frozen_generations() == 0
+    }
+
+    fn snapshot_of(&self, branch: BranchId) -> Result<Snapshot> {
+        let mut structure = self.structure.load();
+        loop {
+            let index = self.applied();
+            let again = self.structure.load();
+            if !Arc::ptr_eq(&structure, &again) {
+                structure = again;
+                continue;
+            }
+            let views = structure.branches.get(&branch).ok_or_else(|| apply::no_branch(branch))?;
+            return Ok(Snapshot::new(index, views.clone(), structure.names.clone()));
+        }
+    }
+
+    /// Wakes who waits for space or memory.
+    pub(crate) fn wake(&self) {
+        self.progress.notify_waiters();
+    }
+
+    pub(crate) fn offer_again(&self) {
+        let mut core = self.lock();
+        core.offered.clear();
+        if let Some(offered) = &mut core.rotate {
+            *offered = false;
+        }
+        drop(core);
+        self.offers.notify_waiters();
+    }
+
+    fn may_go_on(&self) -> Result<bool> {
+        self.check_alive()?;
+        if self.engine.space_is_short() {
+            self.engine.retry_space();
+            return Err(Error::new(ErrorKind::OutOfSpace, "the volume is full: free space; reads go on"));
+        }
+        if self.frozen.load(Ordering::Acquire) > FROZEN_GENERATIONS_MAX {
+            return Ok(false);
+        }
+        if self.l0_runs.load(Ordering::Acquire) > self.l0_runs_max && self.lock().stuck.is_empty() {
+            return Ok(false);
+        }
+        if self.engine.memtables_are_over() {
+            // Only what is frozen can be flushed: ask for a rotation, and wait if that frees something here.
+            self.want_rotation();
+            return Ok(self.lock().memtables.is_empty());
+        }
+        Ok(true)
+    }
+
+    /// Waits until all that is frozen is in tables, durable, or cannot be for now. For a clean close.
+    pub(crate) async fn settled(&self, index: LogIndex) {
+        loop {
+            let mut changed = pin!(self.progress.notified());
+            changed.as_mut().enable();
+            let blocked = {
+                let core = self.lock();
+                !core.stuck.is_empty() || !core.diverged.is_empty()
+            };
+            let done = self.flushed.load(Ordering::Acquire) >= index.0;
+            if done || blocked || self.engine.space_is_short() || self.failed.get().is_some() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Waits until no job is outstanding and every edit is durable.
+    #[cfg(test)]
+    pub(crate) async fn idle(&self) {
+        loop {
+            let mut changed = pin!(self.progress.notified());
+            changed.as_mut().enable();
+            let busy = {
+                let core = self.lock();
+                !core.logical.jobs.is_empty() || !core.queue.is_empty()
+            };
+            if !busy && self.durable().is_settled() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Bytes of the extents that the present manifest names.
+    #[cfg(test)]
+    pub(crate) fn named_extent_bytes(&self) -> u64 {
+        self.lock().tables.values().map(|stored| crate::volume::extents_bytes(&stored.bytes.extents)).sum()
+    }
+
+    /// Makes the group of what was found on the volume, or a new one.
+    pub(crate) fn open(
+        id: GroupId,
+        engine: Arc<EngineShared>,
+        settings: GroupSettings,
+        found: Option<Recovered>,
+    ) -> Result<Arc<Self>> {
+        let wanted = ManifestSettings {
+            memtable_bytes: settings.memtable_bytes.max(1),
+            table_bytes: settings.table_bytes.max(1),
+            base_level_bytes: settings.base_level_bytes.max(1),
+            l0_compaction_runs: u32::try_from(settings.l0_compaction_runs.max(1)).unwrap_or(u32::MAX),
+        };
+        let born = found.is_none();
+        let (lineage, manifest, places) = match found {
+            Some(found) => (found.lineage, found.manifest, found.places),
+            None => (0, Manifest::new(wanted), Default::default()),
+        };
+        if manifest.settings != wanted {
+            tracing::warn!(group = %id, kept = ?manifest.settings, given = ?wanted,
+                "the group keeps the settings that it was made with");
+        }
+        let tables = engine.open_tables(&manifest, places)?;
+        let flushed = manifest.flushed();
+        let l0_runs_max = (manifest.settings.l0_compaction_runs as usize).saturating_mul(L0_STALL_FACTOR);
+        let mut core = Core::new(lineage, manifest, tables, born);
+        let shared = Self {
+            id,
+            engine,
+            state_machine: settings.state_machine,
+            applied: AtomicU64::new(flushed.0),
+            structure: ArcSwap::default(),
+            flushed: AtomicU64::new(flushed.0),
+            frozen: AtomicUsize::new(0),
+            l0_runs: AtomicUsize::new(0),
+            l0_runs_max,
+            divergences: AtomicU64::new(0),
+            durable: Mutex::new(Durable::new(lineage)),
+            failed: OnceLock::new(),
+            progress: Notify::new(),
+            offers: Notify::new(),
+            pins: Mutex::default(),
+            core: Mutex::new(Core::new(0, Manifest::new(wanted), Default::default(), false)),
+        };
+        shared.publish(&mut core, flushed);
+        *shared.core.lock().unwrap_or_else(PoisonError::into_inner) = core;
+        if let Some(state_machine) = &shared.state_machine {
+            state_machine.restored(flushed);
+        }
+        Ok(Arc::new(shared))
+    }
+}
 
 impl Group {
+    pub(crate) fn new(shared: Arc<GroupShared>) -> Self {
+        Self(shared)
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<GroupShared> {
+        &self.0
+    }
+
     /// Applies an entry; one caller, in order, each index once after [`Group::flushed`]. Readable when it returns.
+    ///
+    /// # Errors
+    /// `Closed` when the group can no longer log what it does to its manifest. A refusal is not an error here: see
+    /// [`Applied::response`].
+    ///
+    /// # Cancel safety
+    /// Not cancel safe: a dropped future may leave the entry unapplied.
     pub async fn apply(&self, index: LogIndex, command: &Command) -> Result<Applied> {
-        let _ = (index, command);
-        todo!()
+        self.0.apply_entry(index, command).await
     }
 
     /// Advances the applied index over an entry that is none of ours (a blank or membership entry).
     pub fn skip(&self, index: LogIndex) {
-        let _ = index;
-        todo!()
+        self.0.skip_entry(index);
     }
 
     /// Pins what is applied now.
@@ -94,98 +331,178 @@ impl Group {
     /// # Errors
     /// `NotFound` when the branch does not exist.
     pub fn snapshot(&self, branch: BranchId) -> Result<Snapshot> {
-        let _ = branch;
-        todo!()
+        self.0.snapshot_of(branch)
     }
 
     /// Opens a checkpoint for reading.
+    ///
+    /// # Errors
+    /// `NotFound`.
     pub fn checkpoint(&self, name: &str) -> Result<Snapshot> {
-        let _ = name;
-        todo!()
+        let core = self.0.lock();
+        let applied = self.0.applied();
+        let found = core.readable().checkpoints.get(name).filter(|c| c.index <= applied).cloned();
+        let checkpoint =
+            found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no such checkpoint name={name}")))?;
+        let names = Names { keyspaces: checkpoint.keyspaces.iter().cloned().collect() };
+        let views = checkpoint_views(&core, &checkpoint.versions);
+        Ok(Snapshot::new(checkpoint.index, Arc::new(views), Arc::new(names)))
     }
 
     /// Entries up to here are in tables; the log may be purged up to here.
     pub fn flushed(&self) -> LogIndex {
-        todo!()
+        LogIndex(self.0.flushed.load(Ordering::Acquire))
     }
 
     /// Entries up to here are applied.
     pub fn applied(&self) -> LogIndex {
-        todo!()
+        self.0.applied()
     }
 
-    /// The next `Install` that this replica's jobs made. A leader proposes it; others may drop it. Cancel safe.
+    /// The next `Install` that this replica's jobs made, or a `Rotate` when the log or memory asks for it. A leader proposes
+    /// it; others may drop it. Cancel safe.
     pub async fn next_install(&self) -> Command {
-        todo!()
+        loop {
+            let mut changed = pin!(self.0.offers.notified());
+            changed.as_mut().enable();
+            if let Some(command) = self.0.take_offer() {
+                return command;
+            }
+            changed.await;
+        }
     }
 
     /// Makes all finished, uninstalled jobs appear in [`Group::next_install`] again: a new leader calls it.
     pub fn offer_installs(&self) {
-        todo!()
+        self.0.offer_again();
     }
 
     /// Resolves when [`Group::flushed`] has grown beyond `index`. Cancel safe.
     pub async fn flushed_beyond(&self, index: LogIndex) {
-        let _ = index;
-        todo!()
+        loop {
+            let mut changed = pin!(self.0.progress.notified());
+            changed.as_mut().enable();
+            if self.flushed() > index {
+                return;
+            }
+            changed.await;
+        }
     }
 
     /// Waits until the writer may go on: memory and L0 are within their bounds. Called by the leader before it
-    /// proposes. `OutOfSpace` while the volume is full.
+    /// proposes. Cancel safe.
+    ///
+    /// # Errors
+    /// `OutOfSpace` while the volume is full: each call tries again whether there is space. `Closed`.
     pub async fn admit(&self) -> Result<()> {
-        todo!()
+        loop {
+            if self.0.may_go_on()? {
+                return Ok(());
+            }
+            let mut changed = pin!(self.0.progress.notified());
+            changed.as_mut().enable();
+            if self.0.may_go_on()? {
+                return Ok(());
+            }
+            changed.await;
+        }
     }
 
     /// Pins the flushed state for a receiver.
+    ///
+    /// # Errors
+    /// `Closed`.
     pub fn export(&self) -> Result<Export> {
-        todo!()
+        self.0.export_flushed()
     }
 
     /// Serves a receiver: bytes of a table of this volume.
+    ///
+    /// # Errors
+    /// `NotFound` when the table is neither in use nor pinned by an [`Export`]; `Corrupt` beyond its end; `Io`.
     pub async fn read_table(&self, id: TableId, offset: u64, length: u64) -> Result<Bytes> {
-        let _ = (id, offset, length);
-        todo!()
+        self.0.read_stored(id, offset, length).await
     }
 
     /// Replaces the state by an export: fetches the tables that this volume does not hold, verifies their digests,
     /// makes it durable, then switches. Returns the new flushed index.
     ///
+    /// # Errors
+    /// `Corrupt` when a table does not match its digest, `Foreign`, `OutOfSpace`, `Io`, and what the source answers; the
+    /// old state stays.
+    ///
     /// # Cancel safety
-    /// Cancel safe: a dropped import leaves the old state.
+    /// Cancel safe: a dropped import leaves the old state or, once that is durable, the new one.
     pub async fn import(&self, manifest: Bytes, source: &dyn TableSource) -> Result<LogIndex> {
-        let _ = (manifest, source);
-        todo!()
+        self.0.import_state(manifest, source).await
     }
 
     /// The id of a keyspace of the applied state.
     pub fn keyspace(&self, name: &str) -> Option<KeyspaceId> {
-        let _ = name;
-        todo!()
+        self.0.structure.load().names.keyspaces.get(name).copied()
     }
 
     /// Names and ids of the keyspaces.
     pub fn keyspaces(&self) -> Vec<(String, KeyspaceId)> {
-        todo!()
+        self.0.structure.load().names.keyspaces.iter().map(|(name, id)| (name.clone(), *id)).collect()
     }
 
     /// The branch of a name; `main` is [`crate::MAIN`].
     pub fn branch(&self, name: &str) -> Option<BranchId> {
-        let _ = name;
-        todo!()
+        self.0.lock().logical.branch_before(name, LogIndex(self.applied().0 + 1))
     }
 
     /// All branches.
     pub fn branches(&self) -> Vec<BranchInfo> {
-        todo!()
+        let core = self.0.lock();
+        let next = LogIndex(self.applied().0 + 1);
+        let alive = core.logical.branches.iter().filter(|(id, _)| core.logical.has_branch_before(**id, next));
+        let info = |(&id, b): (&BranchId, &crate::manifest::Branch)| BranchInfo {
+            id,
+            name: b.name.clone(),
+            origin: b.origin.clone(),
+            created_ms: b.created_ms,
+        };
+        alive.map(info).collect()
     }
 
     /// All checkpoints.
     pub fn checkpoints(&self) -> Vec<CheckpointInfo> {
-        todo!()
+        let core = self.0.lock();
+        let applied = self.applied();
+        let made = core.logical.checkpoints.iter().filter(|(_, c)| c.index <= applied);
+        made.map(|(name, c)| CheckpointInfo { name: name.clone(), index: c.index, created_ms: c.created_ms }).collect()
     }
 
     /// Counts and states.
     pub fn status(&self) -> GroupStatus {
-        todo!()
+        let mut core = self.0.lock();
+        let as_of = core.logical.as_of;
+        let digest = match core.digest {
+            Some((index, digest)) if index == as_of => digest,
+            _ => {
+                let digest = core.logical.digest();
+                core.digest = Some((as_of, digest));
+                digest
+            }
+        };
+        let absent = core.queue.iter().flat_map(|edit| &edit.ops);
+        GroupStatus {
+            applied: self.applied(),
+            flushed: self.flushed(),
+            frozen_generations: core.frozen_generations() as u64,
+            absent_jobs: absent.filter(|op| matches!(op, crate::manifest::ManifestOp::Install { .. })).count() as u64,
+            tables: core.tables.len() as u64,
+            table_bytes: core.tables.values().map(|t| t.meta.bytes).sum(),
+            digest,
+            digest_index: as_of,
+            divergences: self.0.divergences.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl std::fmt::Debug for Group {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Group").field("id", &self.0.id).field("applied", &self.applied()).finish_non_exhaustive()
     }
 }

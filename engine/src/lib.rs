@@ -10,16 +10,19 @@ mod engine;
 mod error;
 mod group;
 mod local_log;
-#[allow(dead_code, reason = "the group uses it next")]
 mod manifest;
 mod memory;
 mod memtable;
 mod read;
 mod snapshot;
 mod state_machine;
+mod stored;
 mod table;
 mod types;
 mod volume;
+
+#[cfg(test)]
+mod tests;
 
 /// Entry points for the fuzz targets and benches of this workspace; no part of the interface.
 #[doc(hidden)]

@@ -1,41 +1,354 @@
 //! The log of a store alone on one node: the same entries, the same records, one voter.
+//!
+//! # Place      above [`Engine`] and its log; what `replication::Node` is for a replicated group
+//! # Format     docs/format.md, "Entries of a local log"
+//! # Invariants
+//! 1. An entry is applied when it and all before it are durable, in the order of the log.
+//! 2. Indexes grow; one whose record could not be written stays unused.
+//! 3. At most [`PROPOSALS_MAX`] proposals are on their way.
+//! # Crash      Entries behind the flushed index are applied again at open. One that was never acknowledged may be found too:
+//!              it is then applied, as for any caller who did not hear the answer
 
-use mainstay_wal::GroupId;
+#![deny(clippy::indexing_slicing)]
 
-use crate::{Applied, Command, Engine, Group, OwnerRecord, Result};
+use std::collections::VecDeque;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use futures_util::future::{Either, select};
+use mainstay_io::{BoxFuture, TaskHandle};
+use mainstay_wal::{GroupId, Lsn, Record, RecordKind, RecordPos, Reserve};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+
+use crate::{Applied, Command, CommandBody, Engine, Error, ErrorKind, Group, LogIndex, OwnerPin, OwnerRecord, Result};
+
+/// The kind of an entry of a local log.
+pub(crate) const LOCAL_ENTRY: RecordKind = RecordKind(RecordKind::OWNER_FIRST);
+/// Term and index before the command.
+pub(crate) const ENTRY_HEADER_BYTES: usize = 16;
+/// The term of every entry: there is nobody to elect.
+pub(crate) const LOCAL_TERM: u64 = 0;
+/// Proposals between their append and their answer.
+const PROPOSALS_MAX: usize = 8192;
+/// One position is kept for each so many bytes of the log, to tell what may be cut.
+const MARK_BYTES: u64 = 256 << 10;
 
 /// Proposes to a group that has no other replica. Cloning gives another handle.
 #[derive(Clone)]
-pub struct LocalLog {}
+pub struct LocalLog(Arc<Shared>);
+
+struct Shared {
+    engine: Engine,
+    group: Group,
+    id: GroupId,
+    state: Mutex<State>,
+    proposals: Semaphore,
+    marks: Arc<Marks>,
+    ending: Arc<Ending>,
+    tasks: Mutex<Vec<TaskHandle>>,
+}
+
+struct State {
+    next: LogIndex,
+    /// None once the log is closed.
+    to_applier: Option<mpsc::UnboundedSender<Logged>>,
+}
+
+/// An entry about which the log has answered.
+struct Logged {
+    index: LogIndex,
+    command: Command,
+    outcome: mainstay_wal::Result<RecordPos>,
+    answer: oneshot::Sender<Result<Applied>>,
+}
+
+/// Tells the task that proposes installs to end.
+#[derive(Default)]
+struct Ending {
+    notify: Notify,
+    ended: AtomicBool,
+}
+
+/// Where entries begin in the log: the first of each stretch of [`MARK_BYTES`].
+#[derive(Default)]
+struct Marks {
+    marks: Mutex<VecDeque<(LogIndex, RecordPos)>>,
+    /// The last index that was given to an entry: it may be durable before its position is known here.
+    issued: AtomicU64,
+}
+
+impl Marks {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<(LogIndex, RecordPos)>> {
+        // Every change is a push or a pop.
+        self.marks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, index: LogIndex, pos: RecordPos) {
+        let mut marks = self.lock();
+        let far = |last: &(LogIndex, RecordPos)| pos.batch >= Lsn(last.1.batch.0.saturating_add(MARK_BYTES));
+        if marks.back().is_none_or(far) {
+            marks.push_back((index, pos));
+        }
+    }
+}
+
+impl OwnerPin for Marks {
+    fn pin(&self, _: GroupId, flushed: LogIndex) -> BoxFuture<Result<Option<RecordPos>>> {
+        let mut marks = self.lock();
+        let needed = flushed.0 < self.issued.load(Ordering::Acquire);
+        // The last mark at or before the first entry that is needed; it may name a little more than is.
+        while marks.get(1).is_some_and(|(index, _)| *index <= LogIndex(flushed.0.saturating_add(1))) {
+            marks.pop_front();
+        }
+        let oldest = marks.front().map_or(RecordPos::default(), |(_, pos)| *pos);
+        Box::pin(std::future::ready(Ok(needed.then_some(oldest))))
+    }
+}
 
 impl LocalLog {
     /// Replays the entries found at open, then takes proposals: each is durable in the log before it is applied.
+    ///
+    /// # Errors
+    /// `Corrupt` and `Foreign` for records that are no entries of a local log; those of [`Engine::group`].
     pub async fn open(
         engine: &Engine,
         group: GroupId,
         settings: crate::GroupSettings,
         found: Vec<OwnerRecord>,
     ) -> Result<Self> {
-        let _ = (engine, group, settings, found);
-        todo!()
+        let id = group;
+        let group = engine.group(id, settings).await?;
+        let marks = Arc::new(Marks::default());
+        for record in found.into_iter().filter(|record| record.group == id) {
+            if record.kind != LOCAL_ENTRY {
+                return Err(Error::new(
+                    ErrorKind::Foreign,
+                    format!("the log holds records of a replicated group kind={}", record.kind.0),
+                ));
+            }
+            let (index, command) = decode_entry(&record.payload)?;
+            marks.add(index, record.pos);
+            if index > group.applied() {
+                group.apply(index, &command).await?;
+            }
+        }
+        marks.issued.store(group.applied().0, Ordering::Release);
+        engine.set_owner_pin(marks.clone());
+        let (to_applier, logged) = mpsc::unbounded_channel();
+        let state = State { next: LogIndex(group.applied().0 + 1), to_applier: Some(to_applier) };
+        let ending = Arc::new(Ending::default());
+        let shared = Arc::new(Shared {
+            engine: engine.clone(),
+            id,
+            state: Mutex::new(state),
+            proposals: Semaphore::new(PROPOSALS_MAX),
+            marks: marks.clone(),
+            ending: ending.clone(),
+            tasks: Mutex::default(),
+            group: group.clone(),
+        });
+        let spawner = engine.spawner();
+        let applier = spawner.spawn("mainstay-apply", Box::pin(apply_in_order(group.clone(), marks, logged)));
+        // Only weakly: a log whose handles are all dropped ends as if the process had been killed.
+        let installer = propose_installs(Arc::downgrade(&shared), group, ending);
+        let installer = spawner.spawn("mainstay-install", Box::pin(installer));
+        shared.tasks().extend([applier, installer]);
+        Ok(Self(shared))
     }
 
     /// The group it drives.
     pub fn group(&self) -> &Group {
-        todo!()
+        &self.0.group
     }
 
     /// Appends the command, waits until it is durable and applied, and returns the answer.
     ///
+    /// # Errors
+    /// `Invalid` for what cannot be encoded; `OutOfSpace` while the volume or the log is full; `Closed`. A refusal of the
+    /// entry itself stands in [`Applied::response`].
+    ///
     /// # Cancel safety
     /// Not cancel safe: a dropped future may leave the command in the log.
     pub async fn propose(&self, command: Command) -> Result<Applied> {
-        let _ = command;
-        todo!()
+        self.0.propose(command).await
     }
 
-    /// Waits for what was proposed and ends the applier.
+    /// Waits for what was proposed, flushes what is in memory, and ends the applier.
+    ///
+    /// # Errors
+    /// `Closed` when the log had failed before.
     pub async fn close(&self) -> Result<()> {
-        todo!()
+        let tasks = std::mem::take(&mut *self.0.tasks());
+        if tasks.is_empty() {
+            return Ok(());
+        }
+        let rotated = self.0.propose(Command { time_ms: self.0.now_ms(), body: CommandBody::Rotate }).await;
+        if let Ok(applied) = &rotated {
+            self.0.group.shared().settled(applied.index).await;
+        }
+        self.0.ending.end();
+        self.0.state().to_applier = None;
+        for task in tasks {
+            task.await;
+        }
+        rotated.map(drop)
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change is one assignment.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, Vec<TaskHandle>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.engine.shared_ref().environment.clock.unix().as_millis() as u64
+    }
+
+    async fn propose(&self, command: Command) -> Result<Applied> {
+        // What frees space or memory goes on when writes have to wait.
+        let reserve = match &command.body {
+            CommandBody::Batch(_) | CommandBody::Custom { .. } => {
+                self.group.admit().await?;
+                Reserve::Normal
+            }
+            CommandBody::CreateKeyspace { .. }
+            | CommandBody::CreateCheckpoint { .. }
+            | CommandBody::CreateClone { .. } => Reserve::Normal,
+            _ => Reserve::Critical,
+        };
+        let payload = command.encode()?;
+        let closed = |_| Error::new(ErrorKind::Closed, "the log is closed");
+        let _permit = self.proposals.acquire().await.map_err(|_| Error::new(ErrorKind::Closed, "the log is closed"))?;
+        let (answer, answered) = oneshot::channel();
+        {
+            // Held over both, so that the order of indexes is the order of records.
+            let mut state = self.state();
+            let Some(to_applier) = state.to_applier.clone() else {
+                return Err(Error::new(ErrorKind::Closed, "the log is closed"));
+            };
+            let index = state.next;
+            state.next.0 += 1;
+            self.marks.issued.store(index.0, Ordering::Release);
+            let record = Record { group: self.id, kind: LOCAL_ENTRY, payload: vec![encode_header(index), payload] };
+            let on_durable = Box::new(move |outcome| {
+                // An applier that is gone has dropped the receiver of the answer's caller too.
+                let _ = to_applier.send(Logged { index, command, outcome, answer });
+            });
+            self.engine.wal().append(record, reserve, on_durable);
+        }
+        answered.await.map_err(closed)?
+    }
+}
+
+impl Ending {
+    fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+        self.notify.notify_one();
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.ending.end();
+    }
+}
+
+async fn apply_in_order(group: Group, marks: Arc<Marks>, mut logged: mpsc::UnboundedReceiver<Logged>) {
+    while let Some(Logged { index, command, outcome, answer }) = logged.recv().await {
+        let outcome = match outcome {
+            Ok(pos) => {
+                marks.add(index, pos);
+                group.apply(index, &command).await
+            }
+            Err(error) => Err(error.into()),
+        };
+        // The caller may have gone.
+        let _ = answer.send(outcome);
+    }
+}
+
+async fn propose_installs(log: std::sync::Weak<Shared>, group: Group, ending: Arc<Ending>) {
+    loop {
+        let command = {
+            let next = pin!(group.next_install());
+            let ended = pin!(ending.notify.notified());
+            match select(ended, next).await {
+                Either::Left(_) => return,
+                Either::Right((command, _)) => command,
+            }
+        };
+        let Some(log) = log.upgrade() else { return };
+        if ending.ended.load(Ordering::Acquire) {
+            return;
+        }
+        if let Err(error) = log.propose(command).await {
+            if error.kind() == ErrorKind::Closed {
+                return;
+            }
+            // It is offered again when the log has been cut.
+            tracing::warn!(%error, "what a job made could not be logged");
+            log.engine.shared_ref().offer_after_purge(group.shared());
+        }
+    }
+}
+
+fn encode_header(index: LogIndex) -> Bytes {
+    let mut header = [0; ENTRY_HEADER_BYTES];
+    let (term, rest) = header.split_at_mut(8);
+    term.copy_from_slice(&LOCAL_TERM.to_le_bytes());
+    rest.copy_from_slice(&index.0.to_le_bytes());
+    Bytes::copy_from_slice(&header)
+}
+
+/// Reads an entry as the log has it.
+///
+/// # Errors
+/// `Corrupt`, `Foreign`.
+pub(crate) fn decode_entry(payload: &Bytes) -> Result<(LogIndex, Command)> {
+    let short = || Error::new(ErrorKind::Corrupt, format!("an entry is too short bytes={}", payload.len()));
+    let (term, rest) = payload.split_first_chunk::<8>().ok_or_else(short)?;
+    let (index, _) = rest.split_first_chunk::<8>().ok_or_else(short)?;
+    let (term, index) = (u64::from_le_bytes(*term), u64::from_le_bytes(*index));
+    if term != LOCAL_TERM {
+        return Err(Error::new(ErrorKind::Foreign, format!("an entry of a replicated group term={term}")));
+    }
+    Ok((LogIndex(index), Command::decode(&payload.slice(ENTRY_HEADER_BYTES..))?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pos(batch: u64) -> RecordPos {
+        RecordPos { batch: Lsn(batch), offset: 0, length: 1 }
+    }
+
+    #[test]
+    fn marks_never_name_less_than_is_needed() {
+        let marks = Marks::default();
+        marks.issued.store(21, Ordering::Release);
+        for n in 1..=10 {
+            marks.add(LogIndex(n * 2 - 1), pos(n * MARK_BYTES));
+            marks.add(LogIndex(n * 2), pos(n * MARK_BYTES + 4096));
+        }
+        let pinned = |flushed| {
+            let pin = marks.pin(GroupId(0), LogIndex(flushed));
+            mainstay_io::block_on(pin).expect("marks answer at once").map(|pos| pos.batch.0 / MARK_BYTES)
+        };
+        assert_eq!(pinned(0), Some(1));
+        // Entry 2 is needed, which lies behind the mark of entry 1.
+        assert_eq!(pinned(1), Some(1));
+        assert_eq!(pinned(2), Some(2));
+        assert_eq!(pinned(9), Some(5));
+        // Entry 21 is on its way to the log.
+        assert_eq!(pinned(20), Some(10));
+        assert_eq!(pinned(21), None);
     }
 }

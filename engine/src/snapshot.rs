@@ -1,10 +1,18 @@
 //! Pinned read views.
+//!
+//! # Invariants
+//! 1. A snapshot holds the memtables and tables that it reads by reference count: neither flush, nor compaction, nor a
+//!    drop takes them away.
+//! 2. Its index was applied when it was made and its views hold everything up to that index; versions above it are skipped.
 
 use std::ops::Bound;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::{KeyspaceId, LogIndex, Result};
+use crate::group::{Names, Views};
+use crate::read::{ReadView, ScanCursor};
+use crate::{Error, ErrorKind, KeyspaceId, LogIndex, Result};
 
 /// A value, sharing the memory of the block or memtable that holds it.
 pub type Value = Bytes;
@@ -20,50 +28,111 @@ pub enum Direction {
 
 /// A read view of one branch over all keyspaces at one index. Cloning shares it.
 #[derive(Clone)]
-pub struct Snapshot {}
+pub struct Snapshot {
+    index: LogIndex,
+    views: Arc<Views>,
+    names: Arc<Names>,
+}
 
 impl Snapshot {
+    pub(crate) fn new(index: LogIndex, views: Arc<Views>, names: Arc<Names>) -> Self {
+        Self { index, views, names }
+    }
+
     /// The index whose state it shows.
     pub fn index(&self) -> LogIndex {
-        todo!()
+        self.index
     }
 
     /// The value of a key. Ready at the first poll when no block has to be read.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown keyspace, `Io`, `Corrupt`.
     pub async fn get(&self, keyspace: KeyspaceId, key: &[u8]) -> Result<Option<Value>> {
-        let _ = (keyspace, key);
-        todo!()
+        match self.view(keyspace)? {
+            Some(view) => view.get(key, self.index).await,
+            None => Ok(None),
+        }
     }
 
     /// The id of a keyspace in this view.
     pub fn keyspace(&self, name: &str) -> Option<KeyspaceId> {
-        let _ = name;
-        todo!()
+        self.names.keyspaces.get(name).copied()
     }
 
     /// A scan over the bounds.
     pub fn range(&self, keyspace: KeyspaceId, lower: Bound<Bytes>, upper: Bound<Bytes>) -> Scan {
-        let _ = (keyspace, lower, upper);
-        todo!()
+        let cursor = match self.view(keyspace) {
+            Err(error) => Err(error),
+            Ok(None) => Ok(None),
+            Ok(Some(_)) if crate::state_machine::is_empty(&lower, &upper) => Ok(None),
+            Ok(Some(view)) => Ok(Some(Box::new(view.scan(lower, upper, self.index)))),
+        };
+        Scan { cursor }
+    }
+
+    pub(crate) fn has_keyspace(&self, keyspace: KeyspaceId) -> bool {
+        self.names.keyspaces.values().any(|id| *id == keyspace)
+    }
+
+    /// The view of a keyspace; none if nothing was ever written to it.
+    fn view(&self, keyspace: KeyspaceId) -> Result<Option<&Arc<ReadView>>> {
+        match self.views.get(&keyspace) {
+            Some(published) => Ok(Some(&published.view)),
+            None if self.has_keyspace(keyspace) => Ok(None),
+            None => Err(no_keyspace(keyspace)),
+        }
     }
 }
 
+pub(crate) fn no_keyspace(keyspace: KeyspaceId) -> Error {
+    Error::new(ErrorKind::NotFound, format!("no such keyspace keyspace={keyspace}"))
+}
+
 /// An ordered scan over a snapshot, which it owns. Ends meet in the middle: no pair is given twice.
-pub struct Scan {}
+pub struct Scan {
+    /// None for bounds or a keyspace without a key.
+    cursor: Result<Option<Box<ScanCursor>>>,
+}
 
 impl Scan {
+    fn cursor(&mut self) -> Result<Option<&mut ScanCursor>> {
+        match &mut self.cursor {
+            Ok(cursor) => Ok(cursor.as_deref_mut()),
+            Err(error) => Err(error.clone()),
+        }
+    }
+
     /// The next pair from the low end.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown keyspace, `Io`, `Corrupt`.
     pub async fn next(&mut self) -> Result<Option<(Bytes, Value)>> {
-        todo!()
+        match self.cursor()? {
+            Some(cursor) => cursor.next().await,
+            None => Ok(None),
+        }
     }
 
     /// The next pair from the high end.
+    ///
+    /// # Errors
+    /// As [`Scan::next`].
     pub async fn next_back(&mut self) -> Result<Option<(Bytes, Value)>> {
-        todo!()
+        match self.cursor()? {
+            Some(cursor) => cursor.next_back().await,
+            None => Ok(None),
+        }
     }
 
     /// Moves the low end to the first key at or after `key`.
+    ///
+    /// # Errors
+    /// As [`Scan::next`].
     pub async fn seek(&mut self, key: &[u8]) -> Result<()> {
-        let _ = key;
-        todo!()
+        match self.cursor()? {
+            Some(cursor) => cursor.seek(key).await,
+            None => Ok(()),
+        }
     }
 }

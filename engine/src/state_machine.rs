@@ -1,10 +1,12 @@
 //! The embedder's own commands, decided at apply.
 
-use std::ops::Bound;
+use std::collections::BTreeMap;
+use std::ops::{Bound, RangeBounds};
 
 use bytes::Bytes;
 
-use crate::{KeyspaceId, LogIndex, Result};
+use crate::command::{WriteOp, check_key};
+use crate::{KeyspaceId, LogIndex, Result, Snapshot};
 
 /// Answers `Custom` commands. It runs on every replica, in log order, and must be deterministic: it may read the store
 /// through [`Apply`] and the command, and nothing else. Table digests tell when it is not.
@@ -30,32 +32,88 @@ pub trait StateMachine: Send + Sync + 'static {
 
 /// The view that a state machine has of the store while it applies one entry: everything applied before, its own
 /// writes on top.
-pub struct Apply {}
+pub struct Apply {
+    index: LogIndex,
+    time_ms: u64,
+    before: Snapshot,
+    /// In replay: keyspaces that this entry has made.
+    made: BTreeMap<String, KeyspaceId>,
+    next_keyspace: KeyspaceId,
+    /// Keyspaces to be made, in order.
+    created: Vec<(String, KeyspaceId)>,
+    /// `None` removes.
+    writes: BTreeMap<(KeyspaceId, Bytes), Option<Bytes>>,
+}
 
 impl Apply {
+    pub(crate) fn new(
+        index: LogIndex,
+        time_ms: u64,
+        before: Snapshot,
+        made: BTreeMap<String, KeyspaceId>,
+        next_keyspace: KeyspaceId,
+    ) -> Self {
+        Self { index, time_ms, before, made, next_keyspace, created: Vec::new(), writes: BTreeMap::new() }
+    }
+
+    /// The keyspaces to make, and the mutations in order of keys.
+    pub(crate) fn into_parts(self) -> (Vec<(String, KeyspaceId)>, Vec<WriteOp>) {
+        let op = |((keyspace, key), value)| match value {
+            Some(value) => WriteOp::Put { keyspace, key, value },
+            None => WriteOp::Delete { keyspace, key },
+        };
+        (self.created, self.writes.into_iter().map(op).collect())
+    }
+
     /// The index of the entry.
     pub fn index(&self) -> LogIndex {
-        todo!()
+        self.index
     }
 
     /// The proposer's wall clock, milliseconds since the Unix epoch.
     pub fn time_ms(&self) -> u64 {
-        todo!()
+        self.time_ms
     }
 
     /// The id of a keyspace, made if it is absent.
+    ///
+    /// # Errors
+    /// `Invalid` for a name of 0 or more than 255 bytes.
     pub fn keyspace(&mut self, name: &str) -> Result<KeyspaceId> {
-        let _ = name;
-        todo!()
+        crate::codec::check_name(name)?;
+        if let Some(id) = self.before.keyspace(name).or_else(|| self.made.get(name).copied()) {
+            return Ok(id);
+        }
+        if let Some((_, id)) = self.created.iter().find(|(created, _)| created == name) {
+            return Ok(*id);
+        }
+        let id = self.next_keyspace;
+        self.next_keyspace = KeyspaceId(
+            id.0.checked_add(1)
+                .ok_or_else(|| crate::Error::new(crate::ErrorKind::Invalid, "no keyspace number is left"))?,
+        );
+        self.created.push((name.to_owned(), id));
+        Ok(id)
     }
 
     /// The value of a key.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown keyspace, `Io`, `Corrupt`.
     pub async fn get(&self, keyspace: KeyspaceId, key: &[u8]) -> Result<Option<Bytes>> {
-        let _ = (keyspace, key);
-        todo!()
+        if let Some(value) = self.writes.get(&(keyspace, Bytes::copy_from_slice(key))) {
+            return Ok(value.clone());
+        }
+        if self.is_new(keyspace) {
+            return Ok(None);
+        }
+        self.before.get(keyspace, key).await
     }
 
     /// Up to `limit` pairs within the bounds, in order of keys.
+    ///
+    /// # Errors
+    /// As [`Apply::get`].
     pub async fn range(
         &self,
         keyspace: KeyspaceId,
@@ -64,19 +122,106 @@ impl Apply {
         reverse: bool,
         limit: usize,
     ) -> Result<Vec<(Bytes, Bytes)>> {
-        let _ = (keyspace, lower, upper, reverse, limit);
-        todo!()
+        let (lower, upper) = (lower.map(Bytes::copy_from_slice), upper.map(Bytes::copy_from_slice));
+        let mut found = Vec::new();
+        if limit == 0 || is_empty(&lower, &upper) {
+            return Ok(found);
+        }
+        let mut own = self.own(keyspace, &lower, &upper, reverse).peekable();
+        let mut scan = (!self.is_new(keyspace)).then(|| self.before.range(keyspace, lower.clone(), upper.clone()));
+        let mut stored = None;
+        while found.len() < limit {
+            if stored.is_none()
+                && let Some(open) = &mut scan
+            {
+                stored = if reverse { open.next_back().await? } else { open.next().await? };
+                if stored.is_none() {
+                    scan = None;
+                }
+            }
+            // Of two with one key its own write wins.
+            let order = match (own.peek(), &stored) {
+                (None, None) => break,
+                (Some(_), None) => std::cmp::Ordering::Less,
+                (None, Some(_)) => std::cmp::Ordering::Greater,
+                (Some((key, _)), Some((other, _))) if reverse => other.cmp(key),
+                (Some((key, _)), Some((other, _))) => (*key).cmp(other),
+            };
+            if order != std::cmp::Ordering::Greater {
+                if order == std::cmp::Ordering::Equal {
+                    stored = None;
+                }
+                if let Some((key, Some(value))) = own.next() {
+                    found.push((key.clone(), value.clone()));
+                }
+            } else {
+                found.extend(stored.take());
+            }
+        }
+        Ok(found)
     }
 
     /// Sets a key.
+    ///
+    /// # Errors
+    /// `Invalid` for a key or value outside of its limits, `NotFound` for an unknown keyspace.
     pub fn put(&mut self, keyspace: KeyspaceId, key: impl Into<Bytes>, value: impl Into<Bytes>) -> Result<()> {
-        let _ = (keyspace, key.into(), value.into());
-        todo!()
+        let op = WriteOp::Put { keyspace, key: key.into(), value: value.into() };
+        op.check()?;
+        self.check_keyspace(keyspace)?;
+        if let WriteOp::Put { keyspace, key, value } = op {
+            self.writes.insert((keyspace, key), Some(value));
+        }
+        Ok(())
     }
 
     /// Removes a key.
+    ///
+    /// # Errors
+    /// `Invalid` for a key outside of its limits, `NotFound` for an unknown keyspace.
     pub fn delete(&mut self, keyspace: KeyspaceId, key: impl Into<Bytes>) -> Result<()> {
-        let _ = (keyspace, key.into());
-        todo!()
+        let key = key.into();
+        check_key(&key)?;
+        self.check_keyspace(keyspace)?;
+        self.writes.insert((keyspace, key), None);
+        Ok(())
+    }
+
+    fn is_new(&self, keyspace: KeyspaceId) -> bool {
+        self.created.iter().any(|(_, id)| *id == keyspace) || self.made.values().any(|id| *id == keyspace)
+    }
+
+    fn check_keyspace(&self, keyspace: KeyspaceId) -> Result<()> {
+        if self.is_new(keyspace) || self.before.has_keyspace(keyspace) {
+            return Ok(());
+        }
+        Err(crate::snapshot::no_keyspace(keyspace))
+    }
+
+    /// Own writes within the bounds, in the order asked for.
+    fn own<'a>(
+        &'a self,
+        keyspace: KeyspaceId,
+        lower: &'a Bound<Bytes>,
+        upper: &'a Bound<Bytes>,
+        reverse: bool,
+    ) -> Box<dyn Iterator<Item = (&'a Bytes, &'a Option<Bytes>)> + Send + 'a> {
+        let inside = move |(k, key): &(KeyspaceId, Bytes)| {
+            *k == keyspace && RangeBounds::<Bytes>::contains(&(lower.as_ref(), upper.as_ref()), key)
+        };
+        let all = self.writes.range((keyspace, Bytes::new())..);
+        let all = all.take_while(move |((k, _), _)| *k == keyspace).filter(move |(at, _)| inside(at));
+        let all: Vec<_> = all.map(|((_, key), value)| (key, value)).collect();
+        if reverse { Box::new(all.into_iter().rev()) } else { Box::new(all.into_iter()) }
+    }
+}
+
+/// True for bounds that hold no key.
+pub(crate) fn is_empty(lower: &Bound<Bytes>, upper: &Bound<Bytes>) -> bool {
+    match (lower, upper) {
+        (Bound::Included(lower), Bound::Included(upper)) => lower > upper,
+        (Bound::Included(lower) | Bound::Excluded(lower), Bound::Excluded(upper))
+        | (Bound::Excluded(lower), Bound::Included(upper)) => lower >= upper,
+        _ => false,
     }
 }

@@ -16,7 +16,8 @@ use bytes::Bytes;
 use super::picker::Compaction;
 use super::version::{LEVELS, Tables};
 use super::{
-    Branch, Checkpoint, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, TableRef, Version, Versions,
+    Branch, Checkpoint, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, ManifestSettings, TableRef,
+    Version, Versions,
 };
 use crate::codec::{Decoder, TABLE_BYTES_MIN, put_bytes, put_table, put_varint, take_table};
 use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, Result, TableId};
@@ -134,6 +135,7 @@ pub(super) fn encode(manifest: &Manifest, places: Option<&Places>) -> Bytes {
     }
 
     let mut out = vec![MANIFEST_VERSION, places.is_some().into()];
+    put_settings(&mut out, &manifest.settings);
     put_varint(&mut out, manifest.as_of.0);
     put_varint(&mut out, manifest.rotated.0);
     put_varint(&mut out, manifest.next_generation.0);
@@ -166,6 +168,7 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
     }
     let with_places = from.u8()? != 0;
     let mut manifest = Manifest {
+        settings: take_settings(&mut from)?,
         as_of: LogIndex(from.varint()?),
         rotated: LogIndex(from.varint()?),
         next_generation: Generation(from.varint()?),
@@ -249,6 +252,22 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
     from.end()?;
     check(&manifest, &from)?;
     Ok((manifest, places))
+}
+
+pub(crate) fn put_settings(out: &mut Vec<u8>, settings: &ManifestSettings) {
+    put_varint(out, settings.memtable_bytes);
+    put_varint(out, settings.table_bytes);
+    put_varint(out, settings.base_level_bytes);
+    put_varint(out, settings.l0_compaction_runs.into());
+}
+
+pub(crate) fn take_settings(from: &mut Decoder) -> Result<ManifestSettings> {
+    Ok(ManifestSettings {
+        memtable_bytes: from.varint()?,
+        table_bytes: from.varint()?,
+        base_level_bytes: from.varint()?,
+        l0_compaction_runs: from.varint_u32()?,
+    })
 }
 
 /// Relations that a decoded manifest must keep.

@@ -24,16 +24,26 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-pub(crate) use self::codec::{Places, decode_op, encode_op};
+pub(crate) use self::codec::{Places, decode_op, encode_op, put_settings, take_settings};
 pub(crate) use self::ops::Effects;
-pub(crate) use self::picker::{Compaction, PickerSettings};
-pub(crate) use self::version::{GenRef, TableRef, Version, holds};
+pub(crate) use self::picker::Compaction;
+pub(crate) use self::version::{GenRef, TableRef, Version};
 use crate::{BranchId, Generation, InstallTable, JobId, KeyspaceId, LogIndex, MAIN, TableId};
 
 /// The name of keyspace 0, which every group is born with.
 pub(crate) const DEFAULT_KEYSPACE: &str = "default";
 /// The name of [`MAIN`].
 pub(crate) const MAIN_BRANCH: &str = "main";
+
+/// The settings that decide where memtables rotate and which compactions run: fixed when the group is born, since a
+/// change on one replica alone would make its tables differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ManifestSettings {
+    pub(crate) memtable_bytes: u64,
+    pub(crate) table_bytes: u64,
+    pub(crate) base_level_bytes: u64,
+    pub(crate) l0_compaction_runs: u32,
+}
 
 /// The versions of a branch or checkpoint. A keyspace without one is empty.
 pub(crate) type Versions = BTreeMap<KeyspaceId, Arc<Version>>;
@@ -125,6 +135,7 @@ pub(crate) enum ManifestOp {
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Manifest {
+    pub(crate) settings: ManifestSettings,
     /// The last entry that changed it.
     pub(crate) as_of: LogIndex,
     /// Where the generation in use begins.
@@ -139,19 +150,14 @@ pub(crate) struct Manifest {
     pub(crate) jobs: BTreeMap<JobId, Arc<Job>>,
 }
 
-impl Default for Manifest {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Manifest {
     /// What every group is born with: the main branch and the keyspace `default`.
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(settings: ManifestSettings) -> Self {
         let keyspace = Keyspace { name: DEFAULT_KEYSPACE.into(), created: LogIndex(0), dropped: None };
         let main =
             Branch { name: MAIN_BRANCH.into(), origin: None, created_ms: 0, dropped: None, versions: Versions::new() };
         Self {
+            settings,
             as_of: LogIndex(0),
             rotated: LogIndex(0),
             next_generation: Generation(1),

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use super::picker::{self, Pick};
 use super::version::{overlap, sorted};
 use super::{
-    Branch, Checkpoint, Compaction, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, PickerSettings,
-    TableRef, Version, Versions,
+    Branch, Checkpoint, Compaction, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, TableRef, Version,
+    Versions,
 };
 use crate::codec::check_name;
 use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, MAIN, Result};
@@ -36,17 +36,12 @@ pub(crate) struct Effects {
 }
 
 impl Manifest {
-    /// Applies an operation of entry `index`. With `picker` compactions are started where they are due; without, none
+    /// Applies an operation of entry `index`. With `picking` compactions are started where they are due; without, none
     /// is, which gives the same data.
     ///
     /// # Errors
     /// `Invalid` and `NotFound`: nothing changed, on any replica.
-    pub(crate) fn apply(
-        &mut self,
-        index: LogIndex,
-        op: &ManifestOp,
-        picker: Option<&PickerSettings>,
-    ) -> Result<Effects> {
+    pub(crate) fn apply(&mut self, index: LogIndex, op: &ManifestOp, picking: bool) -> Result<Effects> {
         let mut effects = match op {
             ManifestOp::Rotate { touched } => self.rotate(index, touched),
             ManifestOp::Install { job, tables } => self.install(*job, tables)?,
@@ -64,8 +59,8 @@ impl Manifest {
         if effects.took_effect {
             self.as_of = index;
             self.forget_dropped(&mut effects);
-            if let Some(picker) = picker {
-                self.start_compactions(picker, &mut effects);
+            if picking {
+                self.start_compactions(&mut effects);
             }
         }
         Ok(effects)
@@ -308,7 +303,8 @@ impl Manifest {
     }
 
     /// Starts what is due in the versions that changed.
-    fn start_compactions(&mut self, settings: &PickerSettings, effects: &mut Effects) {
+    fn start_compactions(&mut self, effects: &mut Effects) {
+        let settings = self.settings;
         let mut changed = effects.changed.clone();
         changed.sort_unstable();
         changed.dedup();
@@ -327,7 +323,7 @@ impl Manifest {
                         outstanding += 1;
                     }
                 }
-                match picker::pick(settings, branch, keyspace, version, &busy, outstanding) {
+                match picker::pick(&settings, branch, keyspace, version, &busy, outstanding) {
                     None => break,
                     Some(Pick::Start(compaction)) => {
                         self.start(Job::Compact(compaction), effects);

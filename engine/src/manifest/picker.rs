@@ -17,6 +17,7 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 
+use super::ManifestSettings;
 use super::version::{LEVELS, TableRef, Version, bytes_of, overlap, sorted};
 use crate::{BranchId, KeyspaceId, TableId};
 
@@ -28,13 +29,6 @@ pub(crate) const COMPACTIONS_PER_VERSION_MAX: usize = 2;
 const LAST: u8 = LEVELS as u8;
 /// Scores are per mille of the target.
 const SCORE_FULL: u64 = 1000;
-
-/// What the picker needs to know of the group's settings.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct PickerSettings {
-    pub(crate) base_level_bytes: u64,
-    pub(crate) l0_compaction_runs: usize,
-}
 
 /// A compaction: what it reads and where its outputs go.
 #[derive(Clone, Debug, PartialEq)]
@@ -103,7 +97,7 @@ pub(crate) fn targets(version: &Version, base_level_bytes: u64) -> Targets {
 
 /// The next step for a version, if one is due. `busy` are the inputs of its outstanding compactions.
 pub(crate) fn pick(
-    settings: &PickerSettings,
+    settings: &ManifestSettings,
     branch: BranchId,
     keyspace: KeyspaceId,
     version: &Version,
@@ -111,10 +105,7 @@ pub(crate) fn pick(
     outstanding: usize,
 ) -> Option<Pick> {
     let targets = targets(version, settings.base_level_bytes);
-    let l0_score = match version.l0.len() {
-        runs if runs < settings.l0_compaction_runs.max(1) => 0,
-        runs => (runs as u64).saturating_mul(SCORE_FULL) / settings.l0_compaction_runs.max(1) as u64,
-    };
+    let l0_score = (version.l0.len() as u64).saturating_mul(SCORE_FULL) / u64::from(settings.l0_compaction_runs.max(1));
     let mut due = vec![(l0_score, 0)];
     for (level, target) in (1..LAST).zip(targets.bytes) {
         let size = bytes_of(version.level(level).iter().filter(|t| !busy.contains(&t.id)));

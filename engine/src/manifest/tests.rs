@@ -9,7 +9,8 @@ use super::*;
 use crate::codec::Decoder;
 use crate::{ErrorKind, Result};
 
-const PICKER: PickerSettings = PickerSettings { base_level_bytes: 1000, l0_compaction_runs: 4 };
+const PICKER: ManifestSettings =
+    ManifestSettings { memtable_bytes: 1 << 20, table_bytes: 1 << 20, base_level_bytes: 1000, l0_compaction_runs: 4 };
 
 fn table(job: u64, ordinal: u32, first: &str, last: &str, bytes: u64) -> TableRef {
     Arc::new(InstallTable {
@@ -31,7 +32,7 @@ fn in_place(t: &TableRef, branch: BranchId, keyspace: u32) -> TableRef {
 }
 
 fn apply(manifest: &mut Manifest, index: u64, op: ManifestOp) -> Result<Effects> {
-    manifest.apply(LogIndex(index), &op, Some(&PICKER))
+    manifest.apply(LogIndex(index), &op, true)
 }
 
 fn ok(manifest: &mut Manifest, index: u64, op: ManifestOp) -> Effects {
@@ -60,7 +61,7 @@ fn main_version(manifest: &Manifest) -> &Version {
 
 #[test]
 fn a_flush_replaces_its_generation_in_every_version_that_names_it() {
-    let mut m = Manifest::new();
+    let mut m = Manifest::new(PICKER);
     ok(&mut m, 10, rotate(&[(0, 0)]));
     ok(&mut m, 10, checkpoint("c"));
     ok(&mut m, 11, clone_of("x", "c"));
@@ -79,7 +80,7 @@ fn a_flush_replaces_its_generation_in_every_version_that_names_it() {
 
 #[test]
 fn a_younger_generation_waits_for_the_older_one() {
-    let mut m = Manifest::new();
+    let mut m = Manifest::new(PICKER);
     ok(&mut m, 10, rotate(&[(0, 0)]));
     ok(&mut m, 20, rotate(&[(0, 0)]));
     let before = m.clone();
@@ -94,7 +95,7 @@ fn a_younger_generation_waits_for_the_older_one() {
 
 #[test]
 fn an_install_of_an_unknown_job_is_without_effect_and_a_second_one_too() {
-    let mut m = Manifest::new();
+    let mut m = Manifest::new(PICKER);
     ok(&mut m, 10, rotate(&[(0, 0)]));
     ok(&mut m, 11, install(1, vec![table(1, 0, "a", "b", 1)]));
     let before = m.clone();
@@ -105,7 +106,7 @@ fn an_install_of_an_unknown_job_is_without_effect_and_a_second_one_too() {
 
 #[test]
 fn what_cannot_be_a_job_output_is_refused_and_changes_nothing() {
-    let mut m = Manifest::new();
+    let mut m = Manifest::new(PICKER);
     ok(&mut m, 10, rotate(&[(0, 0)]));
     let before = m.clone();
     let cases = [
@@ -122,7 +123,7 @@ fn what_cannot_be_a_job_output_is_refused_and_changes_nothing() {
 
 #[test]
 fn an_empty_rotation_moves_the_flushed_index() {
-    let mut m = Manifest::new();
+    let mut m = Manifest::new(PICKER);
     ok(&mut m, 5, rotate(&[]));
     assert_eq!((m.flushed(), m.next_generation), (LogIndex(5), Generation(1)));
     ok(&mut m, 10, rotate(&[(0, 0)]));
@@ -134,7 +135,7 @@ fn an_empty_rotation_moves_the_flushed_index() {
 
 #[test]
 fn names_are_taken_found_and_refused() {
-    let mut m = Manifest::new();
+    let mut m = Manifest::new(PICKER);
     assert_eq!(ok(&mut m, 1, ManifestOp::CreateKeyspace { name: "a".into() }).keyspace, Some(KeyspaceId(1)));
     assert_eq!(ok(&mut m, 2, ManifestOp::CreateKeyspace { name: "a".into() }).keyspace, Some(KeyspaceId(1)));
     ok(&mut m, 3, checkpoint("c"));
@@ -160,7 +161,7 @@ fn names_are_taken_found_and_refused() {
 /// are given back.
 #[test]
 fn what_was_dropped_stays_until_its_drop_is_flushed() {
-    let mut m = Manifest::new();
+    let mut m = Manifest::new(PICKER);
     ok(&mut m, 1, ManifestOp::CreateKeyspace { name: "a".into() });
     ok(&mut m, 10, rotate(&[(0, 1)]));
     let t = in_place(&table(1, 0, "a", "b", 1), MAIN, 1);
@@ -178,7 +179,7 @@ fn what_was_dropped_stays_until_its_drop_is_flushed() {
 
 #[test]
 fn a_checkpoint_keeps_what_the_branch_drops() {
-    let mut m = Manifest::new();
+    let mut m = Manifest::new(PICKER);
     ok(&mut m, 1, ManifestOp::CreateKeyspace { name: "a".into() });
     ok(&mut m, 10, rotate(&[(0, 1)]));
     ok(&mut m, 10, checkpoint("c"));
@@ -194,7 +195,7 @@ fn a_checkpoint_keeps_what_the_branch_drops() {
 
 #[test]
 fn a_clone_and_its_origin_change_apart() {
-    let mut m = Manifest::new();
+    let mut m = Manifest::new(PICKER);
     ok(&mut m, 10, rotate(&[(0, 0)]));
     ok(&mut m, 11, install(1, vec![table(1, 0, "a", "b", 1)]));
     ok(&mut m, 12, checkpoint("c"));
@@ -442,15 +443,15 @@ proptest! {
     /// goes on as what was encoded.
     #[test]
     fn equal_operations_give_equal_manifests(steps in prop::collection::vec(step(), 1..120), again in any::<prop::sample::Index>()) {
-        let mut a = Manifest::new();
-        let mut b = Manifest::new();
+        let mut a = Manifest::new(PICKER);
+        let mut b = Manifest::new(PICKER);
         let again = again.index(steps.len());
         for (at, step) in steps.iter().enumerate() {
             let index = LogIndex(at as u64 + 1);
             for op in operations(&a, index, step) {
                 let named = a.tables();
-                let effects = a.apply(index, &op, Some(&PICKER));
-                prop_assert_eq!(effects.is_err(), b.apply(index, &op, Some(&PICKER)).is_err());
+                let effects = a.apply(index, &op, true);
+                prop_assert_eq!(effects.is_err(), b.apply(index, &op, true).is_err());
                 // Whatever is no longer named was told.
                 let now = a.tables();
                 let removed: Vec<TableId> = effects.iter().flat_map(|e| &e.removed).map(|t| t.id).collect();
@@ -471,11 +472,11 @@ proptest! {
 
     #[test]
     fn damaged_bytes_never_panic(steps in prop::collection::vec(step(), 1..40), at in any::<prop::sample::Index>(), flip in 1..=255_u8) {
-        let mut m = Manifest::new();
+        let mut m = Manifest::new(PICKER);
         for (at, step) in steps.iter().enumerate() {
             let index = LogIndex(at as u64 + 1);
             for op in operations(&m, index, step) {
-                let _ = m.apply(index, &op, Some(&PICKER));
+                let _ = m.apply(index, &op, true);
             }
         }
         let mut bytes = m.encode(Some(&Places::new())).to_vec();
@@ -524,7 +525,7 @@ fn operations_come_back_with_their_places() {
 /// A checkpoint of a version with many tables costs a few bytes, not a copy of its lists.
 #[test]
 fn checkpoints_share_what_they_name() {
-    let mut m = Manifest::new();
+    let mut m = Manifest::new(PICKER);
     ok(&mut m, 10, rotate(&[(0, 0)]));
     let tables = (0..1000).map(|n| table(1, n, &format!("{n:05}a"), &format!("{n:05}b"), 1)).collect();
     ok(&mut m, 11, install(1, tables));

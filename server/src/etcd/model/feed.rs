@@ -65,16 +65,7 @@ pub struct Branch {
     marks: Mutex<Marks>,
     ring: Mutex<Ring>,
     watchers: AtomicUsize,
-    published: watch::Sender<Published>,
-}
-
-/// How far a branch is for watchers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Published {
-    /// The last revision that was published in this process; 0 before the first.
-    pub revision: i64,
-    /// How often the state was replaced: after that, revisions may have come that were never published.
-    pub resets: u64,
+    published: watch::Sender<i64>,
 }
 
 #[derive(Default)]
@@ -99,7 +90,7 @@ impl Branch {
             marks: Mutex::default(),
             ring: Mutex::new(Ring { changes: VecDeque::new(), bytes: 0, floor: i64::MAX }),
             watchers: AtomicUsize::new(0),
-            published: watch::Sender::new(Published::default()),
+            published: watch::Sender::new(0),
         }
     }
 
@@ -154,7 +145,7 @@ impl Branch {
         ring.floor = i64::MAX;
         drop(ring);
         // Watchers look at the store and find where they are.
-        self.published.send_modify(|published| published.resets = published.resets.wrapping_add(1));
+        self.published.send_modify(|_| {});
     }
 
     /// Whether changes are to be kept for watchers.
@@ -166,7 +157,7 @@ impl Branch {
     pub(super) fn publish(&self, revision: i64, changes: Vec<Arc<Changes>>) {
         if self.is_watched() || !changes.is_empty() {
             let mut ring = lock(&self.ring);
-            let published = self.published.borrow().revision;
+            let published = *self.published.borrow();
             // Changes are missing where nobody watched as their entry was applied.
             let whole = changes.first().is_some_and(|first| first.revision == published.saturating_add(1))
                 && changes.last().is_some_and(|last| last.revision == revision);
@@ -192,7 +183,7 @@ impl Branch {
                 ring.floor = i64::MAX;
             }
         }
-        self.published.send_modify(|published| published.revision = revision.max(published.revision));
+        self.published.send_modify(|published| *published = revision.max(*published));
     }
 
     /// The changes from `from` on, up to `limit` revisions. `None` if they are not all in memory: read the store.
@@ -215,7 +206,7 @@ impl Branch {
 /// See [`Branch::watch`].
 pub struct Watching {
     branch: Arc<Branch>,
-    published: watch::Receiver<Published>,
+    published: watch::Receiver<i64>,
 }
 
 impl Watching {
@@ -224,8 +215,8 @@ impl Watching {
         &self.branch
     }
 
-    /// How far the branch is. Marks it as seen.
-    pub fn published(&mut self) -> Published {
+    /// The published revision; 0 before the first one of this process. Marks it as seen.
+    pub fn published(&mut self) -> i64 {
         *self.published.borrow_and_update()
     }
 

@@ -1,0 +1,202 @@
+//! The background tasks of an engine: workers that run jobs, and the upkeep that writes manifest pages, cuts the log and lets
+//! freed extents go.
+//!
+//! # Invariants
+//! 1. The log is released up to `start` only after a superblock is durable that says so, and whose pages hold every edit
+//!    before it. Records that are not durable yet lie behind what was durable when the purge began, so they are never cut.
+//! 2. While the volume is full no job starts, but for one attempt each time that something asks for it.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+
+use mainstay_wal::Lsn;
+
+use super::pages::flushed_of;
+use super::{EngineShared, Slot};
+use crate::group::{GroupShared, JobClass};
+use crate::{ErrorKind, Result};
+
+/// Freed bytes that wait for a superblock before one is written for them alone.
+const PARKED_BYTES_MAX: u64 = 64 << 20;
+/// Between two purges the log has grown by one part of the ring in so many.
+const PURGE_SHARE: u64 = 16;
+
+impl EngineShared {
+    /// Runs jobs until the engine is closed.
+    pub(super) async fn work_on_jobs(self: Arc<Self>) {
+        while !self.is_closing() {
+            match self.next_job() {
+                Some(run) => {
+                    // Another worker may find another job.
+                    self.work.notify_one();
+                    self.run_job(&run).await;
+                }
+                None => self.work.notified().await,
+            }
+        }
+        // The permit that ended this worker ends the next one too.
+        self.work.notify_one();
+    }
+
+    fn next_job(&self) -> Option<crate::group::Run> {
+        if self.full.load(Ordering::Acquire) && !self.retry.swap(false, Ordering::AcqRel) {
+            return None;
+        }
+        let groups: Vec<_> = self.open_groups();
+        // Flushes first: they free memory and the log, and are short.
+        [JobClass::Flush, JobClass::Compact]
+            .into_iter()
+            .find_map(|class| groups.iter().find_map(|group| group.next_job(class)))
+    }
+
+    async fn run_job(&self, run: &crate::group::Run) {
+        let outcome = match self.volume.reserve(run.estimated_bytes()).await {
+            Ok(mut reservation) => run.execute(&mut reservation).await,
+            Err(error) => Err(error),
+        };
+        match &outcome {
+            Err(error) if error.kind() == ErrorKind::OutOfSpace => self.set_full(true),
+            _ => self.set_full(false),
+        }
+        run.group().finish_job(run, outcome);
+        if self.volume.space().parked_bytes >= PARKED_BYTES_MAX {
+            self.upkeep.notify_one();
+        }
+    }
+
+    fn set_full(&self, full: bool) {
+        if self.full.swap(full, Ordering::AcqRel) == full {
+            return;
+        }
+        if full {
+            tracing::warn!(volume = %self.volume.media().name(), "the volume is full: writes are refused, reads go on");
+            // What was freed but waits for a superblock may be enough.
+            self.upkeep.notify_one();
+        } else {
+            tracing::info!(volume = %self.volume.media().name(), "the volume has space again");
+        }
+        self.open_groups().iter().for_each(|group| group.wake());
+    }
+
+    pub(crate) fn space_is_short(&self) -> bool {
+        self.full.load(Ordering::Acquire)
+    }
+
+    /// Lets one job try whether there is space again.
+    pub(crate) fn retry_space(&self) {
+        if !self.retry.swap(true, Ordering::AcqRel) {
+            self.work.notify_one();
+            if self.volume.space().parked_bytes > 0 {
+                self.upkeep.notify_one();
+            }
+        }
+    }
+
+    /// Pages are to be written whatever the log looks like.
+    pub(crate) fn want_pages(&self) {
+        self.pages_wanted.store(true, Ordering::Release);
+        self.upkeep.notify_one();
+    }
+
+    /// Asks for a purge when half of the ring is used and the log has grown since the last one.
+    pub(crate) fn check_log(&self) {
+        if self.log_is_half_full() {
+            self.upkeep.notify_one();
+        }
+    }
+
+    fn log_is_half_full(&self) -> bool {
+        let stats = self.wal().stats();
+        stats.used_bytes.saturating_mul(2) > stats.ring_bytes
+    }
+
+    /// Keeps the log short and lets freed extents go until the engine is closed.
+    pub(super) async fn keep_up(self: Arc<Self>) {
+        loop {
+            self.upkeep.notified().await;
+            if self.is_closing() {
+                return;
+            }
+            if let Err(error) = self.keep_up_once().await {
+                if error.kind() == ErrorKind::OutOfSpace {
+                    self.set_full(true);
+                } else {
+                    tracing::error!(%error, "the manifest pages could not be written");
+                }
+            }
+        }
+    }
+
+    async fn keep_up_once(&self) -> Result<()> {
+        let wanted = self.pages_wanted.swap(false, Ordering::AcqRel);
+        if wanted || self.log_is_half_full() {
+            let grown = self.wal().durable().0.saturating_sub(self.purged_at.load(Ordering::Acquire));
+            let edits = self.open_groups().iter().any(|group| group.wants_pages());
+            if wanted || edits || grown >= self.wal().stats().ring_bytes / PURGE_SHARE {
+                let outcome = self.purge().await;
+                if outcome.is_err() && wanted {
+                    // To be tried again when something is freed.
+                    self.pages_wanted.store(true, Ordering::Release);
+                }
+                outcome?;
+                let again = std::mem::take(&mut *self.offer_again.lock().unwrap_or_else(PoisonError::into_inner));
+                again.iter().filter_map(std::sync::Weak::upgrade).for_each(|group| group.offer_again());
+            }
+            if self.log_is_half_full() {
+                // An idle group's few entries may hold the rest of the ring.
+                self.open_groups().iter().filter(|group| group.is_settled()).for_each(|group| group.want_rotation());
+            }
+        }
+        let space = self.volume.space();
+        if space.parked_bytes >= PARKED_BYTES_MAX || (self.space_is_short() && space.parked_bytes > 0) {
+            self.volume.update(|_| {}).await?;
+            if self.space_is_short() {
+                self.retry.store(true, Ordering::Release);
+                self.work.notify_one();
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the pages and cuts the log before what is still needed.
+    pub(crate) async fn purge(&self) -> Result<()> {
+        let turn = self.pages_turn().await;
+        let limit = self.wal().durable();
+        let start = self.oldest_needed(limit).await?;
+        self.write_pages_from(&turn, None, Some(start)).await?;
+        self.wal().release(start);
+        self.purged_at.store(limit.0, Ordering::Release);
+        Ok(())
+    }
+
+    /// An install could not be logged: it is offered again behind the next purge.
+    pub(crate) fn offer_after_purge(&self, group: &Arc<GroupShared>) {
+        self.offer_again.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(group));
+        self.want_pages();
+    }
+
+    /// The oldest position that an owner of the log needs, at most `limit`.
+    async fn oldest_needed(&self, limit: Lsn) -> Result<Lsn> {
+        let start = self.wal().start();
+        let pin = self.pin.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(pin) = pin else { return Ok(start) };
+        let mut oldest = limit;
+        let slots: Vec<_> = {
+            let groups = self.groups();
+            let found = |slot: &Slot| match slot {
+                Slot::Found(found) => Some(found.oldest),
+                Slot::Open(_) => None,
+            };
+            groups.iter().map(|(&id, slot)| (id, flushed_of(slot), found(slot))).collect()
+        };
+        for (id, flushed, found) in slots {
+            let needed = match found {
+                // Nobody has asked for the group yet: all of it stays.
+                Some(found) => found,
+                None => pin.pin(id, flushed).await?,
+            };
+            oldest = needed.map_or(oldest, |pos| oldest.min(pos.batch));
+        }
+        Ok(oldest.max(start))
+    }
+}

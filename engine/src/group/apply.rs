@@ -1,0 +1,285 @@
+//! Applies entries: the only writer of the memtables and of the logical manifest.
+//!
+//! # Invariants
+//! 1. What an entry does depends on the entries before it alone: not on which jobs have finished here, nor on where a restart
+//!    began its replay.
+//! 2. Everything an entry writes becomes readable in one step, when the applied index reaches it.
+//! 3. No I/O, but for reads of the embedder's state machine.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+
+use super::core::{Core, Edit};
+use super::{Applied, GroupShared};
+use crate::command::WriteOp;
+use crate::manifest::{Effects, ManifestOp};
+use crate::memtable::Memtable;
+use crate::state_machine::Apply;
+use crate::{BranchId, Command, CommandBody, Error, ErrorKind, KeyspaceId, LogIndex, Result};
+
+/// What a mutation counts besides its key and value when the bytes since the last rotation are summed.
+pub(super) const OP_OVERHEAD_BYTES: u64 = 32;
+
+/// What an entry has done so far.
+struct Entry {
+    index: LogIndex,
+    /// Its operations are in the manifest already.
+    replayed: bool,
+    ops: Vec<ManifestOp>,
+    /// Readers need a new structure.
+    publish: bool,
+}
+
+impl GroupShared {
+    pub(super) async fn apply_entry(self: &Arc<Self>, index: LogIndex, command: &Command) -> Result<Applied> {
+        self.check_alive()?;
+        let response = match &command.body {
+            CommandBody::Custom { branch, command: custom } => {
+                self.apply_custom(index, command.time_ms, *branch, custom.clone()).await
+            }
+            body => {
+                let mut core = self.lock();
+                let mut entry = self.enter(&mut core, index);
+                let response = self.apply_body(&mut core, &mut entry, command.time_ms, body);
+                self.leave(&mut core, entry);
+                response
+            }
+        };
+        if let Some(state_machine) = &self.state_machine {
+            state_machine.applied(index);
+        }
+        Ok(Applied { index, response })
+    }
+
+    pub(super) fn skip_entry(self: &Arc<Self>, index: LogIndex) {
+        let mut core = self.lock();
+        let entry = self.enter(&mut core, index);
+        self.leave(&mut core, entry);
+    }
+
+    fn enter(&self, core: &mut Core, index: LogIndex) -> Entry {
+        let applied = self.applied();
+        assert!(index > applied, "entries are applied in order: index={index} applied={applied}");
+        // In replay the manifest knows where the generations ended.
+        while let Some(generation) = core.logical.generations.get(&core.active) {
+            if index <= generation.end {
+                break;
+            }
+            core.active.0 += 1;
+            core.written = 0;
+        }
+        Entry { index, replayed: index <= core.replay_to, ops: Vec::new(), publish: false }
+    }
+
+    /// Rotates if it is due, hands the operations on and makes the entry readable.
+    fn leave(self: &Arc<Self>, core: &mut Core, mut entry: Entry) {
+        if !entry.replayed && core.written >= core.logical.settings.memtable_bytes {
+            self.rotate(core, &mut entry);
+        }
+        let index = entry.index;
+        if !entry.ops.is_empty() {
+            self.queue_edit(core, Edit { index, ops: entry.ops });
+            entry.publish = true;
+        }
+        if entry.publish {
+            self.publish(core, index);
+        }
+        self.applied.store(index.0, Ordering::Release);
+        // A frozen generation may have become complete.
+        if core.logical.generations.values().any(|g| g.end == index) {
+            self.engine.work.notify_one();
+        }
+        if self.engine.space_is_short() {
+            self.engine.retry_space();
+        }
+    }
+
+    /// An operation of this entry on the logical manifest.
+    fn op(&self, core: &mut Core, entry: &mut Entry, op: ManifestOp) -> Result<Effects> {
+        if entry.replayed {
+            entry.publish = true;
+            return Ok(Effects::default());
+        }
+        let effects = core.logical.apply(entry.index, &op, true)?;
+        if effects.took_effect {
+            entry.ops.push(op);
+        }
+        Ok(effects)
+    }
+
+    fn rotate(&self, core: &mut Core, entry: &mut Entry) {
+        if entry.replayed {
+            return;
+        }
+        let touched = core.touched();
+        if touched.is_empty() && entry.index == core.logical.rotated {
+            return;
+        }
+        let effects = self.op(core, entry, ManifestOp::Rotate { touched }).expect("a rotation is never refused");
+        if let Some(generation) = effects.generation {
+            assert_eq!(generation, core.active, "a generation is numbered when its first entry is applied");
+            core.active.0 += 1;
+        }
+        core.written = 0;
+        core.rotate = None;
+    }
+
+    fn apply_body(&self, core: &mut Core, entry: &mut Entry, time_ms: u64, body: &CommandBody) -> Result<Bytes> {
+        let index = entry.index;
+        match body {
+            CommandBody::Batch(batch) => {
+                self.check_batch(core, index, batch.branch, &batch.ops)?;
+                self.write(core, entry, batch.branch, &batch.ops);
+                Ok(Bytes::new())
+            }
+            CommandBody::CreateKeyspace { name } => {
+                self.op(core, entry, ManifestOp::CreateKeyspace { name: name.clone() })?;
+                let id = core.logical.keyspace_before(name, LogIndex(index.0 + 1));
+                // In replay it may have been refused; nobody asks then.
+                Ok(id.map(|id| Bytes::copy_from_slice(&id.0.to_le_bytes())).unwrap_or_default())
+            }
+            CommandBody::DropKeyspace { name } => {
+                self.op(core, entry, ManifestOp::DropKeyspace { name: name.clone() })?;
+                self.rotate(core, entry);
+                Ok(Bytes::new())
+            }
+            CommandBody::Rotate => {
+                self.rotate(core, entry);
+                Ok(Bytes::new())
+            }
+            CommandBody::Install { job, tables } => {
+                if entry.replayed {
+                    entry.publish = true;
+                    return Ok(Bytes::new());
+                }
+                let tables = tables.iter().cloned().map(Arc::new).collect();
+                let effects = self.op(core, entry, ManifestOp::Install { job: *job, tables })?;
+                if !effects.took_effect {
+                    // Too early for a flush whose older generation is not installed: to be offered again.
+                    core.offered.remove(job);
+                    self.offers.notify_waiters();
+                } else if core.touched().is_empty() {
+                    self.rotate(core, entry);
+                }
+                Ok(Bytes::new())
+            }
+            CommandBody::CreateCheckpoint { name, branch } => {
+                let refused = core.logical.checkpoints.contains_key(name)
+                    || !core.logical.has_branch_before(*branch, index)
+                    || crate::codec::check_name(name).is_err();
+                if !refused {
+                    self.rotate(core, entry);
+                }
+                let op = ManifestOp::CreateCheckpoint { name: name.clone(), branch: *branch, time_ms };
+                self.op(core, entry, op)?;
+                Ok(Bytes::new())
+            }
+            CommandBody::DropCheckpoint { name } => {
+                self.op(core, entry, ManifestOp::DropCheckpoint { name: name.clone() })?;
+                Ok(Bytes::new())
+            }
+            CommandBody::CreateClone { name, checkpoint } => {
+                let (name, checkpoint) = (name.clone(), checkpoint.clone());
+                self.op(core, entry, ManifestOp::CreateClone { name, checkpoint, time_ms })?;
+                Ok(Bytes::copy_from_slice(&index.0.to_le_bytes()))
+            }
+            CommandBody::DropClone { name } => {
+                self.op(core, entry, ManifestOp::DropClone { name: name.clone() })?;
+                self.rotate(core, entry);
+                Ok(Bytes::new())
+            }
+            CommandBody::Custom { .. } => unreachable!("custom commands take their own way"),
+        }
+    }
+
+    fn check_batch(&self, core: &Core, index: LogIndex, branch: BranchId, ops: &[WriteOp]) -> Result<()> {
+        if !core.logical.has_branch_before(branch, index) {
+            return Err(no_branch(branch));
+        }
+        let mut known = None;
+        for op in ops {
+            op.check()?;
+            let keyspace = op.keyspace();
+            if known != Some(keyspace) && !core.logical.has_keyspace_before(keyspace, index) {
+                return Err(no_keyspace(keyspace));
+            }
+            known = Some(keyspace);
+        }
+        Ok(())
+    }
+
+    /// Writes checked mutations into the memtables in use.
+    fn write(&self, core: &mut Core, entry: &mut Entry, branch: BranchId, ops: &[WriteOp]) {
+        let mut at: Option<(KeyspaceId, Arc<Memtable>)> = None;
+        for op in ops {
+            let keyspace = op.keyspace();
+            let memtable = match &at {
+                Some((known, memtable)) if *known == keyspace => memtable,
+                _ => {
+                    let key = (core.active, branch, keyspace);
+                    let memtable = core.memtables.entry(key).or_insert_with(|| {
+                        entry.publish = true;
+                        Arc::new(Memtable::new(&self.engine.budget))
+                    });
+                    &at.insert((keyspace, memtable.clone())).1
+                }
+            };
+            memtable.insert(op.key(), entry.index, op.value());
+            let bytes = op.key().len() + op.value().map_or(0, Bytes::len);
+            core.written += bytes as u64 + OP_OVERHEAD_BYTES;
+        }
+    }
+
+    async fn apply_custom(
+        self: &Arc<Self>,
+        index: LogIndex,
+        time_ms: u64,
+        branch: BranchId,
+        command: Bytes,
+    ) -> Result<Bytes> {
+        let prepared = self.prepare_custom(index, time_ms, branch);
+        let answer = match (prepared, &self.state_machine) {
+            (Err(error), _) => Err(error),
+            (Ok(_), None) => Err(Error::new(ErrorKind::Unsupported, "the group has no state machine for its commands")),
+            (Ok(mut apply), Some(state_machine)) => {
+                state_machine.apply(&mut apply, command).await.map(|response| (response, apply))
+            }
+        };
+        let mut core = self.lock();
+        let mut entry = self.enter(&mut core, index);
+        let response = answer.and_then(|(response, apply)| {
+            let (created, ops) = apply.into_parts();
+            for (name, id) in created {
+                let effects = self.op(&mut core, &mut entry, ManifestOp::CreateKeyspace { name })?;
+                assert!(entry.replayed || effects.keyspace == Some(id), "keyspaces are numbered as they were promised");
+            }
+            self.write(&mut core, &mut entry, branch, &ops);
+            Ok(response)
+        });
+        self.leave(&mut core, entry);
+        response
+    }
+
+    fn prepare_custom(&self, index: LogIndex, time_ms: u64, branch: BranchId) -> Result<Apply> {
+        let core = self.lock();
+        if !core.logical.has_branch_before(branch, index) {
+            return Err(no_branch(branch));
+        }
+        // In replay, the keyspaces that this very entry made have their numbers already.
+        let made = core.logical.keyspaces.iter().filter(|(_, k)| k.created == index);
+        let made = made.map(|(&id, k)| (k.name.clone(), id)).collect();
+        let next_keyspace = core.logical.next_keyspace;
+        drop(core);
+        Ok(Apply::new(index, time_ms, self.snapshot_of(branch)?, made, next_keyspace))
+    }
+}
+
+pub(super) fn no_branch(branch: BranchId) -> Error {
+    Error::new(ErrorKind::NotFound, format!("no such branch branch={branch}"))
+}
+
+pub(super) fn no_keyspace(keyspace: KeyspaceId) -> Error {
+    Error::new(ErrorKind::NotFound, format!("no such keyspace keyspace={keyspace}"))
+}

@@ -1,0 +1,245 @@
+//! What a group holds in memory, under one lock, and what readers see of it.
+//!
+//! # Place      `apply` changes it entry by entry, `present` moves operations on, `jobs` takes from it what a job reads
+//! # Invariants
+//! 1. `present` is `logical` without the edits in `queue`. `overlay` is `present` with all that wait in `queue` but the
+//!    installs, and without picking; it is made only while something waits. An install changes no data, so readers may use it.
+//! 2. A [`Structure`] is published before the index of the first entry that needs it, and after everything that it holds was
+//!    applied. So a reader that finds one structure before and after it has read the applied index pairs them rightly.
+//! 3. Memtables of a generation are kept until the present manifest has its tables.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use super::jobs::Output;
+use crate::manifest::{Manifest, ManifestOp, Version};
+use crate::memtable::Memtable;
+use crate::read::ReadView;
+use crate::stored::StoredTable;
+use crate::table::Table;
+use crate::{BranchId, Error, Generation, JobId, KeyspaceId, LogIndex, TableId};
+
+/// What one entry did to the manifest.
+#[derive(Clone, Debug)]
+pub(super) struct Edit {
+    pub(super) index: LogIndex,
+    pub(super) ops: Vec<ManifestOp>,
+}
+
+pub(super) struct Core {
+    /// One more with every import: edits of the state before it are not those of this one.
+    pub(super) lineage: u64,
+    pub(super) logical: Manifest,
+    pub(super) present: Manifest,
+    pub(super) queue: VecDeque<Edit>,
+    pub(super) overlay: Option<Manifest>,
+    /// Entries up to here are in the manifest already: replay of them only fills memtables.
+    pub(super) replay_to: LogIndex,
+    /// The generation that is written now.
+    pub(super) active: Generation,
+    /// Bytes applied since the last rotation.
+    pub(super) written: u64,
+    pub(super) memtables: BTreeMap<(Generation, BranchId, KeyspaceId), Arc<Memtable>>,
+    pub(super) tables: BTreeMap<TableId, StoredTable>,
+    /// Outputs of jobs of ours that the present manifest does not name yet.
+    pub(super) done: BTreeMap<JobId, Output>,
+    pub(super) running: BTreeSet<JobId>,
+    /// Jobs whose output was another than the one that was installed.
+    pub(super) diverged: BTreeSet<JobId>,
+    /// Jobs that failed for another reason than space; they run again after a restart.
+    pub(super) stuck: BTreeMap<JobId, Error>,
+    /// Jobs whose install was offered.
+    pub(super) offered: BTreeSet<JobId>,
+    /// A rotation is asked for, and whether it was offered.
+    pub(super) rotate: Option<bool>,
+    /// The edit before the next one, as the log was told.
+    pub(super) logged: LogIndex,
+    /// The first edit of a new group carries its settings.
+    pub(super) born: bool,
+    /// The digest of the logical manifest, as of an index.
+    pub(super) digest: Option<(LogIndex, u128)>,
+}
+
+impl Core {
+    pub(super) fn new(lineage: u64, manifest: Manifest, tables: BTreeMap<TableId, StoredTable>, born: bool) -> Self {
+        Self {
+            lineage,
+            replay_to: manifest.as_of,
+            active: first_active(&manifest),
+            logged: manifest.as_of,
+            present: manifest.clone(),
+            logical: manifest,
+            queue: VecDeque::new(),
+            overlay: None,
+            written: 0,
+            memtables: BTreeMap::new(),
+            tables,
+            done: BTreeMap::new(),
+            running: BTreeSet::new(),
+            diverged: BTreeSet::new(),
+            stuck: BTreeMap::new(),
+            offered: BTreeSet::new(),
+            rotate: None,
+            born,
+            digest: None,
+        }
+    }
+
+    /// The manifest that readers follow.
+    pub(super) fn readable(&self) -> &Manifest {
+        self.overlay.as_ref().unwrap_or(&self.present)
+    }
+
+    /// Generations in memory that are no longer written.
+    pub(super) fn frozen_generations(&self) -> usize {
+        let frozen: BTreeSet<Generation> = self.memtables.keys().map(|k| k.0).filter(|g| *g < self.active).collect();
+        frozen.len()
+    }
+
+    /// What was written since the last rotation.
+    pub(super) fn touched(&self) -> Vec<(BranchId, KeyspaceId)> {
+        let from = (self.active, BranchId(0), KeyspaceId(0));
+        self.memtables.range(from..).filter(|(_, m)| !m.is_empty()).map(|(&(_, b, k), _)| (b, k)).collect()
+    }
+
+    /// Places of all tables, for the pages.
+    pub(super) fn places(&self) -> crate::manifest::Places {
+        self.tables.iter().map(|(&id, stored)| (id, stored.place())).collect()
+    }
+
+    /// Lets go of the memtables that the present manifest has as tables.
+    pub(super) fn drop_flushed_memtables(&mut self) {
+        let present = &self.present;
+        let active = self.active;
+        self.memtables.retain(|&(g, _, _), _| {
+            g >= active || g >= present.next_generation || present.generations.contains_key(&g)
+        });
+    }
+
+    /// The most L0 runs of any version that is written.
+    pub(super) fn l0_runs_max(&self) -> usize {
+        let alive = self.present.branches.values().filter(|b| b.dropped.is_none());
+        alive.flat_map(|b| b.versions.values()).map(|v| v.l0.len()).max().unwrap_or(0)
+    }
+}
+
+/// The generation that the first entry after the flushed index writes.
+pub(super) fn first_active(manifest: &Manifest) -> Generation {
+    manifest.generations.first_key_value().map_or(manifest.next_generation, |(&g, _)| g)
+}
+
+/// Names of keyspaces as a reader finds them.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Names {
+    pub(crate) keyspaces: BTreeMap<String, KeyspaceId>,
+}
+
+/// A keyspace of a branch as it was published, with what it was made from.
+#[derive(Clone)]
+pub(crate) struct Published {
+    pub(crate) view: Arc<ReadView>,
+    version: Option<Arc<Version>>,
+}
+
+pub(crate) type Views = BTreeMap<KeyspaceId, Published>;
+
+/// What readers see: replaced as a whole when memtables or tables change.
+#[derive(Default)]
+pub(crate) struct Structure {
+    pub(crate) branches: BTreeMap<BranchId, Arc<Views>>,
+    pub(crate) names: Arc<Names>,
+}
+
+/// The structure as entry `index` leaves it; takes over from `before` what has not changed.
+pub(super) fn structure(core: &Core, index: LogIndex, before: &Structure) -> Structure {
+    let next = LogIndex(index.0.saturating_add(1));
+    let manifest = core.readable();
+    let keyspaces = manifest.keyspaces.keys().filter(|&&k| manifest.has_keyspace_before(k, next));
+    let names =
+        Names { keyspaces: keyspaces.filter_map(|k| Some((manifest.keyspaces.get(k)?.name.clone(), *k))).collect() };
+    let names = if *before.names == names { before.names.clone() } else { Arc::new(names) };
+    let mut branches = BTreeMap::new();
+    for (&id, branch) in &manifest.branches {
+        if !manifest.has_branch_before(id, next) {
+            continue;
+        }
+        let old = before.branches.get(&id);
+        let mut views = Views::new();
+        for &keyspace in names.keyspaces.values() {
+            let version = branch.versions.get(&keyspace);
+            let memtables = memtables(core, id, keyspace, version);
+            if version.is_none() && memtables.is_empty() {
+                continue;
+            }
+            views.insert(keyspace, published(core, version, memtables, old.and_then(|o| o.get(&keyspace))));
+        }
+        let same = |old: &&Arc<Views>| {
+            old.len() == views.len()
+                && old.iter().zip(&views).all(|(a, b)| a.0 == b.0 && Arc::ptr_eq(&a.1.view, &b.1.view))
+        };
+        branches.insert(id, old.filter(same).cloned().unwrap_or_else(|| Arc::new(views)));
+    }
+    Structure { branches, names }
+}
+
+/// Memtables of a version, newest first: the one in use, then the frozen ones that it names. During replay those come
+/// into being one after the other.
+fn memtables(
+    core: &Core,
+    branch: BranchId,
+    keyspace: KeyspaceId,
+    version: Option<&Arc<Version>>,
+) -> Vec<Arc<Memtable>> {
+    let frozen = version.into_iter().flat_map(|v| &v.frozen).map(|f| (f.generation, f.branch, keyspace));
+    let active = (core.active, branch, keyspace);
+    let all = std::iter::once(active).chain(frozen.filter(|&f| f != active));
+    all.filter_map(|key| core.memtables.get(&key).cloned()).collect()
+}
+
+/// The view of a version; what `old` holds of it is shared.
+fn published(
+    core: &Core,
+    version: Option<&Arc<Version>>,
+    memtables: Vec<Arc<Memtable>>,
+    old: Option<&Published>,
+) -> Published {
+    let old_version = old.and_then(|o| o.version.as_ref());
+    let same_version = match (version, old_version) {
+        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+        (None, None) => true,
+        _ => false,
+    };
+    if let Some(old) = old
+        && same_version
+        && old.view.memtables.len() == memtables.len()
+        && old.view.memtables.iter().zip(&memtables).all(|(a, b)| Arc::ptr_eq(a, b))
+    {
+        return old.clone();
+    }
+    let open = |id: TableId| -> Arc<Table> {
+        core.tables.get(&id).expect("every table that the present manifest names is stored here").table.clone()
+    };
+    let mut view = ReadView { memtables, ..ReadView::default() };
+    if let Some(version) = version {
+        view.l0 = version.l0.iter().flat_map(|run| run.iter()).map(|t| open(t.id)).collect();
+        let levels = version.levels.iter().enumerate().map(|(at, level)| {
+            let shared = old.zip(old_version).filter(|(_, v)| Arc::ptr_eq(&v.levels[at], level));
+            match shared.and_then(|(o, _)| o.view.levels.get(at)) {
+                Some(list) => list.clone(),
+                None => level.iter().map(|t| open(t.id)).collect(),
+            }
+        });
+        view.levels = levels.collect();
+    }
+    Published { view: Arc::new(view), version: version.cloned() }
+}
+
+/// The views of a checkpoint, made when it is opened.
+pub(super) fn checkpoint_views(core: &Core, versions: &crate::manifest::Versions) -> Views {
+    let view = |(&keyspace, version): (&KeyspaceId, &Arc<Version>)| {
+        let frozen = version.frozen.iter().map(|f| (f.generation, f.branch, keyspace));
+        let memtables = frozen.filter_map(|key| core.memtables.get(&key).cloned()).collect();
+        (keyspace, published(core, Some(version), memtables, None))
+    };
+    versions.iter().map(view).collect()
+}

@@ -1,0 +1,327 @@
+//! Flushes and compactions: which runs next, how it writes its tables, and how its install is offered.
+//!
+//! # Invariants
+//! 1. What a job writes is a pure function of its inputs and of the group's settings: equal on all replicas.
+//! 2. Inputs are held by reference count while the job runs.
+//! 3. Outputs are durable in their extents before they are offered or installed.
+//! 4. Installs of flushes are offered in the order of their generations.
+
+use std::sync::Arc;
+
+use mainstay_io::AlignedBytes;
+
+use super::GroupShared;
+use super::core::Core;
+use crate::manifest::{Job, TableRef};
+use crate::memtable::Memtable;
+use crate::read::MergeInput;
+use crate::stored::{ExtentWriter, StoredBytes, StoredTable};
+use crate::table::{Table, TableBuilder, TableOptions};
+use crate::volume::Reservation;
+use crate::{
+    BranchId, Command, CommandBody, Error, ErrorKind, Generation, InstallTable, JobId, KeyspaceId, Result, TableId,
+};
+
+/// Bytes of a table gathered before they are written.
+const WRITE_BYTES: u64 = 512 << 10;
+/// What a job reserves beyond the bytes of its inputs: one part in so many, and some for blocks that are not full.
+const ESTIMATE_SHARE: u64 = 8;
+const ESTIMATE_BYTES: u64 = 256 << 10;
+
+/// What a job made.
+pub(super) struct Output {
+    pub(super) tables: Vec<StoredTable>,
+}
+
+/// Gives back what no manifest ever named.
+pub(super) fn discard(output: Output) {
+    output.tables.iter().for_each(|stored| stored.bytes.set_obsolete());
+}
+
+/// A job with all that it reads, pinned.
+pub(crate) struct Run {
+    group: Arc<GroupShared>,
+    lineage: u64,
+    job: JobId,
+    parts: Vec<Part>,
+    table_bytes: u64,
+    bytes: u64,
+}
+
+/// One merge: a keyspace of a flush, or the whole of a compaction.
+struct Part {
+    branch: BranchId,
+    keyspace: KeyspaceId,
+    memtables: Vec<Arc<Memtable>>,
+    tables: Vec<Arc<Table>>,
+    drop_tombstones: bool,
+}
+
+/// What kind of job a worker asks for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum JobClass {
+    Flush,
+    Compact,
+}
+
+impl GroupShared {
+    /// The next job of a class, marked as running.
+    pub(crate) fn next_job(self: &Arc<Self>, class: JobClass) -> Option<Run> {
+        if self.failed.get().is_some() {
+            return None;
+        }
+        let mut core = self.lock();
+        let (job, parts) = match class {
+            JobClass::Flush => self.next_flush(&core)?,
+            JobClass::Compact => next_compaction(&core)?,
+        };
+        core.running.insert(job);
+        let bytes = parts.iter().map(|part| {
+            let memtables: u64 = part.memtables.iter().map(|m| m.bytes()).sum();
+            let tables: u64 = part.tables.iter().map(|t| t.meta().bytes).sum();
+            memtables + tables + (memtables + tables) / ESTIMATE_SHARE + ESTIMATE_BYTES
+        });
+        Some(Run {
+            group: self.clone(),
+            lineage: core.lineage,
+            job,
+            bytes: bytes.sum(),
+            parts,
+            table_bytes: core.logical.settings.table_bytes,
+        })
+    }
+
+    /// The oldest generation that is complete: of the logical manifest, whatever the present one waits for.
+    fn next_flush(&self, core: &Core) -> Option<(JobId, Vec<Part>)> {
+        let applied = self.applied();
+        let generations = core.present.generations.iter().chain(&core.logical.generations);
+        let (generation, frozen) = generations
+            .filter(|(g, frozen)| **g < core.active && frozen.end <= applied && eligible(core, frozen.job))
+            .min_by_key(|(g, _)| **g)?;
+        let parts = frozen.touched.iter().map(|&(branch, keyspace)| Part {
+            branch,
+            keyspace,
+            memtables: core.memtables.get(&(*generation, branch, keyspace)).cloned().into_iter().collect(),
+            tables: Vec::new(),
+            drop_tombstones: false,
+        });
+        Some((frozen.job, parts.collect()))
+    }
+
+    /// Takes back what a job made, or why it failed.
+    pub(crate) fn finish_job(self: &Arc<Self>, run: &Run, outcome: Result<Vec<StoredTable>>) {
+        let mut core = self.lock();
+        let current = core.lineage == run.lineage;
+        if current {
+            core.running.remove(&run.job);
+        }
+        match outcome {
+            Ok(tables) => {
+                let output = Output { tables };
+                let known = core.logical.jobs.contains_key(&run.job) || core.present.jobs.contains_key(&run.job);
+                if !current || !known {
+                    return discard(output);
+                }
+                core.done.insert(run.job, output);
+                self.advance(&mut core);
+                self.publish(&mut core, self.applied());
+                drop(core);
+                self.offers.notify_waiters();
+            }
+            // The engine tries again when there is space.
+            Err(error) if error.kind() == ErrorKind::OutOfSpace => {}
+            Err(error) => {
+                tracing::error!(group = %self.id, job = %run.job, %error, "a job failed");
+                if current {
+                    core.stuck.insert(run.job, error);
+                }
+                drop(core);
+                self.progress.notify_waiters();
+            }
+        }
+    }
+
+    /// What to propose next, if there is something.
+    pub(super) fn take_offer(&self) -> Option<Command> {
+        let mut core = self.lock();
+        let body = if core.rotate == Some(false) {
+            core.rotate = Some(true);
+            CommandBody::Rotate
+        } else {
+            let job = offerable(&core)?;
+            core.offered.insert(job);
+            let tables = core.done.get(&job)?.tables.iter().map(|t| InstallTable::clone(&t.meta)).collect();
+            CommandBody::Install { job, tables }
+        };
+        drop(core);
+        let time_ms = self.engine.environment.clock.unix().as_millis() as u64;
+        Some(Command { time_ms, body })
+    }
+
+    /// Asks the leader for a rotation, so that the log can be cut or memory be freed.
+    pub(crate) fn want_rotation(&self) {
+        let mut core = self.lock();
+        if core.rotate.is_none() && core.written > 0 {
+            core.rotate = Some(false);
+            drop(core);
+            self.offers.notify_waiters();
+        }
+    }
+}
+
+fn eligible(core: &Core, job: JobId) -> bool {
+    !core.running.contains(&job)
+        && !core.done.contains_key(&job)
+        && !core.diverged.contains(&job)
+        && !core.stuck.contains_key(&job)
+}
+
+fn next_compaction(core: &Core) -> Option<(JobId, Vec<Part>)> {
+    core.present.jobs.iter().find_map(|(&id, job)| {
+        let Job::Compact(compaction) = &**job else { return None };
+        if !eligible(core, id) {
+            return None;
+        }
+        let open = |t: &TableRef| core.tables.get(&t.id).map(|stored| stored.table.clone());
+        let part = Part {
+            branch: compaction.branch,
+            keyspace: compaction.keyspace,
+            memtables: Vec::new(),
+            tables: compaction.inputs().map(open).collect::<Option<_>>()?,
+            drop_tombstones: compaction.drop_tombstones,
+        };
+        Some((id, vec![part]))
+    })
+}
+
+/// The first job whose install can be offered.
+fn offerable(core: &Core) -> Option<JobId> {
+    // Flushes one after the other: behind the first generation that is not done or offered none may go.
+    let mut flushes_end = Generation(u64::MAX);
+    for (&generation, frozen) in &core.logical.generations {
+        if !core.offered.contains(&frozen.job) && !core.done.contains_key(&frozen.job) {
+            flushes_end = generation;
+            break;
+        }
+    }
+    core.done.keys().copied().find(|id| {
+        !core.offered.contains(id)
+            && match core.logical.jobs.get(id).map(|job| &**job) {
+                Some(Job::Flush { generation }) => *generation < flushes_end,
+                Some(Job::Compact(_)) => true,
+                None => false,
+            }
+    })
+}
+
+impl Run {
+    pub(crate) fn group(&self) -> &Arc<GroupShared> {
+        &self.group
+    }
+
+    /// Bytes to reserve before the job runs.
+    pub(crate) fn estimated_bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Reads the inputs and writes the outputs, durable.
+    ///
+    /// # Errors
+    /// `OutOfSpace`, `Io`, `Corrupt`; nothing is left behind.
+    pub(crate) async fn execute(&self, reservation: &mut Reservation) -> Result<Vec<StoredTable>> {
+        let mut tables = Vec::new();
+        let outcome = self.write_tables(reservation, &mut tables).await;
+        match outcome {
+            Ok(()) => Ok(tables),
+            Err(error) => {
+                discard(Output { tables });
+                Err(error)
+            }
+        }
+    }
+
+    async fn write_tables(&self, reservation: &mut Reservation, tables: &mut Vec<StoredTable>) -> Result<()> {
+        for part in &self.parts {
+            let mut input = MergeInput::new(part.memtables.clone(), part.tables.clone(), part.drop_tombstones);
+            let mut open: Option<Writing<'_>> = None;
+            while let Some(entry) = input.next().await? {
+                if let Some(full) = open.take_if(|w| w.builder.estimated_bytes() >= self.table_bytes) {
+                    tables.push(full.finish(self, part, tables.len(), reservation).await?);
+                }
+                let writing = open.get_or_insert_with(|| Writing::new(self));
+                writing.builder.add(entry.key, entry.index, entry.value);
+                if writing.builder.estimated_bytes() >= writing.written + WRITE_BYTES {
+                    writing.write(reservation).await?;
+                }
+            }
+            if let Some(last) = open {
+                tables.push(last.finish(self, part, tables.len(), reservation).await?);
+            }
+        }
+        if !tables.is_empty() {
+            self.group.engine.volume.flush().await?;
+        }
+        Ok(())
+    }
+}
+
+/// A table on its way to its extents.
+struct Writing<'a> {
+    builder: TableBuilder,
+    writer: ExtentWriter<'a>,
+    written: u64,
+}
+
+impl<'a> Writing<'a> {
+    fn new(run: &'a Run) -> Self {
+        let writer = ExtentWriter::new(&run.group.engine.volume);
+        Self { builder: TableBuilder::new(TableOptions::default()), writer, written: 0 }
+    }
+
+    async fn write(&mut self, reservation: &mut Reservation) -> Result<()> {
+        let chunks = self.builder.take_chunks();
+        self.put(reservation, chunks).await
+    }
+
+    async fn put(&mut self, reservation: &mut Reservation, chunks: Vec<AlignedBytes>) -> Result<()> {
+        if chunks.is_empty() {
+            return Ok(());
+        }
+        self.written += chunks.iter().map(|c| c.len() as u64).sum::<u64>();
+        self.writer.write(reservation, chunks).await
+    }
+
+    async fn finish(
+        mut self,
+        run: &Run,
+        part: &Part,
+        ordinal: usize,
+        reservation: &mut Reservation,
+    ) -> Result<StoredTable> {
+        let builder = std::mem::replace(&mut self.builder, TableBuilder::new(TableOptions::default()));
+        let (chunks, meta) = builder.finish();
+        self.put(reservation, chunks).await?;
+        if meta.bytes != self.written {
+            return Err(Error::new(
+                ErrorKind::Internal,
+                format!("a table is not as long as it says bytes={} written={}", meta.bytes, self.written),
+            ));
+        }
+        let install = InstallTable {
+            id: TableId { job: run.job, ordinal: ordinal as u32 },
+            branch: part.branch,
+            keyspace: part.keyspace,
+            first: meta.first,
+            last: meta.last,
+            entries: meta.entries,
+            tombstones: meta.tombstones,
+            bytes: meta.bytes,
+            digest: meta.digest,
+            root: meta.root,
+        };
+        let engine = &run.group.engine;
+        let bytes = StoredBytes::new(engine.volume.clone(), self.writer.finish(), meta.bytes);
+        StoredTable::open(Arc::new(install), bytes.clone(), &engine.cache, &engine.budget)
+            .inspect_err(|_| bytes.set_obsolete())
+    }
+}

@@ -1,0 +1,104 @@
+//! Power cuts and kills at any moment: what was acknowledged is there, what was not may be.
+
+use std::collections::BTreeMap;
+
+use super::harness::*;
+use crate::{CommandBody, MAIN};
+
+fn key(n: u64) -> String {
+    format!("key-{:03}", n % 120)
+}
+
+/// Writes from several threads until the disks stop, then compares. Each thread owns its keys, so the newest acknowledged
+/// value of a key is known, and one later value may have been on its way.
+fn round(seed: u64, power: bool) {
+    const WRITERS: u64 = 4;
+    let media = media();
+    let mut acknowledged: BTreeMap<(u64, String), u64> = BTreeMap::new();
+    let mut next = 0;
+    for life in 0..3 {
+        let store = Store::open(&media);
+        for (&(writer, ref key), &n) in &acknowledged {
+            let found = store.get(&format!("{writer}-{key}")).unwrap_or_else(|| panic!("{writer}-{key} is lost"));
+            let found: u64 = String::from_utf8_lossy(&found).trim().parse().expect("a number was written");
+            assert!(found >= n, "seed {seed} life {life}: {writer}-{key} went back from {n} to {found}");
+        }
+        let stop = 60 + (seed * 37 + life * 101) % 400;
+        let log = &store.log;
+        let first = next;
+        let results: Vec<Vec<(String, u64)>> = std::thread::scope(|scope| {
+            let write = |writer: u64| {
+                let media = media.clone();
+                move || {
+                    let mut done = Vec::new();
+                    for n in 0..1000 {
+                        let (key, n) = (key(n * 31 + seed), first + n);
+                        if writer == 0 && n - first == stop {
+                            if power { media.crash(seed) } else { media.kill(seed) }
+                        }
+                        let value = format!("{n:<100}");
+                        let body = put(MAIN, &format!("{writer}-{key}"), value.as_bytes());
+                        match mainstay_io::block_on(log.propose(crate::Command { time_ms: 1, body })) {
+                            Ok(applied) => {
+                                applied.response.expect("a put is not refused");
+                                done.push((key, n));
+                            }
+                            Err(_) => break,
+                        }
+                    }
+                    done
+                }
+            };
+            let threads: Vec<_> = (0..WRITERS).map(|writer| scope.spawn(write(writer))).collect();
+            threads.into_iter().map(|t| t.join().expect("a writer does not panic")).collect()
+        });
+        next = first + 1000;
+        for (writer, done) in (0..).zip(results) {
+            assert!(done.len() < 1000, "the disks stopped before the writer did");
+            acknowledged.extend(done.into_iter().map(|(key, n)| ((writer, key), n)));
+        }
+        drop(store);
+    }
+    check_no_leak(&media);
+}
+
+#[test]
+fn what_was_acknowledged_survives_power_cuts() {
+    (0..6).for_each(|seed| round(seed, true));
+}
+
+#[test]
+fn what_was_acknowledged_survives_kills() {
+    (0..4).for_each(|seed| round(seed + 100, false));
+}
+
+/// A cut between the manifest and the data: at each of many moments of a run with flushes, compactions and checkpoints the
+/// volume opens, shows a prefix of what was written that holds all that was acknowledged, and leaks nothing.
+#[test]
+fn every_cut_leaves_a_prefix() {
+    let media = media();
+    let store = Store::open(&media);
+    for n in 0..150_u64 {
+        store.put(&key(n), format!("{n:<200}").as_bytes());
+        if n == 70 {
+            store.must(CommandBody::CreateCheckpoint { name: "c".into(), branch: MAIN });
+        }
+        if n % 30 == 29 {
+            let images: Vec<_> = media.disks().iter().map(|disk| disk.crash_image(n)).collect();
+            let options = mainstay_io::sim::SimOptions { capacity: 1 << 30, ..Default::default() };
+            let cut = mainstay_io::sim::SimMedia::from_images(Default::default(), options, images);
+            let after = Store::open(&cut);
+            for m in 0..=n {
+                // The newest of the numbers up to `n` that share the key.
+                let newest = (0..=n).rev().find(|x| key(*x) == key(m)).expect("m itself");
+                let found = after.get(&key(m)).expect("acknowledged");
+                assert_eq!(String::from_utf8_lossy(&found).trim(), newest.to_string());
+            }
+            assert_eq!(after.group().checkpoint("c").is_ok(), n >= 70);
+            drop(after);
+            cut.kill(0);
+            check_no_leak(&cut);
+        }
+    }
+    store.close();
+}

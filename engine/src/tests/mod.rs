@@ -1,0 +1,7 @@
+//! The engine as a whole over simulated disks: against a model, under crashes, replicas beside each other, full disks.
+
+// Threads and waits belong to tests over threads: the deterministic runs are in `sim`.
+#![allow(clippy::disallowed_methods)]
+
+mod harness;
+mod lifecycle;
