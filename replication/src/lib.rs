@@ -25,6 +25,9 @@ mod types;
 mod wire;
 mod write;
 
+#[cfg(test)]
+mod tests;
+
 pub use durability::{Durability, ReadLevel};
 pub use error::{Error, ErrorKind, Result};
 pub use node::{CommitToken, ForwardHandler, MemberInfo, MemberRole, Node, NodeOptions, NodeStatus, Write};

@@ -150,6 +150,11 @@ impl LogStore {
     }
 
     #[cfg(test)]
+    pub(crate) fn pos(&self, index: u64) -> Option<RecordPos> {
+        self.state().index.pos(index)
+    }
+
+    #[cfg(test)]
     pub(crate) fn purged(&self) -> Option<LogId> {
         self.state().index.purged()
     }

@@ -239,9 +239,9 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
         let export = self.state.export().map_err(io_error)?;
         let index = export.flushed.0;
         let meta = match history.at(index) {
-            Some((id, membership)) if index > 0 => SnapshotMeta { last_log_id: Some(id), last_membership: membership },
+            Some((id, membership)) => SnapshotMeta { last_log_id: Some(id), last_membership: membership },
             None if index > 0 => return Err(io_error(format!("no log id for the flushed entry index={index}"))),
-            _ => SnapshotMeta::default(),
+            None => SnapshotMeta::default(),
         };
         history.prune(index);
         Ok(RaftSnapshot { meta, snapshot: SnapshotHandle::Local(export) })
@@ -342,9 +342,10 @@ impl<R: Runtime, S: State> RaftStateMachine<TypeConfig<R>> for StateMachine<R, S
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotHandle) -> std::io::Result<()> {
-        let SnapshotHandle::Remote { manifest, from } = snapshot else {
-            // What this node exported is in it.
-            return Ok(());
+        let (manifest, from) = match snapshot {
+            SnapshotHandle::Remote { manifest, from } => (manifest, from),
+            // What this node exported: it holds the tables and asks nobody.
+            SnapshotHandle::Local(export) => (export.manifest, 0),
         };
         if meta.last_log_id.is_some_and(|id| id.index <= self.state.applied().0)
             && meta.last_log_id <= self.last_applied

@@ -1,0 +1,296 @@
+//! The log across restarts, crashes and a full ring. openraft's suite never restarts a store (pitfall 14).
+
+use bytes::Bytes;
+use mainstay_engine::{LogIndex, OwnerPin};
+use mainstay_io::sim::{Faults, IoKind, Latency, SimOptions};
+use mainstay_wal::Lsn;
+use openraft::async_runtime::Oneshot;
+use openraft::storage::{IOFlushed, RaftLogReader, RaftLogStorage};
+use openraft_rt::AsyncRuntime;
+
+use super::{Bench, GROUP, RING_BYTES};
+use crate::TokioRuntime;
+use crate::log_store::LogStore;
+use crate::types::{
+    Entry, EntryPayload, LogId, Membership, Payload, SnapshotMeta, StoredMembership, TypeConfig, Vote, log_id,
+};
+
+type Config = TypeConfig<TokioRuntime>;
+type Receiver<T> = <<TokioRuntime as AsyncRuntime>::Oneshot as Oneshot>::Receiver<T>;
+
+fn run<T>(test: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(test)
+}
+
+fn normal(term: u64, index: u64, bytes: usize) -> Entry {
+    let payload = Payload::new(Bytes::from(vec![index as u8; bytes]));
+    Entry { log_id: log_id(term, index), payload: EntryPayload::Normal(payload) }
+}
+
+fn members(ids: &[u64]) -> Membership {
+    Membership::new_with_defaults(vec![ids.iter().copied().collect()], [])
+}
+
+fn membership(term: u64, index: u64, ids: &[u64]) -> Entry {
+    Entry { log_id: log_id(term, index), payload: EntryPayload::Membership(members(ids)) }
+}
+
+/// Queues entries and returns what tells that they are durable.
+async fn queue(store: &mut LogStore, entries: Vec<Entry>) -> Receiver<std::io::Result<()>> {
+    let (tx, rx) = <TokioRuntime as AsyncRuntime>::Oneshot::channel();
+    RaftLogStorage::<Config>::append(store, entries, IOFlushed::signal(tx)).await.expect("queued");
+    rx
+}
+
+async fn append(store: &mut LogStore, entries: Vec<Entry>) {
+    queue(store, entries).await.await.expect("told").expect("durable");
+}
+
+async fn entries(store: &mut LogStore) -> Vec<Entry> {
+    RaftLogReader::<Config>::try_get_log_entries(store, 0..u64::MAX).await.expect("readable")
+}
+
+async fn ids(store: &mut LogStore) -> Vec<LogId> {
+    entries(store).await.iter().map(|e| e.log_id).collect()
+}
+
+async fn save_vote(store: &mut LogStore, vote: Vote) {
+    RaftLogStorage::<Config>::save_vote(store, &vote).await.expect("durable");
+}
+
+async fn read_vote(store: &mut LogStore) -> Option<Vote> {
+    RaftLogReader::<Config>::read_vote(store).await.expect("known")
+}
+
+async fn purge(store: &mut LogStore, upto: LogId) {
+    RaftLogStorage::<Config>::purge(store, upto).await.expect("queued");
+}
+
+async fn truncate(store: &mut LogStore, after: LogId) {
+    RaftLogStorage::<Config>::truncate_after(store, Some(after)).await.expect("queued");
+}
+
+#[test]
+fn what_was_durable_is_found_after_a_crash() {
+    run(async {
+        for cache in [1, 1 << 20] {
+            let mut bench = Bench::new(cache).await;
+            let store = &mut bench.store;
+            save_vote(store, Vote::new(3, 2)).await;
+            append(store, vec![membership(1, 0, &[1, 2, 3]), normal(1, 1, 100)]).await;
+            append(store, vec![normal(1, 2, 5000), normal(1, 3, 0)]).await;
+            truncate(store, log_id(1, 1)).await;
+            append(store, vec![normal(3, 2, 10), membership(3, 3, &[1, 2]), normal(3, 4, 10)]).await;
+            save_vote(store, Vote::new_committed(3, 2)).await;
+            let before = entries(store).await;
+
+            let mut bench = bench.crash(1, Lsn(0), cache).await;
+            let store = &mut bench.store;
+            assert_eq!(entries(store).await, before);
+            assert_eq!(read_vote(store).await, Some(Vote::new_committed(3, 2)));
+            let (id, m) = store.state_at(LogIndex(2)).expect("known");
+            assert_eq!((id, m.membership()), (Some(log_id(3, 2)), &members(&[1, 2, 3])));
+            let (id, m) = store.state_at(LogIndex(4)).expect("known");
+            assert_eq!((id, m.membership()), (Some(log_id(3, 4)), &members(&[1, 2])));
+            assert_eq!(*m.log_id(), Some(log_id(3, 3)));
+
+            // What may be purged is what the engine has; the state there keeps its name.
+            purge(store, log_id(3, 3)).await;
+            append(store, vec![normal(3, 5, 10)]).await;
+            let mut bench = bench.crash(2, Lsn(0), cache).await;
+            let store = &mut bench.store;
+            assert_eq!(ids(store).await, [log_id(3, 4), log_id(3, 5)]);
+            assert_eq!(store.purged(), Some(log_id(3, 3)));
+            let (id, m) = store.state_at(LogIndex(3)).expect("anchored");
+            assert_eq!((id, m.membership()), (Some(log_id(3, 3)), &members(&[1, 2])));
+            assert!(store.state_at(LogIndex(2)).is_err());
+        }
+    });
+}
+
+#[test]
+fn what_was_acknowledged_survives_every_crash_and_nothing_has_a_hole() {
+    run(async {
+        for seed in 0..60 {
+            let options = SimOptions { capacity: RING_BYTES, seed, ..SimOptions::default() };
+            let mut bench = Bench::of(options, 1 << 20).await;
+            let mut last = 0;
+            let mut acknowledged = 0;
+            let mut voted = 0;
+            for round in 1..=6 {
+                // Some are waited for and some are only queued when the power goes.
+                let mut waits = Vec::new();
+                for _ in 0..(seed + round) % 7 {
+                    last += 1;
+                    waits.push((last, queue(&mut bench.store, vec![normal(round, last - 1, 700)]).await));
+                }
+                let keep = waits.len() / 2;
+                for (index, wait) in waits.into_iter().take(keep) {
+                    wait.await.expect("told").expect("durable");
+                    acknowledged = index;
+                }
+                if seed % 2 == 0 {
+                    save_vote(&mut bench.store, Vote::new(round, 1)).await;
+                    voted = round;
+                    acknowledged = last;
+                }
+                bench = bench.crash(seed * 10 + round, Lsn(0), 1 << 20).await;
+                let found = ids(&mut bench.store).await;
+                assert!(found.len() as u64 >= acknowledged, "seed={seed} round={round}");
+                for (i, id) in found.iter().enumerate() {
+                    assert_eq!(id.index, i as u64, "seed={seed}");
+                }
+                last = found.len() as u64;
+                assert_eq!(read_vote(&mut bench.store).await.map_or(0, |v| v.leader_id.term), voted, "seed={seed}");
+            }
+        }
+    });
+}
+
+#[test]
+fn an_idle_log_lets_go_of_the_ring() {
+    run(async {
+        let mut bench = Bench::new(1 << 20).await;
+        let store = &mut bench.store;
+        save_vote(store, Vote::new_committed(1, 1)).await;
+        append(store, vec![membership(1, 0, &[1]), normal(1, 1, 100)]).await;
+        purge(store, log_id(1, 1)).await;
+        append(store, vec![normal(1, 2, 50_000), normal(1, 3, 50_000)]).await;
+        let pinned = store.pin(GROUP, LogIndex(1)).await.expect("open").expect("a log");
+        assert_eq!(Some(pinned), store_pos(store, 2), "vote and purge stand behind the oldest entry now");
+
+        purge(store, log_id(1, 3)).await;
+        let pinned = store.pin(GROUP, LogIndex(3)).await.expect("open").expect("a log");
+        assert!(pinned.batch.0 > 100_000, "only the copies are left");
+        bench.wal.release(pinned.batch);
+        let mut bench = bench.crash(1, pinned.batch, 1 << 20).await;
+        let store = &mut bench.store;
+        assert_eq!(read_vote(store).await, Some(Vote::new_committed(1, 1)));
+        assert_eq!((store.purged(), store.last()), (Some(log_id(1, 3)), Some(log_id(1, 3))));
+        let (_, m) = store.state_at(LogIndex(3)).expect("anchored");
+        assert_eq!(m.membership(), &members(&[1]));
+        append(store, vec![normal(1, 4, 10)]).await;
+    });
+}
+
+fn store_pos(store: &LogStore, index: u64) -> Option<mainstay_wal::RecordPos> {
+    store.pos(index)
+}
+
+#[test]
+fn the_state_can_be_named_before_and_after_an_install_whatever_the_crash_left() {
+    run(async {
+        let mut bench = Bench::new(1 << 20).await;
+        append(&mut bench.store, vec![membership(1, 0, &[1]), normal(1, 1, 10), normal(1, 2, 10)]).await;
+        let stored = StoredMembership::new(Some(log_id(4, 80)), members(&[1, 2]));
+        let meta = SnapshotMeta { last_log_id: Some(log_id(5, 90)), last_membership: stored.clone() };
+        bench.store.begin_install(&meta).await.expect("durable");
+        let mut bench = bench.crash(3, Lsn(0), 1 << 20).await;
+        // The engine had not switched.
+        assert_eq!(bench.store.state_at(LogIndex(2)).expect("known").0, Some(log_id(1, 2)));
+        // It had.
+        assert_eq!(bench.store.state_at(LogIndex(90)).expect("anchored"), (Some(log_id(5, 90)), stored.clone()));
+        // openraft then purges up to there; copies forward keep the name.
+        purge(&mut bench.store, log_id(5, 90)).await;
+        let pinned = bench.store.pin(GROUP, LogIndex(90)).await.expect("open").expect("a log");
+        let mut bench = bench.crash(4, pinned.batch, 1 << 20).await;
+        assert_eq!(bench.store.state_at(LogIndex(90)).expect("anchored"), (Some(log_id(5, 90)), stored));
+        append(&mut bench.store, vec![normal(6, 91, 10)]).await;
+        assert_eq!(ids(&mut bench.store).await, [log_id(6, 91)]);
+    });
+}
+
+#[test]
+fn entries_wait_for_space_in_order_and_votes_go_through() {
+    run(async {
+        let mut bench = Bench::new(64 << 20).await;
+        append(&mut bench.store, vec![membership(1, 0, &[1])]).await;
+        // More than the ring holds: some are refused, later and smaller ones may not overtake them.
+        let mut waits = Vec::new();
+        for i in 1..=24 {
+            waits.push(queue(&mut bench.store, vec![normal(1, 2 * i - 1, 1 << 20)]).await);
+            waits.push(queue(&mut bench.store, vec![normal(1, 2 * i, 10)]).await);
+        }
+        save_vote(&mut bench.store, Vote::new(2, 2)).await;
+        assert!(bench.store.is_stalled());
+        assert_eq!(entries(&mut bench.store).await.len(), 49, "all can be read");
+        let durable = (0..49).take_while(|i| bench.store.pos(*i).is_some()).count() as u64;
+        assert!(durable < 49);
+        assert_eq!(
+            (durable..49).filter(|i| bench.store.pos(*i).is_some()).count(),
+            0,
+            "nothing behind the first refused"
+        );
+
+        // What a crash finds now is what was acknowledged, in order.
+        let upto = durable - 2;
+        purge(&mut bench.store, log_id(1, upto)).await;
+        let pinned = bench.store.pin(GROUP, LogIndex(upto)).await.expect("open").expect("a log");
+        bench.wal.release(pinned.batch);
+        bench.store.resume();
+        for wait in waits.drain(..waits.len().min(30)) {
+            // Those that were purged were told before.
+            let _ = wait.await;
+        }
+        save_vote(&mut bench.store, Vote::new(3, 2)).await;
+        let found = ids(&mut bench.store).await;
+        let mut bench = bench.crash(9, pinned.batch, 64 << 20).await;
+        let after = ids(&mut bench.store).await;
+        assert_eq!(after, found[..after.len()]);
+        assert!(after.len() > 2, "space was used again");
+        assert_eq!(after[0].index, upto + 1);
+        assert_eq!(read_vote(&mut bench.store).await, Some(Vote::new(3, 2)));
+    });
+}
+
+#[test]
+fn a_failed_write_ends_the_log_for_good() {
+    run(async {
+        let mut bench = Bench::new(1 << 20).await;
+        append(&mut bench.store, vec![membership(1, 0, &[1])]).await;
+        bench.disk.fail_next(IoKind::DurableWrite);
+        let failed = queue(&mut bench.store, vec![normal(1, 1, 10)]).await.await.expect("told");
+        assert!(failed.is_err());
+        assert!(bench.store.failure().is_some());
+        let vote = RaftLogStorage::<Config>::save_vote(&mut bench.store, &Vote::new(9, 1)).await;
+        assert!(vote.is_err(), "no vote after a failed write");
+        let (tx, _rx) = <TokioRuntime as AsyncRuntime>::Oneshot::channel();
+        let again =
+            RaftLogStorage::<Config>::append(&mut bench.store, vec![normal(1, 2, 10)], IOFlushed::signal(tx)).await;
+        assert!(again.is_err());
+    });
+}
+
+#[test]
+fn append_does_not_wait_for_the_device() {
+    // A disk whose completions never come: the entries can be read all the same (pitfall 1).
+    run(async {
+        let mut bench = Bench::of(
+            SimOptions {
+                capacity: RING_BYTES,
+                flush_latency: Latency::default(),
+                faults: Faults::default(),
+                ..SimOptions::default()
+            },
+            1 << 20,
+        )
+        .await;
+        let wait = queue(&mut bench.store, vec![normal(1, 0, 10), normal(1, 1, 10)]).await;
+        assert_eq!(entries(&mut bench.store).await.len(), 2);
+        wait.await.expect("told").expect("durable");
+    });
+}
+
+#[test]
+fn saved_commit_index_is_in_memory_and_clamped() {
+    run(async {
+        let mut bench = Bench::new(1 << 20).await;
+        append(&mut bench.store, vec![membership(1, 0, &[1]), normal(1, 1, 10)]).await;
+        let written = bench.wal.stats().records;
+        let save = RaftLogStorage::<Config>::save_committed(&mut bench.store, Some(log_id(1, 9))).await;
+        save.expect("in memory");
+        let read = RaftLogStorage::<Config>::read_committed(&mut bench.store).await.expect("in memory");
+        assert_eq!(read, Some(log_id(1, 1)));
+        assert_eq!(bench.wal.stats().records, written, "no record was written for it");
+    });
+}

@@ -1,0 +1,138 @@
+//! Encodings: round trips, fixed bytes, hostile bytes.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use openraft::raft::AppendEntriesRequest;
+
+use crate::entry_index::Recovered;
+use crate::network::{encode_append, read_append};
+use crate::types::{Entry, EntryPayload, Member, Membership, Payload, StoredMembership, TypeConfig, Vote, log_id};
+use crate::{ErrorKind, TokioRuntime, record};
+
+fn members() -> Membership {
+    let member = |name: &str| Member {
+        name: name.into(),
+        peer_address: format!("{name}:1"),
+        client_address: format!("{name}:2"),
+        incarnation: [7; 16],
+    };
+    let nodes: BTreeMap<u64, Member> = [(1, member("a")), (2, member("b")), (70, member("c"))].into();
+    Membership::new(vec![BTreeSet::from([1, 2]), BTreeSet::from([1, 70])], nodes).expect("every voter has a node")
+}
+
+fn all() -> Vec<(mainstay_wal::RecordKind, Vec<Bytes>, Recovered)> {
+    let stored = StoredMembership::new(Some(log_id(2, 3)), members());
+    let entry = |payload| Entry { log_id: log_id(5, 6), payload };
+    let normal = entry(EntryPayload::Normal(Payload::new(Bytes::from_static(b"command"))));
+    let change = entry(EntryPayload::Membership(members()));
+    let blank = entry(EntryPayload::Blank);
+    vec![
+        (record::ENTRY, record::encode_entry(&normal), Recovered::Entry(normal)),
+        (record::ENTRY, record::encode_entry(&change), Recovered::Entry(change)),
+        (record::ENTRY, record::encode_entry(&blank), Recovered::Entry(blank)),
+        (record::VOTE, record::encode_vote(&Vote::new(3, 2)), Recovered::Vote(Vote::new(3, 2))),
+        (record::VOTE, record::encode_vote(&Vote::new_committed(3, 2)), Recovered::Vote(Vote::new_committed(3, 2))),
+        (record::TRUNCATE, record::encode_truncate(None), Recovered::Truncate(None)),
+        (record::TRUNCATE, record::encode_truncate(Some(&log_id(1, 2))), Recovered::Truncate(Some(log_id(1, 2)))),
+        (record::PURGE, record::encode_anchor(&log_id(4, 9), &stored), Recovered::Purge(log_id(4, 9), stored.clone())),
+        (record::INSTALL, record::encode_anchor(&log_id(4, 9), &stored), Recovered::Install(log_id(4, 9), stored)),
+    ]
+}
+
+#[test]
+fn records_survive_and_damage_is_refused() {
+    for (kind, parts, expect) in all() {
+        let bytes = Bytes::from(parts.concat());
+        assert_eq!(record::decode(kind, &bytes).expect("ours"), expect);
+        let mut newer = bytes.to_vec();
+        newer[0] = 2;
+        assert_eq!(record::decode(kind, &newer.into()).expect_err("newer").kind(), &ErrorKind::Foreign);
+        // A command is as long as its record: everything else has one length.
+        let is_command = matches!(&expect, Recovered::Entry(e) if matches!(e.payload, EntryPayload::Normal(_)));
+        if !is_command {
+            let longer = Bytes::from([bytes.as_ref(), b"x"].concat());
+            assert_eq!(record::decode(kind, &longer).expect_err("longer").kind(), &ErrorKind::Corrupt);
+            for cut in 1..bytes.len() {
+                assert!(record::decode(kind, &bytes.slice(..cut)).is_err(), "kind={kind:?} cut={cut}");
+            }
+        }
+    }
+    assert_eq!(
+        record::decode(mainstay_wal::RecordKind(99), &Bytes::from_static(&[1])).expect_err("unknown").kind(),
+        &ErrorKind::Foreign
+    );
+}
+
+/// docs/format.md, "Raft records", says these bytes.
+#[test]
+fn records_have_the_documented_bytes() {
+    let entry = Entry {
+        log_id: log_id(0x0102, 0x0304),
+        payload: EntryPayload::Normal(Payload::new(Bytes::from_static(b"xyz"))),
+    };
+    let mut expect = vec![1, 1];
+    expect.extend_from_slice(&0x0102_u64.to_le_bytes());
+    expect.extend_from_slice(&0x0304_u64.to_le_bytes());
+    expect.extend_from_slice(b"xyz");
+    assert_eq!(record::encode_entry(&entry).concat(), expect);
+    assert_eq!(record::encode_entry(&entry).len(), 2, "the command is a part of its own: it is not copied");
+    assert_eq!(
+        [record::ENTRY.0, record::VOTE.0, record::TRUNCATE.0, record::PURGE.0, record::INSTALL.0],
+        [32, 33, 34, 35, 36]
+    );
+    let vote = record::encode_vote(&Vote::new_committed(7, 3)).concat();
+    let expect = [&[1][..], &7_u64.to_le_bytes(), &3_u64.to_le_bytes(), &[1]].concat();
+    assert_eq!(vote, expect);
+}
+
+#[test]
+fn hostile_bytes_never_panic() {
+    // Every record with every byte changed, cut anywhere, and noise of all lengths.
+    let mut seeds: Vec<Vec<u8>> = all().into_iter().map(|(_, parts, _)| parts.concat()).collect();
+    let request = AppendEntriesRequest::<TypeConfig<TokioRuntime>> {
+        vote: Vote::new_committed(3, 1),
+        prev_log_id: Some(log_id(2, 5)),
+        leader_commit: None,
+        entries: vec![Entry { log_id: log_id(3, 6), payload: EntryPayload::Membership(members()) }],
+    };
+    seeds.push(encode_append(&request).to_vec());
+    for seed in &seeds {
+        for at in 0..seed.len() {
+            crate::fuzzing::decode_all(&Bytes::copy_from_slice(&seed[..at]));
+            for value in [0, 1, 2, 0x7f, 0x80, 0xff] {
+                let mut bytes = seed.clone();
+                bytes[at] = value;
+                crate::fuzzing::decode_all(&bytes.into());
+            }
+        }
+    }
+    let mut state = 1_u64;
+    for length in 0..400 {
+        let noise: Vec<u8> = (0..length)
+            .map(|i| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                if i == 0 { 1 } else { (state >> 33) as u8 & if length % 2 == 0 { 3 } else { 255 } }
+            })
+            .collect();
+        crate::fuzzing::decode_all(&noise.into());
+    }
+}
+
+#[test]
+fn entries_of_an_append_must_follow_each_other() {
+    let blank = |index| Entry { log_id: log_id(3, index), payload: EntryPayload::Blank };
+    let request = |entries| {
+        let request = AppendEntriesRequest::<TypeConfig<TokioRuntime>> {
+            vote: Vote::new_committed(3, 1),
+            prev_log_id: Some(log_id(2, 5)),
+            leader_commit: Some(log_id(2, 4)),
+            entries,
+        };
+        read_append::<TokioRuntime>(&encode_append(&request)).map(|r| r.entries)
+    };
+    assert_eq!(request(vec![blank(6), blank(7)]).expect("dense"), [blank(6), blank(7)]);
+    assert_eq!(request(vec![]).expect("a heartbeat"), []);
+    assert_eq!(request(vec![blank(6), blank(8)]).expect_err("a hole").kind(), &ErrorKind::Corrupt);
+    assert_eq!(request(vec![blank(7)]).expect_err("a hole").kind(), &ErrorKind::Corrupt);
+}
