@@ -24,10 +24,13 @@ pub(crate) const PURGE: RecordKind = RecordKind(35);
 /// The state at an index is about to be taken over from a peer.
 pub(crate) const INSTALL: RecordKind = RecordKind(36);
 
-/// The parts of an entry's record: a header of 18 bytes, and the command as the proposer gave it.
+/// Bytes before the command in the record of an entry.
+pub(crate) const ENTRY_HEADER_BYTES: usize = 18;
+
+/// The parts of an entry's record: a header of [`ENTRY_HEADER_BYTES`], and the command as the proposer gave it.
 pub(crate) fn encode_entry(entry: &Entry) -> Vec<Bytes> {
     let (kind, payload) = entry_parts(entry);
-    let mut header = Writer::with_capacity(18);
+    let mut header = Writer::with_capacity(ENTRY_HEADER_BYTES);
     header.u8(kind).log_id(&entry.log_id);
     if payload.is_empty() { vec![header.finish()] } else { vec![header.finish(), payload] }
 }

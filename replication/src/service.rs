@@ -94,6 +94,10 @@ impl<R: Runtime> Inner<R> {
                 if self.log.is_stalled() && !request.entries.is_empty() {
                     return Err(Error::new(ErrorKind::Unavailable, "the ring of the log is full"));
                 }
+                if !request.entries.is_empty() {
+                    // The log's queue has no bound of its own: a peer that sends faster than the disk writes waits.
+                    self.engine.wal().admit().await.map_err(mainstay_engine::Error::from)?;
+                }
                 let answer = running.raft.append_entries(request).await.map_err(|e| raft_error(&e));
                 Ok(encode_result(answer, write_append_response::<R>))
             }

@@ -1,7 +1,7 @@
 //! [`Transport`] over TCP: one outgoing connection to a peer, requests multiplexed by number.
 //!
 //! # Place      the only file that opens sockets; runs on tokio, whatever runtime the node is generic over
-//! # Format     docs/format.md, "Peer protocol": a preamble, then frames of a header of 20 bytes and a body
+//! # Format     docs/format.md, "Peer protocol": a preamble, then frames of a header of 24 bytes and a body
 //! # Invariants
 //! - P1. No request is served, and none is sent, before both ends have said [`Hello`] and accepted the other's.
 //! - P2. A frame is at most [`FRAME_BYTES_MAX`] and has the checksum it says; else the connection ends.
@@ -44,7 +44,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(2);
 /// After a failed connect, requests are refused for this long instead of dialling for each.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(50);
 const PREAMBLE: &[u8; 8] = b"MSTNPEER";
-const HEADER_BYTES: usize = 20;
+const HEADER_BYTES: usize = 24;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -65,11 +65,11 @@ fn unavailable(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::Unavailable, message)
 }
 
-fn checksum(head: &[u8], body: &[u8]) -> u32 {
-    let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
+fn checksum(head: &[u8], body: &[u8]) -> u64 {
+    let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
     digest.update(head);
     digest.update(body);
-    u32::try_from(digest.finalize() & u64::from(u32::MAX)).expect("masked to 32 bits")
+    digest.finalize()
 }
 
 fn encode_header(frame: &Frame) -> [u8; HEADER_BYTES] {
@@ -86,9 +86,9 @@ fn encode_header(frame: &Frame) -> [u8; HEADER_BYTES] {
 }
 
 /// Kind, method, number, length of the body and checksum of a header.
-fn decode_header(header: &[u8; HEADER_BYTES]) -> Result<(Kind, u8, u64, usize, u32)> {
+fn decode_header(header: &[u8; HEADER_BYTES]) -> Result<(Kind, u8, u64, usize, u64)> {
     let damaged = |what: &str| Error::new(ErrorKind::Corrupt, format!("frame is damaged what={what}"));
-    let (crc, rest) = header.split_first_chunk::<4>().ok_or_else(|| damaged("header"))?;
+    let (crc, rest) = header.split_first_chunk::<8>().ok_or_else(|| damaged("header"))?;
     let (length, rest) = rest.split_first_chunk::<4>().ok_or_else(|| damaged("header"))?;
     let (&[kind, method, zero0, zero1], number) = rest.split_first_chunk::<4>().ok_or_else(|| damaged("header"))?;
     let number = number.first_chunk::<8>().ok_or_else(|| damaged("header"))?;
@@ -106,7 +106,7 @@ fn decode_header(header: &[u8; HEADER_BYTES]) -> Result<(Kind, u8, u64, usize, u
     if length > FRAME_BYTES_MAX {
         return Err(Error::new(ErrorKind::Corrupt, format!("frame is too long bytes={length}")));
     }
-    Ok((kind, method, u64::from_le_bytes(*number), length, u32::from_le_bytes(*crc)))
+    Ok((kind, method, u64::from_le_bytes(*number), length, u64::from_le_bytes(*crc)))
 }
 
 async fn write_frame(out: &mut BufWriter<OwnedWriteHalf>, frame: &Frame) -> std::io::Result<()> {
@@ -128,7 +128,7 @@ async fn read_frame(from: &mut BufReader<OwnedReadHalf>) -> Result<Frame> {
         }
     }
     let body = body.freeze();
-    let tail = header.get(4..).unwrap_or_default();
+    let tail = header.get(8..).unwrap_or_default();
     if checksum(tail, &body) != crc {
         return Err(Error::new(ErrorKind::Corrupt, "frame does not match its checksum"));
     }
@@ -207,8 +207,8 @@ struct Peer {
     queue: mpsc::Sender<Outgoing>,
     waiting: Waiting,
     number: Arc<AtomicU64>,
-    /// Set by each frame that arrives; cleared by who wonders.
-    heard: Arc<AtomicBool>,
+    /// Frames that arrived.
+    heard: Arc<AtomicU64>,
     give_up: Arc<Notify>,
     address: Arc<Mutex<PeerAddress>>,
 }
@@ -539,7 +539,7 @@ impl TcpTransport {
                     Ok(frame) => frame,
                     Err(error) => return error,
                 };
-                peer.heard.store(true, Ordering::Relaxed);
+                peer.heard.fetch_add(1, Ordering::Relaxed);
                 match frame.kind {
                     Kind::Answer => {
                         peer.finish(frame.number, Ok(Envelope { method: frame.method, body: frame.body }));
@@ -588,7 +588,7 @@ impl TcpTransport {
 /// A peer as seen by the task that talks to it: without the sender of its queue, so that the queue can end.
 struct PeerTask {
     waiting: Waiting,
-    heard: Arc<AtomicBool>,
+    heard: Arc<AtomicU64>,
     give_up: Arc<Notify>,
     address: Arc<Mutex<PeerAddress>>,
     key: PeerKey,
@@ -656,7 +656,7 @@ impl Transport for TcpTransport {
             if peer.queue.try_send(outgoing).is_err() {
                 return Err(unavailable("too many requests wait for this peer"));
             }
-            peer.heard.store(false, Ordering::Relaxed);
+            let heard = peer.heard.load(Ordering::Relaxed);
             let answer = timeout(limit, rx).await;
             drop(waiter);
             match answer {
@@ -670,7 +670,7 @@ impl Transport for TcpTransport {
                     Error::new(ErrorKind::Closed, "the transport is closed")
                 }),
                 Err(_) if given.load(Ordering::Relaxed) => {
-                    if !peer.heard.load(Ordering::Relaxed) {
+                    if peer.heard.load(Ordering::Relaxed) == heard {
                         peer.give_up.notify_one();
                     }
                     Err(Error::new(ErrorKind::Indeterminate, "the peer did not answer in time"))

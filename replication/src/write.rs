@@ -35,8 +35,6 @@ pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 const FORWARDED_TIMEOUT: Duration = Duration::from_secs(8);
 /// Pause before a write that met no leader tries again.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
-/// Longest encoded command: with its header it fits a frame and a record.
-pub(crate) const COMMAND_BYTES_MAX: usize = 24 << 20;
 /// Writes at `Durability::Local` whose commit can still be waited for.
 const LOCALS_MAX: usize = 1 << 16;
 
@@ -61,8 +59,9 @@ impl<R: Runtime> Inner<R> {
     fn encode(&self, body: CommandBody) -> Result<Bytes> {
         let time_ms = u64::try_from(self.options.environment.clock.unix().as_millis()).unwrap_or(u64::MAX);
         let bytes = Command { time_ms, body }.encode()?;
-        if bytes.len() > COMMAND_BYTES_MAX {
-            let message = format!("the command is too long bytes={} max={COMMAND_BYTES_MAX}", bytes.len());
+        let max = self.engine.wal().record_bytes_max().saturating_sub(crate::record::ENTRY_HEADER_BYTES);
+        if bytes.len() > max {
+            let message = format!("the command is too long for the log bytes={} max={max}", bytes.len());
             return Err(Error::new(ErrorKind::Invalid, message));
         }
         Ok(bytes)
@@ -114,7 +113,12 @@ impl<R: Runtime> Inner<R> {
     }
 
     async fn propose_here(&self, running: &Arc<Running<R>>, command: Bytes, deadline: R::Instant) -> Attempt {
-        match R::timeout_at(deadline, self.group.admit()).await {
+        let admit = async {
+            self.group.admit().await?;
+            // The log's queue has no bound of its own.
+            self.engine.wal().admit().await.map_err(mainstay_engine::Error::from)
+        };
+        match R::timeout_at(deadline, admit).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return Attempt::Done(Err(error.into())),
             Err(_) => {

@@ -2,6 +2,7 @@
 
 mod log;
 mod suite;
+mod tcp;
 mod wire;
 
 use std::sync::{Arc, Mutex};
