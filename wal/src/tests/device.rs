@@ -86,7 +86,7 @@ impl MemDevice {
                     0 => false,
                     1 => true,
                     2 => sector < cut,
-                    _ => draw() % 2 == 0,
+                    _ => draw() & 1 == 0,
                 };
                 if kept {
                     let from = sector * SECTOR_BYTES;

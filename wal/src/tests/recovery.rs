@@ -95,7 +95,8 @@ fn row_f_the_end_of_a_lap_is_skipped() {
 
 #[test]
 fn rows_g_h_i_j_judge_the_next_lap_as_the_place_itself() {
-    let cases: [(char, ErrorKind, usize, fn(&mut [u8])); 4] = [
+    type Case = (char, ErrorKind, usize, fn(&mut [u8]));
+    let cases: [Case; 4] = [
         ('G', ErrorKind::Foreign, 64 * KIB, |h| h[8] = 2),
         ('H', ErrorKind::Foreign, 64 * KIB, |h| h[16..32].fill(9)),
         ('I', ErrorKind::Corrupt, 64 * KIB, |h| h[32] = 99),
@@ -119,7 +120,7 @@ fn row_k_damage_before_a_batch_that_says_it_was_durable_is_corrupt() {
             let device = MemDevice::new(image);
             let mut deliver = |_, _, _, _| Ok(());
             let opened = device.run(Wal::open(device.zone(), environment(), options(2), &mut deliver));
-            check(&opened.err().expect("does not open"), ErrorKind::Corrupt, at * BLOCK, 'K');
+            check(&opened.expect_err("does not open"), ErrorKind::Corrupt, at * BLOCK, 'K');
             assert_eq!(device.image(), before, "nothing was cut");
         }
     }
@@ -318,7 +319,7 @@ fn a_tail_torn_in_every_epoch_is_cut_in_every_epoch() {
 fn the_owner_can_refuse_a_record() {
     let device = MemDevice::new(committed(3));
     let mut deliver = |_, _, _, _| Err(crate::Error::new(ErrorKind::Corrupt, "an entry that nobody understands"));
-    let error = device.run(Wal::open(device.zone(), environment(), options(2), &mut deliver)).err().expect("refused");
+    let error = device.run(Wal::open(device.zone(), environment(), options(2), &mut deliver)).expect_err("refused");
     assert_eq!(error.to_string(), "an entry that nobody understands");
 }
 

@@ -3,6 +3,7 @@
 #![allow(clippy::disallowed_methods, reason = "no simulation runs here: every operation is complete in its call")]
 
 mod format;
+mod lives;
 mod media;
 mod space;
 mod superblock;

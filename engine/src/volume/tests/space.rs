@@ -19,7 +19,7 @@ fn what_is_written_over_many_extents_is_read_back_from_any_offset() {
     let (_, volume) = ready_volume();
     let extents =
         [Extent { first_unit: 9, units: 1 }, Extent { first_unit: 2, units: 2 }, Extent { first_unit: 20, units: 1 }];
-    let data: Vec<u8> = (0..4 * UNIT_BYTES).map(|i| (i * 7 ^ i >> 9) as u8).collect();
+    let data: Vec<u8> = (0..4 * UNIT_BYTES).map(|i| ((i * 7) ^ (i >> 9)) as u8).collect();
     let bufs = [&data[..4096], &data[4096..200_704], &data[200_704..]].map(aligned).to_vec();
     block_on(volume.write(&extents, 0, bufs)).expect("writes");
     block_on(volume.flush()).expect("flushes");
