@@ -16,13 +16,16 @@
 
 use std::cmp::Ordering;
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
 use super::varint;
 use crate::LogIndex;
 
-/// A restart stands at every so many entries of a data block.
+/// A restart stands at every so many entries of a data block, or where this many bytes have passed.
+pub(crate) const RESTART_BYTES: usize = 1 << 10;
+/// See [`RESTART_BYTES`].
 pub(crate) const RESTART_INTERVAL: usize = 16;
 /// The same for index blocks, where a search is to decode little.
 pub(crate) const INDEX_RESTART_INTERVAL: usize = 4;
@@ -62,20 +65,23 @@ pub(crate) struct BlockBuilder {
     bytes: Vec<u8>,
     restarts: Vec<u32>,
     last: Vec<u8>,
-    entries: usize,
+    /// Entries since the last restart.
+    since: usize,
     interval: usize,
 }
 
 impl BlockBuilder {
     pub(crate) fn new(interval: usize) -> Self {
-        Self { bytes: Vec::new(), restarts: Vec::new(), last: Vec::new(), entries: 0, interval }
+        Self { bytes: Vec::new(), restarts: Vec::new(), last: Vec::new(), since: 0, interval }
     }
 
     /// Adds an entry; the caller keeps B1.
     #[allow(clippy::arithmetic_side_effects, reason = "lengths of memory that we hold")]
     pub(crate) fn add(&mut self, key: &[u8], kind: EntryKind, index: LogIndex, value: &[u8]) {
-        let shared = if self.entries.is_multiple_of(self.interval) {
+        let since = self.bytes.len() - self.restarts.last().map_or(0, |at| *at as usize);
+        let shared = if self.since == 0 || self.since == self.interval || since >= RESTART_BYTES {
             self.restarts.push(self.bytes.len() as u32);
+            self.since = 0;
             0
         } else {
             common_prefix(&self.last, key)
@@ -90,7 +96,7 @@ impl BlockBuilder {
         self.bytes.extend_from_slice(value);
         self.last.truncate(shared);
         self.last.extend_from_slice(suffix);
-        self.entries += 1;
+        self.since += 1;
     }
 
     /// The last key added.
@@ -99,7 +105,7 @@ impl BlockBuilder {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.entries == 0
+        self.restarts.is_empty()
     }
 
     /// The length that `finish` would give.
@@ -118,7 +124,7 @@ impl BlockBuilder {
         bytes.extend_from_slice(&(self.restarts.len() as u32).to_le_bytes());
         self.restarts.clear();
         self.last.clear();
-        self.entries = 0;
+        self.since = 0;
         bytes
     }
 
@@ -130,13 +136,21 @@ impl BlockBuilder {
     }
 }
 
-/// A block in memory, decompressed.
+/// A block in memory, decompressed. Cloning shares it.
 #[derive(Clone, Debug)]
-pub(crate) struct Block {
+pub(crate) struct Block(Arc<Frame>);
+
+#[derive(Debug)]
+struct Frame {
     bytes: Bytes,
     /// Where the entries end and the restarts begin.
     end: usize,
     restarts: usize,
+    /// Bytes that all keys at restarts have in common.
+    shared: usize,
+    /// Of the key at each restart, eight bytes after those: a search touches few lines of memory before it is at the
+    /// right restart.
+    heads: Box<[u64]>,
 }
 
 /// One entry where it lies.
@@ -173,47 +187,54 @@ impl Block {
         if restarts == 0 || end == 0 {
             return Err(Malformed("a block without entries"));
         }
-        let block = Self { bytes, end, restarts };
-        if block.restart(0)? != 0 {
+        let mut frame = Frame { bytes, end, restarts, shared: 0, heads: Box::default() };
+        if frame.restart(0)? != 0 {
             return Err(Malformed("a first restart that is not the first entry"));
         }
-        Ok(block)
+        let first = frame.restart_key(0)?;
+        let last = frame.restart_key(restarts.saturating_sub(1))?;
+        let shared = common_prefix(first, last);
+        let heads = (0..restarts).map(|at| Ok(head(frame.restart_key(at)?, shared))).collect::<Result<_>>()?;
+        frame.shared = shared;
+        frame.heads = heads;
+        Ok(Self(Arc::new(frame)))
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.bytes.len()
+    /// Bytes of memory that the block takes.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        (self.0.bytes.len() as u64).saturating_add((self.0.heads.len() as u64).saturating_mul(8))
     }
 
     /// A part of the block that shares its memory. The range is one that this block gave.
     pub(crate) fn slice(&self, range: Range<usize>) -> Bytes {
-        self.bytes.slice(range)
+        self.0.bytes.slice(range)
     }
 
     /// The same without ownership.
     pub(crate) fn part(&self, range: &Range<usize>) -> &[u8] {
-        self.bytes.get(range.clone()).unwrap_or_default()
+        self.0.part(range)
     }
 
     /// The first entry whose key is at or after `key`; no key is put together on the way.
     pub(crate) fn search(&self, key: &[u8]) -> Result<Option<Found>> {
-        let restart = self.last_restart(|at| at <= key)?;
-        let Some(restart) = restart else {
+        let frame = &*self.0;
+        let Some(restart) = frame.last_restart(key, true) else {
             // The first key of the block is after `key`.
-            return Ok(Some(self.entry(0)?.0.found(false)));
+            return Ok(Some(frame.entry(0)?.0.found(false)));
         };
-        let mut offset = self.restart(restart)?;
-        let limit = self.restart_end(restart)?;
+        let mut offset = frame.restart(restart)?;
+        let limit = frame.restart_end(restart)?;
         // The key before is below `key` and shares `matched` bytes with it.
         let mut matched = 0;
         while offset < limit {
-            let (raw, next) = self.entry(offset)?;
+            let (raw, next) = frame.entry(offset)?;
             match raw.shared.cmp(&matched) {
                 // It agrees with the key before where that differs from `key`.
                 Ordering::Greater => {}
                 // It left the key before, upwards, where that still agreed with `key`: B1.
                 Ordering::Less => return Ok(Some(raw.found(false))),
                 Ordering::Equal => {
-                    let suffix = self.part(&raw.suffix);
+                    let suffix = frame.part(&raw.suffix);
                     let wanted = key.get(matched..).unwrap_or_default();
                     let common = common_prefix(suffix, wanted);
                     match suffix.get(common..).unwrap_or_default().cmp(wanted.get(common..).unwrap_or_default()) {
@@ -225,7 +246,13 @@ impl Block {
             offset = next;
         }
         // All of the interval is below; the next interval begins after `key`.
-        if offset < self.end { Ok(Some(self.entry(offset)?.0.found(false))) } else { Ok(None) }
+        if offset < frame.end { Ok(Some(frame.entry(offset)?.0.found(false))) } else { Ok(None) }
+    }
+}
+
+impl Frame {
+    fn part(&self, range: &Range<usize>) -> &[u8] {
+        self.bytes.get(range.clone()).unwrap_or_default()
     }
 
     fn restart(&self, at: usize) -> Result<usize> {
@@ -251,18 +278,30 @@ impl Block {
         Ok(self.part(&raw.suffix))
     }
 
-    /// The last restart whose key passes; keys pass up to some restart and not after it.
-    fn last_restart(&self, passes: impl Fn(&[u8]) -> bool) -> Result<Option<usize>> {
+    /// The last restart whose key is below `key`, or is `key` if that is `allowed`.
+    fn last_restart(&self, key: &[u8], allowed: bool) -> Option<usize> {
+        // Every restart was decoded by `parse`, so none can fail here.
+        let at = |restart| self.restart_key(restart).unwrap_or_default();
+        let first = at(0);
+        let prefix = first.get(..self.shared).unwrap_or_default();
+        match key.get(..self.shared).unwrap_or(key).cmp(prefix) {
+            Ordering::Less => return None,
+            Ordering::Greater => return self.restarts.checked_sub(1),
+            Ordering::Equal => {}
+        }
+        let wanted = head(key, self.shared);
         let (mut low, mut high) = (0, self.restarts);
         while low < high {
             let middle = low.midpoint(high);
-            if passes(self.restart_key(middle)?) {
+            let head = self.heads.get(middle).copied().unwrap_or_default();
+            let order = head.cmp(&wanted).then_with(|| at(middle).cmp(key));
+            if order.is_lt() || (allowed && order.is_eq()) {
                 low = middle.saturating_add(1);
             } else {
                 high = middle;
             }
         }
-        Ok(low.checked_sub(1))
+        low.checked_sub(1)
     }
 
     /// The entry at `offset`, and where the next begins.
@@ -322,12 +361,8 @@ pub(crate) struct BlockCursor {
 impl BlockCursor {
     /// A cursor that stands nowhere.
     pub(crate) fn new(block: Block, reverse: bool) -> Self {
-        let next = block.end;
+        let next = block.0.end;
         Self { block, keys: Vec::new(), current: Place::default(), next, before: Vec::new(), restart: 0, reverse }
-    }
-
-    pub(crate) fn block(&self) -> &Block {
-        &self.block
     }
 
     pub(crate) fn is_reverse(&self) -> bool {
@@ -367,7 +402,7 @@ impl BlockCursor {
     /// Goes to the first entry in the cursor's direction.
     pub(crate) fn seek_start(&mut self) -> Result<()> {
         if self.reverse {
-            self.restart = self.block.restarts;
+            self.restart = self.block.0.restarts;
             self.before.clear();
             self.step_back()
         } else {
@@ -383,14 +418,14 @@ impl BlockCursor {
             let inside = |at: &[u8]| if exclusive { at < key } else { at <= key };
             self.before.clear();
             self.current = Place::default();
-            let Some(restart) = self.block.last_restart(inside)? else { return Ok(()) };
+            let Some(restart) = self.block.0.last_restart(key, !exclusive) else { return Ok(()) };
             self.load_interval(restart, inside)?;
             return self.step_back();
         }
         let below = |at: &[u8]| if exclusive { at <= key } else { at < key };
         // The entry may stand in the interval of the last restart below, or be the restart after it.
-        let restart = self.block.last_restart(below)?.unwrap_or(0);
-        self.next = self.block.restart(restart)?;
+        let restart = self.block.0.last_restart(key, exclusive).unwrap_or(0);
+        self.next = self.block.0.restart(restart)?;
         self.step_forward()?;
         while self.valid() && below(self.key()) {
             self.step_forward()?;
@@ -407,10 +442,10 @@ impl BlockCursor {
             found = found || at >= key;
             wanted
         };
-        let restart = self.block.last_restart(|at| at < key)?.unwrap_or(0);
+        let restart = self.block.0.last_restart(key, false).unwrap_or(0);
         self.load_interval(restart, &mut up_to_first)?;
         let next = restart.saturating_add(1);
-        if !found && next < self.block.restarts {
+        if !found && next < self.block.0.restarts {
             let mut first = true;
             self.load_interval(next, |_| std::mem::take(&mut first))?;
         }
@@ -424,11 +459,11 @@ impl BlockCursor {
 
     #[inline]
     fn step_forward(&mut self) -> Result<()> {
-        if self.next >= self.block.end {
+        if self.next >= self.block.0.end {
             self.current = Place::default();
             return Ok(());
         }
-        let (raw, next) = self.block.entry(self.next)?;
+        let (raw, next) = self.block.0.entry(self.next)?;
         // A seek may begin at any restart; what the buffer holds then is another key, but nothing of it is shared.
         if raw.shared > self.keys.len() {
             return Err(Malformed("a prefix longer than the key before"));
@@ -455,11 +490,11 @@ impl BlockCursor {
         self.restart = restart;
         self.keys.clear();
         self.before.clear();
-        let mut offset = self.block.restart(restart)?;
-        let limit = self.block.restart_end(restart)?;
+        let mut offset = self.block.0.restart(restart)?;
+        let limit = self.block.0.restart_end(restart)?;
         let mut last: Range<usize> = 0..0;
         while offset < limit {
-            let (raw, next) = self.block.entry(offset)?;
+            let (raw, next) = self.block.0.entry(offset)?;
             if raw.shared > last.len() {
                 return Err(Malformed("a prefix longer than the key before"));
             }
@@ -478,6 +513,22 @@ impl BlockCursor {
             offset = next;
         }
         Ok(())
+    }
+}
+
+/// Eight bytes of `key` from `shared` on, as a number that orders like them; a short key is filled with zeros.
+#[inline]
+pub(crate) fn head(key: &[u8], shared: usize) -> u64 {
+    let rest = key.get(shared..).unwrap_or_default();
+    match rest.first_chunk::<8>() {
+        Some(chunk) => u64::from_be_bytes(*chunk),
+        None => {
+            let mut chunk = [0; 8];
+            for (to, from) in chunk.iter_mut().zip(rest) {
+                *to = *from;
+            }
+            u64::from_be_bytes(chunk)
+        }
     }
 }
 

@@ -38,7 +38,7 @@ impl CachedBlock {
     /// Bytes that it holds.
     pub(crate) fn memory_bytes(&self) -> u64 {
         match self {
-            Self::Block(block) => block.len() as u64,
+            Self::Block(block) => block.memory_bytes(),
             Self::Filter(filter) => filter.len() as u64,
         }
     }
@@ -237,7 +237,7 @@ impl Table {
             return Ok(&pinned.block);
         }
         let block = self.load(handle).await?;
-        let memory = self.budget.reserve(MemoryKind::Table, block.len() as u64);
+        let memory = self.budget.reserve(MemoryKind::Table, block.memory_bytes());
         Ok(&slot.get_or_init(|| Pinned { block, _memory: memory }).block)
     }
 

@@ -525,7 +525,12 @@ fn the_layout_is_that_of_the_document() {
         format!("Root: {ROOT_BYTES} bytes"),
         format!("Footer: {FOOTER_BYTES} bytes, magic `{}`", std::str::from_utf8(&MAGIC).expect("ascii")),
         format!("Filter partition: {} keys, header of {} bytes", filter::PARTITION_KEYS, filter::HEADER_BYTES),
-        format!("Restart interval: {} entries, {} in an index", block::RESTART_INTERVAL, block::INDEX_RESTART_INTERVAL),
+        format!(
+            "Restart interval: {} entries, {} in an index, or {} bytes",
+            block::RESTART_INTERVAL,
+            block::INDEX_RESTART_INTERVAL,
+            block::RESTART_BYTES
+        ),
         format!("Largest block: {} bytes", block::BLOCK_BYTES_MAX),
         format!("Index block: cut at {} bytes", builder::INDEX_BLOCK_BYTES),
     ] {
