@@ -17,7 +17,7 @@ mod extent;
 mod free_map;
 mod inspect;
 mod quorum;
-mod superblock;
+pub(crate) mod superblock;
 mod turn;
 
 #[cfg(test)]
