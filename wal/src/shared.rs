@@ -125,14 +125,21 @@ impl Shared {
         if let Some(ended) = &queue.ended {
             return Poll::Ready(ended.clone().map(|()| self.durable()));
         }
-        queue.closing = true;
         remember(&mut queue.closers, cx);
+        drop(queue);
+        self.begin_close();
+        Poll::Pending
+    }
+
+    /// Accepts nothing from here on; the writer ends once everything is answered.
+    pub(crate) fn begin_close(&self) {
+        let mut queue = self.lock();
+        queue.closing = true;
         let writer = queue.writer.take();
         drop(queue);
         if let Some(writer) = writer {
             writer.wake();
         }
-        Poll::Pending
     }
 
     /// Ends the log, by the first cause given: nothing is accepted from here on. Returns what still waited, for the

@@ -99,11 +99,22 @@ pub struct WalStats {
     pub ring_bytes: u64,
 }
 
-/// The log. Cloning gives another handle.
+/// The log. Cloning gives another handle. When the last is dropped without [`Wal::close`], what is queued is still written,
+/// then the writer task ends and lets go of the zone.
 #[derive(Clone)]
 pub struct Wal {
     shared: Arc<Shared>,
     zone: Zone,
+    _closer: Arc<Closer>,
+}
+
+/// Ends the writer when the last handle is gone.
+struct Closer(Arc<Shared>);
+
+impl Drop for Closer {
+    fn drop(&mut self) {
+        self.0.begin_close();
+    }
 }
 
 impl Wal {
@@ -168,7 +179,7 @@ impl Wal {
         };
         let writer = Writer::new(shared.clone(), zone.clone(), settings);
         zone.device().run_resident("mainstay-wal", Box::pin(writer));
-        Ok((Wal { shared, zone }, recovery))
+        Ok((Wal { _closer: Arc::new(Closer(shared.clone())), shared, zone }, recovery))
     }
 
     /// Queues a record; order of calls is order in the log. Never blocks; `on_durable` tells the outcome.
