@@ -3,6 +3,7 @@
 //! # Place
 //! Above `engine::LocalLog` and `replication::Node`, below every public handle.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use mainstay_engine::{Applied, Command, CommandBody, Engine, Group, LocalLog};
@@ -23,6 +24,8 @@ pub(crate) struct Alone {
     pub(crate) engine: Engine,
     pub(crate) log: LocalLog,
     pub(crate) environment: Environment,
+    /// Set by `close`: reads would still be answered from memory.
+    pub(crate) closed: AtomicBool,
 }
 
 pub(crate) struct Replicated {
@@ -140,6 +143,9 @@ impl Log {
                     let message = format!("index was never written here index={index}");
                     return Err(Error::new(ErrorKind::Invalid, message));
                 }
+                if alone.closed.load(Ordering::Relaxed) {
+                    return Err(Error::new(ErrorKind::Closed, "the store was closed"));
+                }
                 Ok(alone.log.group().snapshot(branch.id)?)
             }
             Self::Replicated(replicated) => Ok(replicated.node.snapshot(&branch.name, level).await?),
@@ -156,6 +162,7 @@ impl Log {
     pub(crate) async fn close(&self) -> Result<()> {
         match self {
             Self::Alone(alone) => {
+                alone.closed.store(true, Ordering::Relaxed);
                 alone.log.close().await?;
                 alone.engine.close().await?;
             }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use bytes::Bytes;
 use mainstay_engine::{
@@ -75,7 +76,7 @@ impl Store {
             return Err(Error::new(ErrorKind::Foreign, message));
         }
         let log = LocalLog::open(&engine, GROUP, builder.group_settings(), found).await?;
-        Ok(Self::over(Log::Alone(Arc::new(Alone { engine, log, environment }))))
+        Ok(Self::over(Log::Alone(Arc::new(Alone { engine, log, environment, closed: AtomicBool::new(false) }))))
     }
 
     pub(crate) fn over(log: Log) -> Self {
