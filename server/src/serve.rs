@@ -21,6 +21,7 @@ use tonic::transport::Server;
 
 use crate::cli::Failure;
 use crate::context::Context;
+use crate::etcd::{Etcd, EtcdSettings, Model, NodeBackend};
 use crate::metrics::Metrics;
 use crate::settings::ServeSettings;
 use crate::{admin, logs, metrics, service};
@@ -119,7 +120,7 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
     let health = start_health(&context, &metrics, admin_port, metrics_port, stopped_health)?;
     let turning = tokio::spawn(turn(context.clone()));
 
-    let model = etcd_model();
+    let model = Model::new();
     let started = tokio::select! {
         node = Node::start(node_options(&settings, advertise, &model)) => Some(node?),
         _ = terminate.recv() => None,
@@ -128,7 +129,8 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
     if let Some(node) = started {
         context.set_node(node.clone());
         let (stop_clients, stopped_clients) = watch::channel(false);
-        let routes = client_routes(&context, &metrics, &node, &model)?;
+        let etcd = Etcd::start(NodeBackend::new(node.clone(), model.clone()), model.clone(), EtcdSettings::default());
+        let routes = client_routes(&context, &metrics, &etcd)?;
         let clients = tokio::spawn(client.serve(routes, stopped_clients));
         let watching = tokio::spawn(log_changes(node.clone()));
         let [clients_at, admin_at, metrics_at] = ports;
@@ -143,6 +145,7 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
         }
         context.stop();
         hand_over(&node).await;
+        etcd.close().await;
         let _ = stop_clients.send(true);
         if tokio::time::timeout(DRAIN_MAX, clients).await.is_err() {
             tracing::info!("clients with open streams are cut off");
@@ -158,14 +161,14 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
     Ok(())
 }
 
-fn node_options(settings: &ServeSettings, advertise: Option<String>, model: &EtcdModel) -> NodeOptions {
+fn node_options(settings: &ServeSettings, advertise: Option<String>, model: &Model) -> NodeOptions {
     let storage = Store::builder()
         .memory_bytes(settings.memory_bytes)
         .wal_bytes(settings.wal_bytes)
         .memtable_bytes(settings.memtable_bytes)
         .background_tasks(settings.background_tasks)
         .backend(settings.backend.into())
-        .state_machine(model.clone());
+        .state_machine(Arc::new(model.clone()));
     let mut options = NodeOptions::new(&settings.name, &settings.data)
         .listen(settings.listen_peer.to_string())
         .client_address(advertise.unwrap_or_default())
@@ -181,13 +184,8 @@ fn node_options(settings: &ServeSettings, advertise: Option<String>, model: &Etc
     options
 }
 
-fn client_routes(
-    context: &Arc<Context>,
-    metrics: &Arc<Metrics>,
-    node: &Node,
-    model: &EtcdModel,
-) -> Result<Router, Failure> {
-    let routes = etcd_routes(node, model).add_service(
+fn client_routes(context: &Arc<Context>, metrics: &Arc<Metrics>, etcd: &Etcd) -> Result<Router, Failure> {
+    let routes = etcd.routes().add_service(
         service::service(context.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX),
@@ -269,14 +267,4 @@ async fn hand_over(node: &Node) {
         Ok(Err(e)) => tracing::warn!(group = GROUP, term = status.term, error = %e, "kept leadership until the end"),
         Err(_) => tracing::warn!(group = GROUP, term = status.term, "nobody took over in time"),
     }
-}
-
-type EtcdModel = Arc<dyn mainstay::StateMachine>;
-
-fn etcd_model() -> EtcdModel {
-    todo!()
-}
-
-fn etcd_routes(_node: &Node, _model: &EtcdModel) -> Routes {
-    todo!()
 }

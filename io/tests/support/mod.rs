@@ -1,9 +1,11 @@
 //! Targets and backends that every test of a device runs on.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub(crate) mod child;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use mainstay_io::sim::{SimLayout, SimMedia, SimOptions};
@@ -43,6 +45,10 @@ pub(crate) fn image(path: &Path, bytes: u64) {
     file.sync_all().expect("synced");
 }
 
+fn sparse(path: &Path) {
+    std::fs::File::create(path).and_then(|file| file.set_len(48 << 20)).expect("a new file");
+}
+
 /// Where a volume of a test lies; removed when dropped.
 pub(crate) struct Place {
     pub(crate) name: String,
@@ -60,7 +66,7 @@ pub(crate) fn directory() -> Place {
 pub(crate) fn file() -> Place {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("image");
-    image(&path, 48 << 20);
+    sparse(&path);
     Place { name: "file".to_owned(), target: Target::Device(path), _loop: None, _dir: dir }
 }
 
@@ -68,7 +74,7 @@ pub(crate) fn file() -> Place {
 pub(crate) fn raw() -> Option<Place> {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("image");
-    image(&path, 48 << 20);
+    sparse(&path);
     let Some(device) = LoopDevice::over(&path) else {
         eprintln!("no loop device on this machine: raw devices are not tested");
         return None;
@@ -83,12 +89,15 @@ pub(crate) fn open(place: &Place, backend: BackendChoice) -> Arc<dyn Media> {
 
 /// True where a ring can be made. Otherwise says that its tests are left out.
 pub(crate) fn has_uring() -> bool {
-    let works = create_media(&directory().target, &MediaOptions::default())
-        .is_ok_and(|media| media.backend().0 == Backend::Uring);
-    if !works {
-        eprintln!("no io_uring on this machine: the ring is not tested");
-    }
-    works
+    static WORKS: OnceLock<bool> = OnceLock::new();
+    *WORKS.get_or_init(|| {
+        let media = create_media(&directory().target, &MediaOptions::default()).expect("opened");
+        let (backend, reason) = media.backend();
+        if backend != Backend::Uring {
+            eprintln!("the ring is not tested on this machine: {}", reason.unwrap_or_default());
+        }
+        backend == Backend::Uring
+    })
 }
 
 pub(crate) fn backends() -> Vec<BackendChoice> {

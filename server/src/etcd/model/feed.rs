@@ -65,7 +65,16 @@ pub struct Branch {
     marks: Mutex<Marks>,
     ring: Mutex<Ring>,
     watchers: AtomicUsize,
-    published: watch::Sender<i64>,
+    published: watch::Sender<Published>,
+}
+
+/// How far a branch is for watchers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Published {
+    /// The last revision that was published in this process; 0 before the first.
+    pub revision: i64,
+    /// How often the state was replaced: after that, revisions may have come that were never published.
+    pub resets: u64,
 }
 
 #[derive(Default)]
@@ -90,7 +99,7 @@ impl Branch {
             marks: Mutex::default(),
             ring: Mutex::new(Ring { changes: VecDeque::new(), bytes: 0, floor: i64::MAX }),
             watchers: AtomicUsize::new(0),
-            published: watch::Sender::new(0),
+            published: watch::Sender::new(Published::default()),
         }
     }
 
@@ -145,7 +154,7 @@ impl Branch {
         ring.floor = i64::MAX;
         drop(ring);
         // Watchers look at the store and find where they are.
-        self.published.send_modify(|_| {});
+        self.published.send_modify(|published| published.resets = published.resets.wrapping_add(1));
     }
 
     /// Whether changes are to be kept for watchers.
@@ -157,7 +166,7 @@ impl Branch {
     pub(super) fn publish(&self, revision: i64, changes: Vec<Arc<Changes>>) {
         if self.is_watched() || !changes.is_empty() {
             let mut ring = lock(&self.ring);
-            let published = *self.published.borrow();
+            let published = self.published.borrow().revision;
             // Changes are missing where nobody watched as their entry was applied.
             let whole = changes.first().is_some_and(|first| first.revision == published.saturating_add(1))
                 && changes.last().is_some_and(|last| last.revision == revision);
@@ -183,7 +192,7 @@ impl Branch {
                 ring.floor = i64::MAX;
             }
         }
-        self.published.send_modify(|published| *published = revision.max(*published));
+        self.published.send_modify(|published| published.revision = revision.max(published.revision));
     }
 
     /// The changes from `from` on, up to `limit` revisions. `None` if they are not all in memory: read the store.
@@ -206,7 +215,7 @@ impl Branch {
 /// See [`Branch::watch`].
 pub struct Watching {
     branch: Arc<Branch>,
-    published: watch::Receiver<i64>,
+    published: watch::Receiver<Published>,
 }
 
 impl Watching {
@@ -215,8 +224,8 @@ impl Watching {
         &self.branch
     }
 
-    /// The published revision; 0 before the first one of this process. Marks it as seen.
-    pub fn published(&mut self) -> i64 {
+    /// How far the branch is. Marks it as seen.
+    pub fn published(&mut self) -> Published {
         *self.published.borrow_and_update()
     }
 

@@ -23,6 +23,7 @@ pub mod store;
 use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -32,7 +33,7 @@ use tokio::sync::mpsc;
 use self::command::{append_answer, begin_answer, decode_command};
 use self::execute::Execution;
 pub use self::execute::{LEASE_TTL_MAX, LEASE_TTL_MIN, LeaseChange};
-pub use self::feed::{Branch, Change, Changes};
+pub use self::feed::{Branch, Change, Changes, Published, Watching};
 use self::record::{COMPACTION_KEY, Compaction, Rev, RevRecord, decode_lease, lease_key, split_lease_key};
 use self::store::{ApplyStore, Reader, Space, SpaceIds, Store};
 use crate::etcd::error::{Failure, Refusal};
@@ -72,6 +73,8 @@ struct Shared {
     staged: Mutex<Vec<Staged>>,
     lease_news: mpsc::Sender<LeaseNews>,
     lease_news_taken: Mutex<Option<mpsc::Receiver<LeaseNews>>>,
+    /// The queue of lease news was full.
+    lease_news_lost: AtomicBool,
 }
 
 struct Staged {
@@ -104,6 +107,7 @@ impl Model {
                 staged: Mutex::default(),
                 lease_news,
                 lease_news_taken: Mutex::new(Some(receiver)),
+                lease_news_lost: AtomicBool::new(false),
             }),
         }
     }
@@ -121,6 +125,11 @@ impl Model {
     /// Takes the stream of lease changes; once.
     pub(crate) fn take_lease_news(&self) -> Option<mpsc::Receiver<LeaseNews>> {
         lock(&self.shared.lease_news_taken).take()
+    }
+
+    /// Whether lease changes were dropped since the last call.
+    pub(crate) fn take_lease_loss(&self) -> bool {
+        self.shared.lease_news_lost.swap(false, Ordering::AcqRel)
     }
 
     /// Looks at a pinned state of a branch at `index`.
@@ -211,8 +220,10 @@ impl Model {
     }
 
     fn tell_lease(&self, news: LeaseNews) {
-        // A full queue means that the lessor is behind: it notices the loss by itself, see `Lessor`.
-        let _ = self.shared.lease_news.try_send(news);
+        if self.shared.lease_news.try_send(news).is_err() {
+            // Whoever drains the queue finds this and reads all leases again.
+            self.shared.lease_news_lost.store(true, Ordering::Release);
+        }
     }
 }
 

@@ -540,10 +540,10 @@ fn watchers_get_changes_from_memory_only_while_they_are_whole() {
     subject.run(&[put.clone()]);
     let branch = subject.model.branch(BRANCH);
     let mut watching = branch.watch();
-    assert_eq!(watching.published(), 2);
+    assert_eq!(watching.published().revision, 2);
     assert!(branch.recent(3, 10).is_none(), "nothing is known before the first change that was watched");
     subject.run(&[put.clone(), put.clone()]);
-    assert_eq!(watching.published(), 4);
+    assert_eq!(watching.published().revision, 4);
     assert!(branch.recent(2, 10).is_none(), "revision 2 was not watched");
     let recent = branch.recent(3, 10).expect("3 and 4 were watched");
     assert_eq!(recent.iter().map(|changes| changes.revision).collect::<Vec<_>>(), vec![3, 4]);
