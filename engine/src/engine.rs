@@ -4,8 +4,11 @@
 //! # Crash      docs/architecture.md, "Restart": pages, then the edits found in the log, then the entries, which the owner
 //!              applies again. Extents that no manifest names are free
 
+mod offline;
 mod pages;
 mod upkeep;
+
+pub use self::offline::{GroupInfo, Offline, SuperblockInfo, TableInfo, VerifyReport, VersionSetInfo};
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -30,6 +30,7 @@ pub mod hooks;
 
 pub use command::{Command, CommandBody, InstallTable, KEY_BYTES_MAX, VALUE_BYTES_MAX, WriteBatch, WriteOp};
 pub use engine::{Engine, EngineSettings, EngineStatus, Identity, OwnerPin, OwnerRecord};
+pub use engine::{GroupInfo, Offline, SuperblockInfo, TableInfo, VerifyReport, VersionSetInfo};
 pub use error::{Error, ErrorKind, Result};
 pub use group::{Applied, Export, Group, GroupSettings, GroupStatus, TableSource};
 pub use local_log::LocalLog;

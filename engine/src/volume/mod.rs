@@ -37,6 +37,7 @@ use tokio::sync::Notify;
 
 pub(crate) use self::allocator::{Reservation, SpaceStats};
 pub(crate) use self::extent::{Extent, UNIT_BYTES, extents_bytes};
+pub(crate) use self::inspect::{SuperblockReport, inspect};
 pub(crate) use self::superblock::{ROOT_EXTENTS_MAX, Root, Superblock, VOLUME_FORMAT_VERSION};
 
 use self::allocator::Allocator;
@@ -138,22 +139,42 @@ impl Volume {
         let copies = read_copies(&zone).await?;
         let found = judge(media.name(), &copies)?;
         mend(&zone, &copies, &found).await?;
-        let (wal_zone, extents_zone) = media.zones(found.wal_bytes)?;
-        check_extents(&*media, &extents_zone)?;
-        let allocator = Arc::new(Allocator::new(extents_zone.clone(), environment.spawner.clone()));
-        let volume = Volume(Arc::new(Inner {
-            superblock_zone: zone,
-            wal_zone,
-            extents_zone,
-            spawner: environment.spawner.clone(),
-            allocator,
-            turnstile: Arc::default(),
-            updates: Arc::default(),
-            current: Mutex::new(Current { superblock: found.clone(), failed: None }),
-            media,
-        }));
+        let volume = Self::over(media, environment, found.clone(), None)?;
         volume.update(|superblock| superblock.epoch += 1).await?;
         Ok((volume, found))
+    }
+
+    /// Opens the volume to look at it: nothing is written, and every update is refused.
+    ///
+    /// # Errors
+    /// As [`Volume::open`].
+    pub(crate) async fn look(media: Arc<dyn Media>, environment: &Environment) -> Result<(Volume, SuperblockReport)> {
+        let report = inspect(&*media).await?;
+        let refused = Error::new(ErrorKind::Closed, "the volume was opened to look at it");
+        let volume = Self::over(media, environment, report.superblock.clone(), Some(refused))?;
+        Ok((volume, report))
+    }
+
+    fn over(
+        media: Arc<dyn Media>,
+        environment: &Environment,
+        superblock: Superblock,
+        failed: Option<Error>,
+    ) -> Result<Volume> {
+        let (wal_zone, extents_zone) = media.zones(superblock.wal_bytes)?;
+        check_extents(&*media, &extents_zone)?;
+        let spawner = environment.spawner.clone();
+        Ok(Volume(Arc::new(Inner {
+            superblock_zone: media.superblock(),
+            wal_zone,
+            allocator: Arc::new(Allocator::new(extents_zone.clone(), spawner.clone())),
+            extents_zone,
+            spawner,
+            turnstile: Arc::default(),
+            updates: Arc::default(),
+            current: Mutex::new(Current { superblock, failed }),
+            media,
+        })))
     }
 
     /// The superblock that is durable.
@@ -212,6 +233,11 @@ impl Volume {
     /// The ring of the log.
     pub(crate) fn wal_zone(&self) -> Zone {
         self.0.wal_zone.clone()
+    }
+
+    /// Bytes of the extents zone.
+    pub(crate) fn extents_zone_bytes(&self) -> u64 {
+        self.0.extents_zone.length()
     }
 
     /// What the volume lies on.
