@@ -216,7 +216,7 @@ pub(crate) struct Inner<R: Runtime> {
     /// Ids that this node has seen leave the membership.
     pub(crate) removed: Mutex<std::collections::BTreeSet<u64>>,
     /// Snapshots pinned for receivers that asked for one, by their id; one each.
-    pub(crate) pinned: Mutex<BTreeMap<u64, mainstay_engine::Export>>,
+    pub(crate) pinned: Mutex<BTreeMap<u64, crate::state_machine::Exported>>,
     /// One identity is taken on at a time.
     pub(crate) adopting: Semaphore,
     /// The leader changes the membership one step at a time.

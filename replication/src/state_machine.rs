@@ -49,7 +49,7 @@ pub(crate) trait State: Clone + Send + Sync + 'static {
     fn skip(&self, index: LogIndex);
     fn applied(&self) -> LogIndex;
     fn flushed(&self) -> LogIndex;
-    fn export(&self) -> mainstay_engine::Result<Export>;
+    fn export(&self) -> mainstay_engine::Result<Exported>;
     fn import(
         &self,
         manifest: Bytes,
@@ -74,13 +74,22 @@ impl State for Group {
         Group::flushed(self)
     }
 
-    fn export(&self) -> mainstay_engine::Result<Export> {
-        Group::export(self)
+    fn export(&self) -> mainstay_engine::Result<Exported> {
+        let export = Group::export(self)?;
+        Ok(Exported { flushed: export.flushed, manifest: export.manifest.clone(), _pin: Some(export) })
     }
 
     async fn import(&self, manifest: Bytes, source: &dyn TableSource) -> mainstay_engine::Result<LogIndex> {
         Group::import(self, manifest, source).await
     }
+}
+
+/// The flushed state of this node; its tables stay while it lives.
+#[derive(Clone, Debug)]
+pub(crate) struct Exported {
+    pub(crate) flushed: LogIndex,
+    pub(crate) manifest: Bytes,
+    pub(crate) _pin: Option<Export>,
 }
 
 /// A snapshot of a peer, as it is offered: the tables that it names are fetched by who lacks them.
@@ -96,7 +105,7 @@ pub(crate) struct Offer {
 #[derive(Clone, Debug)]
 pub(crate) enum SnapshotHandle {
     /// Of this node: pins its tables while a receiver fetches them.
-    Local(Export),
+    Local(Exported),
     /// Of a peer.
     Remote {
         /// For `Group::import`.

@@ -1,5 +1,6 @@
 //! Tests of the log store and the state machine over a simulated disk.
 
+mod cluster;
 mod log;
 mod suite;
 mod tcp;
@@ -8,13 +9,13 @@ mod wire;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
-use mainstay_engine::{Applied, Command, Export, LogIndex, OwnerRecord, TableId, TableSource};
+use mainstay_engine::{Applied, Command, LogIndex, OwnerRecord, TableId, TableSource};
 use mainstay_io::sim::{SimClock, SimDisk, SimOptions, SimRandom};
 use mainstay_io::{BoxFuture, Environment, Spawner, TaskHandle, Zone};
 use mainstay_wal::{GroupId, Lsn, Wal, WalOptions};
 
 use crate::log_store::LogStore;
-use crate::state_machine::{Offer, Peers, State};
+use crate::state_machine::{Exported, Offer, Peers, State};
 use crate::{Error, ErrorKind, Result};
 
 pub(crate) const GROUP: GroupId = GroupId(1);
@@ -109,9 +110,9 @@ impl State for Double {
         self.applied()
     }
 
-    fn export(&self) -> mainstay_engine::Result<Export> {
+    fn export(&self) -> mainstay_engine::Result<Exported> {
         let manifest = Bytes::copy_from_slice(&self.applied().0.to_le_bytes());
-        Ok(Export { flushed: self.applied(), manifest })
+        Ok(Exported { flushed: self.applied(), manifest, _pin: None })
     }
 
     async fn import(&self, manifest: Bytes, _source: &dyn TableSource) -> mainstay_engine::Result<LogIndex> {

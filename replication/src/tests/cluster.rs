@@ -1,0 +1,548 @@
+//! Three nodes in one process over TCP on loopback, each on simulated disks that can lose power.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use mainstay_engine::{
+    CommandBody, Engine, EngineSettings, GroupSettings, KeyspaceId, LogIndex, MAIN, WriteBatch, WriteOp,
+};
+use mainstay_io::sim::{IoKind, SimMedia, SimOptions};
+
+use super::environment;
+use crate::{
+    Durability, ErrorKind, Hello, MemberRole, Node, NodeId, NodeOptions, NodeStatus, PeerAddress, ReadLevel, Result,
+    TcpTransport, Transport, Write,
+};
+
+const DEFAULT: KeyspaceId = KeyspaceId(0);
+const WAL_BYTES: u64 = 8 << 20;
+
+/// A process: its disks outlive it.
+struct Cell {
+    name: String,
+    media: SimMedia,
+    address: PeerAddress,
+    life: Option<(Node, TcpTransport)>,
+}
+
+struct Cluster {
+    cells: Vec<Cell>,
+    peers: BTreeMap<String, PeerAddress>,
+    memtable_bytes: u64,
+    entry_cache_bytes: u64,
+    crashes: u64,
+}
+
+fn media(seed: u64) -> SimMedia {
+    SimMedia::new(SimOptions { seed, capacity: 1 << 30, ..SimOptions::default() })
+}
+
+fn run<T>(test: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(4)
+        .enable_all()
+        .build()
+        .expect("a runtime")
+        .block_on(async { tokio::time::timeout(Duration::from_secs(120), test).await.expect("the test ends") })
+}
+
+impl Cluster {
+    async fn blank(count: usize) -> Self {
+        let mut this = Self {
+            cells: Vec::new(),
+            peers: BTreeMap::new(),
+            memtable_bytes: 4 << 20,
+            entry_cache_bytes: 1 << 20,
+            crashes: 0,
+        };
+        for i in 0..count {
+            this.add_cell(i).await;
+        }
+        this
+    }
+
+    async fn add_cell(&mut self, i: usize) {
+        let name = format!("n{i}");
+        let media = media(i as u64);
+        format_volume(&media).await;
+        let transport = TcpTransport::bind("127.0.0.1:0", None).await.expect("loopback");
+        let address = transport.local_address();
+        transport.close().await;
+        self.peers.insert(name.clone(), address.clone());
+        self.cells.push(Cell { name, media, address, life: None });
+    }
+
+    async fn start_all(&mut self) {
+        for i in 0..self.cells.len() {
+            self.start(i).await;
+        }
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.cells.iter().map(|c| c.name.clone()).collect()
+    }
+
+    async fn born(count: usize) -> Self {
+        let mut this = Self::blank(count).await;
+        this.start_all().await;
+        this.node(0).init(&this.names()).await.expect("born");
+        this
+    }
+
+    async fn try_start(&mut self, i: usize) -> Result<()> {
+        let cell = &self.cells[i];
+        let transport = loop {
+            match TcpTransport::bind(&cell.address.0, None).await {
+                Ok(transport) => break transport,
+                Err(_) => tokio::task::yield_now().await,
+            }
+        };
+        let mut found = Vec::new();
+        let media = cell.media.open().expect("nobody else has it open");
+        let settings = EngineSettings { memory_bytes: 64 << 20, background_tasks: 1, wal_in_flight_max: 3 };
+        let engine = Engine::open(media, environment(), settings, &mut |record| {
+            found.push(record);
+            Ok(())
+        })
+        .await?;
+        let options = NodeOptions {
+            name: cell.name.clone(),
+            client_address: format!("client-of-{}", cell.name),
+            peers: self.peers.clone(),
+            heartbeat: Duration::from_millis(100),
+            election_timeout: Duration::from_millis(300),
+            group: GroupSettings {
+                memtable_bytes: self.memtable_bytes,
+                table_bytes: 256 << 10,
+                base_level_bytes: 1 << 20,
+                l0_compaction_runs: 4,
+                state_machine: None,
+            },
+            entry_cache_bytes: self.entry_cache_bytes,
+            environment: environment(),
+        };
+        let node = Node::start(engine, found, options, Arc::new(transport.clone())).await?;
+        self.cells[i].life = Some((node, transport));
+        Ok(())
+    }
+
+    async fn start(&mut self, i: usize) {
+        self.try_start(i).await.expect("starts");
+    }
+
+    fn node(&self, i: usize) -> Node {
+        self.cells[i].life.as_ref().expect("it runs").0.clone()
+    }
+
+    /// Ends a node as a power cut does.
+    async fn kill(&mut self, i: usize) {
+        let (node, transport) = self.cells[i].life.take().expect("it runs");
+        transport.close().await;
+        self.crashes += 1;
+        self.cells[i].media.crash(self.crashes);
+        drop(node);
+    }
+
+    /// As [`Cluster::kill`], and the disks are gone too.
+    async fn wipe(&mut self, i: usize) {
+        self.kill(i).await;
+        self.crashes += 1;
+        self.cells[i].media = media(1000 + self.crashes);
+        format_volume(&self.cells[i].media).await;
+    }
+
+    async fn stop(&mut self, i: usize) {
+        let (node, _) = self.cells[i].life.take().expect("it runs");
+        node.close().await.expect("closes");
+    }
+
+    fn running(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.cells.len()).filter(|i| self.cells[*i].life.is_some())
+    }
+
+    /// The running node that leads, once all that run agree on one of them.
+    async fn leader(&self) -> usize {
+        loop {
+            let statuses: Vec<_> = self.running().map(|i| (i, self.node(i).status())).collect();
+            let leader = statuses.iter().find(|(_, s)| s.role == "leader").map(|(i, s)| (*i, s.id));
+            if let Some((i, id)) = leader
+                && statuses.iter().all(|(_, s)| s.leader == Some(id) || s.role == "removed" || s.role == "waiting")
+            {
+                return i;
+            }
+            pause().await;
+        }
+    }
+
+    async fn until(&self, i: usize, what: impl Fn(&NodeStatus) -> bool) -> NodeStatus {
+        loop {
+            let status = self.node(i).status();
+            if what(&status) {
+                return status;
+            }
+            pause().await;
+        }
+    }
+
+    async fn put(&self, i: usize, key: &str, value: impl Into<Bytes>) -> Result<LogIndex> {
+        let applied = self.node(i).write(Write { body: put(key, value), durability: Durability::Quorum }).await?;
+        applied.response?;
+        Ok(applied.index)
+    }
+
+    async fn get(&self, i: usize, key: &str, level: ReadLevel) -> Result<Option<Bytes>> {
+        let snapshot = self.node(i).snapshot("main", level).await?;
+        Ok(snapshot.get(DEFAULT, key.as_bytes()).await?)
+    }
+
+    async fn finish(mut self) {
+        for i in self.running().collect::<Vec<_>>() {
+            let (node, _) = self.cells[i].life.take().expect("it runs");
+            node.close().await.expect("closes");
+        }
+    }
+}
+
+/// Between two looks at a state of which there is no event across nodes; no test relies on its length.
+async fn pause() {
+    tokio::time::sleep(Duration::from_millis(5)).await;
+}
+
+async fn format_volume(media: &SimMedia) {
+    let opened = media.open().expect("nobody has it open");
+    Engine::format(opened, &environment(), WAL_BYTES, false).await.expect("formats");
+}
+
+fn put(key: &str, value: impl Into<Bytes>) -> CommandBody {
+    let op = WriteOp::Put { keyspace: DEFAULT, key: Bytes::copy_from_slice(key.as_bytes()), value: value.into() };
+    CommandBody::Batch(WriteBatch { branch: MAIN, ops: vec![op] })
+}
+
+#[test]
+fn a_cluster_is_born_writes_reads_and_forwards() {
+    run(async {
+        let cluster = Cluster::born(3).await;
+        for i in 0..3 {
+            cluster.put(i, &format!("k{i}"), format!("v{i}")).await.expect("written");
+        }
+        for i in 0..3 {
+            for level in [ReadLevel::Linearizable, ReadLevel::Lease] {
+                let value = cluster.get(i, "k2", level).await.expect("read");
+                assert_eq!(value.as_deref(), Some(b"v2".as_ref()), "a write that was answered before the read began");
+            }
+        }
+        let at = cluster.put(0, "own", "x").await.expect("written");
+        let value = cluster.get(1, "own", ReadLevel::AtLeast(at)).await.expect("read");
+        assert_eq!(value.as_deref(), Some(b"x".as_ref()));
+
+        let kinds = [
+            cluster.node(0).write(Write { body: put("a", "b"), durability: Durability::All }).await.map(|_| ()),
+            cluster.node(0).read_barrier(ReadLevel::Stale(Duration::ZERO)).await.map(|_| ()),
+        ];
+        for kind in kinds {
+            assert_eq!(kind.expect_err("not yet").kind(), &ErrorKind::Unsupported);
+        }
+        for i in 0..3 {
+            cluster.node(i).set_forward_handler(Arc::new(move |bytes| {
+                Box::pin(async move { Ok(Bytes::from(format!("{i}:{}", String::from_utf8_lossy(&bytes)))) })
+            }));
+        }
+        let leader = cluster.leader().await;
+        for i in 0..3 {
+            let answer = cluster.node(i).forward(Bytes::from_static(b"hi")).await.expect("answered");
+            assert_eq!(answer, format!("{leader}:hi"));
+        }
+        cluster.finish().await;
+    });
+}
+
+#[test]
+fn init_is_idempotent_and_refuses_others() {
+    run(async {
+        let mut cluster = Cluster::blank(4).await;
+        cluster.start_all().await;
+        let three: Vec<String> = cluster.names()[..3].to_vec();
+        assert_eq!(cluster.node(0).status().role, "waiting");
+        let error = cluster.node(0).init(&["n0".into(), "nobody".into()]).await.expect_err("unknown");
+        assert_eq!(error.kind(), &ErrorKind::Invalid);
+        let error = cluster.node(3).init(&three).await.expect_err("not a member itself");
+        assert_eq!(error.kind(), &ErrorKind::Invalid);
+        cluster.kill(2).await;
+        let error = cluster.node(0).init(&three).await.expect_err("one is away");
+        assert_eq!(error.kind(), &ErrorKind::Unavailable);
+        cluster.start(2).await;
+
+        let id = cluster.node(0).init(&three).await.expect("born");
+        for i in 0..3 {
+            assert_eq!(cluster.node(i).init(&three).await.expect("the same again"), id);
+        }
+        let error = cluster.node(3).init(&cluster.names()).await.expect_err("of another cluster");
+        assert_eq!(error.kind(), &ErrorKind::Foreign);
+        let error = cluster.node(0).init(&cluster.names()).await.expect_err("other members");
+        assert_eq!(error.kind(), &ErrorKind::Foreign);
+        cluster.put(0, "k", "v").await.expect("written");
+        assert_eq!(cluster.node(3).status().role, "waiting", "nobody bootstraps itself");
+        cluster.finish().await;
+    });
+}
+
+#[test]
+fn init_goes_on_where_a_crash_left_it() {
+    run(async {
+        let mut cluster = Cluster::blank(3).await;
+        cluster.start_all().await;
+        // One member took its identity, then the initiator died: phase two by hand.
+        let identity = mainstay_engine::Identity { cluster: [5; 16], node: 2 };
+        cluster.node(1).inner.adopt(identity).await.expect("taken");
+        cluster.kill(1).await;
+        cluster.start(1).await;
+        let id = cluster.node(0).init(&cluster.names()).await.expect("goes on");
+        assert_eq!(id, [5; 16]);
+        cluster.put(2, "k", "v").await.expect("written");
+        let other = mainstay_engine::Identity { cluster: [6; 16], node: 2 };
+        let error = cluster.node(1).inner.adopt(other).await.expect_err("it has an identity");
+        assert_eq!(error.kind(), &ErrorKind::Foreign);
+        cluster.finish().await;
+    });
+}
+
+#[test]
+fn nothing_acknowledged_is_lost_when_the_leader_loses_power() {
+    run(async {
+        let mut cluster = Cluster::born(3).await;
+        let mut written = 0;
+        for round in 0..4 {
+            for _ in 0..50 {
+                cluster.put(round % 3, &format!("k{written}"), vec![7; 300]).await.expect("written");
+                written += 1;
+            }
+            let leader = cluster.leader().await;
+            let began = tokio::time::Instant::now();
+            cluster.kill(leader).await;
+            let other = (leader + 1) % 3;
+            cluster.put(other, &format!("k{written}"), "after").await.expect("written by the others");
+            written += 1;
+            println!("round {round}: writes again after {:?}", began.elapsed());
+            cluster.start(leader).await;
+            // It catches up by log and serves what it missed.
+            let last = format!("k{}", written - 1);
+            let value = cluster.get(leader, &last, ReadLevel::Linearizable).await.expect("read");
+            assert_eq!(value.as_deref(), Some(b"after".as_ref()));
+        }
+        for i in 0..3 {
+            let snapshot = cluster.node(i).snapshot("main", ReadLevel::Linearizable).await.expect("read");
+            for k in 0..written {
+                let value = snapshot.get(DEFAULT, format!("k{k}").as_bytes()).await.expect("read");
+                assert!(value.is_some(), "node={i} key={k}");
+            }
+        }
+        cluster.finish().await;
+    });
+}
+
+#[test]
+fn all_lose_power_at_once() {
+    run(async {
+        let mut cluster = Cluster::born(3).await;
+        for k in 0..100 {
+            cluster.put(0, &format!("k{k}"), vec![1; 500]).await.expect("written");
+        }
+        for i in 0..3 {
+            cluster.kill(i).await;
+        }
+        cluster.start_all().await;
+        for i in 0..3 {
+            let snapshot = cluster.node(i).snapshot("main", ReadLevel::Linearizable).await.expect("read");
+            for k in 0..100 {
+                let value = snapshot.get(DEFAULT, format!("k{k}").as_bytes()).await.expect("read");
+                assert!(value.is_some(), "node={i} key={k}");
+            }
+        }
+        cluster.finish().await;
+    });
+}
+
+#[test]
+fn a_follower_behind_the_log_is_sent_the_tables_it_lacks() {
+    run(async {
+        let mut cluster = Cluster::blank(3).await;
+        cluster.memtable_bytes = 256 << 10;
+        cluster.entry_cache_bytes = 64 << 10;
+        cluster.start_all().await;
+        cluster.node(0).init(&cluster.names()).await.expect("born");
+        let fill = |from: u64, to: u64| (from..to).map(|k| (format!("k{k:06}"), vec![(k % 251) as u8; 1000]));
+        let leader = cluster.leader().await;
+        let away = (leader + 1) % 3;
+        for (key, value) in fill(0, 2000) {
+            cluster.put(leader, &key, value).await.expect("written");
+        }
+        // Everybody has flushed something before one goes away: those tables need not be sent.
+        cluster.until(away, |s| s.group.flushed.0 > 500).await;
+        let before = cluster.node(away).status().group;
+        cluster.kill(away).await;
+        for (key, value) in fill(2000, 10_000) {
+            cluster.put(leader, &key, value).await.expect("written");
+        }
+        let purged = |c: &Cluster, i: usize| c.node(i).inner.log.purged().map_or(0, |id| id.index);
+        while purged(&cluster, leader) <= before.applied.0 {
+            pause().await;
+        }
+        cluster.start(away).await;
+        let value = cluster.get(away, "k009999", ReadLevel::Linearizable).await.expect("read");
+        assert_eq!(value.map(|v| v.len()), Some(1000));
+        let snapshot = cluster.node(away).snapshot("main", ReadLevel::Linearizable).await.expect("read");
+        for (key, value) in fill(0, 10_000) {
+            let found = snapshot.get(DEFAULT, key.as_bytes()).await.expect("read");
+            assert_eq!(found.as_deref(), Some(value.as_slice()), "{key}");
+        }
+        // And again after a power cut right behind it.
+        cluster.kill(away).await;
+        cluster.start(away).await;
+        let value = cluster.get(away, "k000001", ReadLevel::Linearizable).await.expect("read");
+        assert_eq!(value.map(|v| v.len()), Some(1000));
+        cluster.finish().await;
+    });
+}
+
+#[test]
+fn a_wiped_member_joins_anew_under_another_id() {
+    run(async {
+        let mut cluster = Cluster::born(3).await;
+        for k in 0..50 {
+            cluster.put(0, &format!("k{k}"), "v").await.expect("written");
+        }
+        let leader = cluster.leader().await;
+        let wiped = (leader + 1) % 3;
+        let old = cluster.node(wiped).status().id;
+        let old_hello = cluster.node(wiped).inner.hello();
+        cluster.wipe(wiped).await;
+        cluster.start(wiped).await;
+        let status = cluster.until(wiped, |s| s.role == "follower" || s.role == "leader").await;
+        assert!(status.id.0 > 64, "a fresh id: {}", status.id);
+        let status = cluster.until(leader, |s| s.members.iter().all(|m| m.id != old)).await;
+        assert_eq!(status.members.len(), 3);
+        assert!(status.members.iter().all(|m| m.role == MemberRole::Voter));
+        let value = cluster.get(wiped, "k49", ReadLevel::Linearizable).await.expect("read");
+        assert_eq!(value.as_deref(), Some(b"v".as_ref()));
+        // The former volume, should it come back, is refused.
+        let stranger = Hello { peer_address: PeerAddress("127.0.0.1:1".into()), ..old_hello };
+        let request = crate::Envelope { method: crate::network::method::VOTE, body: Bytes::from_static(&[1]) };
+        let service = crate::service::Service(Arc::downgrade(&cluster.node(leader).inner));
+        let error = crate::Handler::handle(&service, stranger, request).await.expect_err("given up");
+        assert_eq!(error.kind(), &ErrorKind::Foreign);
+        cluster.finish().await;
+    });
+}
+
+#[test]
+fn members_come_and_go() {
+    run(async {
+        let mut cluster = Cluster::blank(3).await;
+        cluster.start_all().await;
+        cluster.node(0).init(&["n0".into()]).await.expect("born alone");
+        cluster.put(0, "k", "v").await.expect("written");
+        let add = |i: usize, voter| {
+            let (node, address) = (cluster.node(0), cluster.cells[i].address.clone());
+            async move { node.add_member(&format!("n{i}"), address, voter).await }
+        };
+        let one = add(1, true).await.expect("added");
+        assert_eq!(one.role, MemberRole::Voter);
+        let two = add(2, false).await.expect("added");
+        assert_eq!(two.role, MemberRole::Learner);
+        assert_eq!(add(2, false).await.expect("the same again").id, two.id);
+        // A learner serves linearizable reads.
+        let value = cluster.get(2, "k", ReadLevel::Linearizable).await.expect("read");
+        assert_eq!(value.as_deref(), Some(b"v".as_ref()));
+        cluster.node(1).promote_member(two.id).await.expect("promoted, asked of a follower");
+        cluster.until(0, |s| s.members.iter().filter(|m| m.role == MemberRole::Voter).count() == 3).await;
+
+        let elsewhere = PeerAddress("elsewhere:1".into());
+        cluster.node(0).update_member(two.id, elsewhere.clone()).await.expect("changed");
+        let status = cluster.until(0, |s| s.members.iter().any(|m| m.peer_address == elsewhere)).await;
+        assert_eq!(status.members.len(), 3);
+
+        let leader = cluster.leader().await;
+        let to = cluster.node((leader + 1) % 3).status().id;
+        assert_eq!(cluster.node((leader + 2) % 3).transfer_leader(Some(to)).await.expect("handed over"), to);
+        assert_eq!(cluster.node(cluster.leader().await).status().id, to);
+        let error = cluster.node(0).remove_member(NodeId(9999)).await.expect_err("unknown");
+        assert_eq!(error.kind(), &ErrorKind::NotFound);
+
+        // A removed member notices and goes idle; the two that stay go on.
+        let gone = (0..3).find(|i| cluster.node(*i).status().id == one.id).expect("it runs");
+        let stays = (gone + 1) % 3;
+        cluster.node(stays).remove_member(one.id).await.expect("removed");
+        cluster.until(gone, |s| s.role == "removed").await;
+        cluster.put(stays, "k", "w").await.expect("written by two");
+        assert_eq!(cluster.until(stays, |s| s.members.len() == 2).await.members.len(), 2);
+        // Also after a restart.
+        cluster.kill(gone).await;
+        cluster.start(gone).await;
+        cluster.until(gone, |s| s.role == "removed").await;
+        cluster.finish().await;
+    });
+}
+
+#[test]
+fn closing_hands_leadership_over() {
+    run(async {
+        let mut cluster = Cluster::born(3).await;
+        cluster.put(0, "k", "v").await.expect("written");
+        let leader = cluster.leader().await;
+        let term = cluster.node(leader).status().term;
+        cluster.stop(leader).await;
+        let next = cluster.leader().await;
+        assert_eq!(cluster.node(next).status().term, term + 1, "one election, by request");
+        cluster.start(leader).await;
+        let value = cluster.get(leader, "k", ReadLevel::Linearizable).await.expect("read");
+        assert_eq!(value.as_deref(), Some(b"v".as_ref()));
+        cluster.finish().await;
+    });
+}
+
+#[test]
+fn a_local_write_has_a_receipt_that_can_be_waited_for() {
+    run(async {
+        let cluster = Cluster::born(3).await;
+        let leader = cluster.leader().await;
+        cluster.put(leader, "first", "v").await.expect("written");
+        let token = cluster.node(leader).write_local(put("k", "v")).await.expect("durable here");
+        let applied = cluster.node(leader).wait(token, Durability::Quorum).await.expect("committed");
+        assert_eq!(applied.index, token.index);
+        let value = cluster.get((leader + 1) % 3, "k", ReadLevel::Linearizable).await.expect("read");
+        assert_eq!(value.as_deref(), Some(b"v".as_ref()));
+        let error = cluster.node((leader + 1) % 3).write_local(put("k", "w")).await.expect_err("a follower");
+        assert!(matches!(error.kind(), ErrorKind::NotLeader { leader: Some(_) }));
+        let old = crate::CommitToken { term: token.term, index: LogIndex(token.index.0 + 1000) };
+        let error = cluster.node(leader).wait(old, Durability::Quorum).await.expect_err("unknown");
+        assert_eq!(error.kind(), &ErrorKind::Indeterminate);
+        let error = cluster.node(leader).wait(token, Durability::Archive).await.expect_err("not yet");
+        assert_eq!(error.kind(), &ErrorKind::Unsupported);
+        cluster.finish().await;
+    });
+}
+
+#[test]
+fn a_failed_log_write_takes_the_node_out_of_service() {
+    run(async {
+        let mut cluster = Cluster::born(3).await;
+        cluster.put(0, "k", "v").await.expect("written");
+        let leader = cluster.leader().await;
+        let failing = (leader + 1) % 3;
+        cluster.cells[failing].media.wal_disk().fail_next(IoKind::DurableWrite);
+        cluster.put(leader, "k", "w").await.expect("the others are a quorum");
+        let status = cluster.until(failing, |s| s.role == "failed").await;
+        assert!(status.failure.is_some());
+        let error = cluster.put(failing, "k", "x").await.expect_err("it left service");
+        assert_eq!(error.kind(), &ErrorKind::Closed);
+        cluster.put(leader, "k", "x").await.expect("the others go on");
+        // With new life it takes part again: what it had acknowledged it still has.
+        cluster.kill(failing).await;
+        cluster.start(failing).await;
+        let value = cluster.get(failing, "k", ReadLevel::Linearizable).await.expect("read");
+        assert_eq!(value.as_deref(), Some(b"x".as_ref()));
+        cluster.finish().await;
+    });
+}
