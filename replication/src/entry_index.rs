@@ -17,7 +17,8 @@
 //! | entry `i` | last >= `i` | drops `i..`, appends: the same entry queued again after the ring was full |
 //! | entry `i` | last < `i - 1` | ignored: the one before it had been refused for space, so this was never acknowledged |
 //! | truncate after `i` | | drops `i + 1 ..` |
-//! | purge up to `i` | | drops `..= i`, remembers log id and membership of `i` |
+//! | purge up to `i` | entries from after `i + 1` | ignored: a later purge, still to come, let the ring be cut there |
+//! | purge up to `i` | else | drops `..= i`, remembers log id and membership of `i` |
 //! | snapshot about to be installed at `i` | | remembers log id and membership of `i` |
 //! | vote | | replaces the vote |
 //!
@@ -334,6 +335,10 @@ impl EntryIndex {
             }
             Recovered::Truncate(after) => self.truncate_after(after.map(|id| id.index)),
             Recovered::Purge(upto, membership) => {
+                if !self.slots.is_empty() && upto.index + 1 < self.first {
+                    // The entries between were purged later, and cut: that purge is still to come.
+                    return;
+                }
                 self.purge(upto, membership);
                 self.anchor_durable(upto, pos);
             }
@@ -416,6 +421,15 @@ mod tests {
         assert_eq!(purged.log_id(6), Some(log_id(1, 6)));
         assert_eq!(purged.membership_at(7), m);
         assert!(purged.check().is_ok());
+
+        let cut = replay(vec![
+            R::Entry(entry(2, 9)),
+            R::Purge(log_id(1, 6), m.clone()),
+            R::Entry(entry(2, 10)),
+            R::Purge(log_id(2, 8), m.clone()),
+        ]);
+        assert_eq!(span(&cut), (9, 11));
+        assert!(cut.check().is_ok());
 
         let headless = replay(vec![R::Entry(entry(1, 5))]);
         assert_eq!(headless.check().expect_err("no base").kind(), &ErrorKind::Corrupt);

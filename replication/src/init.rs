@@ -37,6 +37,9 @@ use crate::{Envelope, Error, ErrorKind, Hello, PeerAddress, Result, Runtime};
 const PROMISE: Duration = Duration::from_secs(30);
 /// How long one request of `init` may take.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long `init` tries to reach a member.
+const REACH_WAIT: Duration = Duration::from_secs(2);
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
 /// How long `init` waits for the first leader before it returns.
 const LEADER_WAIT: Duration = Duration::from_secs(5);
 
@@ -44,6 +47,8 @@ const BLANK: [u8; 16] = [0; 16];
 
 /// A cluster id that this blank node has promised to take, or none other, for a while.
 pub(crate) struct Promise<R: Runtime> {
+    /// The incarnation of the initiator: it alone may change its mind.
+    by: [u8; 16],
     cluster: [u8; 16],
     until: R::Instant,
 }
@@ -112,6 +117,7 @@ fn plan(names: &[String], promised: [u8; 16], found: &[Prepared]) -> Result<Plan
 
 impl<R: Runtime> Inner<R> {
     pub(crate) async fn init(self: &Arc<Self>, members: &[String]) -> Result<[u8; 16]> {
+        let _one = self.initiating.acquire().await.map_err(|_| Error::new(ErrorKind::Closed, "the node is closed"))?;
         let invalid = |message: String| Error::new(ErrorKind::Invalid, message);
         let mut names = members.to_vec();
         names.sort();
@@ -161,7 +167,7 @@ impl<R: Runtime> Inner<R> {
     ) -> Result<Vec<Prepared>> {
         let calls = names.iter().zip(addresses).map(|(name, address)| async move {
             if *name == self.options.name {
-                return self.prepare(cluster);
+                return self.prepare(self.engine.incarnation(), cluster);
             }
             let mut body = Writer::new();
             body.id(&cluster);
@@ -222,7 +228,7 @@ impl<R: Runtime> Inner<R> {
     }
 
     /// Phase one at a member.
-    pub(crate) fn prepare(&self, cluster: [u8; 16]) -> Result<Prepared> {
+    pub(crate) fn prepare(&self, by: [u8; 16], cluster: [u8; 16]) -> Result<Prepared> {
         let identity = self.engine.identity();
         if identity.cluster != BLANK {
             let formed = self.members().into_iter().map(|m| m.name).collect();
@@ -237,10 +243,10 @@ impl<R: Runtime> Inner<R> {
         }
         let mut promise = self.promise.lock().expect("nothing panics while it holds this lock");
         let now = R::Instant::now();
-        if promise.as_ref().is_some_and(|p| p.cluster != cluster && now < p.until) {
+        if promise.as_ref().is_some_and(|p| p.by != by && now < p.until) {
             return Err(Error::new(ErrorKind::Unavailable, "another init is at work"));
         }
-        *promise = Some(Promise { cluster, until: now + PROMISE });
+        *promise = Some(Promise { by, cluster, until: now + PROMISE });
         Ok(Prepared { member: self.me(), ..Prepared::default() })
     }
 

@@ -217,6 +217,8 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) removed: Mutex<std::collections::BTreeSet<u64>>,
     /// Snapshots pinned for receivers that asked for one, by their id; one each.
     pub(crate) pinned: Mutex<BTreeMap<u64, crate::state_machine::Exported>>,
+    /// One `init` at a time runs from here.
+    pub(crate) initiating: Semaphore,
     /// One identity is taken on at a time.
     pub(crate) adopting: Semaphore,
     /// The leader changes the membership one step at a time.
@@ -464,6 +466,7 @@ impl<R: Runtime> Node<R> {
             install: Mutex::new(None),
             removed: Mutex::default(),
             pinned: Mutex::new(BTreeMap::new()),
+            initiating: Semaphore::new(1),
             adopting: Semaphore::new(1),
             changing: Semaphore::new(1),
             rounds: Rounds::default(),

@@ -184,7 +184,7 @@ impl<R: Runtime> Inner<R> {
                 let mut reader = Reader::open(&body)?;
                 let cluster = reader.id()?;
                 reader.end()?;
-                let answer = self.prepare(cluster);
+                let answer = self.prepare(from.incarnation, cluster);
                 Ok(encode_result(answer, |w, prepared| prepared.write(w)))
             }
             method::ADOPT => {

@@ -32,9 +32,12 @@ impl Spawner for Threads {
 }
 
 pub(crate) fn environment() -> Environment {
+    // Each has a seed of its own: no two volumes may have one incarnation.
+    static SEED: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
+    let seed = SEED.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     Environment {
         clock: Arc::new(SimClock::new(std::time::Duration::from_secs(1_700_000_000))),
-        random: Arc::new(SimRandom::new(1)),
+        random: Arc::new(SimRandom::new(seed)),
         spawner: Arc::new(Threads),
     }
 }
