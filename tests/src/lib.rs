@@ -1,1 +1,16 @@
-//! mainstay-tests
+//! The one harness of the tests that run real processes on real files: servers on loopback, clients that remember what
+//! was acknowledged, loop devices.
+//!
+//! # Invariants
+//! 1. Every process that a test starts is ended by its id when its [`Server`] is dropped, also when the test panics.
+//! 2. Every wait has a bound and names what it waited for.
+
+#![forbid(unsafe_code)]
+
+pub mod ledger;
+pub mod loopback;
+pub mod server;
+
+pub use ledger::Ledger;
+pub use loopback::LoopDevice;
+pub use server::{Cluster, Server, binary, until};
