@@ -347,7 +347,7 @@ impl Engine {
         purged?;
         shared.volume.update(move |superblock| superblock.clean_end = Some(end)).await?;
         shared.volume.quiet().await;
-        Ok(())
+        shared.volume.shutdown().await
     }
 
     pub(crate) fn shared_ref(&self) -> &Arc<EngineShared> {

@@ -105,7 +105,9 @@ fn open_directory(path: &Path, missing: Missing) -> Result<(Arc<LockFile>, OpenF
     let mut superblock = OpenFile::open(&file, missing, Extent::Length, Some(lock.clone()))?;
     if superblock.capacity() < SUPERBLOCK_ZONE_BYTES {
         // Shorter than it ever is once it was made: what a crash left of making it, or a damaged file.
-        if missing == Missing::Refuse || !superblock.is_zero(SUPERBLOCK_ZONE_BYTES)? {
+        // Whole blocks are read through the device; the bytes of a shorter file that is none of ours count as well.
+        let notes = std::fs::read(&file).map_err(|e| refused(&file, false, &e))?;
+        if missing == Missing::Refuse || notes.iter().any(|byte| *byte != 0) {
             let message = format!("{} has less than {SUPERBLOCK_ZONE_BYTES} bytes: restore it", file.display());
             return Err(Error::unusable("open", message));
         }
@@ -269,6 +271,13 @@ impl Media for FileMedia {
         let mut devices = zones.map(|zones| zones.devices).unwrap_or_default();
         devices.push(self.shared.data.clone());
         devices
+    }
+
+    fn unlock(&self) {
+        match &self.shared.layout {
+            Layout::Directory { lock, .. } => lock.release(),
+            Layout::Device => {}
+        }
     }
 
     fn name(&self) -> String {

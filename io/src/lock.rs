@@ -31,7 +31,7 @@ pub(crate) type Attempt<T> = Result<Option<T>>;
 /// The locked file `lock` of a directory. Its content names the holder; only the lock decides.
 #[derive(Debug)]
 pub(crate) struct LockFile {
-    _file: File,
+    file: File,
 }
 
 impl LockFile {
@@ -49,8 +49,15 @@ impl LockFile {
             let note = format!("pid={} host={}\n", std::process::id(), host.nodename().to_string_lossy());
             // Only for messages: a full file system must not keep a volume from opening.
             let _ = file.set_len(0).and_then(|()| file.write_all(note.as_bytes()));
-            Ok(Some(Self { _file: file }))
+            Ok(Some(Self { file }))
         })
+    }
+
+    /// Lets another process in although files of this opening still live. The note goes first, so that it never names
+    /// a process that holds nothing; both are only for messages and for openers to come, so a failure has nobody to tell.
+    pub(crate) fn release(&self) {
+        let _ = self.file.set_len(0);
+        let _ = rustix::fs::flock(&self.file, FlockOperation::NonBlockingUnlock);
     }
 }
 

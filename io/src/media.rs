@@ -82,6 +82,10 @@ pub trait Media: Send + Sync + 'static {
     /// The devices, for shutdown.
     fn devices(&self) -> Vec<Arc<dyn BlockDevice>>;
 
+    /// Lets another opener in, for what is closed while handles to it still live. The devices were shut down before. A raw
+    /// device is let go with its last handle instead: its lock is the exclusive opening itself.
+    fn unlock(&self);
+
     /// What to call it in messages: the path.
     fn name(&self) -> String;
 }

@@ -51,7 +51,10 @@ impl Ledger {
             };
             if !allowed {
                 let key = String::from_utf8_lossy(key);
-                wrong.push(format!("key={key} acknowledged={:?} tried={} found={value:?}", line.acknowledged, line.tried));
+                wrong.push(format!(
+                    "key={key} acknowledged={:?} tried={} found={value:?}",
+                    line.acknowledged, line.tried
+                ));
             }
         }
         wrong.extend(

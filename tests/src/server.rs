@@ -225,9 +225,10 @@ impl Cluster {
     pub fn leader(&self) -> usize {
         let mut leader = None;
         until("a server leads", || {
-            leader = self.servers.iter().position(|server| {
-                server.status().is_some_and(|status| role(&status).as_deref() == Some("leader"))
-            });
+            leader = self
+                .servers
+                .iter()
+                .position(|server| server.status().is_some_and(|status| role(&status).as_deref() == Some("leader")));
             leader.is_some()
         });
         leader.expect("the wait ended with a leader")
@@ -237,11 +238,9 @@ impl Cluster {
 /// The role in a status document, wherever it stands.
 fn role(status: &serde_json::Value) -> Option<String> {
     match status {
-        serde_json::Value::Object(map) => map
-            .get("role")
-            .and_then(|role| role.as_str())
-            .map(str::to_owned)
-            .or_else(|| map.values().find_map(role)),
+        serde_json::Value::Object(map) => {
+            map.get("role").and_then(|role| role.as_str()).map(str::to_owned).or_else(|| map.values().find_map(role))
+        }
         serde_json::Value::Array(items) => items.iter().find_map(role),
         _ => None,
     }

@@ -16,9 +16,8 @@ fn peak_resident_bytes() -> u64 {
 /// long one.
 #[test]
 fn loading_stays_within_the_budget() {
-    let number = |name: &str, default: u64| {
-        std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
-    };
+    let number =
+        |name: &str, default: u64| std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default);
     let (keys, budget) = (number("MAINSTAY_MEMORY_KEYS", 400_000), number("MAINSTAY_MEMORY_MIB", 32) << 20);
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let store =

@@ -26,6 +26,7 @@ mod tests;
 use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use mainstay_io::{
@@ -46,6 +47,9 @@ use self::quorum::{Verdict, choose};
 use self::superblock::{COPIES, Copy, copy_offset};
 use self::turn::Turnstile;
 use crate::{Error, ErrorKind, Result};
+
+/// How long closing waits for operations in flight before it leaks their buffers.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(10);
 
 /// Units that the extents zone has at least.
 const EXTENTS_UNITS_MIN: u64 = 16;
@@ -228,6 +232,15 @@ impl Volume {
             }
             ended.await;
         }
+    }
+
+    /// Ends the devices and lets another process open the volume. What still holds a table reads `Closed` from here on.
+    pub(crate) async fn shutdown(&self) -> Result<()> {
+        for device in self.0.media.devices() {
+            device.shutdown(SHUTDOWN_GRACE).await?;
+        }
+        self.0.media.unlock();
+        Ok(())
     }
 
     /// The ring of the log.

@@ -255,6 +255,10 @@ impl Media for Opened {
         devices
     }
 
+    fn unlock(&self) {
+        *self.media.0.lock() = Weak::new();
+    }
+
     fn name(&self) -> String {
         "sim".to_owned()
     }

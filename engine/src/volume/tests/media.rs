@@ -151,6 +151,8 @@ fn zone(device: &Arc<MemDevice>) -> Zone {
 }
 
 impl Media for MemMedia {
+    fn unlock(&self) {}
+
     fn superblock(&self) -> Zone {
         zone(&self.superblock)
     }
