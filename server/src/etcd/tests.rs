@@ -567,3 +567,71 @@ async fn equal_histories_hash_equally() {
     assert_eq!(hash(&one, 4).await.hash, hash(&two, 4).await.hash);
     assert_ne!(hash(&two, 4).await.hash, b.hash, "the compaction took something away");
 }
+
+/// Runs a program that speaks etcd and gives what it printed. `None` where the machine does not have it.
+async fn run(program: &'static str, arguments: Vec<String>) -> Option<String> {
+    let output = tokio::task::spawn_blocking(move || {
+        std::process::Command::new(program).args(&arguments).env("ETCDCTL_API", "3").output()
+    });
+    let output = output.await.expect("no panic").ok()?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
+    Some(format!("{}{}", text(&output.stdout), text(&output.stderr)))
+}
+
+impl Bench {
+    async fn etcdctl(&self, line: &str) -> Option<String> {
+        let mut arguments = vec!["--endpoints".to_owned(), self.address.clone()];
+        arguments.extend(line.split(' ').map(str::to_owned));
+        run("etcdctl", arguments).await
+    }
+}
+
+/// What a user of etcdctl sees, against the same of etcd itself (3.4.23 printed these).
+#[tokio::test]
+async fn etcdctl_works_unchanged() {
+    let bench = Bench::start().await;
+    if bench.etcdctl("version").await.is_none() {
+        eprintln!("etcdctl is not on this machine: `apt-get install etcd-client` for this test");
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("snapshot.db").display().to_string();
+    let table: &[(&str, &str)] = &[
+        ("put a 1", "OK"),
+        ("put b 2", "OK"),
+        ("get a", "a\n1"),
+        ("get a z --print-value-only", "1\n2"),
+        ("get --prefix a --keys-only", "a"),
+        ("put a 3 --prev-kv", "OK\na\n1"),
+        ("get a --rev=2", "a\n1"),
+        ("get a c --sort-by=modify --order=descend", "a\n3\nb\n2"),
+        ("get --from-key b", "b\n2"),
+        ("del b --prev-kv", "1\nb\n2"),
+        ("get a --rev=99", "Error: etcdserver: mvcc: required revision is a future revision"),
+        ("lease grant 600 -w simple", "lease "),
+        ("lease list", "found 1 leases"),
+        ("compact 4", "compacted revision 4"),
+        ("get a --rev=3", "Error: etcdserver: mvcc: required revision has been compacted"),
+        ("watch a --rev=2", "watch was canceled (etcdserver: mvcc: required revision has been compacted)"),
+        ("member list", "7, started, n1, http://127.0.0.1:2380, http://127.0.0.1:2379, false"),
+        (
+            "member add n4 --peer-urls=http://n4@127.0.0.1:9 --learner",
+            "Member                8 added to cluster  909090909090909",
+        ),
+        ("member remove 8", "Member                8 removed from cluster  909090909090909"),
+        ("member remove 77", "Error: etcdserver: member not found"),
+        ("endpoint health", " is healthy"),
+        ("endpoint status", ", 7, 3.5.21, 0 B, true, false, 3, 0, 0"),
+        ("endpoint hashkv", ", "),
+        ("defrag", "Finished defragmenting etcd member"),
+        ("alarm list", ""),
+        ("snapshot save FILE", "Snapshot saved at "),
+        ("snapshot status FILE", ", 5, "),
+        ("snapshot restore FILE --data-dir=FILE.d", "added member"),
+    ];
+    for (line, expect) in table {
+        let line = line.replace("FILE", &file);
+        let printed = bench.etcdctl(&line).await.expect("it was there a moment ago");
+        assert!(printed.contains(expect), "etcdctl {line}: {printed:?}, not {expect:?}");
+    }
+}
