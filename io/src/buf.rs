@@ -140,3 +140,42 @@ impl fmt::Debug for AlignedBytes {
         f.debug_struct("AlignedBytes").field("len", &self.len()).finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_is_whole_aligned_zeroed_blocks() {
+        for (bytes, len) in [(0, 0), (1, 4096), (4096, 4096), (4097, 8192)] {
+            let mut buf = AlignedBuf::zeroed(bytes);
+            assert_eq!((buf.len(), buf.iter().all(|b| *b == 0)), (len, true));
+            assert!(buf.is_empty() || buf.as_ptr().addr().is_multiple_of(BLOCK_BYTES));
+            buf.fill(1);
+        }
+        let buf = AlignedBuf::copy_from(b"abc");
+        assert_eq!((&buf[..4], buf.len()), (&b"abc\0"[..], 4096));
+    }
+
+    #[test]
+    fn sharing_and_slicing_copy_nothing() {
+        let mut buf = AlignedBuf::zeroed(3 * BLOCK_BYTES);
+        buf[BLOCK_BYTES] = 7;
+        let at = buf.as_ptr().addr();
+        let shared = buf.freeze();
+        let part = shared.slice(BLOCK_BYTES..2 * BLOCK_BYTES).slice(0..BLOCK_BYTES);
+        drop(shared);
+        assert_eq!((part[0], part.as_ptr().addr(), part.is_aligned()), (7, at + BLOCK_BYTES, true));
+        assert!(!part.slice(512..1024).is_aligned());
+        let bytes = part.into_bytes();
+        assert_eq!((bytes[0], bytes.len(), bytes.as_ptr().addr()), (7, BLOCK_BYTES, at + BLOCK_BYTES));
+        let elsewhere = std::thread::spawn(move || bytes.slice(1..)[0]);
+        assert_eq!(elsewhere.join().expect("no panic"), 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "slice 0..4097 of 4096 bytes")]
+    fn a_slice_ends_inside() {
+        drop(AlignedBuf::zeroed(1).freeze().slice(0..4097));
+    }
+}

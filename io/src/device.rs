@@ -45,14 +45,14 @@ pub struct Geometry {
     pub io_bytes_max: u64,
     /// Which implementation serves it.
     pub backend: Backend,
-    /// Why io_uring was not used although it was asked for.
+    /// Why io_uring was not used although it was asked for, or why reads and writes go through the page cache.
     pub fallback_reason: Option<String>,
 }
 
 /// A range of blocks that can be read and written.
 ///
-/// Offsets and lengths are multiples of [`crate::BLOCK_BYTES`]. Operations start in the order of the calls and complete
-/// in any order. The device owns a buffer from the call until the completion, whatever happens to the returned [`Op`]:
+/// Offsets and lengths are multiples of [`crate::BLOCK_BYTES`]. Operations of a class start in the order of the calls and
+/// complete in any order. A call may block while thousands of operations of the device are in flight. The device owns a buffer from the call until the completion, whatever happens to the returned [`Op`]:
 /// dropping it cancels nothing.
 ///
 /// A durable write or flush that fails poisons the device: every later write, flush and discard answers
@@ -65,7 +65,7 @@ pub trait BlockDevice: Send + Sync + 'static {
     fn read(&self, offset: u64, buf: AlignedBuf, class: IoClass) -> Op<AlignedBuf>;
 
     /// Writes `bufs` one after the other from `offset`. With [`WriteMode::Durable`] one write and one flush of the
-    /// device cover all of them.
+    /// device cover all of them up to [`Geometry::io_bytes_max`]; what is longer takes several writes and one flush.
     fn write(&self, offset: u64, bufs: Vec<AlignedBytes>, mode: WriteMode, class: IoClass) -> Op<()>;
 
     /// Makes every write that had completed before the call durable.
@@ -86,7 +86,8 @@ pub trait BlockDevice: Send + Sync + 'static {
     fn poisoned(&self) -> Option<Error>;
 
     /// Refuses new operations, waits up to `grace` for those in flight and for the resident task, and releases the
-    /// device. Buffers still in flight afterwards are leaked, never freed.
+    /// device. Answers `Closed` if they did not end; buffers still in flight are then kept for good, never freed, and
+    /// the operations answer `Closed` too, but for one that hangs in a call of a pool thread.
     fn shutdown(&self, grace: Duration) -> Op<()>;
 }
 

@@ -6,7 +6,8 @@
 //!
 //! # Crash
 //! A durable write is `pwritev2(RWF_DSYNC)` on a file. On a raw device it is a write and `fdatasync`: there the kernel
-//! answers a synchronous RWF_DSYNC with a FUA write and a second flush of the whole cache.
+//! answers a synchronous RWF_DSYNC with a FUA write and a second flush of the whole cache. Opening locks, then flushes,
+//! and only then may anybody read.
 
 use std::fs::OpenOptions;
 use std::io::IoSlice;
@@ -106,6 +107,9 @@ impl OpenFile {
             buffered = file.probe_direct()?;
         }
         file.buffered = buffered;
+        // What a killed process wrote may still be only in the cache of the drive: nothing is decided on it before it
+        // is durable.
+        file.sync("open", 0, 0)?;
         Ok(file)
     }
 

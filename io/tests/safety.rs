@@ -234,6 +234,7 @@ fn the_part_of_a_child() {
         Some(("broken", errno)) => with_broken_writes(&place, errno.parse().expect("an errno")),
         Some(("unsupported", _)) => without_dsync(&place),
         Some(("flush", _)) => with_broken_flushes(&place),
+        Some(("open", _)) => flushed_on_open(&place),
         other => panic!("no such part: {other:?}"),
     }
 }
@@ -349,6 +350,21 @@ fn with_broken_flushes(place: &Path) {
     assert_eq!(op.wait().expect_err("refused").kind(), ErrorKind::Media);
     assert!(wal.device().poisoned().is_some());
     close(&*media);
+}
+
+/// Decisions at open must not rest on what a killed process left in the cache of the drive.
+#[test]
+fn opening_flushes_before_anything_is_read() {
+    run("open again");
+}
+
+fn flushed_on_open(place: &Path) {
+    let media = child_volume(place, BackendChoice::Threads);
+    drop(media);
+    child::refuse(&[libc::SYS_fdatasync], libc::EIO, true);
+    let target = Target::Directory(place.join("volume"));
+    let e = open_media(&target, &MediaOptions { backend: BackendChoice::Threads }).err().expect("refused");
+    assert_eq!((e.kind(), e.op()), (ErrorKind::Media, "open"));
 }
 
 #[test]
