@@ -86,6 +86,16 @@ enum Plan {
 
 fn plan(names: &[String], promised: [u8; 16], found: &[Prepared]) -> Result<Plan> {
     let foreign = |message: String| Err(Error::new(ErrorKind::Foreign, message));
+    if let Some(holder) = found.iter().find(|p| !p.formed.is_empty()) {
+        let mut formed = holder.formed.clone();
+        formed.sort();
+        formed.dedup();
+        return if formed == names {
+            Ok(Plan::Made(holder.cluster))
+        } else {
+            foreign(format!("a cluster of other members exists members={}", formed.join(",")))
+        };
+    }
     for (name, prepared) in names.iter().zip(found) {
         if prepared.member.name != *name {
             let (found, address) = (&prepared.member.name, &prepared.member.peer_address);
@@ -97,16 +107,6 @@ fn plan(names: &[String], promised: [u8; 16], found: &[Prepared]) -> Result<Plan
         return foreign("the members belong to more than one cluster".into());
     }
     let Some(cluster) = clusters.first().copied() else { return Ok(Plan::Adopt(promised)) };
-    if let Some(formed) = found.iter().map(|p| &p.formed).find(|f| !f.is_empty()) {
-        let mut formed = formed.clone();
-        formed.sort();
-        formed.dedup();
-        return if formed == names {
-            Ok(Plan::Made(cluster))
-        } else {
-            foreign(format!("a cluster of other members exists members={}", formed.join(",")))
-        };
-    }
     for (i, prepared) in found.iter().enumerate() {
         if prepared.cluster != BLANK && prepared.node != i as u64 + 1 {
             return foreign(format!("a member of an unfinished cluster of other members name={}", names[i]));
@@ -118,6 +118,18 @@ fn plan(names: &[String], promised: [u8; 16], found: &[Prepared]) -> Result<Plan
 impl<R: Runtime> Inner<R> {
     pub(crate) async fn init(self: &Arc<Self>, members: &[String]) -> Result<[u8; 16]> {
         let _one = self.initiating.acquire().await.map_err(|_| Error::new(ErrorKind::Closed, "the node is closed"))?;
+        let result = self.init_one(members).await;
+        if result.is_err() {
+            // Another initiator need not wait for what came to nothing here.
+            let mut promise = self.promise.lock().expect("nothing panics while it holds this lock");
+            if promise.as_ref().is_some_and(|p| p.by == self.engine.incarnation()) {
+                *promise = None;
+            }
+        }
+        result
+    }
+
+    async fn init_one(self: &Arc<Self>, members: &[String]) -> Result<[u8; 16]> {
         let invalid = |message: String| Error::new(ErrorKind::Invalid, message);
         let mut names = members.to_vec();
         names.sort();
@@ -169,14 +181,28 @@ impl<R: Runtime> Inner<R> {
             if *name == self.options.name {
                 return self.prepare(self.engine.incarnation(), cluster);
             }
-            let mut body = Writer::new();
-            body.id(&cluster);
-            let answer = self.call_address(address, method::PREPARE, body.finish()).await;
-            answer
-                .and_then(|bytes| decode_result(&bytes, Prepared::read))
-                .map_err(|e| Error::new(e.kind().clone(), format!("member cannot take part name={name}: {e}")))
+            let deadline = R::Instant::now() + REACH_WAIT;
+            loop {
+                let mut body = Writer::new();
+                body.id(&cluster);
+                let answer = self.call_address(address, method::PREPARE, body.finish()).await;
+                match answer.and_then(|bytes| decode_result(&bytes, Prepared::read)) {
+                    Ok(prepared) => return Ok(prepared),
+                    // It may be starting this moment, as this node did.
+                    Err(e) if *e.kind() == ErrorKind::Unavailable && R::Instant::now() < deadline => {}
+                    Err(e) => {
+                        return Err(Error::new(e.kind().clone(), format!("member cannot take part name={name}: {e}")));
+                    }
+                }
+                R::sleep(RETRY_PAUSE).await;
+            }
         });
-        join_all(calls).await.into_iter().collect()
+        let answers = join_all(calls).await;
+        // Who holds the log of a cluster decides, whether the others can be reached or not.
+        if let Some(Ok(holder)) = answers.iter().find(|a| matches!(a, Ok(p) if !p.formed.is_empty())) {
+            return Ok(vec![holder.clone()]);
+        }
+        answers.into_iter().collect()
     }
 
     async fn adopt_all(
