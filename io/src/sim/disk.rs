@@ -156,18 +156,25 @@ impl SimDisk {
     /// The power fails: what `seed` lets survive is the content from now on, and is returned. Operations in flight
     /// answer `Closed`, as do all handles from before; new ones come from [`SimDisk::device`].
     pub fn crash(&self, seed: u64) -> DiskImage {
-        let image = self.crash_image(seed);
-        self.restart(image.clone());
+        let mut core = self.0.lock();
+        let (durable, mut writes) = core.medium.at_risk();
+        writes.extend(shuffled(core.in_flight(), seed));
+        let image = after_crash(&durable, &writes, seed);
+        // Under one lock: what completes in between would be acknowledged and lost.
+        let flights = core.restart(image.clone());
+        drop(core);
+        end_flights(flights);
         image
     }
 
     /// The process dies while the disk keeps its power: completed writes stay, those in flight may land or not. Handles
     /// end as in a [crash](SimDisk::crash).
     pub fn kill(&self, seed: u64) -> DiskImage {
-        let core = self.0.lock();
+        let mut core = self.0.lock();
         let image = after_crash(&core.medium.image(), &shuffled(core.in_flight(), seed), seed);
+        let flights = core.restart(image.clone());
         drop(core);
-        self.restart(image.clone());
+        end_flights(flights);
         image
     }
 
@@ -195,19 +202,8 @@ impl SimDisk {
 
     /// Puts `image` in the place of the content, as if the disk had been exchanged while the node was down.
     pub fn restart(&self, image: DiskImage) {
-        let mut core = self.0.lock();
-        let space = core.medium.space();
-        core.medium = Medium::new(image, space);
-        core.epoch += 1;
-        core.poison = None;
-        let flights = std::mem::take(&mut core.flights);
-        drop(core);
-        for flight in flights.into_values() {
-            let Flight { action, door, .. } = flight;
-            // A dropped completer answers `Closed`, and wakes whoever is left to hear it.
-            drop(action);
-            door.leave(false);
-        }
+        let flights = self.0.lock().restart(image);
+        end_flights(flights);
     }
 
     /// Changes the rates of faults.
@@ -296,7 +292,26 @@ fn shuffled(mut writes: Vec<Unsettled>, seed: u64) -> Vec<Unsettled> {
     writes
 }
 
+/// Answers operations of the life that has ended. Without the lock of the disk: an answer may wake anyone.
+fn end_flights(flights: BTreeMap<u64, Flight>) {
+    for flight in flights.into_values() {
+        let Flight { action, door, .. } = flight;
+        // A dropped completer answers `Closed`, and wakes whoever is left to hear it.
+        drop(action);
+        door.leave(false);
+    }
+}
+
 impl Core {
+    /// Begins a new life with `image`; what was in flight is returned and has to be ended.
+    fn restart(&mut self, image: DiskImage) -> BTreeMap<u64, Flight> {
+        let space = self.medium.space();
+        self.medium = Medium::new(image, space);
+        self.epoch += 1;
+        self.poison = None;
+        std::mem::take(&mut self.flights)
+    }
+
     fn in_flight(&self) -> Vec<Unsettled> {
         let mut writes = Vec::new();
         for (id, flight) in &self.flights {
