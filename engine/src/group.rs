@@ -193,6 +193,15 @@ impl GroupShared {
             self.engine.retry_space();
             return Err(Error::new(ErrorKind::OutOfSpace, "the volume is full: free space; reads go on"));
         }
+        if self.engine.log_is_nearly_full() {
+            // Flushed, what is in memory lets the log be cut. Where nothing can be, the log itself answers.
+            self.want_rotation();
+            self.engine.check_log();
+            let core = self.lock();
+            if !core.memtables.is_empty() && core.stuck.is_empty() && core.diverged.is_empty() {
+                return Ok(false);
+            }
+        }
         if self.frozen.load(Ordering::Acquire) > FROZEN_GENERATIONS_MAX {
             return Ok(false);
         }
@@ -241,10 +250,12 @@ impl GroupShared {
         }
     }
 
-    /// Bytes of the extents that the present manifest names.
+    /// Bytes of the extents that the present manifest names, or that a finished job will have it name.
     #[cfg(test)]
     pub(crate) fn named_extent_bytes(&self) -> u64 {
-        self.lock().tables.values().map(|stored| crate::volume::extents_bytes(&stored.bytes.extents)).sum()
+        let core = self.lock();
+        let tables = core.tables.values().chain(core.done.values().flat_map(|output| &output.tables));
+        tables.map(|stored| crate::volume::extents_bytes(&stored.bytes.extents)).sum()
     }
 
     /// Makes the group of what was found on the volume, or a new one.

@@ -216,6 +216,7 @@ impl Shared {
         let reserve = match &command.body {
             CommandBody::Batch(_) | CommandBody::Custom { .. } => {
                 self.group.admit().await?;
+                self.engine.wal().admit().await?;
                 Reserve::Normal
             }
             CommandBody::CreateKeyspace { .. }

@@ -105,6 +105,12 @@ impl EngineShared {
         }
     }
 
+    /// True when writers have to wait until the log is cut.
+    pub(crate) fn log_is_nearly_full(&self) -> bool {
+        let stats = self.wal().stats();
+        stats.used_bytes > stats.ring_bytes / 4 * 3
+    }
+
     fn log_is_half_full(&self) -> bool {
         let stats = self.wal().stats();
         stats.used_bytes.saturating_mul(2) > stats.ring_bytes
@@ -166,6 +172,7 @@ impl EngineShared {
         self.write_pages_from(&turn, None, Some(start)).await?;
         self.wal().release(start);
         self.purged_at.store(limit.0, Ordering::Release);
+        self.open_groups().iter().for_each(|group| group.wake());
         Ok(())
     }
 

@@ -62,14 +62,7 @@ impl GroupShared {
     fn enter(&self, core: &mut Core, index: LogIndex) -> Entry {
         let applied = self.applied();
         assert!(index > applied, "entries are applied in order: index={index} applied={applied}");
-        // In replay the manifest knows where the generations ended.
-        while let Some(generation) = core.logical.generations.get(&core.active) {
-            if index <= generation.end {
-                break;
-            }
-            core.active.0 += 1;
-            core.written = 0;
-        }
+        turn_generation(core, index);
         Entry { index, replayed: index <= core.replay_to, ops: Vec::new(), publish: false }
     }
 
@@ -87,6 +80,7 @@ impl GroupShared {
             self.publish(core, index);
         }
         self.applied.store(index.0, Ordering::Release);
+        turn_generation(core, LogIndex(index.0 + 1));
         // A frozen generation may have become complete.
         if core.logical.generations.values().any(|g| g.end == index) {
             self.engine.work.notify_one();
@@ -273,6 +267,20 @@ impl GroupShared {
         let next_keyspace = core.logical.next_keyspace;
         drop(core);
         Ok(Apply::new(index, time_ms, self.snapshot_of(branch)?, made, next_keyspace))
+    }
+}
+
+/// Sets the generation that entry `index` writes. In replay the manifest knows where generations ended, and some may be in
+/// tables by now.
+fn turn_generation(core: &mut Core, index: LogIndex) {
+    while core.active < core.logical.next_generation {
+        match core.logical.generations.get(&core.active) {
+            Some(generation) if index <= generation.end => break,
+            _ => {
+                core.active.0 += 1;
+                core.written = 0;
+            }
+        }
     }
 }
 

@@ -96,7 +96,7 @@ impl GroupShared {
         let applied = self.applied();
         let generations = core.present.generations.iter().chain(&core.logical.generations);
         let (generation, frozen) = generations
-            .filter(|(g, frozen)| **g < core.active && frozen.end <= applied && eligible(core, frozen.job))
+            .filter(|(_, frozen)| frozen.end <= applied && eligible(core, frozen.job))
             .min_by_key(|(g, _)| **g)?;
         let parts = frozen.touched.iter().map(|&(branch, keyspace)| Part {
             branch,

@@ -3,6 +3,7 @@
 // Threads and waits belong to tests over threads: the deterministic runs are in `sim`.
 #![allow(clippy::disallowed_methods)]
 
+mod crash;
 mod harness;
 mod lifecycle;
 mod offline;
