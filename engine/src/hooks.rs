@@ -4,7 +4,14 @@
 
 /// Decoders: any bytes in, no panic.
 pub mod fuzz {
+    use std::sync::Arc;
+
     use bytes::Bytes;
+    use mainstay_io::BLOCK_BYTES;
+    use mainstay_wal::Lsn;
+
+    use crate::volume::superblock::ROOT_EXTENTS_MAX;
+    use crate::{InstallTable, JobId, KeyspaceId, LogIndex, MAIN, TableId};
 
     /// Opens `bytes` as a table by its own footer and reads it in every way.
     pub fn table(bytes: &[u8]) {
@@ -24,11 +31,98 @@ pub mod fuzz {
         }
     }
 
-    /// Takes `bytes` as a copy of the superblock.
+    /// Takes `bytes` as a copy of the superblock: as it is, and with a checksum made right.
     pub fn superblock(bytes: &[u8]) {
+        use crate::volume::superblock::Copy;
+
+        let mut sealed = vec![0; BLOCK_BYTES];
+        let length = bytes.len().min(BLOCK_BYTES - 8);
+        sealed[..length].copy_from_slice(&bytes[..length]);
+        let checksum = crc_fast::crc64_nvme(&sealed[..BLOCK_BYTES - 8]);
         for copy in 0..4 {
-            let _ = crate::volume::superblock::Copy::decode(bytes, copy);
+            let _ = Copy::decode(bytes, copy);
+            sealed[BLOCK_BYTES - 8..].copy_from_slice(&(checksum ^ copy as u64).to_le_bytes());
+            if let Copy::Whole(superblock, checksum) = Copy::decode(&sealed, copy) {
+                assert!(superblock.root.is_none_or(|root| root.extents.len() <= ROOT_EXTENTS_MAX), "{checksum}");
+            }
         }
+    }
+
+    /// Tables of a few shapes.
+    pub fn table_seeds() -> Vec<Vec<u8>> {
+        use crate::table::{Compression, TableBuilder, TableOptions};
+
+        let shapes = [(Compression::None, 0, 3u64), (Compression::Lz4, 8, 40), (Compression::None, 16, 20)];
+        shapes
+            .map(|(compression, filter_bits, entries)| {
+                let mut builder = TableBuilder::new(TableOptions { block_bytes: 256, compression, filter_bits });
+                for at in 0..entries {
+                    let value = format!("value {at}").repeat(3);
+                    let value = (at % 7 != 5).then_some(value.as_bytes());
+                    builder.add(format!("user/{at:06}/name").as_bytes(), LogIndex(at + 1), value);
+                }
+                builder.finish().0.iter().flat_map(|chunk| chunk.to_vec()).collect()
+            })
+            .to_vec()
+    }
+
+    /// A manifest with a keyspace, a frozen generation, a table, a checkpoint and a clone of it.
+    pub fn manifest_seed() -> Vec<u8> {
+        use crate::manifest::{Manifest, ManifestOp, ManifestSettings};
+
+        let settings = ManifestSettings {
+            memtable_bytes: 1 << 20,
+            table_bytes: 1 << 20,
+            base_level_bytes: 1 << 20,
+            l0_compaction_runs: 4,
+        };
+        let mut manifest = Manifest::new(settings);
+        let table = InstallTable {
+            id: TableId { job: JobId(1), ordinal: 0 },
+            branch: MAIN,
+            keyspace: KeyspaceId(0),
+            first: Bytes::from_static(b"a"),
+            last: Bytes::from_static(b"m"),
+            entries: 10,
+            tombstones: 1,
+            bytes: 4096,
+            digest: 7,
+            root: Bytes::from_static(&[1; 112]),
+        };
+        let ops = [
+            ManifestOp::CreateKeyspace { name: "users".into() },
+            ManifestOp::Rotate { touched: vec![(MAIN, KeyspaceId(0))] },
+            ManifestOp::Install { job: JobId(1), tables: vec![Arc::new(table)] },
+            ManifestOp::Rotate { touched: vec![(MAIN, KeyspaceId(0)), (MAIN, KeyspaceId(1))] },
+            ManifestOp::CreateCheckpoint { name: "monday".into(), branch: MAIN, time_ms: 7 },
+            ManifestOp::CreateClone { name: "trial".into(), checkpoint: "monday".into(), time_ms: 8 },
+        ];
+        for (at, op) in ops.iter().enumerate() {
+            manifest.apply(LogIndex(at as u64 + 1), op, true).expect("the operation is valid here");
+        }
+        manifest.encode(None).to_vec()
+    }
+
+    /// A superblock with everything in it.
+    pub fn superblock_seed() -> Vec<u8> {
+        use crate::volume::Extent;
+        use crate::volume::superblock::{Root, Superblock};
+
+        let root = Root { extents: vec![Extent { first_unit: 1, units: 2 }], bytes: 100_000, checksum: 9 };
+        Superblock {
+            volume: [1; 16],
+            incarnation: [2; 16],
+            identity: [3; 32],
+            sequence: 5,
+            parent: 4,
+            wal_bytes: 64 << 20,
+            epoch: 6,
+            wal_start: Lsn(8192),
+            clean_end: Some(Lsn(16384)),
+            root: Some(root),
+        }
+        .encode(0)
+        .to_vec()
     }
 }
 

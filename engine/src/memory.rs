@@ -58,6 +58,7 @@ impl MemoryBudget {
     }
 
     /// Changes the total at run time.
+    #[allow(dead_code, reason = "for a setting that is changed while the store runs")]
     pub(crate) fn set_total(&self, total: u64) {
         self.total.store(total, Ordering::Relaxed);
         self.resize_cache(0);
@@ -118,7 +119,8 @@ pub(crate) struct Reservation {
 
 impl Reservation {
     /// Bytes reserved.
-    pub(crate) fn bytes(&self) -> u64 {
+    #[cfg(test)]
+    fn bytes(&self) -> u64 {
         self.bytes
     }
 

@@ -16,6 +16,10 @@ mod shared;
 mod wal;
 mod writer;
 
+/// Entry points for the fuzz targets and benches of this workspace; no part of the interface.
+#[doc(hidden)]
+pub mod hooks;
+
 #[cfg(test)]
 mod tests;
 

@@ -9,7 +9,7 @@ mod view;
 
 use bytes::Bytes;
 
-pub(crate) use merge::{EntryRef, MergeInput};
+pub(crate) use merge::MergeInput;
 pub(crate) use view::{ReadView, ScanCursor};
 
 /// What a memtable or a table knows of a key.

@@ -102,11 +102,6 @@ impl TableBuilder {
         }
     }
 
-    /// Entries added.
-    pub(crate) fn entries(&self) -> u64 {
-        self.entries
-    }
-
     /// About the length that `finish` would give now; the open block counts uncompressed.
     pub(crate) fn estimated_bytes(&self) -> u64 {
         let open = self.data.len() + self.index.len() + self.top.len() + self.filters.len() + FOOTER_BYTES;

@@ -27,7 +27,8 @@ pub(crate) fn open(stored: &Bytes, handle: &Handle) -> Result<Bytes, Malformed> 
     if stored.len() != handle.stored as usize {
         return Err(Malformed("a block of another length than its referrer says"));
     }
-    if checksum(stored) != handle.checksum {
+    // A fuzzer cannot make checksums match: there every one does, so that what lies behind is reached.
+    if !cfg!(fuzzing) && checksum(stored) != handle.checksum {
         return Err(Malformed("a block that does not match the checksum in its referrer"));
     }
     if handle.raw == 0 {

@@ -132,7 +132,7 @@ impl Root {
         let mut input = Fields(body);
         let version = input.u16().ok_or(CUT)?;
         // A later version may have another length, and says so under its own checksum.
-        if checksum(body) != u64::from_le_bytes(*sum) {
+        if !cfg!(fuzzing) && checksum(body) != u64::from_le_bytes(*sum) {
             return Err(Some(Malformed("a root that does not match its checksum")));
         }
         if version == 0 || version > FORMAT_VERSION {

@@ -1,0 +1,75 @@
+//! Writes the seeds: one or a few well-formed inputs for each target, so that a run begins behind the first checks.
+//!
+//! `cargo run --example seeds` in this folder, after a change of a format.
+
+use std::path::Path;
+
+use bytes::Bytes;
+use mainstay_engine::{
+    BranchId, Command, CommandBody, InstallTable, JobId, KeyspaceId, MAIN, TableId, WriteBatch, WriteOp,
+};
+
+fn main() -> std::io::Result<()> {
+    let mut seeds: Vec<(&str, String, Vec<u8>)> = Vec::new();
+    for (at, seed) in mainstay_engine::hooks::fuzz::table_seeds().into_iter().enumerate() {
+        seeds.push(("table", format!("table-{at}"), seed));
+    }
+    seeds.push(("manifest", "manifest".into(), mainstay_engine::hooks::fuzz::manifest_seed()));
+    seeds.push(("superblock", "superblock".into(), mainstay_engine::hooks::fuzz::superblock_seed()));
+    seeds.push(("wal_record", "batch".into(), mainstay_wal::hooks::fuzz::batch_seed()));
+    for (name, body) in commands() {
+        let command = Command { time_ms: 1_700_000_000_000, body };
+        let bytes = command.encode().expect("a command within its limits").to_vec();
+        // A node's log holds commands inside entries: version, kind, term, node, index.
+        let mut entry = vec![1, 1];
+        entry.extend_from_slice(&[0; 16]);
+        entry.extend_from_slice(&bytes);
+        seeds.push(("peer_message", format!("entry-{name}"), entry));
+        seeds.push(("command", name.into(), bytes));
+    }
+    seeds.push(("peer_message", "empty".into(), vec![1]));
+    seeds.push(("peer_message", "zeros".into(), vec![1; 64]));
+    for (target, name, bytes) in seeds {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
+        std::fs::create_dir_all(&folder)?;
+        std::fs::write(folder.join(name), bytes)?;
+    }
+    Ok(())
+}
+
+fn commands() -> Vec<(&'static str, CommandBody)> {
+    let keyspace = KeyspaceId(1);
+    let put = |key: &'static str, value: &'static str| WriteOp::Put {
+        keyspace,
+        key: Bytes::from_static(key.as_bytes()),
+        value: Bytes::from_static(value.as_bytes()),
+    };
+    let delete = WriteOp::Delete { keyspace, key: Bytes::from_static(b"gone") };
+    let table = InstallTable {
+        id: TableId { job: JobId(7), ordinal: 1 },
+        branch: MAIN,
+        keyspace,
+        first: Bytes::from_static(b"a"),
+        last: Bytes::from_static(b"z"),
+        entries: 10,
+        tombstones: 1,
+        bytes: 4096,
+        digest: 0x0123_4567_89ab_cdef,
+        root: Bytes::from_static(&[1; 112]),
+    };
+    vec![
+        (
+            "batch",
+            CommandBody::Batch(WriteBatch { branch: MAIN, ops: vec![put("key", "value"), delete, put("b", "")] }),
+        ),
+        ("create-keyspace", CommandBody::CreateKeyspace { name: "users".into() }),
+        ("drop-keyspace", CommandBody::DropKeyspace { name: "users".into() }),
+        ("rotate", CommandBody::Rotate),
+        ("install", CommandBody::Install { job: JobId(7), tables: vec![table] }),
+        ("create-checkpoint", CommandBody::CreateCheckpoint { name: "monday".into(), branch: MAIN }),
+        ("drop-checkpoint", CommandBody::DropCheckpoint { name: "monday".into() }),
+        ("create-clone", CommandBody::CreateClone { name: "trial".into(), checkpoint: "monday".into() }),
+        ("drop-clone", CommandBody::DropClone { name: "trial".into() }),
+        ("custom", CommandBody::Custom { branch: BranchId(3), command: Bytes::from_static(b"custom") }),
+    ]
+}

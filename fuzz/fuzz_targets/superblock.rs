@@ -1,0 +1,8 @@
+//! A copy of the superblock.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    mainstay_engine::hooks::fuzz::superblock(bytes);
+});
