@@ -250,6 +250,24 @@ impl GroupShared {
         }
     }
 
+    #[cfg(test)]
+    pub(crate) fn has_jobs(&self) -> bool {
+        !self.lock().logical.jobs.is_empty()
+    }
+
+    /// Waits until a divergence was found.
+    #[cfg(test)]
+    pub(crate) async fn diverged(&self) {
+        loop {
+            let mut changed = pin!(self.progress.notified());
+            changed.as_mut().enable();
+            if self.divergences.load(Ordering::Relaxed) > 0 {
+                return;
+            }
+            changed.await;
+        }
+    }
+
     /// Bytes of the extents that the present manifest names, or that a finished job will have it name.
     #[cfg(test)]
     pub(crate) fn named_extent_bytes(&self) -> u64 {

@@ -142,7 +142,7 @@ impl GroupShared {
     }
 
     /// What to propose next, if there is something.
-    pub(super) fn take_offer(&self) -> Option<Command> {
+    pub(crate) fn take_offer(&self) -> Option<Command> {
         let mut core = self.lock();
         let body = if core.rotate == Some(false) {
             core.rotate = Some(true);

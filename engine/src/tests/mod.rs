@@ -6,4 +6,7 @@
 mod crash;
 mod harness;
 mod lifecycle;
-mod offline;
+mod model;
+mod replicas;
+mod space;
+mod state_machine;

@@ -1,0 +1,76 @@
+//! A full disk refuses writes, serves reads, and heals without a restart.
+
+use super::harness::*;
+use crate::{CommandBody, ErrorKind, MAIN};
+
+fn key(n: usize) -> String {
+    format!("key-{n:06}")
+}
+
+#[test]
+fn a_full_disk_refuses_writes_and_heals_when_space_comes_back() {
+    let media = media();
+    let store = Store::open(&media);
+    media.extents_disk().set_space(Some(2 << 20));
+    let value = [7; 2048];
+    let mut written = 0;
+    let refused = loop {
+        match store.propose(put(MAIN, &key(written), &value)) {
+            Ok(applied) => drop(applied.response.expect("a put is not refused")),
+            Err(error) => break error,
+        }
+        written += 1;
+        assert!(written < 10_000, "the disk never filled");
+    };
+    assert_eq!(refused.kind(), ErrorKind::OutOfSpace);
+    assert!(store.engine.status().read_only.is_some());
+    for n in (0..written).step_by(17) {
+        assert_eq!(store.get(&key(n)).as_deref(), Some(&value[..]), "reads go on");
+    }
+    media.extents_disk().set_space(None);
+    // Each refused write tries again whether there is space.
+    let mut refusals = 0;
+    while let Err(error) = store.propose(put(MAIN, "after", b"x")) {
+        assert_eq!(error.kind(), ErrorKind::OutOfSpace);
+        refusals += 1;
+        assert!(refusals < 1_000_000, "it never healed");
+    }
+    store.settle();
+    assert!(store.engine.status().read_only.is_none());
+    assert_eq!(all(&store.group().snapshot(MAIN).expect("main"), DEFAULT).len(), written + 1);
+    store.close();
+    check_no_leak(&media);
+}
+
+#[test]
+fn dropping_a_checkpoint_frees_the_space_that_writes_wait_for() {
+    let media = media();
+    let store = Store::open(&media);
+    let value = [3; 2048];
+    for n in 0..500 {
+        store.put(&key(n), &value);
+    }
+    store.must(CommandBody::CreateCheckpoint { name: "c".into(), branch: MAIN });
+    for n in 0..500 {
+        store.must(delete(MAIN, &key(n)));
+    }
+    store.settle();
+    let used = media.extents_disk().allocated();
+    media.extents_disk().set_space(Some(used));
+    let mut n = 0;
+    while store.propose(put(MAIN, &key(n), &value)).is_ok() {
+        n += 1;
+        assert!(n < 10_000, "the disk never filled");
+    }
+    store.must(CommandBody::DropCheckpoint { name: "c".into() });
+    let mut refusals = 0;
+    while let Err(error) = store.propose(put(MAIN, "after", b"x")) {
+        assert_eq!(error.kind(), ErrorKind::OutOfSpace);
+        refusals += 1;
+        assert!(refusals < 1_000_000, "it never healed");
+    }
+    assert_eq!(all(&store.group().snapshot(MAIN).expect("main"), DEFAULT).len(), n + 1);
+    media.extents_disk().set_space(None);
+    store.close();
+    check_no_leak(&media);
+}

@@ -1,0 +1,126 @@
+//! Commands of the embedder: they read what was applied and their own writes, and all or nothing of them is written.
+
+use std::ops::Bound;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+
+use super::harness::*;
+use crate::{Apply, CommandBody, Error, ErrorKind, LogIndex, MAIN, Result, StateMachine};
+
+/// `add key n` adds to a counter in the keyspace `counters`, `sum` adds all, `swap a b` exchanges two, `fail` writes and
+/// fails.
+#[derive(Default)]
+struct Counters {
+    applied: AtomicU64,
+    restored: AtomicU64,
+}
+
+async fn number(apply: &Apply, keyspace: crate::KeyspaceId, key: &str) -> Result<u64> {
+    let value = apply.get(keyspace, key.as_bytes()).await?;
+    Ok(value.map_or(0, |v| String::from_utf8_lossy(&v).parse().expect("only numbers are written")))
+}
+
+impl StateMachine for Counters {
+    fn apply<'a>(
+        &'a self,
+        apply: &'a mut Apply,
+        command: Bytes,
+    ) -> Pin<Box<dyn Future<Output = Result<Bytes>> + Send + 'a>> {
+        Box::pin(async move {
+            let command = String::from_utf8_lossy(&command).into_owned();
+            let words: Vec<&str> = command.split(' ').collect();
+            let counters = apply.keyspace("counters")?;
+            match words[..] {
+                ["add", key, n] => {
+                    let sum = number(apply, counters, key).await? + n.parse::<u64>().expect("a number");
+                    apply.put(counters, key.to_owned(), sum.to_string())?;
+                    assert_eq!(number(apply, counters, key).await?, sum, "own writes are read");
+                    Ok(sum.to_string().into())
+                }
+                ["swap", a, b] => {
+                    let (x, y) = (number(apply, counters, a).await?, number(apply, counters, b).await?);
+                    apply.put(counters, a.to_owned(), y.to_string())?;
+                    apply.put(counters, b.to_owned(), x.to_string())?;
+                    apply.delete(counters, "gone")?;
+                    let pairs = apply.range(counters, Bound::Unbounded, Bound::Unbounded, true, 10).await?;
+                    assert!(pairs.iter().all(|(key, _)| key != "gone"));
+                    assert!(pairs.is_sorted_by(|p, q| p.0 > q.0));
+                    Ok(pairs.len().to_string().into())
+                }
+                ["sum"] => {
+                    let pairs = apply.range(counters, Bound::Unbounded, Bound::Unbounded, false, usize::MAX).await?;
+                    let sum: u64 =
+                        pairs.iter().map(|(_, v)| String::from_utf8_lossy(v).parse::<u64>().expect("numbers")).sum();
+                    Ok(format!("{sum} at {} {}", apply.index(), apply.time_ms()).into())
+                }
+                _ => {
+                    apply.keyspace("never")?;
+                    apply.put(counters, "gone", "1")?;
+                    Err(Error::new(ErrorKind::Invalid, "as asked"))
+                }
+            }
+        })
+    }
+
+    fn applied(&self, index: LogIndex) {
+        self.applied.store(index.0, Ordering::SeqCst);
+    }
+
+    fn restored(&self, index: LogIndex) {
+        self.restored.store(index.0, Ordering::SeqCst);
+    }
+}
+
+fn custom(command: &str) -> CommandBody {
+    CommandBody::Custom { branch: MAIN, command: Bytes::copy_from_slice(command.as_bytes()) }
+}
+
+fn answer(store: &Store, command: &str) -> Result<String> {
+    let applied = store.propose(custom(command)).expect("the log takes it");
+    applied.response.map(|response| String::from_utf8_lossy(&response).into_owned())
+}
+
+#[test]
+fn commands_decide_the_same_before_and_after_a_crash() {
+    let media = media();
+    let counters = Arc::new(Counters::default());
+    let store = Store::with_state_machine(&media, counters.clone());
+    for n in 0..300 {
+        answer(&store, &format!("add k{} {n}", n % 7)).expect("counted");
+        if n == 100 {
+            store.flush();
+        }
+    }
+    assert_eq!(answer(&store, "fail").expect_err("as asked").kind(), ErrorKind::Invalid);
+    assert_eq!(store.group().keyspace("never"), None);
+    assert_eq!(answer(&store, "swap k1 k2").expect("exchanged"), "7");
+    let sum = answer(&store, "sum").expect("summed");
+    assert!(sum.starts_with("44850 at "), "{sum}");
+    assert_eq!(counters.applied.load(Ordering::SeqCst), store.group().applied().0);
+    let id = store.group().keyspace("counters").expect("made by the first command");
+    let before = all(&store.group().snapshot(MAIN).expect("main"), id);
+    drop(store);
+    media.crash(5);
+
+    let counters = Arc::new(Counters::default());
+    let store = Store::with_state_machine(&media, counters.clone());
+    assert_eq!(counters.restored.load(Ordering::SeqCst), store.group().flushed().0);
+    assert_eq!(store.group().keyspace("counters"), Some(id));
+    assert_eq!(all(&store.group().snapshot(MAIN).expect("main"), id), before);
+    assert!(answer(&store, "sum").expect("summed").starts_with("44850 at "));
+    assert_eq!(store.group().status().divergences, 0);
+    store.close();
+}
+
+#[test]
+fn without_a_state_machine_commands_are_refused() {
+    let media = media();
+    let store = Store::open(&media);
+    assert_eq!(answer(&store, "sum").expect_err("nobody to ask").kind(), ErrorKind::Unsupported);
+    store.put("k", b"v");
+    assert_eq!(store.get("k").as_deref(), Some(&b"v"[..]));
+    store.close();
+}
