@@ -250,3 +250,129 @@ fn flushed(
         Err(errno) => Progress::Done(Err(Error::flush(op, offset, length, errno))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::{Extent, Missing, OpenFile};
+    use crate::{ErrorKind, Op};
+
+    fn gate() -> Arc<Gate> {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("file");
+        std::fs::write(&path, vec![0; 4 << 20]).expect("written");
+        Gate::new(Arc::new(OpenFile::open(&path, Missing::Refuse, Extent::Length, None).expect("opened")))
+    }
+
+    fn flight(gate: &Arc<Gate>, body: Body) -> Flight {
+        let ticket = gate.enter("test", 0, 0, true).expect("open");
+        Flight::new(Request { ticket, class: IoClass::Wal, body }).ok().expect("something to do")
+    }
+
+    fn write(gate: &Arc<Gate>, bytes: usize, mode: WriteMode) -> (Flight, Op<()>) {
+        let (op, done) = Op::pending();
+        let bufs = vec![AlignedBuf::zeroed(bytes).freeze()];
+        (flight(gate, Body::Write { offset: 0, bufs, mode, done }), op)
+    }
+
+    /// Feeds `results` of the kernel to the flight until it is done, and finishes it.
+    fn run(mut flight: Flight, results: &[i32]) {
+        for (n, result) in results.iter().enumerate() {
+            let _ = flight.entry();
+            match flight.advance(*result) {
+                Progress::Again => assert!(n + 1 < results.len(), "not done after {results:?}"),
+                Progress::Done(answer) => {
+                    assert_eq!(n + 1, results.len(), "done too early in {results:?}");
+                    return flight.finish(answer);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn short_and_interrupted_writes_are_resubmitted() {
+        let gate = gate();
+        let full = 16384;
+        let cases: &[&[i32]] = &[
+            &[full],
+            &[4096, 4096, 8192],
+            &[512, full],
+            &[-libc::EAGAIN, -libc::EINTR, -libc::ECANCELED, full],
+            &[0, full],
+            // Without RWF_DSYNC the write is followed by a flush, which may be interrupted too.
+            &[-libc::EOPNOTSUPP, full, -libc::EINTR, 0],
+        ];
+        for results in cases {
+            let (flight, op) = write(&gate, full as usize, WriteMode::Durable);
+            run(flight, results);
+            op.wait().expect("durable");
+        }
+        assert_eq!(gate.drain(std::time::Duration::ZERO), (0, 0));
+    }
+
+    #[test]
+    fn a_long_durable_write_is_flushed_once_at_its_end() {
+        let (flight, op) = write(&gate(), 2 << 20, WriteMode::Durable);
+        run(flight, &[1 << 20, 1 << 20, 0]);
+        op.wait().expect("durable");
+    }
+
+    #[test]
+    fn failures_are_typed_and_poison_what_promised_durability() {
+        let cases = [
+            (WriteMode::Cached, -libc::EIO, ErrorKind::Media, false),
+            (WriteMode::Durable, -libc::ENOSPC, ErrorKind::OutOfSpace, false),
+            (WriteMode::Durable, -libc::EIO, ErrorKind::Media, true),
+            (WriteMode::Durable, -libc::EBADF, ErrorKind::Os, true),
+        ];
+        for (mode, result, kind, poisons) in cases {
+            let gate = gate();
+            let (failing, op) = write(&gate, 4096, mode);
+            let (later, late_op) = write(&gate, 4096, WriteMode::Durable);
+            run(failing, &[result]);
+            assert_eq!(op.wait().expect_err("failed").kind(), kind);
+            assert_eq!(gate.poisoned().is_some(), poisons);
+            // In flight when the other failed, and written well: not acknowledged after a failure all the same.
+            run(later, &[4096]);
+            assert_eq!(late_op.wait().err().map(|e| e.kind()), poisons.then_some(ErrorKind::Poisoned));
+        }
+    }
+
+    #[test]
+    fn no_progress_ends_in_an_error() {
+        for result in [-libc::EAGAIN, -libc::EINTR, 0] {
+            let (mut flight, op) = write(&gate(), 4096, WriteMode::Durable);
+            let mut rounds = 0;
+            let answer = loop {
+                match flight.advance(result) {
+                    Progress::Again => rounds += 1,
+                    Progress::Done(answer) => break answer,
+                }
+            };
+            assert_eq!(rounds, STALLS_MAX);
+            flight.finish(answer);
+            assert!(op.wait().is_err());
+        }
+    }
+
+    #[test]
+    fn an_abandoned_operation_answers_once_and_keeps_its_place() {
+        let gate = gate();
+        let (mut flight, op) = write(&gate, 4096, WriteMode::Durable);
+        flight.abandon();
+        assert_eq!(op.wait().expect_err("abandoned").kind(), ErrorKind::Closed);
+        assert_eq!(gate.drain(std::time::Duration::ZERO), (1, 0));
+        run(flight, &[4096]);
+        assert_eq!(gate.drain(std::time::Duration::ZERO), (0, 0));
+    }
+
+    #[test]
+    fn a_read_behind_the_end_of_a_file_is_zeroes() {
+        let (op, done) = Op::pending();
+        let mut buf = AlignedBuf::zeroed(8192);
+        buf.fill(1);
+        run(flight(&gate(), Body::Read { offset: 0, buf, done }), &[4096, 0]);
+        let buf = op.wait().expect("read");
+        assert!(buf[..4096].iter().all(|b| *b == 1) && buf[4096..].iter().all(|b| *b == 0));
+    }
+}
