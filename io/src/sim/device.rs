@@ -4,7 +4,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::IoKind;
-use super::disk::{Action, Core, Shared, SimDisk, What};
+use super::core::{Action, Core, What};
+use super::disk::{Shared, SimDisk};
 use super::medium::content;
 use crate::{
     AlignedBuf, AlignedBytes, BLOCK_BYTES, BlockDevice, BoxFuture, Completer, Error, ErrorKind, Geometry, IoClass, Op,

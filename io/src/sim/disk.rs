@@ -1,4 +1,4 @@
-//! A simulated disk: executes operations, injects faults, keeps the record, and crashes.
+//! A simulated disk: takes operations, lets them land in their time, and crashes.
 //!
 //! # Place
 //! [`SimDisk`] belongs to the test: it outlives crashes and looks at the medium. [`SimDevice`] belongs to the node: a
@@ -10,17 +10,15 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::core::{Action, Core, Flight, What, full};
 use super::device::{Door, SimDevice};
-use super::env::{SimRandom, SimScheduler, decide, mix};
-use super::image::{Block, CrashImages, DiskImage, Unsettled, after_crash};
+use super::env::{SimRandom, SimScheduler, decide};
+use super::image::{CrashImages, DiskImage, Unsettled, after_crash};
 use super::medium::{Medium, blocks};
 use super::{Faults, IoEvent, IoKind, Latency, Outcome, SimOptions};
 use crate::gate::closed;
 use crate::transfer::IO_BYTES_MAX;
-use crate::{AlignedBuf, BLOCK_BYTES, Backend, Completer, Error, ErrorKind, Geometry, Op, Result, Spawner};
-
-/// Events of a disk that [`SimDisk::trace`] keeps: the latest.
-const TRACE_EVENTS_MAX: usize = 1 << 16;
+use crate::{BLOCK_BYTES, Backend, Completer, Geometry, Op, Result, Spawner};
 
 /// Where completions and resident tasks of a disk run.
 #[derive(Clone, Default)]
@@ -39,60 +37,6 @@ pub(super) struct Shared {
     random: SimRandom,
     pub(super) runtime: Runtime,
     core: Mutex<Core>,
-}
-
-pub(super) struct Core {
-    pub(super) medium: Medium,
-    faults: Faults,
-    /// Counts the lives of the node: handles of an earlier one are dead.
-    epoch: u64,
-    pub(super) poison: Option<Error>,
-    flights: BTreeMap<u64, Flight>,
-    next_flight: u64,
-    fail_next: Vec<IoKind>,
-    trace: VecDeque<IoEvent>,
-    events: u64,
-    hash: u64,
-}
-
-/// What was asked, without its buffers.
-#[derive(Clone, Copy)]
-pub(super) struct What {
-    pub(super) op: &'static str,
-    pub(super) kind: IoKind,
-    pub(super) offset: u64,
-    pub(super) length: u64,
-}
-
-/// An operation that the device has taken and not completed.
-struct Flight {
-    what: What,
-    action: Action,
-    door: Arc<Door>,
-    second_part: bool,
-}
-
-pub(super) enum Action {
-    Read { buf: AlignedBuf, done: Completer<AlignedBuf> },
-    Write { content: Vec<(u64, Block)>, done: Completer<()> },
-    Flush { covers: u64, done: Completer<()> },
-    Allocate { done: Completer<()> },
-    Discard { done: Completer<()> },
-}
-
-/// What to tell the caller once the locks are released.
-enum Answer {
-    Read(Completer<AlignedBuf>, Result<AlignedBuf>),
-    Unit(Completer<()>, Result<()>),
-}
-
-impl Answer {
-    fn deliver(self) {
-        match self {
-            Answer::Read(done, result) => done.complete(result),
-            Answer::Unit(done, result) => done.complete(result),
-        }
-    }
 }
 
 impl SimDisk {
@@ -282,10 +226,6 @@ impl std::fmt::Debug for SimDisk {
     }
 }
 
-fn full(op: &'static str, offset: u64, length: u64) -> Error {
-    Error::new(ErrorKind::OutOfSpace, op, offset, length, "the simulated disk is full")
-}
-
 /// Writes that were in flight together reach the medium in any order.
 fn shuffled(mut writes: Vec<Unsettled>, seed: u64) -> Vec<Unsettled> {
     writes.sort_by_key(|write| decide(seed, &[write.sequence, 3]));
@@ -300,172 +240,6 @@ fn end_flights(flights: BTreeMap<u64, Flight>) {
         drop(action);
         door.leave(false);
     }
-}
-
-impl Core {
-    /// Begins a new life with `image`; what was in flight is returned and has to be ended.
-    fn restart(&mut self, image: DiskImage) -> BTreeMap<u64, Flight> {
-        let space = self.medium.space();
-        self.medium = Medium::new(image, space);
-        self.epoch += 1;
-        self.poison = None;
-        std::mem::take(&mut self.flights)
-    }
-
-    fn in_flight(&self) -> Vec<Unsettled> {
-        let mut writes = Vec::new();
-        for (id, flight) in &self.flights {
-            if let Action::Write { content, .. } = &flight.action {
-                writes.push(Unsettled { sequence: self.medium.sequence() + id, blocks: content.clone() });
-            }
-        }
-        writes
-    }
-
-    fn record(&mut self, what: What, outcome: Outcome) {
-        let What { kind, offset, length, .. } = what;
-        let event = IoEvent { sequence: self.events, kind, offset, length, outcome };
-        self.events += 1;
-        let (tag, detail) = match outcome {
-            Outcome::Done => (0, 0),
-            Outcome::Failed(kind) => (1, kind as u64),
-            Outcome::Misdirected(to) => (2, to),
-            Outcome::Phantom => (3, 0),
-            Outcome::Rotten(at) => (4, at),
-            Outcome::Short => (5, 0),
-        };
-        self.hash = mix(self.hash ^ decide(event.kind as u64, &[event.offset, event.length, tag, detail]));
-        if self.trace.len() == TRACE_EVENTS_MAX {
-            self.trace.pop_front();
-        }
-        self.trace.push_back(event);
-    }
-
-    /// True when a planned failure or the rate says that this operation fails.
-    fn fails(&mut self, kind: IoKind, random: &SimRandom) -> bool {
-        if let Some(position) = self.fail_next.iter().position(|k| *k == kind) {
-            self.fail_next.remove(position);
-            return true;
-        }
-        let rate = match kind {
-            IoKind::Read => self.faults.read_error,
-            IoKind::CachedWrite | IoKind::DurableWrite => self.faults.write_error,
-            IoKind::Flush => self.faults.flush_error,
-            IoKind::Allocate | IoKind::Discard => 0,
-        };
-        random.chance(rate)
-    }
-
-    fn execute_write(&mut self, what: What, content: &[(u64, Block)], random: &SimRandom) -> (Outcome, Result<()>) {
-        let durable = what.kind == IoKind::DurableWrite && !random.chance(self.faults.lost_flush);
-        if !self.medium.reserve(what.offset, what.length) {
-            return (Outcome::Failed(ErrorKind::OutOfSpace), Err(full("write", what.offset, what.length)));
-        }
-        if self.fails(what.kind, random) {
-            let seed = random.number();
-            let landed: Vec<_> =
-                content.iter().filter(|(index, _)| decide(seed, &[*index]).is_multiple_of(2)).cloned().collect();
-            self.medium.write(&landed);
-            return (Outcome::Failed(ErrorKind::Media), Err(broken("write", what.offset, what.length)));
-        }
-        if random.chance(self.faults.phantom_write) {
-            return (Outcome::Phantom, Ok(()));
-        }
-        if random.chance(self.faults.misdirected_write) {
-            // Somewhere among the data that is already there, where it does harm.
-            let last = self.medium.written(0, self.medium.capacity()).next_back().unwrap_or(0);
-            let room = self.medium.capacity().saturating_sub(what.length);
-            let first = random.below(last / BLOCK_BYTES as u64 + 1).min(room / BLOCK_BYTES as u64);
-            let moved: Vec<_> = (first..).zip(content).map(|(index, (_, block))| (index, block.clone())).collect();
-            if durable {
-                self.medium.write_durable(&moved)
-            } else {
-                self.medium.write(&moved)
-            }
-            return (Outcome::Misdirected(first * BLOCK_BYTES as u64), Ok(()));
-        }
-        if durable {
-            self.medium.write_durable(content)
-        } else {
-            self.medium.write(content)
-        }
-        (Outcome::Done, Ok(()))
-    }
-
-    fn execute_read(&mut self, what: What, buf: &mut AlignedBuf, random: &SimRandom) -> (Outcome, Result<()>) {
-        let mut outcome = Outcome::Done;
-        if random.chance(self.faults.bit_rot) {
-            let written: Vec<_> = self.medium.written(what.offset, what.length).collect();
-            if !written.is_empty() {
-                let block = written[random.below(written.len() as u64) as usize];
-                let at = block + random.below(BLOCK_BYTES as u64);
-                self.medium.flip_bit(at, random.below(8) as u8);
-                outcome = Outcome::Rotten(at);
-            }
-        }
-        if self.fails(IoKind::Read, random) || !self.medium.read(what.offset, buf) {
-            return (Outcome::Failed(ErrorKind::Media), Err(broken("read", what.offset, what.length)));
-        }
-        (outcome, Ok(()))
-    }
-
-    /// Does what the operation asks, under the lock; the answer is given after it.
-    fn execute(&mut self, what: What, action: Action, random: &SimRandom) -> Answer {
-        let (outcome, answer) = match action {
-            Action::Read { mut buf, done } => {
-                let (outcome, result) = self.execute_read(what, &mut buf, random);
-                (outcome, Answer::Read(done, result.map(|()| buf)))
-            }
-            Action::Write { content, done } => {
-                let (outcome, result) = self.execute_write(what, &content, random);
-                let durable = what.kind == IoKind::DurableWrite;
-                (outcome, Answer::Unit(done, if durable { self.settle(what, result) } else { result }))
-            }
-            Action::Flush { covers, done } => {
-                let (outcome, result) = if self.fails(IoKind::Flush, random) {
-                    (Outcome::Failed(ErrorKind::Media), Err(broken("flush", 0, 0)))
-                } else if random.chance(self.faults.lost_flush) {
-                    (Outcome::Phantom, Ok(()))
-                } else {
-                    self.medium.flush(covers);
-                    (Outcome::Done, Ok(()))
-                };
-                (outcome, Answer::Unit(done, self.settle(what, result)))
-            }
-            Action::Allocate { done } => {
-                if self.medium.reserve(what.offset, what.length) {
-                    (Outcome::Done, Answer::Unit(done, Ok(())))
-                } else {
-                    let error = full("allocate", what.offset, what.length);
-                    (Outcome::Failed(ErrorKind::OutOfSpace), Answer::Unit(done, Err(error)))
-                }
-            }
-            Action::Discard { done } => {
-                self.medium.discard(what.offset, what.length, random.below(2) == 0);
-                (Outcome::Done, Answer::Unit(done, Ok(())))
-            }
-        };
-        self.record(what, outcome);
-        answer
-    }
-
-    /// The poison rule of [`BlockDevice`].
-    fn settle(&mut self, what: What, result: Result<()>) -> Result<()> {
-        match (result, &self.poison) {
-            (Err(e), _) => {
-                if e.kind() != ErrorKind::OutOfSpace && self.poison.is_none() {
-                    self.poison = Some(e.clone());
-                }
-                Err(e)
-            }
-            (Ok(()), Some(cause)) => Err(cause.poisoned(what.op, what.offset, what.length)),
-            (Ok(()), None) => Ok(()),
-        }
-    }
-}
-
-fn broken(op: &'static str, offset: u64, length: u64) -> Error {
-    Error::new(ErrorKind::Media, op, offset, length, "simulated input/output error")
 }
 
 impl Shared {

@@ -30,6 +30,7 @@
 //! 4. On a crash every other write is kept, lost or torn: any set of its 512-byte sectors may have reached the medium.
 //! 5. With [`Faults`] it also fails, lies and rots, at the given rates.
 
+mod core;
 mod device;
 mod disk;
 mod env;
