@@ -44,7 +44,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(2);
 /// After a failed connect, requests are refused for this long instead of dialling for each.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(50);
 const PREAMBLE: &[u8; 8] = b"MSTNPEER";
-const HEADER_BYTES: usize = 24;
+pub(crate) const HEADER_BYTES: usize = 24;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {

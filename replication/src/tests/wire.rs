@@ -136,3 +136,37 @@ fn entries_of_an_append_must_follow_each_other() {
     assert_eq!(request(vec![blank(6), blank(8)]).expect_err("a hole").kind(), &ErrorKind::Corrupt);
     assert_eq!(request(vec![blank(7)]).expect_err("a hole").kind(), &ErrorKind::Corrupt);
 }
+
+/// The rows of the table that begins with `head` in docs/format.md.
+fn documented(head: &str) -> Vec<Vec<String>> {
+    let page = include_str!("../../../docs/format.md");
+    let table = page.split_once(head).expect("the table is there").1;
+    let rows = table.lines().skip(2).take_while(|l| l.starts_with('|'));
+    rows.map(|l| l.trim_matches('|').split('|').map(|c| c.trim().to_owned()).collect()).collect()
+}
+
+#[test]
+fn the_page_of_formats_names_the_kinds_of_the_code() {
+    let kinds: Vec<(u8, String)> = documented("| kind | record | fields after the version |")
+        .into_iter()
+        .map(|row| (row[0].parse().expect("a number"), row[1].clone()))
+        .collect();
+    let expect = [
+        (record::ENTRY, "entry"),
+        (record::VOTE, "vote"),
+        (record::TRUNCATE, "truncate"),
+        (record::PURGE, "purge"),
+        (record::INSTALL, "install"),
+    ];
+    assert_eq!(kinds, expect.map(|(kind, name)| (kind.0, name.to_owned())));
+    assert!(kinds.iter().all(|(kind, _)| *kind >= mainstay_wal::RecordKind::OWNER_FIRST));
+
+    let fields = documented(
+        "| checksum (8) | length (4) | kind (1) | method (1) | 0 (2) | number (8) | body ... |\n\n| offset | bytes | field | meaning, valid values |",
+    );
+    let end: usize = fields.iter().map(|f| f[1].parse::<usize>().expect("a number")).sum();
+    assert_eq!(end, crate::tcp::HEADER_BYTES);
+    assert_eq!(fields.last().map(|f| f[0].clone()), Some(end.to_string()));
+    let length = &fields[1][3];
+    assert!(length.contains(&crate::FRAME_BYTES_MAX.to_string()), "{length}");
+}
