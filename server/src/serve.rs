@@ -75,8 +75,8 @@ impl Port {
         Ok(Self { name, listener: Some(listener), address: Some(address) })
     }
 
-    /// Serves until `stop` changes. Connections with both HTTP/1 and HTTP/2 are taken.
-    async fn serve(self, routes: Router, mut stop: watch::Receiver<bool>) -> Result<(), Failure> {
+    /// Serves until `stop` changes. HTTP/1 is for probes and scrapers: clients speak gRPC alone.
+    async fn serve(self, routes: Router, with_http1: bool, mut stop: watch::Receiver<bool>) -> Result<(), Failure> {
         let Some(listener) = self.listener else { return Ok(()) };
         let listener = TcpListener::from_std(listener)?;
         let incoming = futures_util::StreamExt::inspect(TcpListenerStream::new(listener), |stream| {
@@ -86,7 +86,7 @@ impl Port {
             }
         });
         Server::builder()
-            .accept_http1(true)
+            .accept_http1(with_http1)
             .max_concurrent_streams(STREAMS_MAX)
             .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
@@ -131,7 +131,7 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
         let (stop_clients, stopped_clients) = watch::channel(false);
         let etcd = Etcd::start(NodeBackend::new(node.clone(), model.clone()), model.clone(), EtcdSettings::default());
         let routes = client_routes(&context, &metrics, &etcd)?;
-        let clients = tokio::spawn(client.serve(routes, stopped_clients));
+        let clients = tokio::spawn(client.serve(routes, false, stopped_clients));
         let watching = tokio::spawn(log_changes(node.clone()));
         let [clients_at, admin_at, metrics_at] = ports;
         tracing::info!(
@@ -208,8 +208,8 @@ fn start_health(
     let (ended, end) = tokio::sync::oneshot::channel();
     std::thread::Builder::new().name("mainstay-admin".into()).spawn(move || {
         runtime.block_on(async {
-            let admin = admin_port.serve(admin_routes, stopped.clone());
-            let metrics = metrics_port.serve(metrics_routes, stopped);
+            let admin = admin_port.serve(admin_routes, true, stopped.clone());
+            let metrics = metrics_port.serve(metrics_routes, true, stopped);
             let (admin, metrics) = futures_util::join!(admin, metrics);
             for failure in [admin.err(), metrics.err()].into_iter().flatten() {
                 tracing::error!(error = %failure, "a port is not served any more");
