@@ -26,6 +26,8 @@ pub use model::Model;
 pub use service::{Etcd, EtcdSettings};
 
 #[cfg(test)]
+mod beside_etcd;
+#[cfg(test)]
 mod double;
 #[cfg(test)]
 mod tests;

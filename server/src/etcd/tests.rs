@@ -22,17 +22,17 @@ use crate::proto::mvccpb::Event;
 /// Long enough for a loaded machine; nothing waits for it when all is well.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-struct Bench {
+pub(super) struct Bench {
     backend: MemoryBackend,
     etcd: Etcd<MemoryBackend>,
     /// For clients that are programs of their own.
     address: String,
-    channel: Channel,
+    pub(super) channel: Channel,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
 }
 
 impl Bench {
-    async fn start() -> Self {
+    pub(super) async fn start() -> Self {
         Self::start_with(EtcdSettings::default()).await
     }
 

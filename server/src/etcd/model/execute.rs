@@ -136,12 +136,13 @@ impl<'a, S: Store> Execution<'a, S> {
 
     async fn put_request(&mut self, put: pb::PutRequest) -> Result<pb::PutResponse, Failure> {
         check_put(&put)?;
+        // The lease before the key, and within a transaction the other way round: so does etcd.
+        if put.lease != 0 && !self.lease_exists(put.lease).await? {
+            return Err(Refusal::LeaseNotFound.into());
+        }
         let before = self.meta_of(&put.key).await?;
         if before.is_none() && (put.ignore_value || put.ignore_lease) {
             return Err(Refusal::KeyNotFound.into());
-        }
-        if put.lease != 0 && !self.lease_exists(put.lease).await? {
-            return Err(Refusal::LeaseNotFound.into());
         }
         Ok(self.put(put, before).await?)
     }
@@ -264,7 +265,9 @@ impl<'a, S: Store> Execution<'a, S> {
     async fn txn_request(&mut self, txn: pb::TxnRequest) -> Result<pb::TxnResponse, Failure> {
         check_txn(&txn, TXN_OPS_LIMIT)?;
         let path = decide(self.store, &self.tip, &txn).await?;
-        self.check_txn_state(&txn, &path).await?;
+        // First what the puts need, then what the ranges do: of several reasons the client hears the one that etcd names.
+        self.check_txn_state(&txn, &path, true).await?;
+        self.check_txn_state(&txn, &path, false).await?;
         let mut response = self.txn(txn, path).await?;
         response.header = header(self.tip_within().revision);
         Ok(response)
@@ -275,21 +278,22 @@ impl<'a, S: Store> Execution<'a, S> {
         &'b self,
         txn: &'b pb::TxnRequest,
         path: &'b TxnPath,
+        puts: bool,
     ) -> Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + 'b>> {
         Box::pin(async move {
             let mut inner = path.inner.iter();
             for op in path.ops(txn) {
                 match &op.request {
-                    Some(request_op::Request::RequestRange(range)) => {
+                    Some(request_op::Request::RequestRange(range)) if !puts => {
                         check_range(range)?;
                         revision_of(range.revision, &self.tip)?;
                     }
-                    Some(request_op::Request::RequestPut(put)) => self.check_put_state(put).await?,
+                    Some(request_op::Request::RequestPut(put)) if puts => self.check_put_state(put).await?,
                     Some(request_op::Request::RequestTxn(txn)) => {
                         let path = inner.next().expect("the path has an item for each inner transaction");
-                        self.check_txn_state(txn, path).await?;
+                        self.check_txn_state(txn, path, puts).await?;
                     }
-                    Some(request_op::Request::RequestDeleteRange(_)) | None => {}
+                    Some(_) | None => {}
                 }
             }
             Ok(())

@@ -197,6 +197,7 @@ impl Model {
 
     /// Tells watchers and the lessor what the entries up to `index` did.
     pub(crate) fn publish(&self, index: LogIndex) {
+        self.shared.ids.settle();
         let mut staged = lock(&self.shared.staged);
         let ready = staged.partition_point(|staged| staged.index <= index);
         let ready: Vec<Staged> = staged.drain(..ready).collect();
@@ -236,7 +237,11 @@ impl StateMachine for Model {
         Box::pin(async move {
             let index = apply.index();
             let mut store = ApplyStore::new(apply, &self.shared.ids)?;
-            self.apply_to(&mut store, index, command).await
+            let outcome = self.apply_to(&mut store, index, command).await;
+            if outcome.is_ok() {
+                self.shared.ids.propose(&store);
+            }
+            outcome
         })
     }
 
@@ -332,4 +337,4 @@ impl<R: Reader> View<R> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

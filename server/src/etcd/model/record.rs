@@ -309,6 +309,27 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// docs/format.md shows these bytes: a change here is a change there.
+    #[test]
+    fn records_are_as_the_page_of_formats_shows_them() {
+        assert_eq!(Rev { main: 258, sub: 3 }.encode(), [0, 0, 0, 0, 0, 0, 1, 2, 0, 0, 0, 3]);
+        assert_eq!(history_key(b"a\0", 2)[..], [b'a', 0, 0xff, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2]);
+        let record = RevRecord {
+            deleted: false,
+            previous: Some(Rev { main: 300, sub: 1 }),
+            key: "k".into(),
+            create: 2,
+            version: 3,
+            lease: 4,
+            value: "v".into(),
+        };
+        assert_eq!(record.encode()[..], [1, 0, 0xac, 2, 1, 2, 3, 4, 1, b'k', b'v']);
+        let meta = KeyMeta { create: 2, modified: Rev { main: 300, sub: 1 }, version: 3, lease: 4 };
+        assert_eq!(meta.encode()[..], [1, 2, 0xac, 2, 1, 3, 4]);
+        let compaction = Compaction { revision: 5, collected: -1, next: Rev { main: 3, sub: 0 } };
+        assert_eq!(compaction.encode()[..], [1, 6, 0, 3, 0]);
+    }
+
     proptest! {
         #[test]
         fn history_keys_keep_the_order_of_keys_then_of_revisions(

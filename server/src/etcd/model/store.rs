@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::ops::Bound;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use mainstay_engine::{Apply, KeyspaceId, LogIndex, Result, Snapshot};
@@ -75,12 +75,22 @@ pub trait Store: Reader {
 
 /// The ids of the keyspaces once they are known; they never change while a group lives.
 #[derive(Debug, Default)]
-pub struct SpaceIds(Mutex<Option<[KeyspaceId; Space::ALL.len()]>>);
+pub struct SpaceIds {
+    known: Mutex<Option<Ids>>,
+    /// What an entry used that is not readable yet: it may have made them, and may still fail.
+    proposed: Mutex<Option<Ids>>,
+}
+
+type Ids = [KeyspaceId; Space::ALL.len()];
+
+fn lock(ids: &Mutex<Option<Ids>>) -> MutexGuard<'_, Option<Ids>> {
+    ids.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 impl SpaceIds {
     /// The ids, made by the entry that asks first.
-    fn of_apply(&self, apply: &mut Apply) -> Result<[KeyspaceId; Space::ALL.len()]> {
-        if let Some(ids) = *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+    fn of_apply(&self, apply: &mut Apply) -> Result<Ids> {
+        if let Some(ids) = *lock(&self.known) {
             return Ok(ids);
         }
         let mut ids = [KeyspaceId::default(); Space::ALL.len()];
@@ -91,8 +101,8 @@ impl SpaceIds {
     }
 
     /// The ids, if the snapshot has them.
-    fn of_snapshot(&self, snapshot: &Snapshot) -> Option<[KeyspaceId; Space::ALL.len()]> {
-        if let Some(ids) = *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+    fn of_snapshot(&self, snapshot: &Snapshot) -> Option<Ids> {
+        if let Some(ids) = *lock(&self.known) {
             return Some(ids);
         }
         let mut ids = [KeyspaceId::default(); Space::ALL.len()];
@@ -100,20 +110,35 @@ impl SpaceIds {
             ids[space as usize] = snapshot.keyspace(space.name())?;
         }
         // Visible in a snapshot, hence made by an entry that was applied: they stay.
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(ids);
+        *lock(&self.known) = Some(ids);
         Some(ids)
     }
 
     /// Forgets the ids: the state was replaced.
     pub(super) fn forget(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *lock(&self.known) = None;
+        *lock(&self.proposed) = None;
+    }
+
+    /// An entry used these and succeeded so far.
+    pub(super) fn propose(&self, store: &ApplyStore<'_>) {
+        if lock(&self.known).is_none() {
+            *lock(&self.proposed) = Some(store.ids);
+        }
+    }
+
+    /// The entry is readable.
+    pub(super) fn settle(&self) {
+        if let Some(ids) = lock(&self.proposed).take() {
+            *lock(&self.known) = Some(ids);
+        }
     }
 }
 
 /// The view of an entry.
 pub(super) struct ApplyStore<'a> {
     apply: &'a mut Apply,
-    ids: [KeyspaceId; Space::ALL.len()],
+    ids: Ids,
 }
 
 impl<'a> ApplyStore<'a> {
@@ -155,7 +180,7 @@ impl Store for ApplyStore<'_> {
 pub struct SnapshotReader {
     snapshot: Snapshot,
     /// `None` before the first command: everything is empty.
-    ids: Option<[KeyspaceId; Space::ALL.len()]>,
+    ids: Option<Ids>,
 }
 
 impl SnapshotReader {

@@ -236,13 +236,25 @@ impl Reference {
         let mut draft = self.draft();
         let answer = match request {
             Request::Put(put) => {
-                self.check_put(&draft, put)?;
+                let checked = self.check_put(&draft, put);
+                // A put alone is judged by its lease first.
+                let no_lease = put.lease != 0 && !self.leases.contains_key(&put.lease);
+                match checked {
+                    Err(Refusal::KeyNotFound) if no_lease => return Err(Refusal::LeaseNotFound),
+                    other => other?,
+                }
                 Self::put(&mut draft, put).encode_to_vec()
             }
             Request::DeleteRange(delete) => Self::delete(&mut draft, delete).encode_to_vec(),
             Request::Txn(txn) => {
                 super::check::check_txn(txn, 128)?;
                 let before = draft.state.clone();
+                // Of several reasons the puts' come first: run once without judging ranges.
+                let mut rehearsal = self.draft();
+                match self.txn(&before, &mut rehearsal, &without_ranges(txn)) {
+                    Ok(_) => {}
+                    Err(refusal) => return Err(refusal),
+                }
                 self.txn(&before, &mut draft, txn)?.encode_to_vec()
             }
             Request::Compact(compact) => {
@@ -282,6 +294,25 @@ impl Reference {
         self.commit(draft);
         Ok(answer)
     }
+}
+
+/// The transaction with every range turned into one of the present.
+fn without_ranges(txn: &pb::TxnRequest) -> pb::TxnRequest {
+    let strip = |ops: &[pb::RequestOp]| {
+        ops.iter()
+            .map(|op| match &op.request {
+                Some(request_op::Request::RequestRange(range)) => {
+                    let range = pb::RangeRequest { revision: 0, ..range.clone() };
+                    pb::RequestOp { request: Some(request_op::Request::RequestRange(range)) }
+                }
+                Some(request_op::Request::RequestTxn(txn)) => {
+                    pb::RequestOp { request: Some(request_op::Request::RequestTxn(without_ranges(txn))) }
+                }
+                _ => op.clone(),
+            })
+            .collect()
+    };
+    pb::TxnRequest { compare: txn.compare.clone(), success: strip(&txn.success), failure: strip(&txn.failure) }
 }
 
 const BRANCH: BranchId = MAIN;
@@ -361,7 +392,7 @@ fn delete() -> impl Strategy<Value = pb::DeleteRangeRequest> {
     })
 }
 
-fn range() -> impl Strategy<Value = pb::RangeRequest> {
+pub(in crate::etcd) fn range() -> impl Strategy<Value = pb::RangeRequest> {
     let bound = || prop_oneof![4 => Just(0i64), 1 => 1i64..20];
     (
         (key(), range_end()),
@@ -426,7 +457,7 @@ fn op() -> impl Strategy<Value = pb::RequestOp> {
     })
 }
 
-fn request() -> impl Strategy<Value = Request> {
+pub(in crate::etcd) fn request() -> impl Strategy<Value = Request> {
     prop_oneof![
         6 => put().prop_map(Request::Put),
         2 => delete().prop_map(Request::DeleteRange),
