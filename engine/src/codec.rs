@@ -137,7 +137,7 @@ impl Decoder {
 /// Longest name of a keyspace, checkpoint or branch, in bytes.
 pub(crate) const NAME_BYTES_MAX: usize = 255;
 /// Longest table root in bytes.
-const ROOT_BYTES_MAX: usize = 1 << 10;
+pub(crate) const ROOT_BYTES_MAX: usize = 1 << 10;
 /// Fewest bytes of an encoded table.
 pub(crate) const TABLE_BYTES_MIN: usize = 26;
 

@@ -155,6 +155,21 @@ const KIND_CREATE_CLONE: u8 = 8;
 const KIND_DROP_CLONE: u8 = 9;
 const KIND_CUSTOM: u8 = 10;
 
+/// The kinds as docs/format.md has them.
+#[cfg(test)]
+pub(crate) const KINDS: [(u8, &str); 10] = [
+    (KIND_BATCH, "Batch"),
+    (KIND_CREATE_KEYSPACE, "CreateKeyspace"),
+    (KIND_DROP_KEYSPACE, "DropKeyspace"),
+    (KIND_ROTATE, "Rotate"),
+    (KIND_INSTALL, "Install"),
+    (KIND_CREATE_CHECKPOINT, "CreateCheckpoint"),
+    (KIND_DROP_CHECKPOINT, "DropCheckpoint"),
+    (KIND_CREATE_CLONE, "CreateClone"),
+    (KIND_DROP_CLONE, "DropClone"),
+    (KIND_CUSTOM, "Custom"),
+];
+
 const OP_PUT: u8 = 1;
 const OP_DELETE: u8 = 2;
 

@@ -10,6 +10,8 @@ mod upkeep;
 
 pub use self::offline::{GroupInfo, Offline, SuperblockInfo, TableInfo, VerifyReport, VersionSetInfo};
 
+#[cfg(test)]
+pub(crate) use self::pages::PAGES_VERSION;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};

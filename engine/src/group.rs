@@ -24,7 +24,11 @@ use self::core::{Core, Structure, checkpoint_views};
 pub(crate) use self::core::{Names, Views};
 pub(crate) use self::jobs::{JobClass, Run};
 use self::present::Durable;
+#[cfg(test)]
+pub(crate) use self::present::EDIT_VERSION;
 pub(crate) use self::present::{MANIFEST_EDIT, Recovered};
+#[cfg(test)]
+pub(crate) use self::transfer::EXPORT_VERSION;
 pub use self::transfer::Export;
 use self::transfer::Pins;
 use crate::engine::EngineShared;

@@ -21,7 +21,7 @@ use crate::table::TableBytes;
 use crate::{Error, ErrorKind, LogIndex, Result, TableId};
 
 /// The encoding of an export written today.
-const EXPORT_VERSION: u8 = 1;
+pub(crate) const EXPORT_VERSION: u8 = 1;
 /// Bytes asked for at a time.
 const FETCH_BYTES: u64 = 1 << 20;
 

@@ -40,6 +40,19 @@ const OP_DROP_CHECKPOINT: u8 = 6;
 const OP_CREATE_CLONE: u8 = 7;
 const OP_DROP_CLONE: u8 = 8;
 
+/// The kinds as docs/format.md has them.
+#[cfg(test)]
+pub(crate) const OP_KINDS: [(u8, &str); 8] = [
+    (OP_ROTATE, "Rotate"),
+    (OP_INSTALL, "Install"),
+    (OP_CREATE_KEYSPACE, "CreateKeyspace"),
+    (OP_DROP_KEYSPACE, "DropKeyspace"),
+    (OP_CREATE_CHECKPOINT, "CreateCheckpoint"),
+    (OP_DROP_CHECKPOINT, "DropCheckpoint"),
+    (OP_CREATE_CLONE, "CreateClone"),
+    (OP_DROP_CLONE, "DropClone"),
+];
+
 /// Numbers the tables and lists of a manifest in the order in which they are met.
 #[derive(Default)]
 struct Pool {

@@ -24,9 +24,13 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+#[cfg(test)]
+pub(crate) use self::codec::{MANIFEST_VERSION, OP_KINDS};
 pub(crate) use self::codec::{Places, decode_op, encode_op, put_settings, take_settings};
 pub(crate) use self::ops::Effects;
 pub(crate) use self::picker::Compaction;
+#[cfg(test)]
+pub(crate) use self::version::LEVELS;
 pub(crate) use self::version::{GenRef, TableRef, Version};
 use crate::{BranchId, Generation, InstallTable, JobId, KeyspaceId, LogIndex, MAIN, TableId};
 

@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods)]
 
 mod crash;
+mod format;
 mod harness;
 mod lifecycle;
 mod model;
