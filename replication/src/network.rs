@@ -46,6 +46,9 @@ pub(crate) mod method {
     pub(crate) const WHO: u8 = 15;
 }
 
+/// How long entries may take to be durable at a follower. A follower that vanished is noticed by its heartbeats, which
+/// end the connection.
+const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a receiver of a snapshot holds an offer before it says that it still works on it.
 pub(crate) const OFFER_WAIT: Duration = Duration::from_secs(10);
 /// How long a leader waits for that answer.
@@ -114,8 +117,11 @@ impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
         rpc: AppendEntriesRequest<TypeConfig<R>>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<TypeConfig<R>>, RPCError<TypeConfig<R>>> {
+        // openraft gives every append the time of a heartbeat. That fits a heartbeat; entries wait for the follower's
+        // disk, and a slow one is no reason to send them again.
+        let limit = if rpc.entries.is_empty() { option.soft_ttl() } else { APPEND_TIMEOUT };
         let body = encode_append(&rpc);
-        self.call(method::APPEND, body, option.soft_ttl(), read_append_response).await.map_err(|e| rpc_error(&e))
+        self.call(method::APPEND, body, limit, read_append_response).await.map_err(|e| rpc_error(&e))
     }
 
     async fn vote(

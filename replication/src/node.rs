@@ -358,7 +358,10 @@ impl<R: Runtime> Inner<R> {
     /// openraft, while this node takes part.
     pub(crate) fn running(&self) -> Result<Arc<Running<R>>> {
         match self.phase() {
-            Phase::Member | Phase::Removed => {}
+            Phase::Member => {}
+            Phase::Removed => {
+                return Err(Error::new(ErrorKind::Unavailable, "the node was removed from its cluster"));
+            }
             Phase::Waiting => return Err(Error::new(ErrorKind::Unavailable, "the node is not a member yet")),
             Phase::Failed(reason) => return Err(Error::new(ErrorKind::Closed, format!("the node failed: {reason}"))),
             Phase::Closed => return Err(Error::new(ErrorKind::Closed, "the node is closed")),

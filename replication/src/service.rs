@@ -22,7 +22,7 @@ use crate::network::{
     OFFER_WAIT, method, read_append, read_offer, read_transfer_request, read_vote_request, write_append_response,
     write_offer, write_transfer_response, write_vote_response,
 };
-use crate::node::{Inner, Phase, Running};
+use crate::node::{Inner, Running};
 use crate::state_machine::{Offer, Peers, SnapshotHandle, TABLE_READ_BYTES_MAX};
 use crate::types::{LogId, RaftSnapshot, Vote};
 use crate::wire::{Reader, Writer, decode_result, encode_result};
@@ -226,9 +226,6 @@ impl<R: Runtime> Inner<R> {
         self.cluster_peer(from)?;
         if self.was_removed(from.node) {
             return Err(Error::new(ErrorKind::Foreign, format!("a node that was removed id={}", from.node)));
-        }
-        if self.phase() == Phase::Removed {
-            return Err(Error::new(ErrorKind::Unavailable, "this node was removed"));
         }
         self.running()
     }

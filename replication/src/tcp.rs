@@ -11,6 +11,11 @@
 //! - P5. It listens where it was told and nowhere else. It has no encryption and no authentication yet: whoever lets it
 //!   listen beyond loopback decides that.
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "the one file that is on tokio; a simulation has a transport of its own"
+)]
 
 use std::collections::BTreeMap;
 use std::future::Future;

@@ -48,6 +48,8 @@ fn unsupported(durability: &Durability) -> Error {
     Error::new(ErrorKind::Unsupported, format!("durability is not supported here durability={durability:?}"))
 }
 
+type WriteError<R> = RaftError<TypeConfig<R>, ClientWriteError<TypeConfig<R>>>;
+
 /// What became of one attempt.
 enum Attempt {
     Done(Result<Applied>),
@@ -268,9 +270,7 @@ impl<R: Runtime> Inner<R> {
     }
 }
 
-fn classify<R: Runtime>(
-    result: Result<ClientWriteResponse<TypeConfig<R>>, RaftError<TypeConfig<R>, ClientWriteError<TypeConfig<R>>>>,
-) -> Attempt {
+fn classify<R: Runtime>(result: Result<ClientWriteResponse<TypeConfig<R>>, WriteError<R>>) -> Attempt {
     match result {
         Ok(response) => Attempt::Done(response.data.0.ok_or_else(|| {
             Error::new(ErrorKind::Indeterminate, "the write is in a snapshot that was installed before it was applied")

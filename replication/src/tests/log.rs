@@ -1,14 +1,18 @@
 //! The log across restarts, crashes and a full ring. openraft's suite never restarts a store (pitfall 14).
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
 use bytes::Bytes;
 use mainstay_engine::{LogIndex, OwnerPin};
-use mainstay_io::sim::{Faults, IoKind, Latency, SimOptions};
+use mainstay_io::sim::{IoKind, SimDisk, SimOptions, SimScheduler};
 use mainstay_wal::Lsn;
 use openraft::async_runtime::Oneshot;
 use openraft::storage::{IOFlushed, RaftLogReader, RaftLogStorage};
 use openraft_rt::AsyncRuntime;
 
-use super::{Bench, GROUP, RING_BYTES};
+use super::{Bench, GROUP, RING_BYTES, environment};
 use crate::TokioRuntime;
 use crate::log_store::LogStore;
 use crate::types::{
@@ -261,23 +265,46 @@ fn a_failed_write_ends_the_log_for_good() {
     });
 }
 
+/// Completes what a disk does at once, or keeps it until it is let go.
+#[derive(Default)]
+struct Held {
+    holding: AtomicBool,
+    kept: Mutex<Vec<Box<dyn FnOnce() + Send>>>,
+}
+
+impl SimScheduler for Held {
+    fn after(&self, _delay: Duration, f: Box<dyn FnOnce() + Send>) {
+        if self.holding.load(Ordering::Acquire) {
+            self.kept.lock().expect("not poisoned").push(f);
+        } else {
+            // Never inside this call.
+            drop(environment().spawner.spawn("completion", Box::pin(async move { f() })));
+        }
+    }
+}
+
 #[test]
 fn append_does_not_wait_for_the_device() {
-    // A disk whose completions never come: the entries can be read all the same (pitfall 1).
     run(async {
-        let mut bench = Bench::of(
-            SimOptions {
-                capacity: RING_BYTES,
-                flush_latency: Latency::default(),
-                faults: Faults::default(),
-                ..SimOptions::default()
-            },
-            1 << 20,
-        )
-        .await;
+        let held = Arc::new(Held::default());
+        let options = SimOptions { capacity: RING_BYTES, ..SimOptions::default() };
+        let image = SimDisk::new("wal", options.clone()).image();
+        let disk = SimDisk::scheduled("wal", options, image, held.clone(), environment().spawner);
+        let mut bench = Bench::open(disk, 1, Lsn(0), 1 << 20).await;
+        held.holding.store(true, Ordering::Release);
         let wait = queue(&mut bench.store, vec![normal(1, 0, 10), normal(1, 1, 10)]).await;
-        assert_eq!(entries(&mut bench.store).await.len(), 2);
-        wait.await.expect("told").expect("durable");
+        assert_eq!(entries(&mut bench.store).await.len(), 2, "readable while the disk still works");
+        assert_eq!(bench.store.pos(1), None, "and not durable");
+        held.holding.store(false, Ordering::Release);
+        // The write may reach the disk before or after it was let go.
+        let mut wait = wait;
+        while futures_util::FutureExt::now_or_never(&mut wait).is_none() {
+            for f in std::mem::take(&mut *held.kept.lock().expect("not poisoned")) {
+                f();
+            }
+            tokio::task::yield_now().await;
+        }
+        assert!(bench.store.pos(1).is_some());
     });
 }
 

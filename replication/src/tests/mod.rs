@@ -1,4 +1,5 @@
 //! Tests of the log store and the state machine over a simulated disk.
+#![allow(clippy::disallowed_methods, reason = "tests over real sockets run on tokio, and their disks on threads")]
 
 mod cluster;
 mod log;
@@ -59,7 +60,7 @@ impl Bench {
         Self::open(SimDisk::new("wal", options), 1, Lsn(0), cache_bytes).await
     }
 
-    async fn open(disk: SimDisk, epoch: u64, start: Lsn, cache_bytes: u64) -> Self {
+    pub(crate) async fn open(disk: SimDisk, epoch: u64, start: Lsn, cache_bytes: u64) -> Self {
         let zone = Zone::new(disk.device(), 0, disk.device_capacity());
         let mut found = Vec::new();
         let mut deliver = |group, kind, pos, payload| {
