@@ -9,4 +9,6 @@ mod disk;
 pub mod log_world;
 pub mod net;
 pub mod rt;
+pub mod store_world;
+mod value;
 pub mod world;

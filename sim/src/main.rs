@@ -7,8 +7,8 @@ use std::process::ExitCode;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use mainstay_sim::log_world;
 use mainstay_sim::world::{self, Summary};
+use mainstay_sim::{log_world, store_world};
 
 const USAGE: &str = "\
 usage: cargo xtask sim [--seeds N] [--start S] [--twice] [--jobs J] [--verbose] [--keep-going]
@@ -19,6 +19,7 @@ usage: cargo xtask sim [--seeds N] [--start S] [--twice] [--jobs J] [--verbose] 
   --verbose      print faults, starts and refusals with their virtual time; RUST_LOG adds what the code logs
   --keep-going   do not stop at the first seed that fails
   --log          run the log of one node alone instead of a cluster
+  --store        run a store alone on one node instead of a cluster
   --lying-disks  disks acknowledge what they do not keep: passes if at least one seed in four is found out
 ";
 
@@ -34,6 +35,7 @@ struct Args {
     keep_going: bool,
     lying: bool,
     log: bool,
+    store: bool,
 }
 
 fn main() -> ExitCode {
@@ -54,8 +56,8 @@ fn main() -> ExitCode {
     }
     let began = Instant::now();
     println!("seeds {}..{}", args.start, args.start + args.seeds);
-    if args.log {
-        return log(&args);
+    if args.log || args.store {
+        return alone(&args);
     }
     let (passed, failed, totals) = run(&args);
     let wall = began.elapsed().as_secs_f64();
@@ -71,22 +73,40 @@ fn main() -> ExitCode {
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Lives of a log in one seed.
-const LOG_LIVES: u64 = 30;
+/// Lives of a log or a store in one seed.
+const LIVES: u64 = 30;
 
-fn log(args: &Args) -> ExitCode {
-    let mut records = 0;
+/// Runs the log or the store of one node.
+fn alone(args: &Args) -> ExitCode {
+    let what = if args.log { "--log" } else { "--store" };
+    let (mut failed, mut done) = (0, 0);
     for seed in args.start..args.start + args.seeds {
-        match log_world::run(seed, LOG_LIVES, args.lying) {
-            Ok(count) => records += count,
+        let run = || {
+            if args.log {
+                return log_world::run(seed, LIVES, args.lying).map(|records| (format!("records={records}"), records));
+            }
+            store_world::run(seed, LIVES, args.lying).map(|counts| (format!("{counts:?}"), counts.trace))
+        };
+        let result = run().and_then(|(text, trace)| {
+            if args.twice && run()?.1 != trace {
+                return Err("two runs differ".to_owned());
+            }
+            Ok(text)
+        });
+        done += 1;
+        match result {
+            Ok(text) => println!("seed {seed} {text}"),
             Err(e) => {
-                println!("seed {seed} FAILED\n  {e}\n  replay: cargo xtask sim --log --seeds 1 --start {seed}");
-                return ExitCode::FAILURE;
+                failed += 1;
+                println!("seed {seed} FAILED\n  {e}\n  replay: cargo xtask sim {what} --seeds 1 --start {seed}");
+                if !args.keep_going {
+                    break;
+                }
             }
         }
     }
-    println!("{} seeds passed, 0 failed, {records} records", args.seeds);
-    ExitCode::SUCCESS
+    println!("{} seeds passed, {failed} failed", done - failed);
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn parse() -> Result<Args, String> {
@@ -114,6 +134,7 @@ fn parse() -> Result<Args, String> {
             "--twice" => args.twice = true,
             "--verbose" => args.verbose = true,
             "--keep-going" => args.keep_going = true,
+            "--store" => args.store = true,
             "--log" => args.log = true,
             "--lying-disks" => (args.lying, args.keep_going) = (true, true),
             "--help" | "-h" => return Err("runs whole clusters, each from one seed".to_owned()),
