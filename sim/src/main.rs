@@ -120,6 +120,7 @@ fn parse() -> Result<Args, String> {
         keep_going: false,
         lying: false,
         log: false,
+        store: false,
     };
     let mut given = std::env::args().skip(1);
     while let Some(arg) = given.next() {
