@@ -62,6 +62,9 @@ struct State {
     purge_requests: Option<mpsc::Sender<PurgeRequest>>,
 }
 
+/// Rounds of copies in one answer to the engine before it is told that nothing can be cut.
+const COPY_ROUNDS_MAX: usize = 8;
+
 struct Inner {
     wal: Wal,
     group: GroupId,
@@ -332,7 +335,26 @@ impl LogStore {
     }
 
     /// Writes again what is older than the oldest entry, then tells the oldest record that is needed (L6).
+    ///
+    /// A purge or a vote that was queued meanwhile takes the place of the one that was copied and may not be durable
+    /// yet, while what it replaces is no longer counted: then all of it is done again.
     async fn copy_forward(&self) -> std::io::Result<Option<RecordPos>> {
+        for _ in 0..COPY_ROUNDS_MAX {
+            self.copy_once().await?;
+            let state = self.state();
+            let settled = state.index.vote().is_none() || state.index.vote_pos.is_some();
+            if settled && state.index.anchors().all(|a| a.pos.is_some()) {
+                // An entry whose place is not known lies behind the end of what is durable.
+                let entry = if state.index.is_empty() { None } else { state.index.pos(state.index.first()) };
+                let anchors = state.index.anchors().filter_map(|a| a.pos);
+                return Ok(anchors.chain(state.index.vote_pos).chain(entry).min());
+            }
+        }
+        // Nothing may be cut this time.
+        Ok(Some(RecordPos::default()))
+    }
+
+    async fn copy_once(&self) -> std::io::Result<()> {
         let mut waits = Vec::new();
         {
             let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
@@ -363,11 +385,7 @@ impl LogStore {
         for wait in waits {
             Self::wait(wait).await?;
         }
-        // What was queued before a copy is durable now, so every place that is still unknown lies behind it.
-        let state = self.state();
-        let entry = if state.index.is_empty() { None } else { state.index.pos(state.index.first()) };
-        let anchors = state.index.anchors().filter_map(|a| a.pos);
-        Ok(anchors.chain(state.index.vote_pos).chain(entry).min())
+        Ok(())
     }
 
     async fn read(&self, indexes: std::ops::Range<u64>, bytes_max: usize) -> std::io::Result<Vec<Entry>> {
