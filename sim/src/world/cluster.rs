@@ -53,6 +53,7 @@ struct Slot {
     powered: bool,
     formatted: bool,
     node: Option<SimNode>,
+    engine: Option<Engine>,
 }
 
 impl Member {
@@ -105,6 +106,34 @@ impl Cluster {
     /// The node, if it has power and has started.
     pub(crate) fn node(&self, i: usize) -> Option<SimNode> {
         self.members[i].slot().node.clone()
+    }
+
+    /// What the node and its engine say of themselves, for messages.
+    pub(crate) fn describe(&self, i: usize) -> String {
+        let (node, engine) = {
+            let slot = self.members[i].slot();
+            (slot.node.clone(), slot.engine.clone())
+        };
+        let node = node.map(|node| node.status()).map(|s| {
+            let group = &s.group;
+            format!(
+                "role={} term={} leader={:?} last={} committed={} applied={} flushed={} frozen={} absent={} tables={} failure={:?}",
+                s.role, s.term, s.leader, s.last_log, s.committed, group.applied, group.flushed, group.frozen_generations,
+                group.absent_jobs, group.tables, s.failure
+            )
+        });
+        let engine = engine.map(|engine| engine.status()).map(|s| {
+            format!(
+                "wal={}/{} memory={}/{} read_only={:?}",
+                s.wal_used_bytes, s.wal_ring_bytes, s.memory_used_bytes, s.memory_bytes, s.read_only
+            )
+        });
+        format!("{}: {node:?} {engine:?}", self.members[i].name)
+    }
+
+    /// [`Cluster::describe`] for all.
+    pub(crate) fn describe_all(&self) -> String {
+        (0..self.size()).map(|i| self.describe(i)).collect::<Vec<_>>().join("\n    ")
     }
 
     pub(crate) fn is_powered(&self, i: usize) -> bool {
@@ -194,6 +223,7 @@ impl Cluster {
             environment,
         };
         let transport = self.net.transport(member.address.clone(), group);
+        member.slot().engine = Some(engine.clone());
         let node = Node::<SimRuntime>::start(engine, found, options, transport)
             .await
             .map_err(|e| format!("start: {:?}: {e}", e.kind()))?;
@@ -206,19 +236,19 @@ impl Cluster {
     pub(crate) fn kill(&self, i: usize) {
         let member = &self.members[i];
         let group = self.group(i);
-        let node = {
+        let handles = {
             let mut slot = member.slot();
             if !slot.powered {
                 return;
             }
             slot.powered = false;
-            slot.node.take()
+            (slot.node.take(), slot.engine.take())
         };
         self.log(|| format!("kill {} life={}", member.name, group.0));
         member.disk.cut_power();
         self.net.kill(group);
         self.executor.kill(group);
-        self.executor.run_as(group, move || drop(node));
+        self.executor.run_as(group, move || drop(handles));
     }
 
     /// Stops a node in good order; cuts its power if that takes too long.

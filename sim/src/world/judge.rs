@@ -80,8 +80,8 @@ pub(crate) async fn progress(cluster: &Arc<Cluster>) -> Result<(), String> {
         let mut last = "it did not start".to_owned();
         loop {
             if cluster.executor.now() > deadline {
-                let status = cluster.node(i).map(|node| node.status());
-                return Err(format!("no progress through n{i} {HEAL_MAX:?} after the faults: {last} {status:?}"));
+                let status = cluster.describe_all();
+                return Err(format!("no progress through n{i} {HEAL_MAX:?} after the faults: {last}\n    {status}"));
             }
             let called = cluster
                 .call(i, Duration::from_secs(2), |node| {
@@ -118,7 +118,7 @@ pub(crate) async fn settle(cluster: &Arc<Cluster>) -> Result<(), String> {
             return Ok(());
         }
         if cluster.executor.now() > deadline {
-            return Err(format!("replicas did not settle: applied, absent jobs, last entry: {now:?}"));
+            return Err(format!("replicas did not settle:\n    {}", cluster.describe_all()));
         }
         before = now;
         // Longer than a flush, a compaction and the round that installs it.

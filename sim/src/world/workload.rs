@@ -142,6 +142,8 @@ pub(crate) struct Client {
     keyspace: KeyspaceId,
     copies: Vec<Copy>,
     copies_made: u64,
+    /// The last operation had no effect.
+    refused: bool,
 }
 
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -157,6 +159,7 @@ impl Client {
             keyspace,
             copies: Vec::new(),
             copies_made: 0,
+            refused: false,
         }
     }
 
@@ -174,8 +177,10 @@ impl Client {
                 980..990 => self.copy(node).await,
                 _ => self.read_copy(node).await,
             }
-            if self.rng.chance(300) {
-                let pause = Duration::from_micros(self.rng.below(5_000));
+            // Who is refused waits a little, as a client would.
+            let refused = std::mem::take(&mut self.refused);
+            if refused || self.rng.chance(300) {
+                let pause = Duration::from_micros(self.rng.below(if refused { 20_000 } else { 5_000 }));
                 self.cluster.executor.sleep_until(self.cluster.executor.now() + pause).await;
             }
         }
@@ -212,6 +217,7 @@ impl Client {
                 Outcome::Failed
             }
             _ => {
+                self.refused = true;
                 self.notes.count(if outcome == Outcome::Failed { "failed" } else { "unknown" });
                 outcome
             }
@@ -269,7 +275,10 @@ impl Client {
                 self.cluster.problem(format!("client {} read from n{node}: {:?}: {e}", self.id, e.kind()));
                 None
             }
-            _ => None,
+            _ => {
+                self.refused = true;
+                None
+            }
         }
     }
 
