@@ -202,12 +202,16 @@ impl GroupShared {
             self.want_rotation();
             self.engine.check_log();
             let core = self.lock();
-            if !core.memtables.is_empty() && core.stuck.is_empty() && core.diverged.is_empty() {
+            if core.present.flushed() < self.applied() && core.stuck.is_empty() && core.diverged.is_empty() {
                 return Ok(false);
             }
         }
         if self.frozen.load(Ordering::Acquire) > FROZEN_GENERATIONS_MAX {
-            return Ok(false);
+            // Waiting for a flush that has failed for good would be for ever.
+            return match self.lock().stuck.values().next() {
+                None => Ok(false),
+                Some(error) => Err(Error::new(error.kind(), format!("memory is full and cannot be flushed: {error}"))),
+            };
         }
         if self.l0_runs.load(Ordering::Acquire) > self.l0_runs_max && self.lock().stuck.is_empty() {
             return Ok(false);

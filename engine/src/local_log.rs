@@ -324,6 +324,7 @@ pub(crate) fn decode_entry(payload: &Bytes) -> Result<(LogIndex, Command)> {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "a test has no executor")]
 mod tests {
     use super::*;
 

@@ -39,14 +39,24 @@ impl EngineShared {
     }
 
     fn next_job(&self) -> Option<crate::group::Run> {
-        if self.full.load(Ordering::Acquire) && !self.retry.swap(false, Ordering::AcqRel) {
+        let full = self.full.load(Ordering::Acquire);
+        if full && !self.retry.swap(false, Ordering::AcqRel) {
             return None;
         }
         let groups: Vec<_> = self.open_groups();
         // Flushes first: they free memory and the log, and are short.
-        [JobClass::Flush, JobClass::Compact]
+        let job = [JobClass::Flush, JobClass::Compact]
             .into_iter()
-            .find_map(|class| groups.iter().find_map(|group| group.next_job(class)))
+            .find_map(|class| groups.iter().find_map(|group| group.next_job(class)));
+        if full && job.is_none() {
+            // What there was no space for has come to nothing, or was manifest pages.
+            if self.pages_wanted.load(Ordering::Acquire) {
+                self.upkeep.notify_one();
+            } else {
+                self.set_full(false);
+            }
+        }
+        job
     }
 
     async fn run_job(&self, run: &crate::group::Run) {
@@ -140,11 +150,13 @@ impl EngineShared {
             let edits = self.open_groups().iter().any(|group| group.wants_pages());
             if wanted || edits || grown >= self.wal().stats().ring_bytes / PURGE_SHARE {
                 let outcome = self.purge().await;
-                if outcome.is_err() && wanted {
-                    // To be tried again when something is freed.
-                    self.pages_wanted.store(true, Ordering::Release);
-                }
+                // To be tried again when there is space.
+                let short = outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::OutOfSpace);
+                self.pages_wanted.fetch_or(short, Ordering::AcqRel);
                 outcome?;
+                if self.space_is_short() {
+                    self.retry_space();
+                }
                 let again = std::mem::take(&mut *self.offer_again.lock().unwrap_or_else(PoisonError::into_inner));
                 again.iter().filter_map(std::sync::Weak::upgrade).for_each(|group| group.offer_again());
             }

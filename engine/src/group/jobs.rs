@@ -158,10 +158,11 @@ impl GroupShared {
         Some(Command { time_ms, body })
     }
 
-    /// Asks the leader for a rotation, so that the log can be cut or memory be freed.
+    /// Asks the leader for a rotation, so that the log can be cut or memory be freed. One that finds nothing written moves the
+    /// flushed index over entries that wrote nothing.
     pub(crate) fn want_rotation(&self) {
         let mut core = self.lock();
-        if core.rotate.is_none() && core.written > 0 {
+        if core.rotate.is_none() && self.applied() > core.logical.rotated {
             core.rotate = Some(false);
             drop(core);
             self.offers.notify_waiters();

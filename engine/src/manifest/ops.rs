@@ -311,8 +311,10 @@ impl Manifest {
         for (branch, keyspace) in changed {
             let alive = self.branches.get(&branch).is_some_and(|b| b.dropped.is_none())
                 && self.keyspaces.get(&keyspace).is_some_and(|k| k.dropped.is_none());
-            while alive {
-                let Some(version) = self.version(branch, keyspace) else { break };
+            if !alive {
+                continue;
+            }
+            while let Some(version) = self.version(branch, keyspace) {
                 let mut busy = BTreeSet::new();
                 let mut outstanding = 0;
                 for job in self.jobs.values() {

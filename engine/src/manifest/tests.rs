@@ -1,5 +1,12 @@
 //! Tables of cases for the operations and the picker, and two manifests that must stay equal.
 
+#![allow(
+    clippy::indexing_slicing,
+    clippy::disallowed_methods,
+    clippy::type_complexity,
+    reason = "tests; proptest spawns its own"
+)]
+
 use bytes::Bytes;
 use proptest::prelude::*;
 
@@ -216,9 +223,7 @@ fn a_clone_and_its_origin_change_apart() {
 
 fn version(l0: &[&[(&str, &str)]], levels: &[(u8, &[(&str, &str, u64)])]) -> Version {
     let mut v = Version::default();
-    let mut job = 100;
-    for run in l0 {
-        job += 1;
+    for (job, run) in (101..).zip(l0) {
         v.l0.push(Arc::new(run.iter().enumerate().map(|(o, (a, b))| table(job, o as u32, a, b, 100)).collect()));
     }
     for &(level, tables) in levels {
