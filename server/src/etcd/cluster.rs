@@ -90,7 +90,14 @@ impl<B: Backend> Cluster for ClusterService<B> {
             return Err(Refusal::PeerUrlExist.into());
         }
         let added = core.backend.add_member(&name, address, !request.is_learner).await;
-        let added = added.map_err(|error| status_of(&error))?;
+        let added = added.map_err(|error| match error.kind() {
+            // There is a leader, so what does not answer is the process to be added: it has to run first.
+            ErrorKind::Unavailable if core.facts().leader.is_some() => {
+                tracing::warn!(%error, member = name, "a member was not added");
+                Refusal::MemberNotEnoughStarted.into()
+            }
+            _ => status_of(&error),
+        })?;
         Ok(Response::new(pb::MemberAddResponse {
             header: self.header().await?,
             member: Some(shown(&added)),

@@ -29,13 +29,15 @@ use crate::proto::etcdserverpb as pb;
 
 /// Room for what surrounds a request of the largest size in its message.
 const MESSAGE_OVERHEAD_BYTES: usize = 512 << 10;
+/// Bound of [`EtcdSettings::request_bytes_max`]: below the longest value of the engine, with room for what a record adds.
+const REQUEST_BYTES_LIMIT: usize = 15 << 20;
 /// How often the facts are read again when nobody tells of a change.
 const FACTS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Settings of the etcd API; may differ between replicas.
 #[derive(Clone, Debug)]
 pub struct EtcdSettings {
-    /// Largest request in bytes. Default 1.5 MiB, as in etcd; larger ones hold up the log for longer.
+    /// Largest request in bytes. Default 1.5 MiB, as in etcd, at most 15 MiB; larger ones hold up the log for longer.
     pub request_bytes_max: usize,
     /// Operations in a transaction, on one level and those below. Default 128, as in etcd.
     pub txn_ops_max: usize,
@@ -197,7 +199,8 @@ pub struct Etcd<B: Backend = NodeBackend> {
 impl<B: Backend> Etcd<B> {
     /// Starts the tasks of the API on the tokio runtime of the caller: leases, collection, facts. `model` is the one in the
     /// backend's groups. Takes the forward handler of the node.
-    pub fn start(backend: B, model: Model, settings: EtcdSettings) -> Self {
+    pub fn start(backend: B, model: Model, mut settings: EtcdSettings) -> Self {
+        settings.request_bytes_max = settings.request_bytes_max.min(REQUEST_BYTES_LIMIT);
         let facts = watch::Sender::new(Facts::read(&backend));
         let core = Arc::new(Core {
             proposer: Proposer::new(backend.clone()),

@@ -525,7 +525,7 @@ proptest! {
         prop_assert!(before <= live, "{} records before the compaction, {} keys then", before, live);
         let history = subject.store.pairs(Space::History);
         prop_assert!(history.iter().all(|(key, _)| super::record::split_history_key(key).expect("ours").1 > oldest));
-        for (id, _) in &reference.leases {
+        for id in reference.leases.keys() {
             let keys = subject.view().lease_keys(*id).now_or_never().expect("memory").expect("memory");
             let expect: Vec<Bytes> = draft.state.values().filter(|kv| kv.lease == *id).map(|kv| kv.key.clone()).collect();
             prop_assert_eq!(keys, expect);
@@ -568,7 +568,7 @@ fn bytes_that_are_no_command_are_refused_and_change_nothing() {
 fn watchers_get_changes_from_memory_only_while_they_are_whole() {
     let mut subject = Subject::new();
     let put = Request::Put(pb::PutRequest { key: "k".into(), value: "v".into(), ..Default::default() });
-    subject.run(&[put.clone()]);
+    subject.run(std::slice::from_ref(&put));
     let branch = subject.model.branch(BRANCH);
     let mut watching = branch.watch();
     assert_eq!(watching.published().revision, 2);
@@ -579,7 +579,7 @@ fn watchers_get_changes_from_memory_only_while_they_are_whole() {
     let recent = branch.recent(3, 10).expect("3 and 4 were watched");
     assert_eq!(recent.iter().map(|changes| changes.revision).collect::<Vec<_>>(), vec![3, 4]);
     drop(watching);
-    subject.run(&[put.clone()]);
+    subject.run(std::slice::from_ref(&put));
     let _watching = branch.watch();
     assert!(branch.recent(5, 10).is_none(), "revision 5 was not watched");
     subject.run(&[put]);
