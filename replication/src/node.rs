@@ -11,7 +11,7 @@
 //!   replicated under the same log ids. [`raft_config`] asserts the settings that safety rests on.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
@@ -215,6 +215,8 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) install: Mutex<Option<Arc<InstallJob>>>,
     /// Ids that this node has seen leave the membership.
     pub(crate) removed: Mutex<std::collections::BTreeSet<u64>>,
+    /// Bytes of tables that were fetched from peers.
+    pub(crate) fetched_bytes: AtomicU64,
     /// Snapshots pinned for receivers that asked for one, by their id; one each.
     pub(crate) pinned: Mutex<BTreeMap<u64, crate::state_machine::Exported>>,
     /// One `init` at a time runs from here.
@@ -468,6 +470,7 @@ impl<R: Runtime> Node<R> {
             promise: Mutex::new(None),
             install: Mutex::new(None),
             removed: Mutex::default(),
+            fetched_bytes: AtomicU64::new(0),
             pinned: Mutex::new(BTreeMap::new()),
             initiating: Semaphore::new(1),
             adopting: Semaphore::new(1),

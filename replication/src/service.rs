@@ -9,6 +9,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -310,7 +311,9 @@ impl<R: Runtime> Peers for NodePeers<R> {
             let mut body = Writer::new();
             body.table_id(id).u64(offset).u64(length);
             let answer = inner.call_member(NodeId(from), method::TABLE_READ, body.finish(), TABLE_READ_TIMEOUT).await?;
-            decode_result(&answer, Reader::bytes)
+            let bytes = decode_result(&answer, Reader::bytes)?;
+            inner.fetched_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            Ok(bytes)
         })
     }
 

@@ -378,14 +378,14 @@ fn a_follower_behind_the_log_is_sent_the_tables_it_lacks() {
         let fill = |from: u64, to: u64| (from..to).map(|k| (format!("k{k:06}"), vec![(k % 251) as u8; 1000]));
         let leader = cluster.leader().await;
         let away = (leader + 1) % 3;
-        for (key, value) in fill(0, 2000) {
+        for (key, value) in fill(0, 1000) {
             cluster.put(leader, &key, value).await.expect("written");
         }
         // Everybody has flushed something before one goes away: those tables need not be sent.
-        cluster.until(away, |s| s.group.flushed.0 > 500).await;
+        cluster.until(away, |s| s.group.flushed.0 > 300).await;
         let before = cluster.node(away).status().group;
         cluster.kill(away).await;
-        for (key, value) in fill(2000, 10_000) {
+        for (key, value) in fill(1000, 4000) {
             cluster.put(leader, &key, value).await.expect("written");
         }
         let purged = |c: &Cluster, i: usize| c.node(i).inner.log.purged().map_or(0, |id| id.index);
@@ -393,10 +393,14 @@ fn a_follower_behind_the_log_is_sent_the_tables_it_lacks() {
             pause().await;
         }
         cluster.start(away).await;
-        let value = cluster.get(away, "k009999", ReadLevel::Linearizable).await.expect("read");
+        let value = cluster.get(away, "k003999", ReadLevel::Linearizable).await.expect("read");
         assert_eq!(value.map(|v| v.len()), Some(1000));
+        let fetched = cluster.node(away).inner.fetched_bytes.load(std::sync::atomic::Ordering::Relaxed);
+        let total = cluster.node(leader).status().group.table_bytes;
+        println!("fetched {fetched} of {total} bytes of tables");
+        assert!(0 < fetched && fetched < total, "only what it lacked: {fetched} of {total}");
         let snapshot = cluster.node(away).snapshot("main", ReadLevel::Linearizable).await.expect("read");
-        for (key, value) in fill(0, 10_000) {
+        for (key, value) in fill(0, 4000) {
             let found = snapshot.get(DEFAULT, key.as_bytes()).await.expect("read");
             assert_eq!(found.as_deref(), Some(value.as_slice()), "{key}");
         }
