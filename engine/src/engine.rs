@@ -135,6 +135,8 @@ pub(crate) struct EngineShared {
     offer_again: Mutex<Vec<Weak<GroupShared>>>,
     /// Where the log ended when it was last cut.
     purged_at: AtomicU64,
+    /// The last purge failed: nobody waits for the next one.
+    purge_failed: AtomicBool,
     full: AtomicBool,
     retry: AtomicBool,
     closing: AtomicBool,
@@ -224,6 +226,7 @@ impl Engine {
             pages: tokio::sync::Mutex::default(),
             pages_wanted: AtomicBool::new(false),
             offer_again: Mutex::default(),
+            purge_failed: AtomicBool::new(false),
             full: AtomicBool::new(false),
             retry: AtomicBool::new(false),
             closing: AtomicBool::new(false),

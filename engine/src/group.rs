@@ -201,6 +201,9 @@ impl GroupShared {
             // Flushed, what is in memory lets the log be cut. Where nothing can be, the log itself answers.
             self.want_rotation();
             self.engine.check_log();
+            if self.engine.purge_may_help() {
+                return Ok(false);
+            }
             let core = self.lock();
             if core.present.flushed() < self.applied() && core.stuck.is_empty() && core.diverged.is_empty() {
                 return Ok(false);

@@ -121,6 +121,16 @@ impl EngineShared {
         stats.used_bytes > stats.ring_bytes / 4 * 3
     }
 
+    /// True when the log has grown enough since it was last cut that cutting it is due, and nothing keeps that from being done.
+    pub(crate) fn purge_may_help(&self) -> bool {
+        !self.purge_failed.load(Ordering::Acquire) && self.purge_is_due()
+    }
+
+    fn purge_is_due(&self) -> bool {
+        let grown = self.wal().durable().0.saturating_sub(self.purged_at.load(Ordering::Acquire));
+        grown >= self.wal().stats().ring_bytes / PURGE_SHARE
+    }
+
     fn log_is_half_full(&self) -> bool {
         let stats = self.wal().stats();
         stats.used_bytes.saturating_mul(2) > stats.ring_bytes
@@ -146,10 +156,12 @@ impl EngineShared {
     async fn keep_up_once(&self) -> Result<()> {
         let wanted = self.pages_wanted.swap(false, Ordering::AcqRel);
         if wanted || self.log_is_half_full() {
-            let grown = self.wal().durable().0.saturating_sub(self.purged_at.load(Ordering::Acquire));
             let edits = self.open_groups().iter().any(|group| group.wants_pages());
-            if wanted || edits || grown >= self.wal().stats().ring_bytes / PURGE_SHARE {
+            if wanted || edits || self.purge_is_due() {
                 let outcome = self.purge().await;
+                self.purge_failed.store(outcome.is_err(), Ordering::Release);
+                // Whoever waits for the log to be cut looks again, also when that failed.
+                self.open_groups().iter().for_each(|group| group.wake());
                 // To be tried again when there is space.
                 let short = outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::OutOfSpace);
                 self.pages_wanted.fetch_or(short, Ordering::AcqRel);
@@ -184,7 +196,6 @@ impl EngineShared {
         self.write_pages_from(&turn, None, Some(start)).await?;
         self.wal().release(start);
         self.purged_at.store(limit.0, Ordering::Release);
-        self.open_groups().iter().for_each(|group| group.wake());
         Ok(())
     }
 
