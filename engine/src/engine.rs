@@ -11,7 +11,7 @@ mod upkeep;
 pub use self::offline::{GroupInfo, Offline, SuperblockInfo, TableInfo, VerifyReport, VersionSetInfo};
 
 #[cfg(test)]
-pub(crate) use self::pages::PAGES_VERSION;
+pub(crate) use self::pages::{PAGES_VERSION, decode_pages};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};

@@ -28,6 +28,9 @@ pub(crate) const MANIFEST_VERSION: u8 = 1;
 /// Where tables lie on this volume: `(offset, length)` of each extent in order.
 pub(crate) type Places = BTreeMap<TableId, Vec<(u64, u64)>>;
 
+/// No log counts this far: what comes after a decoded number can be counted without an overflow.
+const NUMBER_MAX: u64 = u64::MAX >> 1;
+
 const JOB_FLUSH: u8 = 1;
 const JOB_COMPACT: u8 = 2;
 
@@ -298,6 +301,15 @@ fn check(manifest: &Manifest, from: &Decoder) -> Result<()> {
     }
     if end.is_some_and(|end| end != manifest.rotated) || manifest.rotated > manifest.as_of {
         return Err(from.corrupt("generations do not end where the next begins"));
+    }
+    // Every number in between is walked when replay looks for the generation of an entry.
+    let ids = manifest.generations.keys().map(|g| g.0).rev();
+    if !ids.zip((0..manifest.next_generation.0).rev()).all(|(id, expect)| id == expect) {
+        return Err(from.corrupt("generations are not numbered one after the other"));
+    }
+    let numbers = [manifest.next_generation.0, manifest.next_job.0, manifest.as_of.0];
+    if numbers.iter().any(|&number| number > NUMBER_MAX) {
+        return Err(from.corrupt("a number is larger than any log makes it"));
     }
     let last = |id: Option<u64>, next: u64| id.is_none_or(|id| id < next);
     if !last(manifest.jobs.last_key_value().map(|(id, _)| id.0), manifest.next_job.0)

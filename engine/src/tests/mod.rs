@@ -6,6 +6,7 @@
 mod crash;
 mod format;
 mod harness;
+mod hostile;
 mod lifecycle;
 mod model;
 mod replicas;
