@@ -335,9 +335,10 @@ async fn a_large_revision_is_split_only_where_the_client_allows_it() {
     whole.create(of_all()).await;
     let mut parts = bench.watch().await;
     parts.create(pb::WatchCreateRequest { fragment: true, ..of_all() }).await;
-    let op = |n: usize| {
-        let put = pb::PutRequest { key: format!("k{n}").into(), value: vec![0; 20 << 10].into(), ..Default::default() };
-        put
+    let op = |n: usize| pb::PutRequest {
+        key: format!("k{n}").into(),
+        value: vec![0; 20 << 10].into(),
+        ..Default::default()
     };
     for n in 0..5 {
         bench.kv().put(op(n)).await.expect("put");

@@ -5,7 +5,7 @@
 //! order of bytes is the order of numbers. Every value begins with the version [`RECORD_VERSION`].
 //!
 //! # Invariants
-//! R1. [`history_key`] keeps the order of keys, and no encoded key is a prefix of another.
+//! R1. `history_key` keeps the order of keys, and no encoded key is a prefix of another.
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
@@ -160,7 +160,7 @@ impl RevRecord {
     }
 }
 
-/// How far compaction is: the value of [`COMPACTION_KEY`] in `etcd.meta`.
+/// How far compaction is: the value of `COMPACTION_KEY` in `etcd.meta`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Compaction {
     /// Reads before this revision are refused; -1 before the first compaction.
@@ -261,7 +261,7 @@ pub(crate) fn history_bound(key: &[u8]) -> Bytes {
     history_prefix(key).freeze()
 }
 
-/// What [`history_key`] was made of.
+/// What `history_key` was made of.
 pub(crate) fn split_history_key(encoded: &[u8]) -> Result<(Bytes, i64)> {
     const WHAT: &str = "history key";
     let mut key = BytesMut::with_capacity(encoded.len());
