@@ -210,6 +210,8 @@ pub(crate) struct StateMachine<R: Runtime, S: State> {
     progress: Arc<Progress>,
     history: Mutex<History>,
     last_applied: Option<LogId>,
+    /// The last index that openraft knows to be applied. An install may go further.
+    told: u64,
     membership: StoredMembership,
     runtime: std::marker::PhantomData<fn() -> R>,
 }
@@ -236,6 +238,7 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
             progress,
             history: Mutex::new(history),
             last_applied,
+            told: flushed.0,
             membership,
             runtime: std::marker::PhantomData,
         })
@@ -334,6 +337,7 @@ impl<R: Runtime, S: State> RaftStateMachine<TypeConfig<R>> for StateMachine<R, S
                 }
                 self.last_applied = Some(id);
             }
+            self.told = self.told.max(id.index);
             self.progress.advance(id.index);
             if let Some(responder) = responder {
                 responder.send(reply);
@@ -342,8 +346,10 @@ impl<R: Runtime, S: State> RaftStateMachine<TypeConfig<R>> for StateMachine<R, S
         Ok(())
     }
 
+    /// Refuses while the tables are ahead of what openraft knows: after an install of a newer snapshot than it asked
+    /// for, the name of the present one would lie beyond its applied entries, which it takes for a broken state.
     async fn try_create_snapshot_builder(&mut self, _force: bool) -> Option<Self::SnapshotBuilder> {
-        Some(Builder(self.current()))
+        (self.state.flushed().0 <= self.told).then(|| Builder(self.current()))
     }
 
     async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {
@@ -362,7 +368,9 @@ impl<R: Runtime, S: State> RaftStateMachine<TypeConfig<R>> for StateMachine<R, S
             return Ok(());
         }
         let offer = Offer { meta: meta.clone(), manifest, from };
+        let asked = meta.last_log_id.map_or(0, |id| id.index);
         let meta = self.take_over(offer).await?;
+        self.told = self.told.max(asked);
         let at = meta.last_log_id.expect("begin_install refuses a snapshot of nothing");
         let mut history = self.history.lock().expect("nothing panics while it holds this lock");
         history.terms = BTreeMap::from([(at.index, term_of(&at))]);
