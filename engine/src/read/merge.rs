@@ -131,6 +131,7 @@ impl RunCursor {
     }
 }
 
+#[allow(clippy::large_enum_variant, reason = "a merge has few sources, and a step is not to follow a pointer")]
 enum Source {
     Memtable(MemtableCursor),
     Run(RunCursor),

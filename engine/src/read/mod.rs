@@ -4,6 +4,7 @@
 
 mod merge;
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, clippy::type_complexity, reason = "a test has no runtime; its bytes lie in memory")]
 mod tests;
 mod view;
 

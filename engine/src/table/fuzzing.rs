@@ -16,6 +16,9 @@ use crate::{Error, ErrorKind, LogIndex, Result};
 /// Entries that a walk looks at, at most: hostile bytes may claim many.
 const STEPS_MAX: usize = 1 << 16;
 
+/// Puts a cursor somewhere.
+type Start = fn(&mut BlockCursor, &[u8]) -> std::result::Result<(), super::block::Malformed>;
+
 /// Walks `bytes` as a block, both ways, and looks for `probe`.
 pub(crate) fn block(bytes: &[u8], probe: &[u8]) {
     let Ok(block) = Block::parse(Bytes::copy_from_slice(bytes)) else { return };
@@ -24,7 +27,7 @@ pub(crate) fn block(bytes: &[u8], probe: &[u8]) {
     }
     for reverse in [false, true] {
         let mut cursor = BlockCursor::new(block.clone(), reverse);
-        let starts: [fn(&mut BlockCursor, &[u8]) -> std::result::Result<(), super::block::Malformed>; 4] = [
+        let starts: [Start; 4] = [
             |cursor, _| cursor.seek_start(),
             |cursor, probe| cursor.seek(probe, false),
             |cursor, probe| cursor.seek(probe, true),
@@ -66,6 +69,7 @@ impl TableBytes for Whole {
     }
 }
 
+#[allow(clippy::disallowed_methods, reason = "a fuzz target has no runtime, and the bytes lie in memory")]
 /// Opens `bytes` as a table by its own footer, and reads it in every way.
 pub(crate) fn table(bytes: &[u8]) {
     let Some(footer) = bytes.len().checked_sub(FOOTER_BYTES).and_then(|at| bytes.get(at..)) else { return };

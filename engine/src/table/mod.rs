@@ -17,6 +17,7 @@ pub(crate) mod fuzzing;
 mod index;
 mod reader;
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, clippy::type_complexity, reason = "a test has no runtime; its bytes lie in memory")]
 pub(crate) mod tests;
 pub(crate) mod varint;
 

@@ -430,7 +430,7 @@ fn equal_input_gives_equal_bytes() {
     let (b, meta_b) = build(&TableOptions::default(), &entries);
     assert_eq!((a, meta_a.clone()), (b, meta_b));
     let mut other = entries;
-    other.get_mut(&7u64.to_be_bytes().to_vec()).expect("present").0 += 1;
+    other.get_mut(7u64.to_be_bytes().as_slice()).expect("present").0 += 1;
     assert_ne!(build(&TableOptions::default(), &other).1.digest, meta_a.digest);
 }
 
