@@ -16,13 +16,12 @@ use tonic::transport::Channel;
 
 use crate::cli::{BenchArgs, Failure, Workload, print};
 use crate::client::endpoint;
+use crate::etcd::DURABILITY_KEY;
 use crate::proto::etcdserverpb::kv_client::KvClient;
 use crate::proto::etcdserverpb::{PutRequest, RangeRequest};
 
 /// Longest latency that the histogram tells apart, in microseconds.
 const LATENCY_US_MAX: u64 = 600_000_000;
-/// Name of the metadata that carries the durability.
-const DURABILITY_METADATA: &str = "mainstay-durability";
 
 /// What a run gave.
 #[derive(Clone, Debug, Serialize)]
@@ -234,7 +233,7 @@ async fn drive(plan: Arc<Plan>, channel: Channel, client: u32, clients: u32) -> 
         let answered = if is_put {
             let mut request = Request::new(PutRequest { key, value: plan.value.clone(), ..PutRequest::default() });
             if let Some(durability) = &plan.durability {
-                request.metadata_mut().insert(DURABILITY_METADATA, durability.clone());
+                request.metadata_mut().insert(DURABILITY_KEY, durability.clone());
             }
             kv.put(request).await.map(drop)
         } else {

@@ -17,9 +17,10 @@ use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 
 use super::cluster::Cluster;
-use super::verify::{BRANCH_KEY, CLONE};
+use super::verify::CLONE;
 use crate::cli::Failure;
 use crate::client::endpoint;
+use crate::etcd::BRANCH_KEY;
 
 use crate::proto::etcdserverpb::PutRequest;
 use crate::proto::etcdserverpb::kv_client::KvClient;

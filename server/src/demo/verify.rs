@@ -9,13 +9,12 @@ use tonic::metadata::MetadataValue;
 use super::cluster::Cluster;
 use crate::cli::Failure;
 use crate::client::refused;
+use crate::etcd::BRANCH_KEY;
 
 use crate::proto::etcdserverpb::RangeRequest;
 use crate::proto::etcdserverpb::kv_client::KvClient;
 use crate::proto::mainstay::v1 as pb;
 
-/// Metadata that names the branch a call is for.
-pub(super) const BRANCH_KEY: &str = "mainstay-branch";
 /// Name of the clone.
 pub(super) const CLONE: &str = "demo-clone";
 /// Pairs of one answer.
