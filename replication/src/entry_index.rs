@@ -16,6 +16,7 @@
 //! | entry `i` | last = `i - 1` | appends |
 //! | entry `i` | last >= `i` | drops `i..`, appends: the same entry queued again after the ring was full |
 //! | entry `i` | last < `i - 1` | ignored: the one before it had been refused for space, so this was never acknowledged |
+//! | entry `i` | no entry, purged < `i - 1` | begins the log at `i` for now: what lies between was purged later, and cut. If no such purge follows, it stood behind a refused one: dropped at the end |
 //! | truncate after `i` | | drops `i + 1 ..` |
 //! | purge up to `i` | entries from after `i + 1` | ignored: a later purge, still to come, let the ring be cut there |
 //! | purge up to `i` | else | drops `..= i`, remembers log id and membership of `i` |
@@ -72,6 +73,8 @@ pub(crate) struct EntryIndex {
     cached_bytes: u64,
     cache_bytes_max: u64,
     begun: bool,
+    /// Recovery began the log behind a gap, and no purge has filled it yet.
+    behind_gap: bool,
 }
 
 fn entry_bytes(entry: &Entry) -> u64 {
@@ -313,7 +316,10 @@ impl EntryIndex {
             Recovered::Entry(entry) => {
                 let id = entry.log_id;
                 let known = self.begun || self.purged.is_some();
-                if known && id.index > self.next() {
+                if self.slots.is_empty() && self.purged.is_some() && id.index > self.next() {
+                    self.first = id.index;
+                    self.behind_gap = true;
+                } else if known && id.index > self.next() {
                     tracing::warn!(index = id.index, next = self.next(), "ignored an entry behind a refused one");
                     return;
                 }
@@ -321,8 +327,10 @@ impl EntryIndex {
                     if self.purged.is_some_and(|p| p.index >= id.index) {
                         return;
                     }
+                    // The one that was refused is queued again: it begins the log, and what began it was behind it.
                     self.truncate_after(None);
-                    self.begun = false;
+                    self.first = id.index;
+                    self.behind_gap = self.purged.is_some_and(|p| p.index.saturating_add(1) != id.index);
                 } else if known {
                     self.truncate_after(id.index.checked_sub(1));
                 }
@@ -339,6 +347,7 @@ impl EntryIndex {
                     // The entries between were purged later, and cut: that purge is still to come.
                     return;
                 }
+                self.behind_gap = false;
                 self.purge(upto, membership);
                 self.anchor_durable(upto, pos);
             }
@@ -346,6 +355,15 @@ impl EntryIndex {
                 self.anchor(at, membership);
                 self.anchor_durable(at, pos);
             }
+        }
+    }
+
+    /// Ends recovery: entries behind a gap that no purge filled were never acknowledged.
+    pub(crate) fn settle(&mut self) {
+        if std::mem::take(&mut self.behind_gap) {
+            tracing::warn!(first = self.first, purged = ?self.purged, "dropped entries behind a refused one");
+            self.truncate_after(None);
+            self.first = self.purged.map_or(0, |p| p.index.saturating_add(1));
         }
     }
 
@@ -380,6 +398,7 @@ mod tests {
         for (n, record) in records.into_iter().enumerate() {
             index.recover(record, pos(n as u64));
         }
+        index.settle();
         index
     }
 
@@ -430,6 +449,32 @@ mod tests {
         ]);
         assert_eq!(span(&cut), (9, 11));
         assert!(cut.check().is_ok());
+
+        // As `cut`, but the old purge stands before the entries.
+        let led = replay(vec![
+            R::Purge(log_id(1, 6), m.clone()),
+            R::Entry(entry(2, 9)),
+            R::Entry(entry(2, 10)),
+            R::Purge(log_id(1, 7), m.clone()),
+            R::Entry(entry(2, 11)),
+            R::Purge(log_id(2, 9), m.clone()),
+        ]);
+        assert_eq!(span(&led), (10, 12));
+        assert_eq!(led.last(), Some(log_id(2, 11)));
+        assert!(led.check().is_ok());
+
+        // The first entry after a purge was refused, the next was not; then both are queued again, or nothing is.
+        let orphan = || vec![R::Purge(log_id(1, 6), m.clone()), R::Entry(entry(2, 8))];
+        let dropped = replay(orphan());
+        assert_eq!(span(&dropped), (7, 7));
+        assert_eq!(dropped.last(), Some(log_id(1, 6)));
+        assert!(dropped.check().is_ok());
+        let mut again = orphan();
+        again.extend([R::Entry(entry(2, 7)), R::Entry(entry(2, 8))]);
+        let again = replay(again);
+        assert_eq!(span(&again), (7, 9));
+        assert_eq!(again.pos(8), Some(pos(3)));
+        assert!(again.check().is_ok());
 
         let headless = replay(vec![R::Entry(entry(1, 5))]);
         assert_eq!(headless.check().expect_err("no base").kind(), &ErrorKind::Corrupt);

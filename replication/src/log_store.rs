@@ -88,6 +88,7 @@ impl LogStore {
         for record in found.into_iter().filter(|r| r.group == group) {
             index.recover(record::decode(record.kind, &record.payload)?, record.pos);
         }
+        index.settle();
         index.check()?;
         let state = State { index, ..State::default() };
         Ok(Self { inner: Arc::new(Inner { wal, group, order: Mutex::new(()), state: Mutex::new(state) }) })
