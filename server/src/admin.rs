@@ -28,6 +28,16 @@ pub(crate) fn routes(context: Arc<Context>) -> Router {
         .route("/status", get(status))
         .with_state(context)
         .merge(grpc)
+        .fallback(unknown)
+}
+
+/// What is not there: an HTTP status for probes, a gRPC code for gRPC, which has it behind a 200.
+async fn unknown(request: axum::extract::Request) -> Response {
+    let content = request.headers().get(header::CONTENT_TYPE);
+    match content.is_some_and(|content| content.as_bytes().starts_with(b"application/grpc")) {
+        true => Status::unimplemented("not on the admin port").into_http::<axum::body::Body>(),
+        false => (StatusCode::NOT_FOUND, "not on the admin port\n").into_response(),
+    }
 }
 
 /// 200 while the event loop turns: never asks for a quorum, a peer or the disk.
