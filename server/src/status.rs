@@ -393,8 +393,21 @@ mod tests {
     use super::*;
 
     fn sources() -> Sources {
-        let node =
-            NodeStatus { role: "follower".into(), leader: Some(mainstay::NodeId(2)), term: 3, ..NodeStatus::default() };
+        let leader = mainstay::MemberInfo {
+            id: mainstay::NodeId(2),
+            name: "b".into(),
+            peer_address: mainstay::PeerAddress("b:2380".into()),
+            client_address: "b:2379".into(),
+            incarnation: [0; 16],
+            role: MemberRole::Voter,
+        };
+        let node = NodeStatus {
+            role: "follower".into(),
+            leader: Some(leader.id),
+            term: 3,
+            members: vec![leader],
+            ..NodeStatus::default()
+        };
         let engine = EngineStatus { backend: "uring".into(), memory_bytes: 1 << 20, ..EngineStatus::default() };
         let wal = mainstay_wal::WalStats::default();
         Sources { member: "a".into(), stopping: false, engine, wal, node, checkpoints: vec![], clones: vec![] }
