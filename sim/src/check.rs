@@ -1,14 +1,18 @@
 //! Decides whether a history of reads and writes of registers is linearizable.
 //!
-//! # Place      above nothing: it takes a finished history
-//! # Method     Every value is written once, so each read names the write that it saw: the write and its reads form a
-//!              cluster that must take effect at one instant. With `start` the latest invocation and `finish` the earliest
-//!              return in a cluster, some operation of A ends before some operation of B begins if
-//!              `A.finish < B.start`. Two clusters that hold this in both directions can be put in no order; if no two
-//!              do, sorting them gives an order. Exact, in O(n log n).
-//! # Unknown    A write without an answer may take effect at any time after its invocation, or never: it returns at the
-//!              end of time, and without readers it is left out. A read without an answer says nothing.
-//! # Sources    Gibbons and Korach, Testing Shared Memories, SIAM J. Comput. 26 (1997), section 4 ("zones")
+//! # Place
+//! above nothing: it takes a finished history
+//! # Method
+//! Every value is written once, so each read names the write that it saw: the write and its reads form a
+//! cluster that must take effect at one instant. With `start` the latest invocation and `finish` the earliest
+//! return in a cluster, some operation of A ends before some operation of B begins if
+//! `A.finish < B.start`. Two clusters that hold this in both directions can be put in no order; if no two
+//! do, sorting them gives an order. Exact, in O(n log n).
+//! # Unknown
+//! A write without an answer may take effect at any time after its invocation, or never: it returns at the
+//! end of time, and without readers it is left out. A read without an answer says nothing.
+//! # Sources
+//! Gibbons and Korach, Testing Shared Memories, SIAM J. Comput. 26 (1997), section 4 ("zones")
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,6 +1,7 @@
 //! The disk of a simulated node: `io::sim` on the executor's clock.
 //!
-//! # Place      between `io::sim`, which knows writes and crashes, and the executor, which knows time and groups
+//! # Place
+//! between `io::sim`, which knows writes and crashes, and the executor, which knows time and groups
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

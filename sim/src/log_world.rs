@@ -1,9 +1,10 @@
 //! The log of a node alone in the simulation: appends, power cuts, clean closes, releases, wraps.
 //!
-//! # Checked    L1. Acknowledgements come in the order of the calls.
-//!              L2. After a power cut the log delivers every acknowledged record that was not released, in order, whole,
-//!              then perhaps some that were appended and not acknowledged, and nothing else.
-//!              L3. A record that was acknowledged can be read at its position until it is released.
+//! # Checked
+//! - L1. Acknowledgements come in the order of the calls.
+//! - L2. After a power cut the log delivers every acknowledged record that was not released, in order, whole,
+//!   then perhaps some that were appended and not acknowledged, and nothing else.
+//! - L3. A record that was acknowledged can be read at its position until it is released.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,12 +1,15 @@
 //! The simulated network: delays, losses, duplicates, cuts and partitions between nodes, all from one seed.
 //!
-//! # Place      above the executor; [`SimTransport`] is what a node takes for [`Transport`]
-//! # Model      A call is a request and an answer, each with a delay of its own, so that calls overtake one another. A lost
-//!              message or one over a cut link is gone: the caller hears nothing until its timeout. A host that is down
-//!              refuses. A host that dies while it handles resets the connection, or falls silent.
-//! # Invariants N1. `Unavailable` is answered only when the request reached no handler.
-//!              N2. Both ends greet and check each other before a request is handled, as over TCP.
-//!              N3. At most [`IN_FLIGHT_MAX`] calls wait between two nodes.
+//! # Place
+//! above the executor; [`SimTransport`] is what a node takes for [`Transport`]
+//! # Model
+//! A call is a request and an answer, each with a delay of its own, so that calls overtake one another. A lost
+//! message or one over a cut link is gone: the caller hears nothing until its timeout. A host that is down
+//! refuses. A host that dies while it handles resets the connection, or falls silent.
+//! # Invariants
+//! - N1. `Unavailable` is answered only when the request reached no handler.
+//! - N2. Both ends greet and check each other before a request is handled, as over TCP.
+//! - N3. At most [`IN_FLIGHT_MAX`] calls wait between two nodes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;

@@ -1,9 +1,10 @@
 //! A store alone on one node in the simulation: commands, reads, pinned snapshots, checkpoints, clones, power cuts.
 //!
-//! # Checked    S1. After a power cut the store holds every acknowledged command, and each command in flight wholly or not
-//!              at all.
-//!              S2. Gets, scans both ways and seeks agree with a model, on live branches, checkpoints and pinned snapshots.
-//!              S3. One digest an index, over all lives: replay makes the same tables.
+//! # Checked
+//! - S1. After a power cut the store holds every acknowledged command, and each command in flight wholly or not
+//!   at all.
+//! - S2. Gets, scans both ways and seeks agree with a model, on live branches, checkpoints and pinned snapshots.
+//! - S3. One digest an index, over all lives: replay makes the same tables.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;

@@ -1,8 +1,10 @@
 //! The commands of the workspace: `ci`, `test`, `sim` and `tidy`.
 //!
-//! # Place      beside the product: it runs cargo and tools, and links nothing of the workspace
-//! # Invariants 1. A step that cannot run says so in the summary; nothing is skipped in silence.
-//!              2. The last line is `N passed, N failed`, and the exit status is 0 only if nothing failed.
+//! # Place
+//! beside the product: it runs cargo and tools, and links nothing of the workspace
+//! # Invariants
+//! - 1. A step that cannot run says so in the summary; nothing is skipped in silence.
+//! - 2. The last line is `N passed, N failed`, and the exit status is 0 only if nothing failed.
 
 #![forbid(unsafe_code)]
 

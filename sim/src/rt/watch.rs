@@ -1,7 +1,8 @@
 //! The watch channel of the runtime.
 //!
-//! # Why not    tokio's: it wakes receivers through a set of lists chosen by a process-wide random number, so that one
-//!              seed would not be one order. Its mpsc, oneshot and mutex are first come, first served, and are used as they are.
+//! # Why not
+//! tokio's: it wakes receivers through a set of lists chosen by a process-wide random number, so that one
+//! seed would not be one order. Its mpsc, oneshot and mutex are first come, first served, and are used as they are.
 
 use std::collections::BTreeMap;
 use std::future::poll_fn;
