@@ -1,6 +1,7 @@
 //! The block cache: verified, decompressed blocks, shared by all tables of a volume.
 //!
-//! # Place      below `table::reader`, which is the only one that fills it; its capacity follows [`MemoryBudget`]
+//! # Place
+//! below `table::reader`, which is the only one that fills it; its capacity follows [`MemoryBudget`]
 //! # Invariants
 //! C1. A cached block has matched its referrer's checksum and is never changed.
 //! C2. Owners are numbered when a table is opened and never reused, so a block of a dropped table is never met again.

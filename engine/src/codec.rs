@@ -1,6 +1,7 @@
 //! Varints, byte strings and a reader that never panics: what the encodings of commands and manifests share.
 //!
-//! # Format     docs/format.md, "Commands" and "Manifest"
+//! # Format
+//! docs/format.md, "Commands" and "Manifest"
 //! # Invariants
 //! 1. A [`Decoder`] hands out slices of the bytes it was given and copies none.
 //! 2. Whatever the bytes, it answers a value or `Corrupt`; it allocates nothing that the input does not pay for.

@@ -1,7 +1,9 @@
 //! The entries of a group's log.
 //!
-//! # Place      proposed by [`crate::LocalLog`] and by `replication`, applied by [`crate::Group::apply`]
-//! # Format     docs/format.md, "Commands"
+//! # Place
+//! proposed by [`crate::LocalLog`] and by `replication`, applied by [`crate::Group::apply`]
+//! # Format
+//! docs/format.md, "Commands"
 //! # Invariants
 //! 1. Decoding what was encoded gives the same command; keys and values share the memory of the entry.
 //! 2. Bytes of any content give a command or a typed error.

@@ -1,8 +1,10 @@
 //! A volume opened: its log, its extents, its groups.
 //!
-//! # Place      below `LocalLog` and `replication`, which own the entries in the log; above `volume` and `wal`
-//! # Crash      docs/architecture.md, "Restart": pages, then the edits found in the log, then the entries, which the owner
-//!              applies again. Extents that no manifest names are free
+//! # Place
+//! below `LocalLog` and `replication`, which own the entries in the log; above `volume` and `wal`
+//! # Crash
+//! docs/architecture.md, "Restart": pages, then the edits found in the log, then the entries, which the owner
+//! applies again. Extents that no manifest names are free
 
 mod offline;
 mod pages;

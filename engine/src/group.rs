@@ -1,7 +1,8 @@
 //! One replicated state: applies entries, serves snapshots, flushes and compacts.
 //!
-//! # Place      one writer (the applier of its log) calls [`Group::apply`]; any number of readers; jobs run on the tasks of
-//!              the engine. Locks, in order: `core`, `durable`; none is held across an await
+//! # Place
+//! one writer (the applier of its log) calls [`Group::apply`]; any number of readers; jobs run on the tasks of
+//! the engine. Locks, in order: `core`, `durable`; none is held across an await
 //! # Invariants docs/architecture.md, "A group and its log"; those of each step stand in `core`, `apply`, `present`, `jobs`
 
 mod apply;

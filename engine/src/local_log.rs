@@ -1,13 +1,16 @@
 //! The log of a store alone on one node: the same entries, the same records, one voter.
 //!
-//! # Place      above [`Engine`] and its log; what `replication::Node` is for a replicated group
-//! # Format     docs/format.md, "Entries of a local log"
+//! # Place
+//! above [`Engine`] and its log; what `replication::Node` is for a replicated group
+//! # Format
+//! docs/format.md, "Entries of a local log"
 //! # Invariants
 //! 1. An entry is applied when it and all before it are durable, in the order of the log.
 //! 2. Indexes grow; one whose record could not be written stays unused.
 //! 3. At most [`PROPOSALS_MAX`] proposals are on their way.
-//! # Crash      Entries behind the flushed index are applied again at open. One that was never acknowledged may be found too:
-//!              it is then applied, as for any caller who did not hear the answer
+//! # Crash
+//! Entries behind the flushed index are applied again at open. One that was never acknowledged may be found too:
+//! it is then applied, as for any caller who did not hear the answer
 
 #![deny(clippy::indexing_slicing)]
 

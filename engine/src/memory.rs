@@ -1,7 +1,8 @@
 //! One number bounds what the engine keeps in memory: memtables, tables held open, buffers, and the block cache, which
 //! gets what the others leave.
 //!
-//! # Place      made by the engine at open; memtables, tables and buffers hold a [`Reservation`] each
+//! # Place
+//! made by the engine at open; memtables, tables and buffers hold a [`Reservation`] each
 //! # Invariants
 //! M1. What a [`Reservation`] took, its drop gives back.
 //! M2. The cache may hold the rest of the total, and at least a quarter of it ([`CACHE_SHARE_MIN`]).

@@ -1,6 +1,7 @@
 //! Tables on this volume: their extents, the open reader, and when the extents are given back.
 //!
-//! # Place      above `volume` and `table`; the group holds a [`StoredTable`] for every table that its present manifest names
+//! # Place
+//! above `volume` and `table`; the group holds a [`StoredTable`] for every table that its present manifest names
 //! # Invariants
 //! 1. Extents go back to the volume when the table is obsolete (no durable manifest names it) and the last reader that
 //!    held it is gone, whichever comes later.

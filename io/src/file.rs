@@ -321,6 +321,12 @@ impl OpenFile {
         rustix::fs::fsync(&self.fd).map_err(|e| Error::os("zero", offset, length, e.raw_os_error()))
     }
 
+    /// Lets another opener have the file although this one still has it open. A block device stays taken: its lock is the
+    /// exclusive opening. A failure has nobody to tell: it shows as `Locked` to the next opener.
+    pub(crate) fn unlock(&self) {
+        let _ = rustix::fs::flock(&self.fd, rustix::fs::FlockOperation::NonBlockingUnlock);
+    }
+
     /// True when the first `length` bytes are zeroes.
     pub(crate) fn is_zero(&self, length: u64) -> Result<bool> {
         let mut buf = AlignedBuf::zeroed(length.min(self.capacity) as usize);

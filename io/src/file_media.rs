@@ -53,6 +53,7 @@ struct Zones {
     wal: Zone,
     extents: Zone,
     devices: Vec<Arc<dyn BlockDevice>>,
+    files: Vec<Arc<OpenFile>>,
 }
 
 /// Opens `target`; with [`Missing::Create`] makes the directory and its superblock file where they are missing.
@@ -203,12 +204,14 @@ impl Shared {
                     return Err(Error::unusable("open", message));
                 }
                 let capacity = extents.capacity();
+                let files = vec![wal.clone(), extents.clone()];
                 let (wal, extents) = (self.executors.wal_device(wal), self.executors.data_device(extents));
                 Ok(Zones {
                     wal_bytes,
                     wal: Zone::new(wal.clone(), 0, wal_bytes),
                     extents: Zone::new(extents.clone(), 0, capacity),
                     devices: vec![wal, extents],
+                    files,
                 })
             }
             Layout::Device => {
@@ -219,6 +222,7 @@ impl Shared {
                     wal: Zone::new(wal.clone(), SUPERBLOCK_ZONE_BYTES, wal_bytes),
                     extents: Zone::new(self.data.clone(), begin, length),
                     devices: vec![wal],
+                    files: Vec::new(),
                 })
             }
         }
@@ -274,6 +278,10 @@ impl Media for FileMedia {
     }
 
     fn unlock(&self) {
+        // The lock of the directory last: who gets it finds the files free.
+        let zones = self.shared.lock().clone();
+        zones.iter().flat_map(|zones| &zones.files).for_each(|file| file.unlock());
+        self.shared.superblock.unlock();
         match &self.shared.layout {
             Layout::Directory { lock, .. } => lock.release(),
             Layout::Device => {}

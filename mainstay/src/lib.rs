@@ -159,3 +159,8 @@ mod tests {
         owned::<Value>();
     }
 }
+
+/// Runs the code of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

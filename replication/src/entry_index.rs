@@ -1,6 +1,7 @@
 //! What the log of a group holds and where: the pure part of the log store.
 //!
-//! # Place      below `log_store`, which queues the records; no I/O here, so that recovery is a function of records
+//! # Place
+//! below `log_store`, which queues the records; no I/O here, so that recovery is a function of records
 //! # Invariants
 //! - X1. The entries are `purged + 1 ..= last`, without a hole.
 //! - X2. The cache holds the newest entries, `cache_first ..= last`; an entry leaves it only once its place is known.

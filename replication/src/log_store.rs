@@ -1,6 +1,7 @@
 //! The Raft log over the node's log: entries, vote, purge.
 //!
-//! # Place      openraft's `RaftLogStorage` above [`mainstay_wal::Wal`]; `entry_index` knows what is where
+//! # Place
+//! openraft's `RaftLogStorage` above [`mainstay_wal::Wal`]; `entry_index` knows what is where
 //! # Invariants
 //! - L1. `append` returns when the entries can be read and never waits for the device (pitfall 1). Each entry is a record
 //!   of its own; the log merges what many appends queued into one write.
@@ -14,7 +15,8 @@
 //! - L6. A vote, a purge or an anchor that is older than the oldest entry is written again before the ring is cut, so an
 //!   idle group pins nothing (pitfall 11).
 //!
-//! # Crash      see `entry_index`
+//! # Crash
+//! see `entry_index`
 //!
 //! Lock order: `order`, then `state`. Neither is held across an await; completions take `state` alone.
 

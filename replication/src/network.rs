@@ -1,6 +1,7 @@
 //! openraft's messages over [`Transport`].
 //!
-//! # Place      openraft's network traits above the transport; `serve_*` is the other end, called by `node`
+//! # Place
+//! openraft's network traits above the transport; `serve_*` is the other end, called by `node`
 //! # Invariants
 //! - N1. What is sent is encoded by `wire` (pitfall 8), with its length bounded: at most `READ_BYTES_MAX` of entries
 //!   beyond the first in one append.

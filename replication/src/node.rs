@@ -1,6 +1,7 @@
 //! A replica of a replicated store.
 //!
-//! # Place      above the engine and openraft; `service` answers peers, `write` and `read` serve callers, `init` and
+//! # Place
+//! above the engine and openraft; `service` answers peers, `write` and `read` serve callers, `init` and
 //!   `membership` decide who takes part, `tasks` runs what goes on beside
 //! # Invariants
 //! - I1. A node takes part only under an identity that its volume holds durably, given by `init` or by the leader of a

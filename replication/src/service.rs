@@ -1,6 +1,7 @@
 //! Answers the requests of peers.
 //!
-//! # Place      the [`Handler`] that a node gives to its transport
+//! # Place
+//! the [`Handler`] that a node gives to its transport
 //! # Invariants
 //! - V1. No request is served that comes under another cluster id, under other group settings, or under the id of a
 //!   member with another incarnation than the membership names. A wiped volume never answers as the member it was.

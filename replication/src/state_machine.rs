@@ -1,6 +1,7 @@
 //! The replicated state behind openraft: applies entries to the engine's group, names its snapshots, takes them over.
 //!
-//! # Place      openraft's `RaftStateMachine` above [`mainstay_engine::Group`]; openraft's worker is the one applier
+//! # Place
+//! openraft's `RaftStateMachine` above [`mainstay_engine::Group`]; openraft's worker is the one applier
 //! # Invariants
 //! - S1. A Raft snapshot is what the engine has flushed (`Group::export`): O(1), nothing is written (pitfall 6). Its log
 //!   id and membership come from `history`, which begins at what the log knows and grows with what is applied.
@@ -11,8 +12,10 @@
 //!   name, or the new one, which the anchor names.
 //! - S4. Every responder is answered (a lost one would hang its writer).
 //!
-//! # Why not    storing log id and membership with each flush: one more thing to keep in step with the manifest
-//! # Why not    failing an install when the leader goes: openraft takes a failed install as a failed disk and stops. So an
+//! # Why not
+//! storing log id and membership with each flush: one more thing to keep in step with the manifest
+//! # Why not
+//! failing an install when the leader goes: openraft takes a failed install as a failed disk and stops. So an
 //!   install asks on, for a newer snapshot from whoever leads then, until it is done or the node closes
 
 use std::collections::BTreeMap;

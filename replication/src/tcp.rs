@@ -1,7 +1,9 @@
 //! [`Transport`] over TCP: one outgoing connection to a peer, requests multiplexed by number.
 //!
-//! # Place      the only file that opens sockets; runs on tokio, whatever runtime the node is generic over
-//! # Format     docs/format.md, "Peer protocol": a preamble, then frames of a header of 24 bytes and a body
+//! # Place
+//! the only file that opens sockets; runs on tokio, whatever runtime the node is generic over
+//! # Format
+//! docs/format.md, "Peer protocol": a preamble, then frames of a header of 24 bytes and a body
 //! # Invariants
 //! - P1. No request is served, and none is sent, before both ends have said [`Hello`] and accepted the other's.
 //! - P2. A frame is at most [`FRAME_BYTES_MAX`] and has the checksum it says; else the connection ends.

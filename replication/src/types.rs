@@ -1,6 +1,7 @@
 //! The types that openraft is instantiated with. None of them leaves this crate.
 //!
-//! # Place      below every other module; names openraft so that the others read like Raft and not like generics
+//! # Place
+//! below every other module; names openraft so that the others read like Raft and not like generics
 //! # Invariants
 //! - T1. Standard Raft: one leader a term, so `(term, index)` names one entry for ever. That is what makes a
 //!   [`crate::CommitToken`] of two numbers sound.

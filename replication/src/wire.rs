@@ -1,12 +1,14 @@
 //! Bytes of the log's records and of the requests between nodes. docs/format.md, "Raft records" and "Peer protocol", owns
 //! the layouts.
 //!
-//! # Place      pure: bytes to values and back, no I/O, no clock
+//! # Place
+//! pure: bytes to values and back, no I/O, no clock
 //! # Invariants
 //! - W1. Decoding never panics, and allocates no more than the input justifies: a count is checked against the bytes
 //!   that are left before anything is reserved.
 //! - W2. Every message begins with [`VERSION`]; another one is `Foreign`. Bytes behind a message are `Corrupt`.
-//! # Why not    serde over openraft's types: its documentation says that they are no stable format (pitfall 8)
+//! # Why not
+//! serde over openraft's types: its documentation says that they are no stable format (pitfall 8)
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 use std::collections::{BTreeMap, BTreeSet};

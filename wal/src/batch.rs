@@ -1,7 +1,9 @@
 //! The bytes of a batch: encoding, and decoding that trusts nothing.
 //!
-//! # Place      the only module of this crate that knows offsets inside a batch
-//! # Format     docs/format.md, section "Write-ahead log"; a test ties the two
+//! # Place
+//! the only module of this crate that knows offsets inside a batch
+//! # Format
+//! docs/format.md, section "Write-ahead log"; a test ties the two
 //! # Invariants
 //! 1. The header checksum covers the checksum of the body, so the header checksum alone names the whole batch. It is
 //!    what the next batch repeats as its chain.

@@ -1,6 +1,7 @@
 //! What recovery does at each position: a pure function over a table of cases.
 //!
-//! # Place      called by `recovery`, which gathers the facts; no I/O here
+//! # Place
+//! called by `recovery`, which gathers the facts; no I/O here
 //! # Crash
 //!
 //! The walk stands at position `b`, behind a whole batch (or at the start). `at` is what lies at `b`. `lap` is what lies

@@ -1,6 +1,7 @@
 //! Walks the log from its start, decides where it ends, and wipes what the cut leaves behind.
 //!
-//! # Place      above `cases`, which decides; used by `Wal::open` and by the offline reader
+//! # Place
+//! above `cases`, which decides; used by `Wal::open` and by the offline reader
 //! # Invariants
 //! 1. Only bytes that survive a loss of power are read: the zone is flushed first, since a killed process may have left
 //!    writes in the device's cache.

@@ -1,6 +1,7 @@
 //! What handles and the writer task share: the queue, the positions, the counts.
 //!
-//! # Place      handles push, the writer takes all at once; one lock, held for pushes and swaps only
+//! # Place
+//! handles push, the writer takes all at once; one lock, held for pushes and swaps only
 //! # Invariants
 //! 1. `start <= durable <= tail`, and each only grows.
 //! 2. A record that was queued is answered exactly once, also when the writer task is dropped in the middle.

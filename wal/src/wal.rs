@@ -1,9 +1,12 @@
 //! The log itself: the handle that callers hold.
 //!
-//! # Place      above `io::Zone`, below `engine` and `replication`; one writer task owns the order, handles share [`Wal`]
-//! # Format     docs/format.md, section "Write-ahead log"
+//! # Place
+//! above `io::Zone`, below `engine` and `replication`; one writer task owns the order, handles share [`Wal`]
+//! # Format
+//! docs/format.md, section "Write-ahead log"
 //! # Invariants the prefix rule of `writer`, the cut of `recovery`
-//! # Crash      the table in `cases`
+//! # Crash
+//! the table in `cases`
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

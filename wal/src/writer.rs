@@ -1,6 +1,7 @@
 //! The one task that writes the log.
 //!
-//! # Place      runs where completions of the device arrive; owned by the device, told to end by [`crate::Wal::close`]
+//! # Place
+//! runs where completions of the device arrive; owned by the device, told to end by [`crate::Wal::close`]
 //! # Invariants
 //! 1. One batch is one device write, durable by itself.
 //! 2. A record is acknowledged when its batch and every batch before it are durable (prefix rule), in log order.

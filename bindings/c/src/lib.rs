@@ -1,6 +1,7 @@
 //! The C interface: the facade behind opaque handles, codes and byte slices.
 //!
-//! # Place      above the facade; the only crate besides io with `unsafe`
+//! # Place
+//! above the facade; the only crate besides io with `unsafe`
 //! # Invariants
 //! I1. No panic crosses into C: every exported function runs inside [`guard`].
 //! I2. Every pointer that goes out is freed by exactly one function of this crate, named in its documentation.

@@ -1,6 +1,7 @@
 //! A volume looked at while nobody has it open: what is in it, and whether every checksum holds.
 //!
-//! # Place      beside [`crate::Engine`]; for `mainstay inspect` and `mainstay verify`
+//! # Place
+//! beside [`crate::Engine`]; for `mainstay inspect` and `mainstay verify`
 //! # Invariants
 //! 1. Nothing is written: no copy is mended, no tail is cut, no epoch is taken.
 //! 2. Verifying goes on behind damage as far as it can, so that one report shows all of it.

@@ -1,6 +1,7 @@
 //! Manifest pages: the present manifests of all groups in the extents that the superblock names.
 //!
-//! # Format     docs/format.md, "Manifest pages"
+//! # Format
+//! docs/format.md, "Manifest pages"
 //! # Invariants
 //! 1. Pages are durable before the superblock that names them; the extents of the pages that it replaces are given back by
 //!    the volume.

@@ -1,6 +1,7 @@
 //! What a group holds in memory, under one lock, and what readers see of it.
 //!
-//! # Place      `apply` changes it entry by entry, `present` moves operations on, `jobs` takes from it what a job reads
+//! # Place
+//! `apply` changes it entry by entry, `present` moves operations on, `jobs` takes from it what a job reads
 //! # Invariants
 //! 1. `present` is `logical` without the edits in `queue`. `overlay` is `present` with all that wait in `queue` but the
 //!    installs, and without picking; it is made only while something waits. An install changes no data, so readers may use it.

@@ -1,7 +1,8 @@
 //! The manifest and its operations as bytes.
 //!
-//! # Format     docs/format.md, "Manifest". Each table is written once, each list of tables once: versions that share a level
-//!              name the same list, so a checkpoint costs a few bytes for each keyspace
+//! # Format
+//! docs/format.md, "Manifest". Each table is written once, each list of tables once: versions that share a level
+//! name the same list, so a checkpoint costs a few bytes for each keyspace
 //! # Invariants
 //! 1. Equal manifests have equal bytes: nothing depends on addresses or on the order of events.
 //! 2. Bytes of any content give a manifest that keeps the invariants of [`Version`], or `Corrupt`.

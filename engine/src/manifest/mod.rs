@@ -1,7 +1,9 @@
 //! Which tables, memtables and jobs a group has: a pure state machine over the entries of its log.
 //!
-//! # Place      [`crate::Group`] holds two instances, *logical* and *present* (docs/architecture.md). No I/O, no time, no chance
-//! # Format     docs/format.md, "Manifest"
+//! # Place
+//! [`crate::Group`] holds two instances, *logical* and *present* (docs/architecture.md). No I/O, no time, no chance
+//! # Format
+//! docs/format.md, "Manifest"
 //! # Invariants
 //! 1. Equal operations give equal manifests, byte for byte ([`Manifest::encode`]).
 //! 2. Generations are contiguous in the index and are flushed in order: [`Manifest::flushed`] is where the oldest begins.

@@ -1,6 +1,7 @@
 //! Reading: point lookups and scans over memtables and tables, and the merge that feeds flush and compaction.
 //!
-//! # Place      above `memtable` and `table`; `Snapshot` and the group's jobs use it
+//! # Place
+//! above `memtable` and `table`; `Snapshot` and the group's jobs use it
 
 mod merge;
 #[cfg(test)]

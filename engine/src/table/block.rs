@@ -1,7 +1,9 @@
 //! Blocks: sorted entries with shared prefixes, and the handle by which a referrer finds and verifies one.
 //!
-//! # Place      below `builder` and `reader`; data blocks, index blocks and filter indexes are all of this form
-//! # Format     docs/format.md, "Tables"
+//! # Place
+//! below `builder` and `reader`; data blocks, index blocks and filter indexes are all of this form
+//! # Format
+//! docs/format.md, "Tables"
 //!
 //! ```text
 //! entry    shared varint | unshared varint | kind u8 | index varint | value length varint | key suffix | value

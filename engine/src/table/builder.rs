@@ -1,6 +1,7 @@
 //! Builds a table from entries in key order.
 //!
-//! # Place      used by flush and compaction, which write the chunks as they come
+//! # Place
+//! used by flush and compaction, which write the chunks as they come
 //! # Invariants
 //! T1. Equal options and equal entries give equal bytes: nothing of time, addresses or chance goes into them.
 //! T2. Memory is bounded by one data block, one index block, the hashes of one filter partition, the top index, and the

@@ -1,6 +1,7 @@
 //! Walks a table in one direction, reading ahead once it is clear that the walk goes on.
 //!
-//! # Place      below `read::merge`; the table is passed to each call, so that whoever owns both holds one reference
+//! # Place
+//! below `read::merge`; the table is passed to each call, so that whoever owns both holds one reference
 //! # Invariants
 //! W1. A step that needs no block is synchronous ([`TableCursor::step`]); [`TableCursor::load`] is the rest.
 //! W2. Dropping a future of `load` loses nothing: the next `load` goes on where that one was.

@@ -1,7 +1,9 @@
 //! Filters: which keys are certainly not in a table.
 //!
-//! # Place      built by `builder`, one partition for each [`PARTITION_KEYS`] keys; read through the block cache
-//! # Format     docs/format.md, "Tables"; a binary fuse filter over xxh3-64 of the keys, in an encoding of our own
+//! # Place
+//! built by `builder`, one partition for each [`PARTITION_KEYS`] keys; read through the block cache
+//! # Format
+//! docs/format.md, "Tables"; a binary fuse filter over xxh3-64 of the keys, in an encoding of our own
 //! # Invariants
 //! F1. No false negative: a key that was added is always found.
 //! F2. Equal keys give equal bytes: the construction takes its seeds from a fixed sequence.

@@ -1,6 +1,7 @@
 //! Handles and the root: how a referrer finds and verifies what it refers to.
 //!
-//! # Format     docs/format.md, "Tables"
+//! # Format
+//! docs/format.md, "Tables"
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 use bytes::Bytes;

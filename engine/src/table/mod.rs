@@ -1,7 +1,9 @@
 //! Tables: sorted, immutable, built once, the same bytes on every replica.
 //!
-//! # Place      above the volume's extents ([`TableBytes`]), below `read`; built by flush and compaction
-//! # Format     docs/format.md, "Tables"
+//! # Place
+//! above the volume's extents ([`TableBytes`]), below `read`; built by flush and compaction
+//! # Format
+//! docs/format.md, "Tables"
 //! # Invariants
 //! T1. Equal options and equal entries give equal bytes ([`builder`]).
 //! T2. Every checksum stands in the referrer: manifest, root, top index, index, block. So a block of the right form in the

@@ -1,6 +1,7 @@
 //! An open table: point lookups, and the blocks for its cursors.
 //!
-//! # Place      below `read`; fills the block cache
+//! # Place
+//! below `read`; fills the block cache
 //! # Invariants
 //! R1. No byte is looked at before it matched the checksum in its referrer; the first referrer is the root in the manifest.
 //! R2. A lookup is ready at its first poll when its blocks are cached and the top index has been read once.

@@ -1,6 +1,7 @@
 //! Which units of the extents zone are free, reserved, live, or on their way back.
 //!
-//! # Place      part of [`super::Volume`]; the free map is derived at open from what the manifests name, never stored
+//! # Place
+//! part of [`super::Volume`]; the free map is derived at open from what the manifests name, never stored
 //! # Invariants
 //! 1. Every unit is in exactly one state: free, reserved, live, parked (freed, but a superblock that is durable may still
 //!    name it) or leaving (being discarded).

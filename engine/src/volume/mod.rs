@@ -1,13 +1,16 @@
 //! A volume: superblock, log zone, extents, and who may use which bytes.
 //!
-//! # Place      above `io::Media`, below the store; knows extents, not tables
-//! # Format     docs/format.md, section "Superblock"; `superblock` has the bytes, `quorum` the rule that chooses a copy
+//! # Place
+//! above `io::Media`, below the store; knows extents, not tables
+//! # Format
+//! docs/format.md, section "Superblock"; `superblock` has the bytes, `quorum` the rule that chooses a copy
 //! # Invariants
 //! 1. At every moment two copies at least of one superblock are whole on the device.
 //! 2. The epoch in the superblock is durable before anything is written under it.
 //! 3. A freed extent is reused or discarded only after a superblock is durable whose update began after it was freed.
 //! 4. A failed superblock write is final: every later update answers `Closed`.
-//! # Crash      the table in `quorum`
+//! # Crash
+//! the table in `quorum`
 
 // The store is built against this interface; not all of it has a caller yet.
 #![allow(dead_code)]

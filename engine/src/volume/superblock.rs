@@ -1,7 +1,9 @@
 //! The superblock: its content and its bytes.
 //!
-//! # Place      used by `quorum`, which chooses among the copies, and by `volume`, which writes them
-//! # Format     docs/format.md, section "Superblock"; a test ties the two
+//! # Place
+//! used by `quorum`, which chooses among the copies, and by `volume`, which writes them
+//! # Format
+//! docs/format.md, section "Superblock"; a test ties the two
 //! # Invariants
 //! 1. The checksum stored in a copy is bound to the copy's number, so that a copy that was written to the place of
 //!    another one does not count twice.
