@@ -1,7 +1,7 @@
 //! The reference server and its command line: the etcd v3 API and the project's own gRPC services over a replicated store.
 //!
 //! # Place
-//! Above the facade; no storage logic. [`settings`] is what is set, [`serve`] what runs, [`status`] what it says of itself.
+//! Above the facade; no storage logic. [`settings`] is what is set, `serve` what runs, [`status`] what it says of itself.
 
 #![forbid(unsafe_code)]
 
