@@ -61,7 +61,7 @@ impl<B: Backend> Kv for KvService<B> {
         check_put(&put)?;
         let blind = !put.prev_kv && put.lease == 0 && !put.ignore_value && !put.ignore_lease;
         if context.durability == Durability::Local && blind {
-            return self.put_local(&context, put).await;
+            return Box::pin(self.put_local(&context, put)).await;
         }
         let mut response: pb::PutResponse = core.write(&context, &command::Request::Put(put)).await?;
         core.sign(&mut response.header);
@@ -93,7 +93,7 @@ impl<B: Backend> Kv for KvService<B> {
                 return Err(Refusal::NotSupportedForLearner.into());
             }
             let level = if serializable { ReadLevel::Local } else { ReadLevel::Linearizable };
-            core.read(&context, level).await?.read_txn(&txn).await?
+            Box::pin(async { Ok::<_, Status>(core.read(&context, level).await?.read_txn(&txn).await?) }).await?
         } else {
             core.write(&context, &command::Request::Txn(txn)).await?
         };
@@ -110,7 +110,7 @@ impl<B: Backend> Kv for KvService<B> {
         let compact = request.into_inner();
         let mut response: pb::CompactionResponse = core.write(&context, &command::Request::Compact(compact)).await?;
         if compact.physical {
-            let barrier = core.backend.read_barrier(ReadLevel::Linearizable).await;
+            let barrier = Box::pin(core.backend.read_barrier(ReadLevel::Linearizable)).await;
             barrier.map_err(|error| status_of(&error))?;
             core.collect(context.branch, compact.revision).await?;
         }

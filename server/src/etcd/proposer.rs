@@ -20,8 +20,8 @@ use super::backend::Backend;
 use super::error::{Refusal, status_of};
 use super::model::command::{Request, begin_command, decode_answer};
 
-/// Entries of a branch under way at the same time.
-const IN_FLIGHT_MAX: usize = 4;
+/// Entries of a branch under way at the same time: one that is being replicated, and the next that goes behind it.
+const IN_FLIGHT_MAX: usize = 2;
 /// Requests in one entry.
 const BATCH_REQUESTS_MAX: usize = 512;
 /// Bytes at which an entry takes no further request.

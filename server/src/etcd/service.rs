@@ -144,7 +144,8 @@ impl<B: Backend> Core<B> {
             }
             ref stronger => {
                 let command = encode_command(context.branch, request);
-                let answer = self.backend.propose(context.branch, command, stronger.clone()).await;
+                // Boxed, so that the common way does not carry the room for this one in every request.
+                let answer = Box::pin(self.backend.propose(context.branch, command, stronger.clone())).await;
                 let answer = answer.map_err(|error| status_of(&error))?;
                 let items =
                     super::model::command::decode_answer(answer).map_err(|e| Status::internal(e.to_string()))?;
@@ -169,7 +170,7 @@ impl<B: Backend> Core<B> {
     pub(super) async fn read(&self, context: &Context, otherwise: ReadLevel) -> Result<View<B::Reader>, Status> {
         let level = context.read_level.clone().unwrap_or(otherwise);
         if level != ReadLevel::Local {
-            self.backend.read_barrier(level).await.map_err(|error| status_of(&error))?;
+            Box::pin(self.backend.read_barrier(level)).await.map_err(|error| status_of(&error))?;
         }
         self.view(context.branch).await
     }

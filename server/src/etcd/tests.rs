@@ -636,3 +636,17 @@ async fn etcdctl_works_unchanged() {
         assert!(printed.contains(expect), "etcdctl {line}: {printed:?}, not {expect:?}");
     }
 }
+
+/// Each request has its future on the heap and moved about: what is rare in it has to be behind a box of its own.
+#[tokio::test]
+async fn futures_of_requests_are_small() {
+    use crate::proto::etcdserverpb::kv_server::Kv;
+    let bench = Bench::start().await;
+    let kv = super::kv::KvService(bench.etcd.core());
+    let sizes = [
+        std::mem::size_of_val(&*kv.put(Request::new(pb::PutRequest::default()))),
+        std::mem::size_of_val(&*kv.range(Request::new(pb::RangeRequest::default()))),
+        std::mem::size_of_val(&*kv.txn(Request::new(pb::TxnRequest::default()))),
+    ];
+    assert!(sizes.iter().all(|size| *size < 2_000), "{sizes:?}");
+}
