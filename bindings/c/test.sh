@@ -19,5 +19,5 @@ cc $flags "$here/tests/roundtrip.c" -o "$work/shared" $(pkg-config --libs mainst
 cc $flags "$here/tests/roundtrip.c" -o "$work/static" "$work/prefix/lib/libmainstay.a" -lpthread -ldl -lm
 LD_LIBRARY_PATH=$work/prefix/lib "$work/shared" "$work/data-shared"
 "$work/static" "$work/data-static"
-valgrind --quiet --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite "$work/static" "$work/data-valgrind"
+valgrind --quiet --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite --show-leak-kinds=definite "$work/static" "$work/data-valgrind"
 echo "c interface: 3 passed, 0 failed"

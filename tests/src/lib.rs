@@ -13,4 +13,4 @@ pub mod server;
 
 pub use ledger::Ledger;
 pub use loopback::LoopDevice;
-pub use server::{Cluster, Server, binary, until};
+pub use server::{Cluster, Server, WAIT_MAX, binary, until};

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tonic::transport::{Channel, Endpoint};
 
 /// Longest wait for anything that a test waits for.
-const WAIT_MAX: Duration = Duration::from_secs(60);
+pub const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// The `mainstay` binary of the profile that the tests are built in, built if it is not up to date.
 pub fn binary() -> &'static Path {
