@@ -159,23 +159,30 @@ impl<R: Runtime> Inner<R> {
         let deadline = std::pin::pin!(R::sleep(WRITE_TIMEOUT));
         match R::select3(durable, refused, deadline).await {
             openraft_rt::Select3::First(Ok(token)) => {
-                let mut locals = self.locals.0.lock().expect("nothing panics while it holds this lock");
-                while locals.len() >= LOCALS_MAX {
-                    locals.pop_first();
-                }
-                locals.insert(token, committed);
+                self.keep_receipt(token, committed);
                 Ok(token)
             }
             openraft_rt::Select3::Second(Err(error)) => Err(error),
             openraft_rt::Select3::Second(Ok(applied)) => {
                 // Committed by the others before this disk was done; that is more than was asked for.
                 let term = Self::metrics_of(&running, |m| m.current_term);
-                Ok(CommitToken { term, index: applied.index })
+                let token = CommitToken { term, index: applied.index };
+                self.keep_receipt(token, committed);
+                Ok(token)
             }
             openraft_rt::Select3::First(Err(_)) | openraft_rt::Select3::Third(()) => {
                 Err(Error::new(ErrorKind::Indeterminate, "the write was not durable in time"))
             }
         }
+    }
+
+    /// Remembers what a receipt stands for, the newest [`LOCALS_MAX`] of them.
+    fn keep_receipt(&self, token: CommitToken, committed: LocalResult) {
+        let mut locals = self.locals.0.lock().expect("nothing panics while it holds this lock");
+        while locals.len() >= LOCALS_MAX {
+            locals.pop_first();
+        }
+        locals.insert(token, committed);
     }
 
     pub(crate) async fn wait(self: &Arc<Self>, token: CommitToken, durability: Durability) -> Result<Applied> {
