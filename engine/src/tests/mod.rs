@@ -1,7 +1,6 @@
 //! The engine as a whole over simulated disks: against a model, under crashes, replicas beside each other, full disks.
 
-// Threads and waits belong to tests over threads: the deterministic runs are in `sim`.
-#![allow(clippy::disallowed_methods)]
+#![allow(clippy::disallowed_methods, reason = "tests over threads wait; the deterministic runs are in `sim`")]
 
 mod crash;
 mod format;
