@@ -18,6 +18,7 @@ pub mod bench;
 pub mod client;
 mod context;
 pub mod demo;
+mod front;
 mod logs;
 mod metrics;
 mod offline;

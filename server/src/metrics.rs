@@ -1,12 +1,12 @@
 //! The metrics port: counts of each layer and of each request, as Prometheus text.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Instant;
 
 use axum::Router;
-use axum::extract::{Request, State};
+use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
-use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use prometheus_client::collector::Collector;
@@ -37,12 +37,13 @@ pub(crate) struct Metrics {
     registry: Registry,
     requests: Family<RequestLabels, Counter>,
     seconds: Family<MethodLabels, Histogram, fn() -> Histogram>,
+    hot: [Hot; HOT_METHODS.len()],
 }
 
 impl Metrics {
     pub(crate) fn new(context: Arc<Context>) -> Arc<Self> {
         let mut registry = Registry::with_prefix("mainstay");
-        let requests = Family::default();
+        let requests: Family<RequestLabels, Counter> = Family::default();
         registry.register("requests", "Requests on the client port by method and gRPC code", requests.clone());
         let seconds: Family<MethodLabels, Histogram, fn() -> Histogram> =
             Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.0001, 2.0, 18)));
@@ -52,7 +53,16 @@ impl Metrics {
             seconds.clone(),
         );
         registry.register_collector(Box::new(StatusCollector { context }));
-        Arc::new(Self { registry, requests, seconds })
+        let hot = HOT_METHODS.map(|method| {
+            let labels = MethodLabels { method: method.to_owned() };
+            let ok = RequestLabels { method: method.to_owned(), code: "Ok".into() };
+            Hot {
+                method,
+                seconds: seconds.get_or_create(&labels).clone(),
+                ok: Counter::clone(&*requests.get_or_create(&ok)),
+            }
+        });
+        Arc::new(Self { registry, requests, seconds, hot })
     }
 }
 
@@ -70,26 +80,76 @@ async fn show(State(metrics): State<Arc<Metrics>>) -> Response {
     }
 }
 
-/// Counts a request of the client port. A stream counts when its answer begins; what breaks it later is not seen.
-pub(crate) async fn count(State(metrics): State<Arc<Metrics>>, request: Request, next: Next) -> Response {
-    let start = Instant::now();
-    let path = request.uri().path().trim_start_matches('/').to_owned();
-    let response = next.run(request).await;
-    let code = code(response.status(), response.headers());
-    // Unknown paths share one label: a stranger cannot grow the memory.
-    let method = if code == "Unimplemented" { "unknown".to_owned() } else { path };
-    metrics.seconds.get_or_create(&MethodLabels { method: method.clone() }).observe(start.elapsed().as_secs_f64());
-    metrics.requests.get_or_create(&RequestLabels { method, code }).inc();
-    response
+/// Methods that are counted without making a label for each request: those of the KV service.
+const HOT_METHODS: [&str; 4] =
+    ["etcdserverpb.KV/Put", "etcdserverpb.KV/Range", "etcdserverpb.KV/Txn", "etcdserverpb.KV/DeleteRange"];
+
+/// A method and where it counts when it ends well.
+#[derive(Clone)]
+struct Hot {
+    method: &'static str,
+    seconds: Histogram,
+    ok: Counter,
+}
+
+impl Metrics {
+    /// Begins to count a request of the client port. A stream counts when its answer begins; what breaks it later is not
+    /// seen.
+    pub(crate) fn begin(self: &Arc<Self>, path: &str) -> Counting {
+        let path = path.trim_start_matches('/');
+        let method = match self.hot.iter().position(|hot| hot.method == path) {
+            Some(at) => Method::Hot(at),
+            None => Method::Other(path.to_owned()),
+        };
+        Counting { metrics: self.clone(), method, start: Instant::now() }
+    }
+}
+
+enum Method {
+    /// A place in `Metrics::hot`.
+    Hot(usize),
+    Other(String),
+}
+
+/// A request that is not answered yet.
+pub(crate) struct Counting {
+    metrics: Arc<Metrics>,
+    method: Method,
+    start: Instant,
+}
+
+impl Counting {
+    /// The head of the answer is there.
+    pub(crate) fn end(self, http: StatusCode, headers: &HeaderMap) {
+        let Self { metrics, method, start } = self;
+        let seconds = start.elapsed().as_secs_f64();
+        let code = code(http, headers);
+        let method = match method {
+            Method::Hot(at) if code == "Ok" => {
+                let hot = &metrics.hot[at];
+                hot.seconds.observe(seconds);
+                hot.ok.inc();
+                return;
+            }
+            Method::Hot(at) => metrics.hot[at].method.to_owned(),
+            // Unknown paths share one label: a stranger cannot grow the memory.
+            Method::Other(_) if code == "Unimplemented" => "unknown".to_owned(),
+            Method::Other(path) => path,
+        };
+        metrics.seconds.get_or_create(&MethodLabels { method: method.clone() }).observe(seconds);
+        metrics.requests.get_or_create(&RequestLabels { method, code: code.into_owned() }).inc();
+    }
 }
 
 /// A refusal has its gRPC code among the headers; an answer has it behind its body, and it is `Ok`.
-fn code(http: StatusCode, headers: &HeaderMap) -> String {
+fn code(http: StatusCode, headers: &HeaderMap) -> Cow<'static, str> {
     if !http.is_success() {
-        return if http == StatusCode::NOT_FOUND { "Unimplemented".into() } else { format!("Http{}", http.as_u16()) };
+        let code =
+            if http == StatusCode::NOT_FOUND { "Unimplemented".into() } else { format!("Http{}", http.as_u16()) };
+        return code.into();
     }
     match tonic::Status::from_header_map(headers) {
-        Some(status) => format!("{:?}", status.code()),
+        Some(status) => format!("{:?}", status.code()).into(),
         None => "Ok".into(),
     }
 }

@@ -6,22 +6,26 @@
 //! 3. On SIGTERM: not ready, leadership handed over, no new connections, running requests finished within
 //!    [`DRAIN_MAX`], volume closed, exit status 0.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use mainstay::{Node, NodeOptions, Store};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_stream::wrappers::TcpListenerStream;
+use tonic::body::Body;
+use tonic::codegen::Service;
+use tonic::codegen::http::{Request, Response};
 use tonic::service::Routes;
 use tonic::transport::Server;
 
 use crate::cli::Failure;
 use crate::context::Context;
-use crate::etcd::{Etcd, EtcdSettings, Model, NodeBackend};
+use crate::etcd::{Etcd, EtcdSettings, KvServer, Model, NodeBackend};
+use crate::front::Front;
 use crate::metrics::Metrics;
 use crate::settings::ServeSettings;
 use crate::{admin, logs, metrics, service};
@@ -76,7 +80,10 @@ impl Port {
     }
 
     /// Serves until `stop` changes. HTTP/1 is for probes and scrapers: clients speak gRPC alone.
-    async fn serve(self, routes: Router, with_http1: bool, mut stop: watch::Receiver<bool>) -> Result<(), Failure> {
+    async fn serve<S>(self, service: S, with_http1: bool, mut stop: watch::Receiver<bool>) -> Result<(), Failure>
+    where
+        S: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send> + Clone + Send + 'static,
+    {
         let Some(listener) = self.listener else { return Ok(()) };
         let listener = TcpListener::from_std(listener)?;
         let incoming = futures_util::StreamExt::inspect(TcpListenerStream::new(listener), |stream| {
@@ -92,8 +99,7 @@ impl Port {
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .add_routes(Routes::from(routes))
-            .serve_with_incoming_shutdown(incoming, async move {
+            .serve_with_incoming_shutdown(service, incoming, async move {
                 // An error means that the sender is gone, which is a stop as well.
                 let _ = stop.wait_for(|stop| *stop).await;
             })
@@ -130,8 +136,8 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
         context.set_node(node.clone());
         let (stop_clients, stopped_clients) = watch::channel(false);
         let etcd = Etcd::start(NodeBackend::new(node.clone(), model.clone()), model.clone(), EtcdSettings::default());
-        let routes = client_routes(&context, &metrics, &etcd)?;
-        let clients = tokio::spawn(client.serve(routes, false, stopped_clients));
+        let front = front(&context, &metrics, &etcd);
+        let clients = tokio::spawn(client.serve(front, false, stopped_clients));
         let watching = tokio::spawn(log_changes(node.clone()));
         let [clients_at, admin_at, metrics_at] = ports;
         tracing::info!(
@@ -184,14 +190,14 @@ fn node_options(settings: &ServeSettings, advertise: Option<String>, model: &Mod
     options
 }
 
-fn client_routes(context: &Arc<Context>, metrics: &Arc<Metrics>, etcd: &Etcd) -> Result<Router, Failure> {
-    let routes = etcd.routes().add_service(
+/// What the client port serves.
+fn front(context: &Arc<Context>, metrics: &Arc<Metrics>, etcd: &Etcd) -> Front<KvServer> {
+    let others = etcd.routes().add_service(
         service::service(context.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX),
     );
-    let router = routes.prepare().into_axum_router();
-    Ok(router.layer(axum::middleware::from_fn_with_state(metrics.clone(), metrics::count)))
+    Front::new(etcd.kv(), others, metrics.clone())
 }
 
 /// Serves admin and metrics on a thread of their own. The future resolves when it has ended.
@@ -208,8 +214,8 @@ fn start_health(
     let (ended, end) = tokio::sync::oneshot::channel();
     std::thread::Builder::new().name("mainstay-admin".into()).spawn(move || {
         runtime.block_on(async {
-            let admin = admin_port.serve(admin_routes, true, stopped.clone());
-            let metrics = metrics_port.serve(metrics_routes, true, stopped);
+            let admin = admin_port.serve(Routes::from(admin_routes).prepare(), true, stopped.clone());
+            let metrics = metrics_port.serve(Routes::from(metrics_routes).prepare(), true, stopped);
             let (admin, metrics) = futures_util::join!(admin, metrics);
             for failure in [admin.err(), metrics.err()].into_iter().flatten() {
                 tracing::error!(error = %failure, "a port is not served any more");

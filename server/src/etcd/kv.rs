@@ -14,7 +14,8 @@ use super::service::Core;
 use crate::proto::etcdserverpb as pb;
 use crate::proto::etcdserverpb::kv_server::Kv;
 
-pub(super) struct KvService<B>(pub(super) Arc<Core<B>>);
+/// Puts, ranges, deletes, transactions and compactions.
+pub struct KvService<B>(pub(super) Arc<Core<B>>);
 
 impl<B: Backend> KvService<B> {
     /// A put that is answered when the leader alone has it durable: its revision is not known yet, so the header tells what

@@ -23,7 +23,7 @@ pub use context::{BRANCH_KEY, COMMIT_TOKEN_KEY, DURABILITY_KEY, READ_LEVEL_KEY, 
 pub use error::{Failure, Refusal};
 pub use maintenance::ETCD_VERSION;
 pub use model::Model;
-pub use service::{Etcd, EtcdSettings};
+pub use service::{Etcd, EtcdSettings, KvServer};
 
 #[cfg(test)]
 mod beside_etcd;

@@ -190,6 +190,9 @@ impl<B: Backend> Core<B> {
     }
 }
 
+/// The generated service of keys and values over a backend.
+pub type KvServer<B = NodeBackend> = pb::kv_server::KvServer<KvService<B>>;
+
 /// The etcd v3 API of a node. Cloning gives another handle.
 #[derive(Clone)]
 pub struct Etcd<B: Backend = NodeBackend> {
@@ -227,21 +230,31 @@ impl<B: Backend> Etcd<B> {
         etcd
     }
 
-    /// The services, for the client port.
+    /// All services, for the client port.
     pub fn routes(&self) -> Routes {
-        let message_bytes = self.core.settings.request_bytes_max + MESSAGE_OVERHEAD_BYTES;
         macro_rules! service {
             ($server:ident :: $kind:ident, $service:ident) => {
                 pb::$server::$kind::new($service(self.core.clone()))
-                    .max_decoding_message_size(message_bytes)
+                    .max_decoding_message_size(self.message_bytes())
                     .max_encoding_message_size(usize::MAX)
             };
         }
-        Routes::new(service!(kv_server::KvServer, KvService))
+        Routes::new(self.kv())
             .add_service(service!(watch_server::WatchServer, WatchService))
             .add_service(service!(lease_server::LeaseServer, LeaseService))
             .add_service(service!(cluster_server::ClusterServer, ClusterService))
             .add_service(service!(maintenance_server::MaintenanceServer, MaintenanceService))
+    }
+
+    /// The KV service alone, for a front that calls it without a way through the routes.
+    pub fn kv(&self) -> KvServer<B> {
+        pb::kv_server::KvServer::new(KvService(self.core.clone()))
+            .max_decoding_message_size(self.message_bytes())
+            .max_encoding_message_size(usize::MAX)
+    }
+
+    fn message_bytes(&self) -> usize {
+        self.core.settings.request_bytes_max + MESSAGE_OVERHEAD_BYTES
     }
 
     /// Ends the open streams with "server stopped" and the tasks.
