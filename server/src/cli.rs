@@ -104,6 +104,13 @@ pub struct InitArgs {
     pub admin: AdminArgs,
 }
 
+fn threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(count @ 1..=1024) => Ok(count),
+        _ => Err("a number from 1 to 1024".into()),
+    }
+}
+
 /// `mainstay format`.
 #[derive(Args, Debug)]
 pub struct FormatArgs {
@@ -280,6 +287,9 @@ pub struct BenchArgs {
     /// Connections that they share [default: one for each 16 clients]
     #[arg(long, value_name = "COUNT")]
     pub connections: Option<u32>,
+    /// Threads of the client
+    #[arg(long, default_value_t = 1, value_name = "COUNT", value_parser = threads)]
+    pub threads: usize,
     /// Operations to do; with --duration whichever ends first
     #[arg(long, value_name = "COUNT")]
     pub ops: Option<u64>,
