@@ -14,6 +14,7 @@ use mainstay_engine::{LogIndex, Result as StoreResult};
 use super::Tip;
 use super::check::{check_delete, check_put, check_range, check_txn, range_of};
 use super::command::{Request, Response};
+use super::metas::Metas;
 use super::range::{KeysAt, header, key_value, range, record_of, revision_of};
 use super::record::{
     self, COMPACTION_KEY, KeyMeta, Rev, RevRecord, history_key, lease_key, lease_member_key, split_lease_key,
@@ -63,11 +64,12 @@ pub(super) struct Execution<'a, S> {
     pub(super) watched: bool,
     /// Place of the next change within the revision that the request makes.
     sub: i64,
+    pub(super) metas: Metas,
 }
 
 impl<'a, S: Store> Execution<'a, S> {
-    pub(super) fn new(store: &'a mut S, tip: Tip, index: LogIndex, watched: bool) -> Self {
-        Self { store, tip, index, effects: Effects::default(), watched, sub: 0 }
+    pub(super) fn new(store: &'a mut S, tip: Tip, index: LogIndex, watched: bool, metas: Metas) -> Self {
+        Self { store, tip, index, effects: Effects::default(), watched, sub: 0, metas }
     }
 
     /// Runs the request that is the `ordinal`-th of its entry.
@@ -116,6 +118,9 @@ impl<'a, S: Store> Execution<'a, S> {
     }
 
     async fn meta_of(&self, key: &[u8]) -> StoreResult<Option<KeyMeta>> {
+        if let Some(meta) = self.metas.get(key) {
+            return Ok(Some(meta));
+        }
         self.store.get(Space::Keys, key).await?.map(|value| KeyMeta::decode(&value)).transpose()
     }
 
@@ -190,6 +195,7 @@ impl<'a, S: Store> Execution<'a, S> {
             lease,
             value,
         };
+        self.metas.set(&put.key, meta);
         self.store.put(Space::Keys, put.key, meta.encode())?;
         self.record(rev, record)?;
         Ok(pb::PutResponse { header: header(rev.main), prev_kv })
@@ -219,6 +225,7 @@ impl<'a, S: Store> Execution<'a, S> {
         if before.lease != 0 {
             self.store.delete(Space::LeaseKeys, lease_member_key(before.lease, &key))?;
         }
+        self.metas.remove(&key);
         self.store.delete(Space::Keys, key.clone())?;
         let record = RevRecord {
             deleted: true,

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use mainstay_engine::{BranchId, LogIndex};
 use tokio::sync::watch;
 
+use super::metas::Metas;
 use super::record::{Rev, RevRecord};
 use super::{Tip, lock};
 
@@ -63,6 +64,7 @@ pub(super) fn group(events: Vec<(Rev, RevRecord)>) -> Vec<Arc<Changes>> {
 pub struct Branch {
     id: BranchId,
     marks: Mutex<Marks>,
+    metas: Mutex<Metas>,
     ring: Mutex<Ring>,
     watchers: AtomicUsize,
     published: watch::Sender<Published>,
@@ -97,6 +99,7 @@ impl Branch {
         Self {
             id,
             marks: Mutex::default(),
+            metas: Mutex::default(),
             ring: Mutex::new(Ring { changes: VecDeque::new(), bytes: 0, floor: i64::MAX }),
             watchers: AtomicUsize::new(0),
             published: watch::Sender::new(Published::default()),
@@ -106,6 +109,16 @@ impl Branch {
     /// Its id.
     pub fn id(&self) -> BranchId {
         self.id
+    }
+
+    /// The states of keys for the entry that is applied now. Whoever does not give them back has dropped them.
+    pub(super) fn take_metas(&self) -> Metas {
+        std::mem::take(&mut *lock(&self.metas))
+    }
+
+    /// The entry succeeded: these are the states behind it.
+    pub(super) fn keep_metas(&self, metas: Metas) {
+        *lock(&self.metas) = metas;
     }
 
     /// The applied tip, if an entry was applied since the state was opened. For the applier.
@@ -142,6 +155,7 @@ impl Branch {
 
     /// The applied tip must be read again.
     pub(super) fn forget(&self) {
+        self.take_metas();
         lock(&self.marks).list.clear();
     }
 

@@ -16,6 +16,7 @@ pub mod check;
 pub mod command;
 mod execute;
 mod feed;
+mod metas;
 mod range;
 pub mod record;
 pub mod store;
@@ -174,13 +175,16 @@ impl Model {
             Some(tip) => tip,
             None => read_tip(store).await?,
         };
-        let mut execution = Execution::new(store, before, index, branch.is_watched());
+        // Lost, and so empty for the next entry, on every way out but the last.
+        let metas = branch.take_metas();
+        let mut execution = Execution::new(store, before, index, branch.is_watched(), metas);
         let mut answer = begin_answer();
         for (ordinal, request) in requests.into_iter().enumerate() {
             let outcome = execution.run(request, ordinal as u64).await?;
             append_answer(&mut answer, &outcome);
         }
         let (tip, effects) = (execution.tip, execution.effects);
+        branch.keep_metas(execution.metas);
         branch.mark(index, tip);
         if tip.revision != before.revision || !effects.leases.is_empty() {
             let staged = Staged {
