@@ -68,7 +68,8 @@ pub fn drive(threads: usize, time: Duration, operation: impl Fn(u64) + Sync) -> 
     outcome(&merged, merged.len() as f64 / elapsed)
 }
 
-fn histogram() -> Histogram<u64> {
+/// An empty histogram of nanoseconds, from 100 ns to a minute.
+pub fn histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(100, 60_000_000_000, 3).expect("the bounds are in order")
 }
 

@@ -35,8 +35,7 @@ struct Options {
     json: bool,
 }
 
-const WORKLOADS: [&str; 8] =
-    ["put-1", "put-64", "load", "get-1", "get-2", "get-absent", "scan-100", "scan-full"];
+const WORKLOADS: [&str; 8] = ["put-1", "put-64", "load", "get-1", "get-2", "get-absent", "scan-100", "scan-full"];
 
 fn main() {
     let options = Options::parse();
