@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+mod fuzz;
 mod report;
 mod setup;
 mod tidy;
@@ -30,8 +31,6 @@ usage: cargo xtask COMMAND
 const SIM_SEEDS: &str = "50";
 /// Seeds with disks that lie: some must fail, or the simulation sees nothing.
 const LYING_SEEDS: &str = "16";
-/// Seconds for each fuzz target in `test`.
-const FUZZ_SECONDS: &str = "20";
 
 fn main() -> ExitCode {
     let args: Vec<String> = env::args().skip(1).collect();
@@ -119,7 +118,7 @@ fn tests(report: &mut Report, root: &Path) {
     report.count("simulation finds lies", lying, Tally::Seeds);
     hook(report, root, "C binding", "bindings/c/test.sh");
     hook(report, root, "deploy", "deploy/check.sh");
-    fuzz(report, root);
+    fuzz::run(report, root);
 }
 
 /// Runs a script of another part, if that part has one.
@@ -133,38 +132,5 @@ fn hook(report: &mut Report, root: &Path, name: &str, script: &str) {
         report.run(name, command);
     } else {
         report.note(format!("{name}: there is no {script}"));
-    }
-}
-
-fn fuzz(report: &mut Report, root: &Path) {
-    if !root.join("fuzz/Cargo.toml").is_file() {
-        report.note("fuzz: there is no fuzz/Cargo.toml");
-        return;
-    }
-    if !setup::has_nightly() || !setup::cargo_has("fuzz") {
-        report.note("fuzz: not run, it needs `rustup toolchain install nightly` and `cargo install cargo-fuzz`");
-        return;
-    }
-    let nightly = |args: &[&str]| {
-        let mut command = Command::new("cargo");
-        command
-            .arg("+nightly")
-            .arg("fuzz")
-            .args(args)
-            .current_dir(root)
-            .env_remove("CARGO")
-            .env_remove("RUSTUP_TOOLCHAIN");
-        command
-    };
-    let targets = match nightly(&["list"]).output() {
-        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).into_owned(),
-        Ok(output) => {
-            return report.fail("fuzz list", &String::from_utf8_lossy(&output.stderr));
-        }
-        Err(e) => return report.fail("fuzz list", &e.to_string()),
-    };
-    let limit = format!("-max_total_time={FUZZ_SECONDS}");
-    for target in targets.split_whitespace() {
-        report.run(&format!("fuzz {target}"), nightly(&["run", target, "--", &limit, "-verbosity=0"]));
     }
 }

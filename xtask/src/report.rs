@@ -30,8 +30,8 @@ impl Report {
         Self { started: Instant::now(), passed: 0, failed: 0, lines: Vec::new(), notes: Vec::new() }
     }
 
-    /// Runs a command that counts as one.
-    pub(crate) fn run(&mut self, name: &str, mut command: Command) {
+    /// Runs a command that counts as one. True if it succeeded.
+    pub(crate) fn run(&mut self, name: &str, mut command: Command) -> bool {
         banner(name);
         let began = Instant::now();
         let (ok, text) = match command.status() {
@@ -39,6 +39,39 @@ impl Report {
             Err(e) => (false, e.to_string()),
         };
         self.record(name, began.elapsed(), u64::from(ok), u64::from(!ok), if ok { "" } else { &text });
+        ok
+    }
+
+    /// Runs commands that count as one each, as many at a time as there are cores. What a command printed is shown when it
+    /// has ended.
+    pub(crate) fn run_side_by_side(&mut self, mut commands: Vec<(String, Command)>) {
+        let width = thread::available_parallelism().map_or(1, usize::from);
+        for wave in commands.chunks_mut(width) {
+            let ended: Vec<_> = thread::scope(|scope| {
+                let runs: Vec<_> = wave
+                    .iter_mut()
+                    .map(|(name, command)| {
+                        scope.spawn(move || {
+                            let began = Instant::now();
+                            (name, command.output(), began.elapsed())
+                        })
+                    })
+                    .collect();
+                runs.into_iter().map(|run| run.join().expect("a run does not panic")).collect()
+            });
+            for (name, output, took) in ended {
+                banner(name);
+                let (ok, text) = match output {
+                    Ok(output) => {
+                        print!("{}", String::from_utf8_lossy(&output.stdout));
+                        eprint!("{}", String::from_utf8_lossy(&output.stderr));
+                        (output.status.success(), output.status.to_string())
+                    }
+                    Err(e) => (false, e.to_string()),
+                };
+                self.record(name, took, u64::from(ok), u64::from(!ok), if ok { "" } else { &text });
+            }
+        }
     }
 
     /// Runs a check of our own that counts as one.
