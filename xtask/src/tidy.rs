@@ -25,6 +25,10 @@ const RANKS: &[(&str, u32)] = &[
     ("xtask", 7),
 ];
 
+/// The table of what is taken from elsewhere, and the manifests that must agree with it.
+const DEPENDENCIES: &str = "docs/dependencies.md";
+const WORKSPACES: &[&str] = &["Cargo.toml", "benches/Cargo.toml", "fuzz/Cargo.toml"];
+
 /// Only the replication crate knows that openraft exists, only io knows the kernel.
 const ONLY_IN: &[(&str, &[&str])] = &[
     ("openraft", &["mainstay-replication"]),
@@ -56,10 +60,11 @@ pub(crate) fn check(root: &Path) -> Result<(), Vec<String>> {
         }
         Err(e) => problems.push(format!("git ls-files: {e}")),
     }
-    match metadata(root) {
+    match metadata(root, "Cargo.toml") {
         Ok(metadata) => layers(&metadata, &mut problems),
         Err(e) => problems.push(format!("cargo metadata: {e}")),
     }
+    dependencies(root, &mut problems);
     if problems.is_empty() { Ok(()) } else { Err(problems) }
 }
 
@@ -167,13 +172,68 @@ fn headings(page: &str) -> BTreeSet<String> {
         .collect()
 }
 
-fn metadata(root: &Path) -> Result<Value, String> {
+fn metadata(root: &Path, manifest: &str) -> Result<Value, String> {
     let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .args(["metadata", "--no-deps", "--format-version", "1"])
+        .args(["metadata", "--no-deps", "--format-version", "1", "--manifest-path", manifest])
         .current_dir(root)
         .output()
         .map_err(|e| e.to_string())?;
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
     serde_json::from_slice(&output.stdout).map_err(|e| e.to_string())
+}
+
+/// Every crate that a manifest of the tree names has a row in the table, and every row is still needed.
+fn dependencies(root: &Path, problems: &mut Vec<String>) {
+    let mut needed = BTreeMap::new();
+    for manifest in WORKSPACES {
+        match metadata(root, manifest) {
+            Ok(metadata) => crates(&metadata, &mut needed),
+            Err(e) => problems.push(format!("cargo metadata of {manifest}: {e}")),
+        }
+    }
+    match fs::read_to_string(root.join(DEPENDENCIES)) {
+        Ok(page) => compare(&needed, &rows(&page), problems),
+        Err(e) => problems.push(format!("{DEPENDENCIES}: {e}")),
+    }
+}
+
+/// The crates from elsewhere that the packages name, each with one package that does.
+fn crates(metadata: &Value, needed: &mut BTreeMap<String, String>) {
+    let empty = Vec::new();
+    for package in metadata["packages"].as_array().unwrap_or(&empty) {
+        let by = package["name"].as_str().unwrap_or_default();
+        for dependency in package["dependencies"].as_array().unwrap_or(&empty) {
+            if dependency["path"].is_null() {
+                let name = dependency["name"].as_str().unwrap_or_default();
+                needed.entry(name.to_owned()).or_insert_with(|| by.to_owned());
+            }
+        }
+    }
+}
+
+/// The names in the first column of the table.
+fn rows(page: &str) -> BTreeSet<String> {
+    page.lines()
+        .filter_map(|line| line.strip_prefix('|')?.split('|').next())
+        .flat_map(|cell| cell.split(','))
+        .map(|name| name.trim().to_owned())
+        .filter(|name| name != "crate" && !name.starts_with("---"))
+        .collect()
+}
+
+fn compare(needed: &BTreeMap<String, String>, rows: &BTreeSet<String>, problems: &mut Vec<String>) {
+    for (name, by) in needed {
+        if !rows.contains(name) {
+            problems.push(format!("{DEPENDENCIES}: no row for {name}, which {by} depends on"));
+        }
+    }
+    for name in rows {
+        if !needed.contains_key(name) {
+            problems.push(format!("{DEPENDENCIES}: a row for {name}, which nothing depends on"));
+        }
+    }
 }
 
 /// No arrow between our packages turns back. Development dependencies may: a test is nobody's foundation.
@@ -221,5 +281,22 @@ mod tests {
         let mut problems = Vec::new();
         layers(&metadata, &mut problems);
         assert_eq!(problems.len(), 2, "{problems:?}");
+    }
+    #[test]
+    fn a_crate_without_a_row_and_a_row_without_a_crate_are_found() {
+        let metadata = serde_json::json!({ "packages": [{ "name": "mainstay-io", "dependencies": [
+            { "name": "bytes", "path": null }, { "name": "libc" }, { "name": "mainstay-wal", "path": "wal" },
+        ]}]});
+        let mut needed = BTreeMap::new();
+        crates(&metadata, &mut needed);
+        let mut problems = Vec::new();
+        compare(&needed, &rows("text\n| crate | why |\n|---|---|\n| bytes, rand | shared |\n"), &mut problems);
+        assert_eq!(
+            problems,
+            [
+                "docs/dependencies.md: no row for libc, which mainstay-io depends on",
+                "docs/dependencies.md: a row for rand, which nothing depends on",
+            ]
+        );
     }
 }
