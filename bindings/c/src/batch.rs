@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use facade::Batch;
 
-use crate::bytes::{free, handle, input, put_out};
+use crate::bytes::{free, handle, input, put_handle};
 use crate::{MainstayCode, MainstayKeyspace, MainstayStore, guard};
 
 /// Mutations collected for one commit.
@@ -14,7 +14,7 @@ pub struct MainstayBatch(Mutex<Batch>);
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mainstay_batch_new(out: *mut *mut MainstayBatch) -> MainstayCode {
     // SAFETY: the caller's arguments, as the header states them.
-    guard(|| unsafe { put_out(out, Box::into_raw(Box::new(MainstayBatch(Mutex::default())))) })
+    guard(|| unsafe { put_handle(out, || Ok(MainstayBatch(Mutex::default()))) })
 }
 
 /// Adds a put.

@@ -89,6 +89,34 @@ pub(crate) unsafe fn put_out<T>(out: *mut T, value: T) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Makes a handle and gives it to the caller, who frees it with [`free`]. Nothing is made where `out` is null: nobody could free it.
+///
+/// # Safety
+/// As for [`put_out`].
+pub(crate) unsafe fn put_handle<T>(out: *mut *mut T, make: impl FnOnce() -> Result<T, Failure>) -> Result<(), Failure> {
+    if out.is_null() {
+        return Err(Failure::invalid("null out pointer"));
+    }
+    // SAFETY: the contract of this function.
+    unsafe { put_out(out, Box::into_raw(Box::new(make()?))) }
+}
+
+/// Lends the caller the value that `read` finds; an absent one is `MAINSTAY_NOT_FOUND`. Nothing is read where `out` is null.
+///
+/// # Safety
+/// As for [`put_out`].
+pub(crate) unsafe fn put_value(
+    out: *mut MainstayBytes,
+    read: impl FnOnce() -> Result<Option<facade::Value>, Failure>,
+) -> Result<(), Failure> {
+    if out.is_null() {
+        return Err(Failure::invalid("null out pointer"));
+    }
+    let value = read()?.ok_or_else(|| Failure::not_found("the key is absent"))?;
+    // SAFETY: the contract of this function.
+    unsafe { put_out(out, MainstayBytes::lend(value)) }
+}
+
 /// Frees a handle made by `Box::into_raw`.
 ///
 /// # Safety

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use facade::{Scan, Snapshot};
 
-use crate::bytes::{free, handle, input, put_out, text};
+use crate::bytes::{free, handle, input, put_handle, put_out, put_value, text};
 use crate::{Failure, MainstayBytes, MainstayCode, MainstayKeyspace, MainstayStore, guard};
 
 /// A read view at one index.
@@ -27,8 +27,8 @@ pub unsafe extern "C" fn mainstay_snapshot(
     guard(|| {
         // SAFETY: the caller's arguments, as the header states them.
         unsafe {
-            let snapshot = handle(store, "store")?.0.snapshot()?;
-            put_out(out, Box::into_raw(Box::new(MainstaySnapshot(snapshot))))
+            let store = handle(store, "store")?;
+            put_handle(out, || Ok(MainstaySnapshot(store.0.snapshot()?)))
         }
     })
 }
@@ -43,8 +43,8 @@ pub unsafe extern "C" fn mainstay_checkpoint_open(
     guard(|| {
         // SAFETY: the caller's arguments, as the header states them.
         unsafe {
-            let snapshot = handle(store, "store")?.0.open_checkpoint(text(name, "name")?)?;
-            put_out(out, Box::into_raw(Box::new(MainstaySnapshot(snapshot))))
+            let (store, name) = (handle(store, "store")?, text(name, "name")?);
+            put_handle(out, || Ok(MainstaySnapshot(store.0.open_checkpoint(name)?)))
         }
     })
 }
@@ -76,11 +76,8 @@ pub unsafe extern "C" fn mainstay_snapshot_get(
         // SAFETY: the caller's arguments, as the header states them.
         unsafe {
             let (snapshot, keyspace) = (handle(snapshot, "snapshot")?, handle(keyspace, "keyspace")?);
-            let value = snapshot.0.get(&keyspace.0, input(key, key_len)?)?;
-            if out.is_null() {
-                return Err(Failure::invalid("null out pointer"));
-            }
-            put_out(out, MainstayBytes::lend(value.ok_or_else(|| Failure::not_found("the key is absent"))?))
+            let key = input(key, key_len)?;
+            put_value(out, || Ok(snapshot.0.get(&keyspace.0, key)?))
         }
     })
 }
@@ -104,8 +101,10 @@ pub unsafe extern "C" fn mainstay_iterate(
             let (snapshot, keyspace) = (handle(snapshot, "snapshot")?, handle(keyspace, "keyspace")?);
             let from = if lower.is_null() { Bound::Unbounded } else { Bound::Included(input(lower, lower_len)?) };
             let to = if upper.is_null() { Bound::Unbounded } else { Bound::Excluded(input(upper, upper_len)?) };
-            let scan = Mutex::new(snapshot.0.range::<&[u8]>(&keyspace.0, (from, to)));
-            put_out(out, Box::into_raw(Box::new(MainstayIterator { scan, reverse })))
+            put_handle(out, || {
+                let scan = Mutex::new(snapshot.0.range::<&[u8]>(&keyspace.0, (from, to)));
+                Ok(MainstayIterator { scan, reverse })
+            })
         }
     })
 }

@@ -4,7 +4,7 @@ use std::ffi::c_char;
 
 use facade::{BackendChoice, Keyspace, Store};
 
-use crate::bytes::{free, handle, input, put_out, text};
+use crate::bytes::{free, handle, input, put_handle, put_value, text};
 use crate::{Failure, MainstayBytes, MainstayCode, guard};
 
 /// An open store.
@@ -37,9 +37,6 @@ pub unsafe extern "C" fn mainstay_open(
     guard(|| {
         // SAFETY: the caller's arguments, as the header states them.
         let (path, options) = unsafe { (text(path, "path")?, options.as_ref().copied().unwrap_or_default()) };
-        if out.is_null() {
-            return Err(Failure::invalid("null out pointer"));
-        }
         let mut builder = Store::builder();
         if options.memory_bytes > 0 {
             builder = builder.memory_bytes(options.memory_bytes);
@@ -53,9 +50,8 @@ pub unsafe extern "C" fn mainstay_open(
             2 => BackendChoice::Threads,
             other => return Err(Failure::invalid(format!("unknown backend={other}"))),
         });
-        let store = builder.open(path)?;
-        // SAFETY: checked above.
-        unsafe { put_out(out, Box::into_raw(Box::new(MainstayStore(store)))) }
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe { put_handle(out, || Ok(MainstayStore(builder.open(path)?))) }
     })
 }
 
@@ -83,8 +79,8 @@ pub unsafe extern "C" fn mainstay_keyspace(
     guard(|| {
         // SAFETY: the caller's arguments, as the header states them.
         unsafe {
-            let keyspace = handle(store, "store")?.0.keyspace(text(name, "name")?)?;
-            put_out(out, Box::into_raw(Box::new(MainstayKeyspace(keyspace))))
+            let (store, name) = (handle(store, "store")?, text(name, "name")?);
+            put_handle(out, || Ok(MainstayKeyspace(store.0.keyspace(name)?)))
         }
     })
 }
@@ -125,11 +121,8 @@ pub unsafe extern "C" fn mainstay_get(
     guard(|| {
         // SAFETY: the caller's arguments, as the header states them.
         unsafe {
-            let value = handle(keyspace, "keyspace")?.0.get(input(key, key_len)?)?;
-            if out.is_null() {
-                return Err(Failure::invalid("null out pointer"));
-            }
-            put_out(out, MainstayBytes::lend(value.ok_or_else(|| Failure::not_found("the key is absent"))?))
+            let (keyspace, key) = (handle(keyspace, "keyspace")?, input(key, key_len)?);
+            put_value(out, || Ok(keyspace.0.get(key)?))
         }
     })
 }
@@ -185,8 +178,9 @@ pub unsafe extern "C" fn mainstay_clone_create(
     guard(|| {
         // SAFETY: the caller's arguments, as the header states them.
         unsafe {
-            let clone = handle(store, "store")?.0.create_clone(text(name, "name")?, text(checkpoint, "checkpoint")?)?;
-            put_out(out, Box::into_raw(Box::new(MainstayStore(clone))))
+            let store = handle(store, "store")?;
+            let (name, checkpoint) = (text(name, "name")?, text(checkpoint, "checkpoint")?);
+            put_handle(out, || Ok(MainstayStore(store.0.create_clone(name, checkpoint)?)))
         }
     })
 }
@@ -201,8 +195,8 @@ pub unsafe extern "C" fn mainstay_clone_open(
     guard(|| {
         // SAFETY: the caller's arguments, as the header states them.
         unsafe {
-            let clone = handle(store, "store")?.0.open_clone(text(name, "name")?)?;
-            put_out(out, Box::into_raw(Box::new(MainstayStore(clone))))
+            let (store, name) = (handle(store, "store")?, text(name, "name")?);
+            put_handle(out, || Ok(MainstayStore(store.0.open_clone(name)?)))
         }
     })
 }

@@ -118,6 +118,11 @@ int main(int argc, char **argv) {
   CHECK(mainstay_checkpoint_create(store, "monday") == MAINSTAY_INVALID);
   MainstayStore *clone = NULL;
   CHECK(mainstay_clone_create(store, "try", "tuesday", &clone) == MAINSTAY_NOT_FOUND);
+  // Without a place for the handle nothing is made: the clone is not there, and valgrind finds nothing left behind.
+  CHECK(mainstay_clone_create(store, "try", "monday", NULL) == MAINSTAY_INVALID);
+  CHECK(mainstay_clone_open(store, "try", &clone) == MAINSTAY_NOT_FOUND);
+  CHECK(mainstay_snapshot(store, NULL) == MAINSTAY_INVALID);
+  CHECK(mainstay_get(users, u8("ada"), 3, NULL) == MAINSTAY_INVALID);
   OK(mainstay_clone_create(store, "try", "monday", &clone));
   MainstayKeyspace *clone_users = NULL;
   OK(mainstay_keyspace(clone, "users", &clone_users));
