@@ -3,17 +3,17 @@
 /// The result of an engine operation.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What the caller can do about a failure.
+/// What the caller can do about a failure. One set of kinds for the store of one node, for replicas and for the facade.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// Fix the call: an empty key, a value over the limit, an unknown keyspace, a name that is taken.
+    /// Fix the call: an empty key, a value over the limit, a keyspace that was dropped, a name that is taken.
     Invalid,
     /// There is nothing under that name.
     NotFound,
-    /// Go to the leader.
+    /// Go to the leader. It was not applied.
     NotLeader,
-    /// Try again: it was not applied.
+    /// Try again: no quorum, too busy, or not a member yet. It was not applied.
     Unavailable,
     /// It may have been applied: read before trying again.
     Indeterminate,
@@ -21,7 +21,7 @@ pub enum ErrorKind {
     OutOfSpace,
     /// Bytes do not match their checksum. Call an operator.
     Corrupt,
-    /// Not a volume, a newer format, or a volume of someone else.
+    /// Not a volume, a newer format, a volume of someone else, or another cluster.
     Foreign,
     /// Another process has the volume open.
     Locked,

@@ -43,7 +43,7 @@ async fn serve(stream: TcpStream, node: Node, members: Vec<String>) -> std::io::
     while let Some(line) = lines.next_line().await? {
         let answer = match answer(&node, &members, &line).await {
             Ok(answer) => answer,
-            Err(e) if *e.kind() == ErrorKind::Indeterminate => format!("UNKNOWN {e}"),
+            Err(e) if e.kind() == ErrorKind::Indeterminate => format!("UNKNOWN {e}"),
             Err(e) => format!("ERROR {e}"),
         };
         write.write_all(format!("{answer}\n").as_bytes()).await?;

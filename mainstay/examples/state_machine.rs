@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use mainstay::{Apply, ApplyError, ApplyErrorKind, Result, StateMachine, Store};
+use mainstay::{Apply, ApplyError, ErrorKind, Result, StateMachine, Store};
 
 /// Commands: `deposit NAME AMOUNT` and `transfer FROM TO AMOUNT`. The answer is the new balance of the first account.
 struct Bank;
@@ -15,7 +15,7 @@ struct Bank;
 type Answer = std::result::Result<Bytes, ApplyError>;
 
 fn refuse<T>(why: &str) -> std::result::Result<T, ApplyError> {
-    Err(ApplyError::new(ApplyErrorKind::Invalid, why))
+    Err(ApplyError::new(ErrorKind::Invalid, why))
 }
 
 impl StateMachine for Bank {

@@ -28,7 +28,7 @@ fn one_node_without_tokio_serves_the_blocking_interface() {
     store.wait(commit, Durability::Quorum).expect("durable on a quorum");
     assert!(data.contains_key("b").expect("readable"));
     let unsupported = store.commit_with(Batch::new(), Durability::All).expect_err("not yet");
-    assert_eq!(*unsupported.kind(), ErrorKind::Unsupported);
+    assert_eq!(unsupported.kind(), ErrorKind::Unsupported);
     node.block_on(node.close()).expect("closes");
 }
 

@@ -478,11 +478,11 @@ mod tests {
         assert!(again.check().is_ok());
 
         let headless = replay(vec![R::Entry(entry(1, 5))]);
-        assert_eq!(headless.check().expect_err("no base").kind(), &ErrorKind::Corrupt);
+        assert_eq!(headless.check().expect_err("no base").kind(), ErrorKind::Corrupt);
 
         let installed = replay(vec![R::Entry(entry(1, 0)), R::Install(log_id(4, 90), m.clone())]);
         assert_eq!(installed.state_at(90).expect("anchored"), (Some(log_id(4, 90)), m));
-        assert_eq!(installed.state_at(91).expect_err("unknown").kind(), &ErrorKind::Corrupt);
+        assert_eq!(installed.state_at(91).expect_err("unknown").kind(), ErrorKind::Corrupt);
         assert_eq!(span(&installed), (0, 1));
     }
 

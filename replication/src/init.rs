@@ -189,9 +189,9 @@ impl<R: Runtime> Inner<R> {
                 match answer.and_then(|bytes| decode_result(&bytes, Prepared::read)) {
                     Ok(prepared) => return Ok(prepared),
                     // It may be starting this moment, as this node did.
-                    Err(e) if *e.kind() == ErrorKind::Unavailable && R::Instant::now() < deadline => {}
+                    Err(e) if e.kind() == ErrorKind::Unavailable && R::Instant::now() < deadline => {}
                     Err(e) => {
-                        return Err(Error::new(e.kind().clone(), format!("member cannot take part name={name}: {e}")));
+                        return Err(Error::new(e.kind(), format!("member cannot take part name={name}: {e}")));
                     }
                 }
                 R::sleep(RETRY_PAUSE).await;
@@ -222,8 +222,7 @@ impl<R: Runtime> Inner<R> {
                 body.id(&cluster).u64(node).id(&prepared.member.incarnation);
                 let answer = self.call_address(address, method::ADOPT, body.finish()).await;
                 answer.and_then(|bytes| decode_result(&bytes, |_| Ok(()))).map_err(|e| {
-                    let kind =
-                        if *e.kind() == ErrorKind::Foreign { ErrorKind::Foreign } else { ErrorKind::Unavailable };
+                    let kind = if e.kind() == ErrorKind::Foreign { ErrorKind::Foreign } else { ErrorKind::Unavailable };
                     Error::new(kind, format!("member did not take its identity, call init again name={name}: {e}"))
                 })
             });
@@ -325,7 +324,7 @@ mod tests {
 
     fn check(found: &[Prepared], expect: Result<Plan, ErrorKind>) {
         let names: Vec<String> = ["a", "b", "c"].map(String::from).to_vec();
-        assert_eq!(plan(&names, [9; 16], found).map_err(|e| e.kind().clone()), expect, "{found:?}");
+        assert_eq!(plan(&names, [9; 16], found).map_err(|e| e.kind()), expect, "{found:?}");
     }
 
     #[test]

@@ -203,7 +203,7 @@ impl<R: Runtime> Inner<R> {
                 None => Err(self.not_leader(&running)),
             };
             match result {
-                Err(e) if matches!(e.kind(), ErrorKind::NotLeader { .. }) => {
+                Err(e) if matches!(e.kind(), ErrorKind::NotLeader) => {
                     if R::Instant::now() + RETRY_PAUSE >= deadline {
                         return Err(Error::new(ErrorKind::Unavailable, "no leader was found in time"));
                     }
@@ -563,7 +563,7 @@ fn lag_of<R: Runtime>(metrics: &openraft::RaftMetrics<TypeConfig<R>>, id: u64) -
 
 fn change_error<R: Runtime>(error: &RaftError<TypeConfig<R>, ClientWriteError<TypeConfig<R>>>) -> Error {
     let kind = match error {
-        RaftError::APIError(ClientWriteError::ForwardToLeader(_)) => ErrorKind::NotLeader { leader: None },
+        RaftError::APIError(ClientWriteError::ForwardToLeader(_)) => ErrorKind::NotLeader,
         RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)) | RaftError::Fatal(_) => ErrorKind::Indeterminate,
         RaftError::APIError(ClientWriteError::ChangeMembershipError(
             ChangeMembershipError::InProgress(_) | ChangeMembershipError::UncommittedLeaderLog(_),

@@ -140,10 +140,7 @@ impl<R: Runtime> Inner<R> {
                 Ok(index) => return Ok(index),
                 // A read changes nothing, so whatever went wrong on the way is tried again.
                 Err(e)
-                    if matches!(
-                        e.kind(),
-                        ErrorKind::NotLeader { .. } | ErrorKind::Unavailable | ErrorKind::Indeterminate
-                    ) =>
+                    if matches!(e.kind(), ErrorKind::NotLeader | ErrorKind::Unavailable | ErrorKind::Indeterminate) =>
                 {
                     if R::Instant::now() + RETRY_PAUSE >= deadline {
                         return Err(too_late());

@@ -269,7 +269,7 @@ impl<R: Runtime> Inner<R> {
             match R::timeout(HAND_OVER, self.hand_over(running, None)).await {
                 Ok(Ok(to)) => tracing::info!(to, "handed leadership over"),
                 // A leader without other voters is the common case.
-                Ok(Err(e)) if *e.kind() == ErrorKind::Invalid => {}
+                Ok(Err(e)) if e.kind() == ErrorKind::Invalid => {}
                 Ok(Err(error)) => tracing::warn!(%error, "leadership was not handed over"),
                 Err(_) => tracing::warn!("leadership was not handed over in time"),
             }

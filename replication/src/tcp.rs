@@ -667,7 +667,7 @@ impl Transport for TcpTransport {
             let answer = timeout(limit, rx).await;
             drop(waiter);
             match answer {
-                Ok(Ok(Err(error))) if *error.kind() == ErrorKind::Indeterminate && !given.load(Ordering::Relaxed) => {
+                Ok(Ok(Err(error))) if error.kind() == ErrorKind::Indeterminate && !given.load(Ordering::Relaxed) => {
                     Err(unavailable(error.to_string()))
                 }
                 Ok(Ok(answer)) => answer,

@@ -21,6 +21,22 @@ use crate::{Error, ErrorKind, MemberInfo, MemberRole, NodeId, PeerAddress, Resul
 
 /// Version of every record and message here.
 pub(crate) const VERSION: u8 = 1;
+/// The kinds of errors by their number on the wire; numbers are only added. Any other is [`ErrorKind::Internal`].
+const KINDS: [ErrorKind; 12] = [
+    ErrorKind::Invalid,
+    ErrorKind::NotFound,
+    ErrorKind::NotLeader,
+    ErrorKind::Unavailable,
+    ErrorKind::Indeterminate,
+    ErrorKind::OutOfSpace,
+    ErrorKind::Corrupt,
+    ErrorKind::Foreign,
+    ErrorKind::Locked,
+    ErrorKind::Unsupported,
+    ErrorKind::Closed,
+    ErrorKind::Io,
+];
+const KIND_INTERNAL: u8 = 255;
 /// Longest name or address.
 pub(crate) const NAME_BYTES_MAX: usize = 255;
 /// Nodes of a membership, learners included.
@@ -209,24 +225,12 @@ impl Reader {
         Ok(entries)
     }
 
+    fn kind(&mut self) -> Result<ErrorKind> {
+        Ok(KINDS.get(usize::from(self.u8()?)).copied().unwrap_or(ErrorKind::Internal))
+    }
+
     fn engine_error(&mut self) -> Result<mainstay_engine::Error> {
-        use mainstay_engine::ErrorKind as K;
-        let kind = match self.u8()? {
-            0 => K::Invalid,
-            1 => K::NotFound,
-            2 => K::NotLeader,
-            3 => K::Unavailable,
-            4 => K::Indeterminate,
-            5 => K::OutOfSpace,
-            6 => K::Corrupt,
-            7 => K::Foreign,
-            8 => K::Locked,
-            9 => K::Unsupported,
-            10 => K::Closed,
-            11 => K::Io,
-            _ => K::Internal,
-        };
-        Ok(mainstay_engine::Error::new(kind, self.text()?))
+        Ok(mainstay_engine::Error::new(self.kind()?, self.text()?))
     }
 
     pub(crate) fn applied(&mut self) -> Result<Applied> {
@@ -241,22 +245,11 @@ impl Reader {
     }
 
     pub(crate) fn error(&mut self) -> Result<Error> {
-        let kind = match self.u8()? {
-            0 => ErrorKind::Invalid,
-            1 => ErrorKind::NotFound,
-            2 => {
-                let leader = self.option(|r| Ok((NodeId(r.u64()?), r.string()?)))?;
-                ErrorKind::NotLeader { leader }
-            }
-            3 => ErrorKind::Unavailable,
-            4 => ErrorKind::Indeterminate,
-            5 => ErrorKind::OutOfSpace,
-            6 => ErrorKind::Corrupt,
-            7 => ErrorKind::Foreign,
-            8 => ErrorKind::Unsupported,
-            9 => ErrorKind::Closed,
-            _ => ErrorKind::Internal,
-        };
+        let kind = self.kind()?;
+        if kind == ErrorKind::NotLeader {
+            let leader = self.option(|r| Ok((NodeId(r.u64()?), r.string()?)))?;
+            return Ok(Error::not_leader(leader, self.text()?));
+        }
         Ok(Error::new(kind, self.text()?))
     }
 
@@ -414,24 +407,13 @@ impl Writer {
         self
     }
 
+    fn kind(&mut self, value: ErrorKind) -> &mut Self {
+        let at = KINDS.iter().position(|kind| *kind == value).and_then(|at| u8::try_from(at).ok());
+        self.u8(at.unwrap_or(KIND_INTERNAL))
+    }
+
     fn engine_error(&mut self, value: &mainstay_engine::Error) -> &mut Self {
-        use mainstay_engine::ErrorKind as K;
-        let kind = match value.kind() {
-            K::Invalid => 0,
-            K::NotFound => 1,
-            K::NotLeader => 2,
-            K::Unavailable => 3,
-            K::Indeterminate => 4,
-            K::OutOfSpace => 5,
-            K::Corrupt => 6,
-            K::Foreign => 7,
-            K::Locked => 8,
-            K::Unsupported => 9,
-            K::Closed => 10,
-            K::Io => 11,
-            _ => 255,
-        };
-        self.u8(kind).bytes(value.to_string().as_bytes())
+        self.kind(value.kind()).bytes(value.to_string().as_bytes())
     }
 
     pub(crate) fn applied(&mut self, value: &Applied) -> &mut Self {
@@ -447,21 +429,12 @@ impl Writer {
     }
 
     pub(crate) fn error(&mut self, value: &Error) -> &mut Self {
-        match value.kind() {
-            ErrorKind::Invalid => self.u8(0),
-            ErrorKind::NotFound => self.u8(1),
-            ErrorKind::NotLeader { leader } => self.u8(2).option(leader.as_ref(), |w, (id, address)| {
+        self.kind(value.kind());
+        if value.kind() == ErrorKind::NotLeader {
+            self.option(value.leader(), |w, (id, address)| {
                 w.u64(id.0).string(address);
-            }),
-            ErrorKind::Unavailable => self.u8(3),
-            ErrorKind::Indeterminate => self.u8(4),
-            ErrorKind::OutOfSpace => self.u8(5),
-            ErrorKind::Corrupt => self.u8(6),
-            ErrorKind::Foreign => self.u8(7),
-            ErrorKind::Unsupported => self.u8(8),
-            ErrorKind::Closed => self.u8(9),
-            ErrorKind::Internal => self.u8(255),
-        };
+            });
+        }
         self.bytes(value.to_string().as_bytes())
     }
 

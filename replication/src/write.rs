@@ -99,7 +99,7 @@ impl<R: Runtime> Inner<R> {
                 let answer = self.call_member(NodeId(leader), method::WRITE, body.finish(), WRITE_TIMEOUT).await;
                 match answer.and_then(|bytes| decode_result(&bytes, Reader::applied)) {
                     // Neither was applied: whoever leads now is asked.
-                    Err(e) if matches!(e.kind(), ErrorKind::NotLeader { .. } | ErrorKind::Unavailable) => {
+                    Err(e) if matches!(e.kind(), ErrorKind::NotLeader | ErrorKind::Unavailable) => {
                         if R::Instant::now() + RETRY_PAUSE >= deadline {
                             return Err(e);
                         }
@@ -148,7 +148,7 @@ impl<R: Runtime> Inner<R> {
         let committed: LocalResult = async move {
             match classify(raft.client_write(payload).await) {
                 Attempt::Done(result) => result,
-                Attempt::Elsewhere(_) => Err(Error::new(ErrorKind::NotLeader { leader: None }, "not the leader")),
+                Attempt::Elsewhere(_) => Err(Error::not_leader(None, "not the leader")),
             }
         }
         .boxed()
@@ -217,7 +217,7 @@ impl<R: Runtime> Inner<R> {
         match self.transport.call(member.peer_address, Some(id), request, timeout).await {
             Ok(answer) => Ok(answer.body),
             // Another node sits at that address: nothing was handled, and who leads may be found elsewhere.
-            Err(e) if *e.kind() == ErrorKind::Foreign => Err(Error::new(ErrorKind::Unavailable, e.to_string())),
+            Err(e) if e.kind() == ErrorKind::Foreign => Err(Error::new(ErrorKind::Unavailable, e.to_string())),
             Err(e) => Err(e),
         }
     }
@@ -233,7 +233,7 @@ impl<R: Runtime> Inner<R> {
                     body.bytes(&request);
                     let answer = self.call_member(NodeId(id), method::FORWARD, body.finish(), WRITE_TIMEOUT).await;
                     match answer.and_then(|bytes| decode_result(&bytes, Reader::bytes)) {
-                        Err(e) if matches!(e.kind(), ErrorKind::NotLeader { .. } | ErrorKind::Unavailable) => {
+                        Err(e) if matches!(e.kind(), ErrorKind::NotLeader | ErrorKind::Unavailable) => {
                             if R::Instant::now() + RETRY_PAUSE >= deadline {
                                 return Err(e);
                             }
@@ -273,7 +273,7 @@ impl<R: Runtime> Inner<R> {
             let address = self.member(NodeId(id)).map(|m| m.client_address).unwrap_or_default();
             (NodeId(id), address)
         });
-        Error::new(ErrorKind::NotLeader { leader }, "not the leader")
+        Error::not_leader(leader, "not the leader")
     }
 }
 

@@ -93,7 +93,7 @@ pub(crate) fn grpc_status(error: mainstay::Error) -> tonic::Status {
     let code = match error.kind() {
         K::Invalid => Code::InvalidArgument,
         K::NotFound => Code::NotFound,
-        K::NotLeader { .. } | K::Unavailable | K::Closed => Code::Unavailable,
+        K::NotLeader | K::Unavailable | K::Closed => Code::Unavailable,
         K::Indeterminate => Code::Unknown,
         K::OutOfSpace => Code::ResourceExhausted,
         K::Corrupt => Code::DataLoss,

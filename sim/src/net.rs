@@ -494,7 +494,7 @@ mod tests {
     }
 
     fn kind<T>(result: Result<T>) -> Option<ErrorKind> {
-        result.err().map(|e| e.kind().clone())
+        result.err().map(|e| e.kind())
     }
 
     #[test]

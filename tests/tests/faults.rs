@@ -11,7 +11,7 @@ fn small(path: &Path) -> mainstay::Result<Store> {
 }
 
 fn kind_of<T>(result: mainstay::Result<T>) -> ErrorKind {
-    result.err().expect("the call is refused").kind().clone()
+    result.err().expect("the call is refused").kind()
 }
 
 #[test]
@@ -19,7 +19,7 @@ fn a_second_opener_is_told_who_holds_the_volume() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let store = small(folder.path()).expect("a blank folder becomes a store");
     let error = small(folder.path()).err().expect("one process at a time");
-    assert_eq!(*error.kind(), ErrorKind::Locked, "{error}");
+    assert_eq!(error.kind(), ErrorKind::Locked, "{error}");
     store.close().expect("closing succeeds");
     small(folder.path()).expect("the volume is free again").close().expect("closing succeeds");
 }
@@ -107,7 +107,7 @@ fn fill_and_heal(mount: &Path) {
         }
         assert!(written < 4_000, "more was written than the file system holds");
     };
-    assert_eq!(*refusal.kind(), ErrorKind::OutOfSpace, "{refusal}");
+    assert_eq!(refusal.kind(), ErrorKind::OutOfSpace, "{refusal}");
     for n in 0..written {
         let value = keyspace.get(n.to_string()).expect("reads go on").expect("what was acknowledged is there");
         assert_eq!(value, noise(n), "{n}");
@@ -176,7 +176,7 @@ fn reads_right(path: &Path) -> bool {
             Ok(Some(value)) => assert_eq!(value, format!("value {n:0>90}").as_bytes(), "damage returned as data"),
             Ok(None) => panic!("key {n} is gone without an error"),
             Err(error) => {
-                assert_eq!(*error.kind(), ErrorKind::Corrupt, "{error}");
+                assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
                 right = false;
             }
         }

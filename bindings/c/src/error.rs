@@ -73,7 +73,7 @@ impl From<Error> for Failure {
         let code = match error.kind() {
             ErrorKind::Invalid => MAINSTAY_INVALID,
             ErrorKind::NotFound => MAINSTAY_NOT_FOUND,
-            ErrorKind::NotLeader { .. } => MAINSTAY_NOT_LEADER,
+            ErrorKind::NotLeader => MAINSTAY_NOT_LEADER,
             ErrorKind::Unavailable => MAINSTAY_UNAVAILABLE,
             ErrorKind::Indeterminate => MAINSTAY_INDETERMINATE,
             ErrorKind::OutOfSpace => MAINSTAY_OUT_OF_SPACE,

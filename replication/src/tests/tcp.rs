@@ -47,7 +47,7 @@ impl Handler for EchoHandler {
             echo.handled.fetch_add(1, Ordering::Relaxed);
             echo.arrived.notify_one();
             match request.method {
-                8 => Err(Error::new(ErrorKind::NotLeader { leader: Some((from.node, "there".into())) }, "no")),
+                8 => Err(Error::not_leader(Some((from.node, "there".into())), "no")),
                 9 => {
                     echo.go.notified().await;
                     Ok(request)
@@ -92,12 +92,12 @@ fn requests_are_answered_and_errors_keep_their_kind() {
         let answer = a.call(to.clone(), Some(NodeId(2)), request(3, b"hi"), LONG).await.expect("answered");
         assert_eq!((answer.method, answer.body.as_ref()), (3, b"hi".as_ref()));
         let error = a.call(to.clone(), Some(NodeId(2)), request(8, b""), LONG).await.expect_err("refused");
-        assert_eq!(error.kind(), &ErrorKind::NotLeader { leader: Some((NodeId(1), "there".into())) });
+        assert_eq!((error.kind(), error.leader()), (ErrorKind::NotLeader, Some(&(NodeId(1), "there".into()))));
         let big = Envelope { method: 3, body: Bytes::from(vec![5; 20 << 20]) };
         let answer = a.call(to.clone(), None, big, LONG).await.expect("20 MiB fit a frame");
         assert_eq!(answer.body.len(), 20 << 20);
         let huge = Envelope { method: 3, body: Bytes::from(vec![5; FRAME_BYTES_MAX + 1]) };
-        assert_eq!(a.call(to.clone(), None, huge, LONG).await.expect_err("too long").kind(), &ErrorKind::Invalid);
+        assert_eq!(a.call(to.clone(), None, huge, LONG).await.expect_err("too long").kind(), ErrorKind::Invalid);
 
         // A slow request does not hold up the others of its connection.
         let slow = tokio::spawn(a.call(to.clone(), Some(NodeId(2)), request(9, b"slow"), LONG));
@@ -110,7 +110,7 @@ fn requests_are_answered_and_errors_keep_their_kind() {
         a.close().await;
         b.close().await;
         let error = a.call(to, None, request(3, b""), LONG).await.expect_err("closed");
-        assert_eq!(error.kind(), &ErrorKind::Closed);
+        assert_eq!(error.kind(), ErrorKind::Closed);
     });
 }
 
@@ -121,9 +121,9 @@ fn a_stranger_is_refused_at_the_door() {
         let (b, echo) = node(2, 8).await;
         let (c, _) = node(3, 7).await;
         let error = a.call(b.local_address(), None, request(3, b""), LONG).await.expect_err("another cluster");
-        assert_eq!(error.kind(), &ErrorKind::Foreign);
+        assert_eq!(error.kind(), ErrorKind::Foreign);
         let error = a.call(c.local_address(), Some(NodeId(4)), request(3, b""), LONG).await.expect_err("another id");
-        assert_eq!(error.kind(), &ErrorKind::Foreign);
+        assert_eq!(error.kind(), ErrorKind::Foreign);
         assert_eq!(echo.handled.load(Ordering::Relaxed), 0);
     });
 }
@@ -138,9 +138,9 @@ fn nobody_there_is_unavailable_and_a_lost_answer_is_not() {
         echo.arrived.notified().await;
         b.close().await;
         let error = waiting.await.expect("no panic").expect_err("it went away");
-        assert_eq!(error.kind(), &ErrorKind::Indeterminate);
+        assert_eq!(error.kind(), ErrorKind::Indeterminate);
         let error = a.call(to.clone(), Some(NodeId(2)), request(3, b""), LONG).await.expect_err("nobody listens");
-        assert_eq!(error.kind(), &ErrorKind::Unavailable);
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
 
         // Back under the same address: the next call dials again.
         let again = loop {
@@ -171,14 +171,14 @@ fn a_silent_peer_costs_one_timeout() {
         });
         let short = Duration::from_millis(50);
         let error = a.call(to, None, request(3, b""), short).await.expect_err("it says nothing");
-        assert_eq!(error.kind(), &ErrorKind::Unavailable, "the request was never given to the socket");
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "the request was never given to the socket");
         held.abort();
 
         // Answers the handshake, then nothing: what was sent may have been handled, and the connection is given up.
         let (b, echo) = node(2, 7).await;
         let to = b.local_address();
         let error = a.call(to.clone(), Some(NodeId(2)), request(9, b""), short).await.expect_err("no answer");
-        assert_eq!(error.kind(), &ErrorKind::Indeterminate);
+        assert_eq!(error.kind(), ErrorKind::Indeterminate);
         // On another connection, once the first has noticed.
         while a.call(to.clone(), Some(NodeId(2)), request(3, b""), LONG).await.is_err() {
             tokio::task::yield_now().await;

@@ -47,12 +47,12 @@ fn records_survive_and_damage_is_refused() {
         assert_eq!(record::decode(kind, &bytes).expect("ours"), expect);
         let mut newer = bytes.to_vec();
         newer[0] = 2;
-        assert_eq!(record::decode(kind, &newer.into()).expect_err("newer").kind(), &ErrorKind::Foreign);
+        assert_eq!(record::decode(kind, &newer.into()).expect_err("newer").kind(), ErrorKind::Foreign);
         // A command is as long as its record: everything else has one length.
         let is_command = matches!(&expect, Recovered::Entry(e) if matches!(e.payload, EntryPayload::Normal(_)));
         if !is_command {
             let longer = Bytes::from([bytes.as_ref(), b"x"].concat());
-            assert_eq!(record::decode(kind, &longer).expect_err("longer").kind(), &ErrorKind::Corrupt);
+            assert_eq!(record::decode(kind, &longer).expect_err("longer").kind(), ErrorKind::Corrupt);
             for cut in 1..bytes.len() {
                 assert!(record::decode(kind, &bytes.slice(..cut)).is_err(), "kind={kind:?} cut={cut}");
             }
@@ -60,7 +60,7 @@ fn records_survive_and_damage_is_refused() {
     }
     assert_eq!(
         record::decode(mainstay_wal::RecordKind(99), &Bytes::from_static(&[1])).expect_err("unknown").kind(),
-        &ErrorKind::Foreign
+        ErrorKind::Foreign
     );
 }
 
@@ -133,8 +133,8 @@ fn entries_of_an_append_must_follow_each_other() {
     };
     assert_eq!(request(vec![blank(6), blank(7)]).expect("dense"), [blank(6), blank(7)]);
     assert_eq!(request(vec![]).expect("a heartbeat"), []);
-    assert_eq!(request(vec![blank(6), blank(8)]).expect_err("a hole").kind(), &ErrorKind::Corrupt);
-    assert_eq!(request(vec![blank(7)]).expect_err("a hole").kind(), &ErrorKind::Corrupt);
+    assert_eq!(request(vec![blank(6), blank(8)]).expect_err("a hole").kind(), ErrorKind::Corrupt);
+    assert_eq!(request(vec![blank(7)]).expect_err("a hole").kind(), ErrorKind::Corrupt);
 }
 
 /// The rows of the table that begins with `head` in docs/format.md.
@@ -169,4 +169,42 @@ fn the_page_of_formats_names_the_kinds_of_the_code() {
     assert_eq!(fields.last().map(|f| f[0].clone()), Some(end.to_string()));
     let length = &fields[1][3];
     assert!(length.contains(&crate::FRAME_BYTES_MAX.to_string()), "{length}");
+}
+
+#[test]
+fn errors_cross_the_wire_as_they_are_and_numbers_of_tomorrow_are_internal() {
+    use crate::wire::{Reader, Writer};
+    use crate::{Error, NodeId};
+
+    // The number on the wire, as docs/format.md lists them.
+    let kinds = [
+        (0, ErrorKind::Invalid),
+        (1, ErrorKind::NotFound),
+        (3, ErrorKind::Unavailable),
+        (4, ErrorKind::Indeterminate),
+        (5, ErrorKind::OutOfSpace),
+        (6, ErrorKind::Corrupt),
+        (7, ErrorKind::Foreign),
+        (8, ErrorKind::Locked),
+        (9, ErrorKind::Unsupported),
+        (10, ErrorKind::Closed),
+        (11, ErrorKind::Io),
+        (255, ErrorKind::Internal),
+    ];
+    let mut errors: Vec<_> = kinds.map(|(number, kind)| (number, Error::new(kind, "why"))).into();
+    errors.push((2, Error::not_leader(None, "why")));
+    errors.push((2, Error::not_leader(Some((NodeId(7), "there:1".into())), "why")));
+    for (number, error) in errors {
+        let mut writer = Writer::with_capacity(64);
+        writer.error(&error);
+        let bytes = writer.finish();
+        assert_eq!(bytes.get(1), Some(&number), "{error:?}");
+        let mut reader = Reader::open(&bytes).expect("this version");
+        let read = reader.error().expect("whole");
+        reader.end().expect("nothing behind");
+        assert_eq!((read.kind(), read.leader(), read.to_string()), (error.kind(), error.leader(), error.to_string()));
+    }
+    let newer = Bytes::from_static(&[1, 12, 0, 0, 0, 0]);
+    let read = Reader::open(&newer).expect("this version").error().expect("whole");
+    assert_eq!(read.kind(), ErrorKind::Internal);
 }

@@ -147,7 +147,7 @@ impl From<Failure> for Status {
 pub(crate) fn status_of(error: &replication::Error) -> Status {
     use replication::ErrorKind as K;
     let refusal = match error.kind() {
-        K::NotLeader { .. } | K::Unavailable => Refusal::NoLeader,
+        K::NotLeader | K::Unavailable => Refusal::NoLeader,
         K::Indeterminate => Refusal::Timeout,
         K::OutOfSpace => Refusal::NoSpace,
         K::Corrupt => Refusal::Corrupt,

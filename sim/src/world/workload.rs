@@ -93,7 +93,7 @@ fn outcome<T>(called: &Called<Result<T, Error>>, notes: &Notes) -> Outcome {
         Called::Lost => Outcome::Unknown,
         Called::Answered(Ok(_)) => Outcome::Done(notes.stamp()),
         Called::Answered(Err(e)) => match e.kind() {
-            ErrorKind::NotLeader { .. } | ErrorKind::Unavailable | ErrorKind::Unsupported | ErrorKind::NotFound => {
+            ErrorKind::NotLeader | ErrorKind::Unavailable | ErrorKind::Unsupported | ErrorKind::NotFound => {
                 Outcome::Failed
             }
             _ => Outcome::Unknown,
@@ -453,7 +453,7 @@ impl Client {
                     })
                     .await;
                 if let Called::Answered(Err(e)) = &called
-                    && *e.kind() == ErrorKind::NotFound
+                    && e.kind() == ErrorKind::NotFound
                 {
                     self.cluster.problem(format!("n{node} has not the checkpoint {place}: {e}"));
                 }
