@@ -1,11 +1,10 @@
 //! The simulated disk seen from outside: what a node may rely on, and what it must survive.
 
-use std::collections::BinaryHeap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use mainstay_io::sim::{
-    Faults, IoKind, Latency, Outcome, SimDisk, SimLayout, SimMedia, SimOptions, SimRandom, SimScheduler,
+    Faults, IoKind, Latency, Outcome, SimDisk, SimLayout, SimMedia, SimOptions, SimRandom, SimTimeline,
 };
 use mainstay_io::{
     AlignedBuf, AlignedBytes, BlockDevice, BoxFuture, ErrorKind, IoClass, Op, Spawner, TaskHandle, WriteMode,
@@ -21,68 +20,6 @@ fn write(device: &dyn BlockDevice, index: u64, byte: u8, mode: WriteMode) -> Op<
 
 fn read(device: &dyn BlockDevice, index: u64) -> Op<AlignedBuf> {
     device.read(index * 4096, AlignedBuf::zeroed(4096), IoClass::Foreground)
-}
-
-/// Virtual time: functions run in the order of their times, then of their calls.
-#[derive(Default)]
-struct Time(Mutex<Timeline>);
-
-#[derive(Default)]
-struct Timeline {
-    now: Duration,
-    next: u64,
-    due: BinaryHeap<Due>,
-}
-
-struct Due(Duration, u64, Box<dyn FnOnce() + Send>);
-
-impl PartialEq for Due {
-    fn eq(&self, other: &Self) -> bool {
-        self.1 == other.1
-    }
-}
-
-impl Eq for Due {}
-
-impl PartialOrd for Due {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Due {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (other.0, other.1).cmp(&(self.0, self.1))
-    }
-}
-
-impl Time {
-    /// Runs the next function; false when there is none.
-    fn step(&self) -> bool {
-        let mut line = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(Due(at, _, f)) = line.due.pop() else { return false };
-        line.now = at;
-        drop(line);
-        f();
-        true
-    }
-
-    fn run(&self) {
-        while self.step() {}
-    }
-
-    fn now(&self) -> Duration {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).now
-    }
-}
-
-impl SimScheduler for Time {
-    fn after(&self, delay: Duration, f: Box<dyn FnOnce() + Send>) {
-        let mut line = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = Due(line.now + delay, line.next, f);
-        line.next += 1;
-        line.due.push(due);
-    }
 }
 
 /// No task of these tests is resident.
@@ -105,8 +42,8 @@ fn slow() -> SimOptions {
     }
 }
 
-fn scheduled(options: SimOptions) -> (Arc<Time>, SimDisk) {
-    let time = Arc::new(Time::default());
+fn scheduled(options: SimOptions) -> (Arc<SimTimeline>, SimDisk) {
+    let time = Arc::new(SimTimeline::default());
     let image = SimDisk::new("disk", options.clone()).image();
     let disk = SimDisk::scheduled("disk", options, image, time.clone(), Arc::new(NoTasks));
     (time, disk)

@@ -2,7 +2,7 @@
 //!
 //! # Place
 //! Beside the real backends, behind the same [`crate::BlockDevice`] and [`crate::Media`]. It starts no thread and reads
-//! no clock: completions arrive through a [`SimScheduler`] of the caller. Without one every operation is complete when
+//! no clock: completions arrive through a [`SimScheduler`] of the caller, for instance a [`SimTimeline`]. Without one every operation is complete when
 //! the call returns, which is all that most unit tests need:
 //!
 //! ```
@@ -39,6 +39,7 @@ mod image;
 mod media;
 mod medium;
 mod ranges;
+mod timeline;
 
 pub use device::SimDevice;
 pub use disk::SimDisk;
@@ -46,3 +47,4 @@ pub use env::{SimClock, SimRandom, SimScheduler};
 pub use faults::{Faults, IoEvent, IoKind, Latency, Outcome, SimOptions};
 pub use image::{CrashImages, DiskImage};
 pub use media::{SimLayout, SimMedia};
+pub use timeline::SimTimeline;

@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
+use mainstay_io::sim::SimClock;
 use mainstay_io::{
-    AlignedBuf, AlignedBytes, Backend, BlockDevice, BoxFuture, Clock, Completer, Environment, Error, ErrorKind,
-    Geometry, IoClass, Op, Random, Spawner, TaskHandle, WriteMode, Zone,
+    AlignedBuf, AlignedBytes, Backend, BlockDevice, BoxFuture, Completer, Environment, Error, ErrorKind, Geometry,
+    IoClass, Op, Random, Spawner, TaskHandle, WriteMode, Zone,
 };
 
 /// What a device writes whole.
@@ -238,16 +239,6 @@ impl BlockDevice for MemDevice {
 
 struct Nothing;
 
-impl Clock for Nothing {
-    fn now(&self) -> Duration {
-        Duration::ZERO
-    }
-
-    fn unix(&self) -> Duration {
-        Duration::ZERO
-    }
-}
-
 impl Random for Nothing {
     fn fill(&self, out: &mut [u8]) {
         out.fill(0);
@@ -261,5 +252,9 @@ impl Spawner for Nothing {
 }
 
 pub(crate) fn environment() -> Environment {
-    Environment { clock: Arc::new(Nothing), random: Arc::new(Nothing), spawner: Arc::new(Nothing) }
+    Environment {
+        clock: Arc::new(SimClock::new(Duration::ZERO)),
+        random: Arc::new(Nothing),
+        spawner: Arc::new(Nothing),
+    }
 }

@@ -228,11 +228,8 @@ fn every_row_has_a_test() {
     }
 }
 
-/// Three batches in flight, the first is lost and the others are whole: none was acknowledged, all are cut. A new epoch
-/// then fills the gap with a batch of the same length, so that an old one stands exactly where the next one belongs.
-/// The chain does not fit; but once the log is released up to there, nobody knows the chain any more.
-#[test]
-fn what_was_cut_is_never_adopted_later() {
+/// Behind three batches that are committed three more in flight: the first is lost, the others are whole.
+fn first_of_three_in_flight_lost() -> Bench {
     let bench = Bench::open(committed(3), options(2)).expect("opens");
     bench.device.hold(true);
     for i in 0..3 {
@@ -241,6 +238,15 @@ fn what_was_cut_is_never_adopted_later() {
     }
     bench.device.complete(1, true);
     bench.device.complete(1, true);
+    bench
+}
+
+/// Three batches in flight, the first is lost and the others are whole: none was acknowledged, all are cut. A new epoch
+/// then fills the gap with a batch of the same length, so that an old one stands exactly where the next one belongs.
+/// The chain does not fit; but once the log is released up to there, nobody knows the chain any more.
+#[test]
+fn what_was_cut_is_never_adopted_later() {
+    let bench = first_of_three_in_flight_lost();
     let bench = bench.crash(3);
     assert_eq!((bench.delivered.len(), bench.recovery.end), (3, Lsn(3 * BLOCK as u64)));
     assert_eq!(bench.recovery.torn_bytes, 3 * BLOCK as u64);
@@ -255,14 +261,7 @@ fn what_was_cut_is_never_adopted_later() {
 /// The cut itself is cut short by a crash: the next open comes to the same end.
 #[test]
 fn a_crash_while_the_tail_is_wiped_changes_nothing() {
-    let bench = Bench::open(committed(3), options(2)).expect("opens");
-    bench.device.hold(true);
-    for i in 0..3 {
-        let _ = bench.append(&payload(50 + i, 3000));
-        bench.device.turn();
-    }
-    bench.device.complete(1, true);
-    bench.device.complete(1, true);
+    let bench = first_of_three_in_flight_lost();
     let image = bench.device.image();
     for wiped in [vec![], vec![4], vec![5], vec![4, 5]] {
         let mut image = image.clone();

@@ -2,7 +2,7 @@
 //!
 //! One seed decides the work, the latencies, the moment of each crash, and what it leaves of the writes in flight.
 
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -10,7 +10,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
-use mainstay_io::sim::{Latency, SimClock, SimLayout, SimMedia, SimOptions, SimRandom, SimScheduler};
+use mainstay_io::sim::{Latency, SimClock, SimLayout, SimMedia, SimOptions, SimRandom, SimScheduler, SimTimeline};
 use mainstay_io::{BoxFuture, Environment, Random, Spawner, TaskHandle};
 use mainstay_wal::{GroupId, Record, RecordKind, RecordPos, Reserve, Wal, WalOptions};
 
@@ -20,37 +20,16 @@ const RING_BYTES: u64 = 256 << 10;
 
 /// Virtual time and tasks, one at a time.
 #[derive(Default)]
-struct World(Mutex<State>);
+struct World {
+    state: Mutex<State>,
+    timeline: SimTimeline,
+}
 
 #[derive(Default)]
 struct State {
-    now: Duration,
-    due: BinaryHeap<Due>,
     tasks: BTreeMap<u64, BoxFuture<()>>,
     ready: VecDeque<u64>,
     next: u64,
-}
-
-struct Due(Duration, u64, Box<dyn FnOnce() + Send>);
-
-impl PartialEq for Due {
-    fn eq(&self, other: &Self) -> bool {
-        self.1 == other.1
-    }
-}
-
-impl Eq for Due {}
-
-impl PartialOrd for Due {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Due {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (other.0, other.1).cmp(&(self.0, self.1))
-    }
 }
 
 struct Ready(Arc<World>, u64);
@@ -66,7 +45,7 @@ struct Seen(Arc<World>);
 
 impl World {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().expect("no task runs while the world is locked")
+        self.state.lock().expect("no task runs while the world is locked")
     }
 
     /// One task, or else one function of the timeline. False when nothing is left to do.
@@ -81,11 +60,8 @@ impl World {
             }
             return true;
         }
-        let Some(Due(at, _, run)) = state.due.pop() else { return false };
-        state.now = at;
         drop(state);
-        run();
-        true
+        self.timeline.step()
     }
 
     /// Runs `future` for at most `steps`; None when the power fails before it ends.
@@ -110,10 +86,7 @@ impl World {
 
 impl SimScheduler for Seen {
     fn after(&self, delay: Duration, run: Box<dyn FnOnce() + Send>) {
-        let mut state = self.0.lock();
-        state.next += 1;
-        let due = Due(state.now + delay, state.next, run);
-        state.due.push(due);
+        self.0.timeline.after(delay, run);
     }
 }
 

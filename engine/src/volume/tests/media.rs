@@ -4,9 +4,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use mainstay_io::sim::SimClock;
 use mainstay_io::{
-    AlignedBuf, AlignedBytes, Backend, BlockDevice, BoxFuture, Clock, Environment, Error, ErrorKind, Geometry, IoClass,
-    Media, Op, Random, SUPERBLOCK_ZONE_BYTES, Spawner, TaskHandle, WriteMode, Zone, block_on,
+    AlignedBuf, AlignedBytes, Backend, BlockDevice, BoxFuture, Environment, Error, ErrorKind, Geometry, IoClass, Media,
+    Op, Random, SUPERBLOCK_ZONE_BYTES, Spawner, TaskHandle, WriteMode, Zone, block_on,
 };
 
 /// Something that reached a device.
@@ -196,18 +197,6 @@ impl Random for Counting {
     }
 }
 
-struct Still;
-
-impl Clock for Still {
-    fn now(&self) -> Duration {
-        Duration::ZERO
-    }
-
-    fn unix(&self) -> Duration {
-        Duration::ZERO
-    }
-}
-
 /// Runs a task to its end in the call: every operation of the devices here completes at once.
 struct Inline;
 
@@ -219,5 +208,9 @@ impl Spawner for Inline {
 }
 
 pub(crate) fn environment() -> Environment {
-    Environment { clock: Arc::new(Still), random: Arc::new(Counting(Mutex::new(0))), spawner: Arc::new(Inline) }
+    Environment {
+        clock: Arc::new(SimClock::new(Duration::ZERO)),
+        random: Arc::new(Counting(Mutex::new(0))),
+        spawner: Arc::new(Inline),
+    }
 }
