@@ -1,5 +1,6 @@
 //! The workloads: keys of 16 bytes, spread by a fixed mixing function, so that every run and every peer sees the same.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -40,32 +41,70 @@ pub fn value(n: u64, bytes: usize) -> Vec<u8> {
 /// Runs `operation` on `threads` threads for `time` and merges their latencies. `operation` is given a number that is
 /// never given twice.
 pub fn drive(threads: usize, time: Duration, operation: impl Fn(u64) + Sync) -> Outcome {
-    let (next, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let next = AtomicU64::new(0);
+    drive_each(threads, time, |_| || operation(next.fetch_add(1, Ordering::Relaxed)))
+}
+
+/// Runs on each of `threads` threads for `time` the operation that `writer` makes for its number.
+pub fn drive_each<F: FnMut()>(threads: usize, time: Duration, writer: impl Fn(usize) -> F + Sync) -> Outcome {
+    let stop = AtomicBool::new(false);
     let began = Instant::now();
     let merged = std::thread::scope(|scope| {
+        let (writer, stop) = (&writer, &stop);
         let workers: Vec<_> = (0..threads)
-            .map(|_| {
-                scope.spawn(|| {
-                    let mut latencies = histogram();
-                    while !stop.load(Ordering::Relaxed) {
-                        let at = Instant::now();
-                        operation(next.fetch_add(1, Ordering::Relaxed));
-                        latencies.saturating_record(at.elapsed().as_nanos() as u64);
-                    }
-                    latencies
+            .map(|at| {
+                scope.spawn(move || {
+                    let mut operation = writer(at);
+                    timed!(stop, operation())
                 })
             })
             .collect();
         std::thread::sleep(time);
         stop.store(true, Ordering::Relaxed);
-        let mut merged = histogram();
-        for worker in workers {
-            merged.add(worker.join().expect("a worker does not panic")).expect("equal bounds");
-        }
-        merged
+        merge(workers.into_iter().map(|worker| worker.join().expect("a worker does not panic")))
     });
-    let elapsed = began.elapsed().as_secs_f64();
-    outcome(&merged, merged.len() as f64 / elapsed)
+    outcome(&merged, merged.len() as f64 / began.elapsed().as_secs_f64())
+}
+
+/// Runs `tasks` tasks for `time`, each what `task` makes for its number: a loop of [`timed!`] until it is told to stop.
+pub fn drive_tasks<F>(
+    runtime: &tokio::runtime::Runtime,
+    tasks: usize,
+    time: Duration,
+    task: impl Fn(usize, Arc<AtomicBool>) -> F,
+) -> Outcome
+where
+    F: Future<Output = Histogram<u64>> + Send + 'static,
+{
+    let stop = Arc::new(AtomicBool::new(false));
+    let began = Instant::now();
+    let workers: Vec<_> = (0..tasks).map(|at| runtime.spawn(task(at, stop.clone()))).collect();
+    std::thread::sleep(time);
+    stop.store(true, Ordering::Relaxed);
+    let merged = merge(workers.into_iter().map(|worker| runtime.block_on(worker).expect("a task does not panic")));
+    outcome(&merged, merged.len() as f64 / began.elapsed().as_secs_f64())
+}
+
+/// Repeats an operation until `$stop` is set and gives the histogram of its latencies.
+macro_rules! timed {
+    ($stop:expr, $operation:expr) => {{
+        let mut latencies = $crate::work::histogram();
+        while !$stop.load(::std::sync::atomic::Ordering::Relaxed) {
+            let at = ::std::time::Instant::now();
+            $operation;
+            latencies.saturating_record(at.elapsed().as_nanos() as u64);
+        }
+        latencies
+    }};
+}
+pub(crate) use timed;
+
+fn merge(workers: impl Iterator<Item = Histogram<u64>>) -> Histogram<u64> {
+    let mut merged = histogram();
+    for latencies in workers {
+        merged.add(latencies).expect("equal bounds");
+    }
+    merged
 }
 
 /// An empty histogram of nanoseconds, from 100 ns to a minute.
@@ -101,4 +140,11 @@ pub fn full_scan(peer: &dyn Peer, count: u64) -> Outcome {
     let elapsed = began.elapsed();
     let us = elapsed.as_secs_f64() * 1e6;
     Outcome { rate: found as f64 / elapsed.as_secs_f64(), p50_us: us, p99_us: us }
+}
+
+/// The outcome of the round in the middle, by rate.
+pub fn median(outcomes: &[Outcome]) -> Outcome {
+    let mut sorted = outcomes.to_vec();
+    sorted.sort_by(|a, b| a.rate.total_cmp(&b.rate));
+    sorted.swap_remove(sorted.len() / 2)
 }

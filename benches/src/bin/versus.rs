@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use mainstay_benches::peers::{self, Peer};
-use mainstay_benches::work::{Outcome, drive, full_scan, key, load, value};
+use mainstay_benches::work::{Outcome, drive, full_scan, key, load, median, value};
 
 /// Runs the same work on Mainstay and on its peers, in turns, and prints the median of the rounds and its ratio to each
 /// peer's.
@@ -91,12 +91,6 @@ fn run(workload: &str, peer: &dyn Peer, options: &Options) -> Outcome {
 
 fn mix(n: u64) -> u64 {
     n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20
-}
-
-fn median(outcomes: &[Outcome]) -> Outcome {
-    let mut sorted = outcomes.to_vec();
-    sorted.sort_by(|a, b| a.rate.total_cmp(&b.rate));
-    sorted.swap_remove(sorted.len() / 2)
 }
 
 fn report(results: &BTreeMap<(usize, &str), Vec<Outcome>>, json: bool) {

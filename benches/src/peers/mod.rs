@@ -2,9 +2,15 @@
 
 use std::path::Path;
 
+#[cfg(feature = "fjall")]
+mod fjall;
+#[cfg(feature = "lmdb")]
+mod lmdb;
 mod mainstay_store;
-#[cfg(feature = "peers")]
-mod others;
+#[cfg(feature = "redb")]
+mod redb;
+#[cfg(feature = "rocksdb")]
+mod rocksdb;
 
 /// A store as the workloads see it. Calls come from many threads.
 pub trait Peer: Send + Sync {
@@ -27,9 +33,15 @@ pub type Open = fn(&Path) -> Box<dyn Peer>;
 
 /// Every peer of this build; Mainstay is the first.
 pub fn all() -> Vec<(&'static str, Open)> {
-    #[allow(unused_mut, reason = "grows with the feature `peers`")]
-    let mut all: Vec<(&'static str, Open)> = vec![("mainstay", mainstay_store::open)];
-    #[cfg(feature = "peers")]
-    all.extend(others::all());
-    all
+    vec![
+        ("mainstay", mainstay_store::open as Open),
+        #[cfg(feature = "rocksdb")]
+        ("rocksdb", rocksdb::open),
+        #[cfg(feature = "fjall")]
+        ("fjall", fjall::open),
+        #[cfg(feature = "redb")]
+        ("redb", redb::open),
+        #[cfg(feature = "lmdb")]
+        ("lmdb", lmdb::open),
+    ]
 }

@@ -1,0 +1,54 @@
+//! fjall: each commit persists its journal.
+
+use std::path::Path;
+
+use super::Peer;
+
+struct Fjall {
+    database: fjall::Database,
+    keyspace: fjall::Keyspace,
+}
+
+pub(super) fn open(path: &Path) -> Box<dyn Peer> {
+    let database = fjall::Database::builder(path).cache_size(160 << 20).open().expect("fjall opens");
+    let keyspace = database.keyspace("bench", fjall::KeyspaceCreateOptions::default).expect("a keyspace can be made");
+    Box::new(Fjall { database, keyspace })
+}
+
+impl Peer for Fjall {
+    fn name(&self) -> &'static str {
+        "fjall"
+    }
+
+    fn put_durable(&self, key: &[u8], value: &[u8]) {
+        let mut batch = self.database.batch().durability(Some(fjall::PersistMode::SyncData));
+        batch.insert(&self.keyspace, key, value);
+        batch.commit().expect("a put succeeds");
+    }
+
+    fn load(&self, pairs: &[(Vec<u8>, Vec<u8>)]) {
+        let mut batch = self.database.batch().durability(Some(fjall::PersistMode::SyncData));
+        for (key, value) in pairs {
+            batch.insert(&self.keyspace, key.as_slice(), value.as_slice());
+        }
+        batch.commit().expect("a batch commits");
+    }
+
+    fn settle(&self) {
+        self.database.persist(fjall::PersistMode::SyncAll).expect("a flush succeeds");
+    }
+
+    fn get(&self, key: &[u8]) -> Option<usize> {
+        self.keyspace.get(key).expect("a get succeeds").map(|value| value.len())
+    }
+
+    fn scan(&self, key: &[u8], limit: usize) -> (usize, usize) {
+        let (mut count, mut bytes) = (0, 0);
+        for guard in self.keyspace.range(key..).take(limit) {
+            let (key, value) = guard.into_inner().expect("a scan succeeds");
+            count += 1;
+            bytes += key.len() + value.len();
+        }
+        (count, bytes)
+    }
+}
