@@ -47,6 +47,11 @@ impl Decoder {
         Error::new(ErrorKind::Corrupt, format!("{} is damaged: {why} left={}", self.what, self.rest.len()))
     }
 
+    /// Whether nothing is left.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.rest.is_empty()
+    }
+
     /// The next `count` bytes.
     pub(crate) fn take(&mut self, count: usize) -> Result<Bytes> {
         if count > self.rest.len() {

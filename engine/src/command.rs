@@ -15,6 +15,8 @@ use bytes::Bytes;
 use crate::codec::{Decoder, TABLE_BYTES_MIN, check_name, put_bytes, put_table, put_varint, take_table};
 use crate::{BranchId, Error, ErrorKind, JobId, KeyspaceId, Result, TableId};
 
+/// Longest message of a refusal in bytes.
+const REFUSAL_BYTES_MAX: usize = 4096;
 /// Longest key in bytes.
 pub const KEY_BYTES_MAX: usize = 64 << 10;
 /// Longest value in bytes.
@@ -85,6 +87,9 @@ pub enum CommandBody {
         /// The command.
         command: Bytes,
     },
+    /// Applies batches that were proposed together, each as if it came alone: all or nothing by itself, in order. The
+    /// response tells which were refused: see [`decode_refusals`].
+    Batches(Vec<WriteBatch>),
 }
 
 /// Mutations applied all or none to one branch. The later of two mutations of one key wins.
@@ -94,6 +99,35 @@ pub struct WriteBatch {
     pub branch: BranchId,
     /// The mutations in order.
     pub ops: Vec<WriteOp>,
+}
+
+impl WriteBatch {
+    /// Checks and encodes the batch for [`Command::encode_batches`].
+    ///
+    /// # Errors
+    /// `Invalid` for an empty key, or a key or value over its limit.
+    pub fn encode(&self) -> Result<EncodedBatch> {
+        let mut out = Vec::with_capacity(self.encoded_bytes());
+        encode_batch(&mut out, self)?;
+        Ok(EncodedBatch(out))
+    }
+
+    /// About the bytes of the encoding.
+    fn encoded_bytes(&self) -> usize {
+        let ops = self.ops.iter().map(|op| op.key().len() + op.value().map_or(0, Bytes::len) + 16);
+        ops.sum::<usize>() + 12
+    }
+}
+
+/// A batch as an entry carries it.
+#[derive(Clone, Debug)]
+pub struct EncodedBatch(Vec<u8>);
+
+impl EncodedBatch {
+    /// Its length in bytes.
+    pub fn bytes(&self) -> usize {
+        self.0.len()
+    }
 }
 
 /// One mutation.
@@ -156,10 +190,11 @@ const KIND_DROP_CHECKPOINT: u8 = 7;
 const KIND_CREATE_CLONE: u8 = 8;
 const KIND_DROP_CLONE: u8 = 9;
 const KIND_CUSTOM: u8 = 10;
+const KIND_BATCHES: u8 = 11;
 
 /// The kinds as docs/format.md has them.
 #[cfg(test)]
-pub(crate) const KINDS: [(u8, &str); 10] = [
+pub(crate) const KINDS: [(u8, &str); 11] = [
     (KIND_BATCH, "Batch"),
     (KIND_CREATE_KEYSPACE, "CreateKeyspace"),
     (KIND_DROP_KEYSPACE, "DropKeyspace"),
@@ -170,10 +205,14 @@ pub(crate) const KINDS: [(u8, &str); 10] = [
     (KIND_CREATE_CLONE, "CreateClone"),
     (KIND_DROP_CLONE, "DropClone"),
     (KIND_CUSTOM, "Custom"),
+    (KIND_BATCHES, "Batches"),
 ];
 
 const OP_PUT: u8 = 1;
 const OP_DELETE: u8 = 2;
+
+/// Bytes of the shortest batch: a branch and a count.
+const BATCH_BYTES_MIN: usize = 2;
 
 impl WriteOp {
     /// Where it writes.
@@ -241,6 +280,7 @@ impl Command {
             CommandBody::CreateClone { .. } => KIND_CREATE_CLONE,
             CommandBody::DropClone { .. } => KIND_DROP_CLONE,
             CommandBody::Custom { .. } => KIND_CUSTOM,
+            CommandBody::Batches(_) => KIND_BATCHES,
         };
         out.push(kind);
         out.extend_from_slice(&self.time_ms.to_le_bytes());
@@ -272,8 +312,31 @@ impl Command {
                 put_varint(&mut out, branch.0);
                 out.extend_from_slice(command);
             }
+            CommandBody::Batches(batches) => {
+                put_varint(&mut out, batches.len() as u64);
+                for batch in batches {
+                    encode_batch(&mut out, batch)?;
+                }
+            }
         }
         Ok(out.into())
+    }
+
+    /// Encodes a command of batches that are encoded already: [`CommandBody::Batch`] for one, else
+    /// [`CommandBody::Batches`].
+    pub fn encode_batches(time_ms: u64, batches: &[EncodedBatch]) -> Bytes {
+        let bytes: usize = batches.iter().map(|batch| batch.0.len()).sum();
+        let mut out = Vec::with_capacity(bytes.saturating_add(32));
+        out.push(COMMAND_VERSION);
+        out.push(if batches.len() == 1 { KIND_BATCH } else { KIND_BATCHES });
+        out.extend_from_slice(&time_ms.to_le_bytes());
+        if batches.len() != 1 {
+            put_varint(&mut out, batches.len() as u64);
+        }
+        for batch in batches {
+            out.extend_from_slice(&batch.0);
+        }
+        out.into()
     }
 
     /// Decodes a command. Never panics; an unknown kind or version is `Foreign`, damage is `Corrupt`. Keys and values
@@ -306,6 +369,10 @@ impl Command {
             KIND_DROP_CHECKPOINT => CommandBody::DropCheckpoint { name: from.name()? },
             KIND_CREATE_CLONE => CommandBody::CreateClone { name: from.name()?, checkpoint: from.name()? },
             KIND_DROP_CLONE => CommandBody::DropClone { name: from.name()? },
+            KIND_BATCHES => {
+                let count = from.count(BATCH_BYTES_MIN)?;
+                CommandBody::Batches((0..count).map(|_| decode_batch(&mut from)).collect::<Result<_>>()?)
+            }
             KIND_CUSTOM => CommandBody::Custom { branch: BranchId(from.varint()?), command: from.rest() },
             kind => return Err(Error::new(ErrorKind::Foreign, format!("a command of an unknown kind kind={kind}"))),
         };
@@ -316,9 +383,8 @@ impl Command {
     /// About the bytes of the encoding; saves growing the buffer.
     fn encoded_bytes(&self) -> usize {
         let body = match &self.body {
-            CommandBody::Batch(batch) => {
-                batch.ops.iter().map(|op| op.key().len() + op.value().map_or(0, Bytes::len) + 16).sum()
-            }
+            CommandBody::Batch(batch) => batch.encoded_bytes(),
+            CommandBody::Batches(batches) => batches.iter().map(WriteBatch::encoded_bytes).sum(),
             CommandBody::Custom { command, .. } => command.len(),
             _ => 64,
         };
@@ -362,6 +428,37 @@ fn decode_batch(from: &mut Decoder) -> Result<WriteBatch> {
         });
     }
     Ok(WriteBatch { branch, ops })
+}
+
+/// The response to [`CommandBody::Batches`]: nothing if all were applied.
+pub(crate) fn encode_refusals(refusals: &[(usize, Error)]) -> Bytes {
+    let mut out = Vec::new();
+    for (place, error) in refusals {
+        put_varint(&mut out, *place as u64);
+        out.push(u8::from(error.kind() == ErrorKind::NotFound));
+        put_bytes(&mut out, error.to_string().as_bytes());
+    }
+    out.into()
+}
+
+/// Which of the batches of a [`CommandBody::Batches`] were refused and why, from its response: places from 0, in order.
+///
+/// # Errors
+/// `Corrupt` for bytes that are no such response.
+pub fn decode_refusals(response: &Bytes) -> Result<Vec<(usize, Error)>> {
+    let mut from = Decoder::new(response.clone(), "a list of refusals");
+    let mut refusals = Vec::new();
+    while !from.is_empty() {
+        let place = usize::try_from(from.varint()?).map_err(|_| from.corrupt("a place is too large"))?;
+        let kind = match from.u8()? {
+            0 => ErrorKind::Invalid,
+            1 => ErrorKind::NotFound,
+            _ => return Err(from.corrupt("an unknown kind of refusal")),
+        };
+        let message = from.bytes(0, REFUSAL_BYTES_MAX)?;
+        refusals.push((place, Error::new(kind, String::from_utf8_lossy(&message))));
+    }
+    Ok(refusals)
 }
 
 #[cfg(test)]

@@ -28,7 +28,10 @@ mod tests;
 #[doc(hidden)]
 pub mod hooks;
 
-pub use command::{Command, CommandBody, InstallTable, KEY_BYTES_MAX, VALUE_BYTES_MAX, WriteBatch, WriteOp};
+pub use command::{
+    Command, CommandBody, EncodedBatch, InstallTable, KEY_BYTES_MAX, VALUE_BYTES_MAX, WriteBatch, WriteOp,
+    decode_refusals,
+};
 pub use engine::{Engine, EngineSettings, EngineStatus, Identity, OwnerPin, OwnerRecord};
 pub use engine::{GroupInfo, Offline, SuperblockInfo, TableInfo, VerifyReport, VersionSetInfo};
 pub use error::{Error, ErrorKind, Result};

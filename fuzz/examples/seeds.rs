@@ -70,6 +70,13 @@ fn commands() -> Vec<(&'static str, CommandBody)> {
         ("drop-checkpoint", CommandBody::DropCheckpoint { name: "monday".into() }),
         ("create-clone", CommandBody::CreateClone { name: "trial".into(), checkpoint: "monday".into() }),
         ("drop-clone", CommandBody::DropClone { name: "trial".into() }),
+        (
+            "batches",
+            CommandBody::Batches(vec![
+                WriteBatch { branch: MAIN, ops: vec![put("key", "value")] },
+                WriteBatch { branch: BranchId(3), ops: vec![put("key", "other")] },
+            ]),
+        ),
         ("custom", CommandBody::Custom { branch: BranchId(3), command: Bytes::from_static(b"custom") }),
     ]
 }

@@ -12,6 +12,7 @@ mod membership;
 mod network;
 mod node;
 mod progress;
+mod proposals;
 mod read;
 mod record;
 mod runtime;

@@ -229,6 +229,7 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) rounds: Rounds,
     pub(crate) lease_rounds: Rounds,
     pub(crate) locals: crate::write::Locals,
+    pub(crate) proposals: crate::proposals::Proposals<R>,
 }
 
 /// A node. Cloning gives another handle. Once the last handle is dropped the node stops as a crash would stop it; see
@@ -479,6 +480,7 @@ impl<R: Runtime> Node<R> {
             rounds: Rounds::default(),
             lease_rounds: Rounds::default(),
             locals: crate::write::Locals::default(),
+            proposals: crate::proposals::Proposals::default(),
         });
         inner.start_owner_task();
         if inner.engine.identity() == Identity::default() {

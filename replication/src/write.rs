@@ -35,6 +35,8 @@ pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 const FORWARDED_TIMEOUT: Duration = Duration::from_secs(8);
 /// Pause before a write that met no leader tries again.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
+/// Bytes of a command before its batches, at most.
+const COMMAND_HEAD_BYTES_MAX: usize = 32;
 /// Writes at `Durability::Local` whose commit can still be waited for.
 const LOCALS_MAX: usize = 1 << 16;
 
@@ -58,20 +60,35 @@ enum Attempt {
 }
 
 impl<R: Runtime> Inner<R> {
+    /// The wall clock that stamps commands, milliseconds since the Unix epoch.
+    pub(crate) fn now_ms(&self) -> u64 {
+        u64::try_from(self.options.environment.clock.unix().as_millis()).unwrap_or(u64::MAX)
+    }
+
     fn encode(&self, body: CommandBody) -> Result<Bytes> {
-        let time_ms = u64::try_from(self.options.environment.clock.unix().as_millis()).unwrap_or(u64::MAX);
-        let bytes = Command { time_ms, body }.encode()?;
+        let bytes = Command { time_ms: self.now_ms(), body }.encode()?;
+        self.check_length(bytes.len())?;
+        Ok(bytes)
+    }
+
+    /// Refuses what no record of the log can hold. `bytes` may lack the head of a command, which the limit leaves room
+    /// for.
+    pub(crate) fn check_length(&self, bytes: usize) -> Result<()> {
         let max = self.engine.wal().record_bytes_max().saturating_sub(crate::record::ENTRY_HEADER_BYTES);
-        if bytes.len() > max {
-            let message = format!("the command is too long for the log bytes={} max={max}", bytes.len());
+        let max = max.saturating_sub(COMMAND_HEAD_BYTES_MAX);
+        if bytes > max {
+            let message = format!("the command is too long for the log bytes={bytes} max={max}");
             return Err(Error::new(ErrorKind::Invalid, message));
         }
-        Ok(bytes)
+        Ok(())
     }
 
     pub(crate) async fn write(self: &Arc<Self>, write: Write) -> Result<Applied> {
         if write.durability != Durability::Quorum {
             return Err(unsupported(&write.durability));
+        }
+        if let CommandBody::Batch(batch) = write.body {
+            return self.write_batch(batch).await;
         }
         let command = self.encode(write.body)?;
         self.propose(command, false).await

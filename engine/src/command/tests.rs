@@ -39,6 +39,10 @@ fn body() -> impl Strategy<Value = CommandBody> {
     prop_oneof![
         (any::<u64>(), prop::collection::vec(op(), 0..9))
             .prop_map(|(branch, ops)| CommandBody::Batch(WriteBatch { branch: BranchId(branch), ops })),
+        prop::collection::vec((any::<u64>(), prop::collection::vec(op(), 0..4)), 0..5).prop_map(|batches| {
+            let batch = |(branch, ops)| WriteBatch { branch: BranchId(branch), ops };
+            CommandBody::Batches(batches.into_iter().map(batch).collect())
+        }),
         name().prop_map(|name| CommandBody::CreateKeyspace { name }),
         name().prop_map(|name| CommandBody::DropKeyspace { name }),
         Just(CommandBody::Rotate),
@@ -122,4 +126,38 @@ fn values_share_the_memory_of_the_entry() {
     let CommandBody::Batch(batch) = command.body else { panic!("a batch was encoded") };
     let value = batch.ops.first().and_then(WriteOp::value).expect("a put was encoded");
     assert!(bytes.as_ptr_range().contains(&value.as_ptr()));
+}
+
+#[test]
+fn batches_encoded_apart_are_the_command_that_holds_them() {
+    let op = |key: &'static str| WriteOp::Delete { keyspace: KeyspaceId(3), key: key.into() };
+    let batch = |branch, key| WriteBatch { branch: BranchId(branch), ops: vec![op(key)] };
+    let (a, b) = (batch(1, "a"), batch(2, "b"));
+    let encoded = |batch: &WriteBatch| batch.encode().expect("keys within their bounds");
+    let one = Command::encode_batches(7, &[encoded(&a)]);
+    assert_eq!(one, Command { time_ms: 7, body: CommandBody::Batch(a.clone()) }.encode().expect("valid"));
+    let two = Command::encode_batches(7, &[encoded(&a), encoded(&b)]);
+    assert_eq!(two, Command { time_ms: 7, body: CommandBody::Batches(vec![a, b]) }.encode().expect("valid"));
+    let refused = WriteBatch { branch: crate::MAIN, ops: vec![op("")] }.encode();
+    assert_eq!(refused.map(|_| ()).map_err(|e| e.kind()), Err(ErrorKind::Invalid));
+}
+
+#[test]
+fn refusals_come_back_and_damage_is_told() {
+    let refusals = [
+        (3, Error::new(ErrorKind::NotFound, "no such keyspace")),
+        (300, Error::new(ErrorKind::Invalid, "a key is empty")),
+    ];
+    let bytes = encode_refusals(&refusals);
+    let decoded = decode_refusals(&bytes).expect("just encoded");
+    let plain = |(place, error): &(usize, Error)| (*place, error.kind(), error.to_string());
+    assert_eq!(decoded.iter().map(plain).collect::<Vec<_>>(), refusals.iter().map(plain).collect::<Vec<_>>());
+    assert!(decode_refusals(&encode_refusals(&[])).expect("nothing is no damage").is_empty());
+    for cut in 1..bytes.len() {
+        // A prefix is a shorter list or damage, and never a panic.
+        if let Ok(shorter) = decode_refusals(&bytes.slice(..cut)) {
+            assert_eq!(shorter.len(), 1);
+        }
+    }
+    assert!(decode_refusals(&Bytes::from_static(&[0, 9, 0])).is_err());
 }

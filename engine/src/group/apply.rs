@@ -13,7 +13,7 @@ use bytes::Bytes;
 
 use super::core::{Core, Edit};
 use super::{Applied, GroupShared};
-use crate::command::WriteOp;
+use crate::command::{WriteOp, encode_refusals};
 use crate::manifest::{Effects, ManifestOp};
 use crate::memtable::Memtable;
 use crate::state_machine::Apply;
@@ -127,6 +127,16 @@ impl GroupShared {
                 self.check_batch(core, index, batch.branch, &batch.ops)?;
                 self.write(core, entry, batch.branch, &batch.ops);
                 Ok(Bytes::new())
+            }
+            CommandBody::Batches(batches) => {
+                let mut refusals = Vec::new();
+                for (place, batch) in batches.iter().enumerate() {
+                    match self.check_batch(core, index, batch.branch, &batch.ops) {
+                        Ok(()) => self.write(core, entry, batch.branch, &batch.ops),
+                        Err(error) => refusals.push((place, error)),
+                    }
+                }
+                Ok(encode_refusals(&refusals))
             }
             CommandBody::CreateKeyspace { name } => {
                 self.op(core, entry, ManifestOp::CreateKeyspace { name: name.clone() })?;
