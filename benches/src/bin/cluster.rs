@@ -20,6 +20,10 @@ use mainstay_server::cli::BenchArgs;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
+/// As the server has it; who embeds the library brings their own.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const NAMES: [&str; 3] = ["a", "b", "c"];
 /// Longest wait for a cluster to be born and to have a leader.
 const START_MAX: Duration = Duration::from_secs(30);
@@ -74,6 +78,11 @@ fn main() -> std::process::ExitCode {
 
 fn runtime() -> Outcome<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+}
+
+/// As `mainstay bench` runs: on one thread.
+fn client_runtime() -> Outcome<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
 }
 
 fn run(options: Options) -> Outcome<()> {
@@ -295,7 +304,7 @@ impl Side for Served {
 
     fn drive(&mut self, clients: u32, options: &Options) -> Outcome<(Report, f64)> {
         let before = process_seconds("self");
-        let report: Outcome<Report> = runtime()?.block_on(async {
+        let report: Outcome<Report> = client_runtime()?.block_on(async {
             let leader = self.leader().await?;
             let connections = options.connections.unwrap_or(clients.div_ceil(16));
             let line = format!(
