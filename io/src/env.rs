@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::timer::Timer;
 use crate::{Op, block_on, threads};
 
 /// A boxed future that may move between threads.
@@ -17,6 +18,10 @@ pub trait Clock: Send + Sync + 'static {
 
     /// Time since the Unix epoch; may jump.
     fn unix(&self) -> Duration;
+
+    /// Resolves once `duration` has passed on [`Clock::now`], or the clock has gone away. For what goes on in the
+    /// background: a thing that waits for an event waits for the event. Cancel safe.
+    fn sleep(&self, duration: Duration) -> BoxFuture<()>;
 }
 
 /// Draws random bits. Not for secrets in a simulation; the operating system's source in production.
@@ -63,7 +68,7 @@ impl Environment {
     /// The clock and the random source of the operating system, and a thread for each task.
     pub fn system() -> Self {
         Self {
-            clock: Arc::new(SystemClock { origin: Instant::now() }),
+            clock: Arc::new(SystemClock { origin: Instant::now(), timer: Timer::default() }),
             random: Arc::new(SystemRandom),
             spawner: Arc::new(ThreadSpawner),
         }
@@ -74,6 +79,7 @@ impl Environment {
 #[derive(Debug)]
 struct SystemClock {
     origin: Instant,
+    timer: Timer,
 }
 
 impl Clock for SystemClock {
@@ -83,6 +89,10 @@ impl Clock for SystemClock {
 
     fn unix(&self) -> Duration {
         SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
+    }
+
+    fn sleep(&self, duration: Duration) -> BoxFuture<()> {
+        self.timer.sleep(duration)
     }
 }
 

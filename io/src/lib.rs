@@ -21,6 +21,7 @@ mod request;
 mod ring;
 pub mod sim;
 mod threads;
+mod timer;
 mod transfer;
 mod uring;
 mod zone;

@@ -1,9 +1,10 @@
 //! Seeded randomness, a clock that is set by hand, and the scheduler that completions arrive through.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::{Clock, Random};
+use crate::{BoxFuture, Clock, Completer, Op, Random};
 
 /// Runs functions later, in virtual time. The owner decides what "later" is and in which order equal times come.
 pub trait SimScheduler: Send + Sync + 'static {
@@ -63,26 +64,51 @@ pub(crate) fn decide(seed: u64, parts: &[u64]) -> u64 {
 }
 
 /// A clock that moves only when it is told to.
-#[derive(Debug)]
 pub struct SimClock {
     nanos: AtomicU64,
     unix_origin: Duration,
+    /// What sleeps, with the time to wake.
+    sleeps: Mutex<Vec<(Duration, Completer<()>)>>,
 }
 
 impl SimClock {
     /// A clock at zero, whose zero is `unix_origin` after the Unix epoch.
     pub fn new(unix_origin: Duration) -> Self {
-        Self { nanos: AtomicU64::new(0), unix_origin }
+        Self { nanos: AtomicU64::new(0), unix_origin, sleeps: Mutex::default() }
     }
 
     /// Moves the clock forward.
     pub fn advance(&self, by: Duration) {
         self.nanos.fetch_add(u64::try_from(by.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.wake();
     }
 
     /// Moves the clock to `to`, never back.
     pub fn advance_to(&self, to: Duration) {
         self.nanos.fetch_max(u64::try_from(to.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.wake();
+    }
+
+    /// How many sleep.
+    pub fn sleeping(&self) -> usize {
+        self.sleeps.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Ends the sleeps whose time has come, in its order.
+    fn wake(&self) {
+        let mut sleeps = self.sleeps.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.now();
+        let (mut due, later): (Vec<_>, Vec<_>) = std::mem::take(&mut *sleeps).into_iter().partition(|s| s.0 <= now);
+        *sleeps = later;
+        drop(sleeps);
+        due.sort_by_key(|sleep| sleep.0);
+        due.into_iter().for_each(|(_, sleep)| sleep.complete(Ok(())));
+    }
+}
+
+impl std::fmt::Debug for SimClock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SimClock").field("now", &self.now()).finish_non_exhaustive()
     }
 }
 
@@ -93,5 +119,15 @@ impl Clock for SimClock {
 
     fn unix(&self) -> Duration {
         self.unix_origin + self.now()
+    }
+
+    fn sleep(&self, duration: Duration) -> BoxFuture<()> {
+        let (sleep, completer) = Op::pending();
+        self.sleeps.lock().unwrap_or_else(PoisonError::into_inner).push((self.now() + duration, completer));
+        // A sleep of no length, or one that the clock was moved beyond meanwhile.
+        self.wake();
+        Box::pin(async move {
+            let _ = sleep.await;
+        })
     }
 }

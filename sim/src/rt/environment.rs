@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use mainstay_io::{BoxFuture, Clock, Environment, Random, Spawner, TaskHandle};
+use mainstay_io::{BoxFuture, Clock, Environment, Op, Random, Spawner, TaskHandle};
 
 use super::executor::{Executor, Group};
 use super::rng::SimRng;
@@ -13,6 +13,7 @@ const UNIX_ORIGIN: Duration = Duration::from_secs(1_700_000_000);
 
 struct SimClock {
     executor: Arc<Executor>,
+    group: Group,
     /// How far the wall clock of this node is ahead.
     skew: Duration,
 }
@@ -24,6 +25,14 @@ impl Clock for SimClock {
 
     fn unix(&self) -> Duration {
         UNIX_ORIGIN + self.skew + self.executor.now()
+    }
+
+    fn sleep(&self, duration: Duration) -> BoxFuture<()> {
+        let (sleep, completer) = Op::pending();
+        self.executor.after(self.group, duration, Box::new(move || completer.complete(Ok(()))));
+        Box::pin(async move {
+            let _ = sleep.await;
+        })
     }
 }
 
@@ -49,7 +58,7 @@ impl Spawner for SimSpawner {
 /// The environment of one life of a node. Its tasks belong to `group`; its wall clock is `skew` ahead of the world's.
 pub fn environment(executor: &Arc<Executor>, group: Group, skew: Duration) -> Environment {
     Environment {
-        clock: Arc::new(SimClock { executor: executor.clone(), skew }),
+        clock: Arc::new(SimClock { executor: executor.clone(), group, skew }),
         random: Arc::new(SimRandom(Mutex::new(executor.fork_rng()))),
         spawner: Arc::new(SimSpawner { executor: executor.clone(), group }),
     }
