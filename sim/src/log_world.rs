@@ -88,6 +88,7 @@ async fn live(executor: &Arc<Executor>, settings: &Settings, rng: &mut SimRng, l
             clean_end: stored.clean_end,
             in_flight_max: rng.range(1, 6) as usize,
             batch_bytes_max: 1 << rng.range(16, 21),
+            holes: false,
         };
         let mut deliver = |_, _, pos, payload: Bytes| {
             match number(&payload) {

@@ -223,6 +223,32 @@ pub(crate) fn take_records(header: &Header, batch: &[u8]) -> Option<Vec<RawRecor
     (offset == end).then_some(records)
 }
 
+/// What is left of a batch whose header is whole and whose body is not: its records in order, and `None` for one or more
+/// that are lost. A record is known to be lost alone when another one follows where its length says. Without any `None` only
+/// padding was damaged.
+pub(crate) fn salvage(header: &Header, batch: &[u8]) -> Vec<Option<RawRecord>> {
+    let mut found = Vec::new();
+    let end = HEADER_BYTES.saturating_add(header.payload_bytes as usize);
+    let Some(filled) = batch.get(..end) else { return vec![None] };
+    let at = |offset: usize| take_record(filled.get(offset..)?, header.lsn, u32::try_from(offset).ok()?);
+    let mut offset = HEADER_BYTES;
+    for _ in 0..header.records {
+        let length = filled.get(offset..).and_then(|bytes| u32_at(bytes, 8)).unwrap_or(u32::MAX);
+        let next = offset.saturating_add(RECORD_HEADER_BYTES).saturating_add(length as usize);
+        let record = at(offset);
+        if record.is_none() && next != end && at(next).is_none() {
+            found.push(None);
+            return found;
+        }
+        found.push(record);
+        offset = next;
+    }
+    if offset != end {
+        found.push(None);
+    }
+    found
+}
+
 fn array_at<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..at.checked_add(N)?)?.try_into().ok()
 }

@@ -29,6 +29,10 @@
 //! O    Nothing      Nothing    no     no     cut, end           nothing was written here since the last lap
 //! ```
 //!
+//! Where the owner of the log can get from elsewhere what is lost ([`crate::WalOptions::holes`]), rows K and L go on behind the
+//! damage: behind the batch when its header is whole, else at the next header, else (row L) at the clean end. What is
+//! whole of the batch is delivered.
+//!
 //! `gap` is `Nothing` or `Torn`. A later batch that is whole but claims no more than `b` was in flight together with the
 //! torn one; it was never acknowledged (prefix rule) and is cut with it.
 //!

@@ -1,10 +1,9 @@
 //! Reads a log without opening it: nothing is cut, nothing is written. For `mainstay inspect wal` and `mainstay verify`.
 
 use bytes::Bytes;
-use mainstay_io::{AlignedBytes, Zone};
+use mainstay_io::Zone;
 
-use crate::batch::Header;
-use crate::recovery::{Expect, walk};
+use crate::recovery::{Expect, Step, walk};
 use crate::wal::{payload_of, read_records};
 use crate::{GroupId, Lsn, RecordKind, RecordPos, Recovery, Result};
 
@@ -56,9 +55,11 @@ pub async fn inspect(
     visit: &mut (dyn FnMut(BatchInfo) -> Result<()> + Send),
 ) -> Result<Recovery> {
     let mut records_count = 0;
-    let mut visit_batch = |header: &Header, batch: AlignedBytes| {
+    let mut visit_batch = |step: Step| {
+        // Without `holes` there is no other.
+        let Step::Batch(header, batch) = step else { return Ok(()) };
         let batch = batch.into_bytes();
-        let records: Vec<RecordInfo> = read_records(header, &batch)?
+        let records: Vec<RecordInfo> = read_records(&header, &batch)?
             .into_iter()
             .map(|r| RecordInfo { group: r.group, kind: r.kind, pos: r.pos, payload: payload_of(&batch, &r.pos) })
             .collect();
@@ -74,8 +75,8 @@ pub async fn inspect(
             records,
         })
     };
-    let expect = Expect { volume, start, epoch_limit: u64::MAX, clean_end };
+    let expect = Expect { volume, start, epoch_limit: u64::MAX, clean_end, holes: false };
     let ending = walk(zone, &expect, &mut visit_batch).await?;
     let (batches, torn_bytes) = (ending.batches, ending.torn_bytes);
-    Ok(Recovery { end: ending.end, batches, records: records_count, torn_bytes })
+    Ok(Recovery { end: ending.end, batches, records: records_count, torn_bytes, holes: 0 })
 }

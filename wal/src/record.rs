@@ -18,6 +18,9 @@ pub struct RecordKind(pub u8);
 impl RecordKind {
     /// The first kind that the owner of a group's log may use.
     pub const OWNER_FIRST: u8 = 32;
+    /// Never written: delivered at open in place of records that cannot be read, under group 0. Its payload is empty; its
+    /// position is where they lay. How many they were, and whose, is not known.
+    pub const HOLE: Self = Self(u8::MAX);
 }
 
 /// Where a record lies: the batch that carries it and the place inside. Ordered as the log is.

@@ -31,6 +31,16 @@ pub(crate) struct Expect {
     /// Every epoch in the log is below this.
     pub(crate) epoch_limit: u64,
     pub(crate) clean_end: Option<Lsn>,
+    /// Go on behind acknowledged bytes that are damaged (rows K and L): the owner has them from elsewhere.
+    pub(crate) holes: bool,
+}
+
+/// What the walk meets.
+pub(crate) enum Step {
+    /// A whole batch.
+    Batch(Header, AlignedBytes),
+    /// Acknowledged bytes that are damaged. With the header and all bytes of the batch when the header is whole.
+    Hole { from: Lsn, batch: Option<(Header, AlignedBytes)> },
 }
 
 /// Where the log ends and what lies behind.
@@ -66,9 +76,29 @@ impl Reader {
         }
         let bytes = length.max(CHUNK_BYTES.min(rest));
         let buf = AlignedBuf::zeroed(usize::try_from(bytes).unwrap_or(usize::MAX));
-        let chunk = self.zone.read(self.ring.place(lsn), buf, IoClass::Foreground).await?.freeze();
+        let chunk = match self.zone.read(self.ring.place(lsn), buf, IoClass::Foreground).await {
+            Err(error) if error.kind() == mainstay_io::ErrorKind::Media => self.read_blocks(lsn, bytes).await?,
+            read => read?.freeze(),
+        };
         self.chunk = Some((lsn, chunk));
         Ok(self.cached(lsn, length))
+    }
+
+    /// Block by block, with zeroes for those that cannot be read: they are judged as damaged.
+    async fn read_blocks(&self, lsn: Lsn, bytes: u64) -> Result<AlignedBytes> {
+        let mut whole = AlignedBuf::zeroed(usize::try_from(bytes).unwrap_or(usize::MAX));
+        let mut lsn = lsn;
+        for part in whole.chunks_mut(BLOCK_BYTES) {
+            match self.zone.read(self.ring.place(lsn), AlignedBuf::zeroed(BLOCK_BYTES), IoClass::Foreground).await {
+                Ok(block) => part.copy_from_slice(block.get(..part.len()).unwrap_or_default()),
+                Err(error) if error.kind() == mainstay_io::ErrorKind::Media => {
+                    tracing::warn!(lsn = lsn.0, %error, "a block of the log cannot be read");
+                }
+                Err(error) => return Err(error.into()),
+            }
+            lsn = Lsn(lsn.0.saturating_add(BLOCK));
+        }
+        Ok(whole.freeze())
     }
 
     fn cached(&self, lsn: Lsn, length: u64) -> Option<AlignedBytes> {
@@ -90,7 +120,7 @@ impl Reader {
 pub(crate) async fn walk(
     zone: &Zone,
     expect: &Expect,
-    visit: &mut (dyn FnMut(&Header, AlignedBytes) -> Result<()> + Send),
+    visit: &mut (dyn FnMut(Step) -> Result<()> + Send),
 ) -> Result<Ending> {
     let ring = Ring::new(zone.length())?;
     if !expect.start.0.is_multiple_of(BLOCK) || expect.start.0.checked_add(ring.bytes().saturating_mul(4)).is_none() {
@@ -105,12 +135,14 @@ pub(crate) async fn walk(
     let mut batches = 0_u64;
     loop {
         let (at, found) = examine(&mut reader, expect, &tail, tail.end).await?;
+        let mut torn = found.as_ref().filter(|_| at == Found::Torn).map(|(header, _)| *header);
         let mut adopted = found;
         let mut lap = Found::Nothing;
         let mut scan = Scan::default();
         if at != Found::Good {
             if let Some(next) = ring.lap_next(tail.end) {
                 (lap, adopted) = examine(&mut reader, expect, &tail, next).await?;
+                torn = torn.or(adopted.as_ref().filter(|_| lap == Found::Torn).map(|(header, _)| *header));
             }
             if needs_scan(at, lap) {
                 scan = scan_window(&mut reader, expect, &tail).await?;
@@ -123,14 +155,34 @@ pub(crate) async fn walk(
         match row.verdict {
             Verdict::Adopt | Verdict::AdoptLap => {
                 let (header, batch) = adopted.expect("a batch was found good only with its bytes");
-                visit(&header, batch)?;
-                tail = Tail { end: header.end(), chain: Some(header.checksum), epoch: header.epoch };
+                let (end, checksum, epoch) = (header.end(), header.checksum, header.epoch);
+                visit(Step::Batch(header, batch))?;
+                tail = Tail { end, chain: Some(checksum), epoch };
                 batches = batches.saturating_add(1);
             }
             Verdict::CutEnd | Verdict::CutTorn => {
                 let torn_bytes = scan.reach.0.saturating_sub(tail.end.0);
                 let left_over = scan.headers;
                 return Ok(Ending { end: tail.end, chain: tail.chain, batches, torn_bytes, left_over });
+            }
+            Verdict::Corrupt if expect.holes => {
+                let from = tail.end;
+                let batch = match torn {
+                    Some(header) => reader.read(header.lsn, u64::from(header.batch_bytes)).await?.map(|b| (header, b)),
+                    None => None,
+                };
+                tail = match (torn, expect.clean_end) {
+                    // The header is whole, and its checksum covers that of the body: the chain is not broken.
+                    (Some(header), _) => Tail { end: header.end(), chain: Some(header.checksum), epoch: header.epoch },
+                    // No header of an earlier lap, and none that was cut, says that it lies here (invariant 2).
+                    (None, clean_end) => match (scan.next, clean_end) {
+                        (Some(next), _) => Tail { end: next, chain: None, epoch: tail.epoch },
+                        (None, Some(clean)) => Tail { end: clean, chain: None, epoch: tail.epoch },
+                        (None, None) => return Err(corrupt(bad, row.letter, "nothing says where the log goes on")),
+                    },
+                };
+                tracing::warn!(from = from.0, to = tail.end.0, row = %row.letter, "acknowledged bytes are damaged");
+                visit(Step::Hole { from, batch })?;
             }
             Verdict::Corrupt => {
                 let cause = if scan.proof { "a later batch says it was durable" } else { "the log was closed cleanly" };
@@ -196,7 +248,8 @@ async fn examine(
     }
     match reader.read(lsn, u64::from(header.batch_bytes)).await? {
         Some(batch) if header.body_matches(&batch) => Ok((Found::Good, Some((header, batch)))),
-        _ => Ok((Found::Torn, None)),
+        Some(batch) => Ok((Found::Torn, Some((header, batch)))),
+        None => Ok((Found::Torn, None)),
     }
 }
 
@@ -206,6 +259,8 @@ struct Scan {
     proof: bool,
     headers: Vec<Lsn>,
     reach: Lsn,
+    /// The first batch that may be the next one, when those before it are lost.
+    next: Option<Lsn>,
 }
 
 /// Looks at every block that a batch in flight together with one at the end of the tail can begin at.
@@ -220,6 +275,9 @@ async fn scan_window(reader: &mut Reader, expect: &Expect, tail: &Tail) -> Resul
             && header.version <= WAL_FORMAT_VERSION
         {
             scan.proof |= header.epoch >= tail.epoch && header.durable > tail.end;
+            if lsn > tail.end && header.epoch >= tail.epoch && header.epoch < expect.epoch_limit {
+                scan.next = scan.next.or(Some(lsn));
+            }
             scan.reach = scan.reach.max(header.end());
             scan.headers.push(lsn);
         }

@@ -12,10 +12,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use mainstay_io::{AlignedBuf, AlignedBytes, BLOCK_BYTES, Environment, IoClass, Op, Zone};
+use mainstay_io::{AlignedBuf, BLOCK_BYTES, Environment, IoClass, Op, Zone};
 
-use crate::batch::{HEADER_BYTES, Header, RECORD_HEADER_BYTES, RawRecord, take_record, take_records};
-use crate::recovery::{Expect, cut, walk};
+use crate::batch::{HEADER_BYTES, Header, RECORD_HEADER_BYTES, RawRecord, salvage, take_record, take_records};
+use crate::recovery::{Expect, Step, cut, walk};
 use crate::ring::{IN_FLIGHT_MAX_LIMIT, Ring};
 use crate::shared::{Pending, Shared};
 use crate::writer::{Writer, WriterSettings};
@@ -38,7 +38,7 @@ pub struct Record {
 impl WalOptions {
     /// Options with the default bounds.
     pub fn new(volume: [u8; 16], epoch: u64, start: Lsn, clean_end: Option<Lsn>) -> Self {
-        Self { volume, epoch, start, clean_end, in_flight_max: 3, batch_bytes_max: 1 << 20 }
+        Self { volume, epoch, start, clean_end, in_flight_max: 3, batch_bytes_max: 1 << 20, holes: false }
     }
 }
 
@@ -70,6 +70,9 @@ pub struct WalOptions {
     pub in_flight_max: usize,
     /// Bytes of a batch above which no further record is added. Default 1 MiB.
     pub batch_bytes_max: usize,
+    /// Acknowledged records that are damaged are no `Corrupt`: what is whole is delivered, with a [`RecordKind::HOLE`] in
+    /// place of what is not. For an owner that can get it from elsewhere, and promises nothing before it has. Default no.
+    pub holes: bool,
 }
 
 /// What opening found.
@@ -83,6 +86,8 @@ pub struct Recovery {
     pub records: u64,
     /// Bytes behind the end that were torn or never acknowledged, and are cut.
     pub torn_bytes: u64,
+    /// Places with acknowledged bytes that are damaged.
+    pub holes: u64,
 }
 
 /// Counts since open.
@@ -149,26 +154,45 @@ impl Wal {
             start: options.start,
             epoch_limit: options.epoch,
             clean_end: options.clean_end,
+            holes: options.holes,
         };
-        let mut records = 0;
-        let mut deliver_batch = |header: &Header, batch: AlignedBytes| {
-            let batch = batch.into_bytes();
-            for record in read_records(header, &batch)? {
+        let (mut records, mut holes) = (0, 0);
+        let mut deliver_step = |step: Step| {
+            let (from, batch, found) = match step {
+                Step::Batch(header, batch) => {
+                    let found = read_records(&header, &batch)?.into_iter().map(Some).collect();
+                    (header.lsn, batch.into_bytes(), found)
+                }
+                Step::Hole { batch: Some((header, batch)), .. } => {
+                    let found = salvage(&header, &batch);
+                    (header.lsn, batch.into_bytes(), found)
+                }
+                Step::Hole { from, batch: None } => (from, Bytes::new(), vec![None]),
+            };
+            for record in found {
+                let Some(record) = record else {
+                    holes += 1;
+                    let pos = RecordPos { batch: from, offset: 0, length: 0 };
+                    deliver(GroupId(0), RecordKind::HOLE, pos, Bytes::new())?;
+                    continue;
+                };
                 let payload = payload_of(&batch, &record.pos);
                 deliver(record.group, record.kind, record.pos, payload)?;
                 records += 1;
             }
             Ok(())
         };
-        let ending = walk(&zone, &expect, &mut deliver_batch).await?;
+        let ending = walk(&zone, &expect, &mut deliver_step).await?;
         cut(&zone, &ending).await?;
-        let recovery = Recovery { end: ending.end, batches: ending.batches, records, torn_bytes: ending.torn_bytes };
+        let (end, batches, torn_bytes) = (ending.end, ending.batches, ending.torn_bytes);
+        let recovery = Recovery { end, batches, records, torn_bytes, holes };
         tracing::info!(
             start = options.start.0,
             end = ending.end.0,
             batches = ending.batches,
             records,
             torn_bytes = ending.torn_bytes,
+            holes,
             "log opened"
         );
         let shared = Arc::new(Shared::new(ring, options.start, ending.end));

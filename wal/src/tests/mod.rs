@@ -3,6 +3,7 @@
 mod device;
 mod faults;
 mod format;
+mod holes;
 mod model;
 mod recovery;
 mod writing;
