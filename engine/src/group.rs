@@ -8,11 +8,12 @@
 mod apply;
 mod core;
 mod jobs;
+mod mend;
 mod present;
 mod transfer;
 
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use arc_swap::ArcSwap;
@@ -24,6 +25,7 @@ use tokio::sync::Notify;
 use self::core::{Core, Structure, checkpoint_views};
 pub(crate) use self::core::{Names, Views};
 pub(crate) use self::jobs::{JobClass, Run};
+pub(crate) use self::mend::{CHECK_READ_BYTES, digest_of};
 use self::present::Durable;
 #[cfg(test)]
 pub(crate) use self::present::EDIT_VERSION;
@@ -33,9 +35,10 @@ pub(crate) use self::transfer::EXPORT_VERSION;
 pub use self::transfer::Export;
 use self::transfer::Pins;
 use crate::engine::EngineShared;
+use crate::heal::{GroupHeal, TablePeers};
 use crate::manifest::{Manifest, ManifestSettings};
 use crate::{
-    BranchId, BranchInfo, CheckpointInfo, Command, Error, ErrorKind, KeyspaceId, LogIndex, Result, Snapshot,
+    BranchId, BranchInfo, CheckpointInfo, Command, Error, ErrorKind, JobId, KeyspaceId, LogIndex, Result, Snapshot,
     StateMachine, TableId,
 };
 
@@ -90,6 +93,14 @@ pub struct GroupStatus {
     pub digest_index: LogIndex,
     /// Tables whose digest differed from the leader's.
     pub divergences: u64,
+    /// This replica made other tables than the log says and has not fetched those yet: what it reads may be wrong.
+    pub diverged: bool,
+    /// Jobs that failed and are tried again.
+    pub jobs_retrying: u64,
+    /// Jobs that failed for good, until the volume is opened anew.
+    pub jobs_failed: u64,
+    /// Tables damaged now.
+    pub tables_damaged: u64,
 }
 
 /// Where a receiver gets tables that it does not hold.
@@ -117,6 +128,9 @@ pub(crate) struct GroupShared {
     l0_runs: AtomicUsize,
     l0_runs_max: usize,
     divergences: AtomicU64,
+    /// Set while jobs of `Core::diverged` are to be fetched.
+    diverged: AtomicBool,
+    pub(crate) heal: Arc<GroupHeal>,
     durable: Mutex<Durable>,
     /// Why nothing is applied any more.
     failed: OnceLock<Error>,
@@ -206,18 +220,18 @@ impl GroupShared {
                 return Ok(false);
             }
             let core = self.lock();
-            if core.present.flushed() < self.applied() && core.stuck.is_empty() && core.diverged.is_empty() {
+            if core.present.flushed() < self.applied() && core.given_up().is_none() && core.diverged.is_empty() {
                 return Ok(false);
             }
         }
         if self.frozen.load(Ordering::Acquire) > FROZEN_GENERATIONS_MAX {
             // Waiting for a flush that has failed for good would be for ever.
-            return match self.lock().stuck.values().next() {
+            return match self.lock().given_up() {
                 None => Ok(false),
                 Some(error) => Err(Error::new(error.kind(), format!("memory is full and cannot be flushed: {error}"))),
             };
         }
-        if self.l0_runs.load(Ordering::Acquire) > self.l0_runs_max && self.lock().stuck.is_empty() {
+        if self.l0_runs.load(Ordering::Acquire) > self.l0_runs_max && self.lock().given_up().is_none() {
             return Ok(false);
         }
         if self.engine.memtables_are_over() {
@@ -310,7 +324,8 @@ impl GroupShared {
             tracing::warn!(group = %id, kept = ?manifest.settings, given = ?wanted,
                 "the group keeps the settings that it was made with");
         }
-        let tables = engine.open_tables(&manifest, places)?;
+        let heal = GroupHeal::new(engine.heal.clone());
+        let tables = engine.open_tables(&manifest, places, &heal)?;
         let flushed = manifest.flushed();
         let l0_runs_max = (manifest.settings.l0_compaction_runs as usize).saturating_mul(L0_STALL_FACTOR);
         let mut core = Core::new(lineage, manifest, tables, born);
@@ -325,6 +340,8 @@ impl GroupShared {
             l0_runs: AtomicUsize::new(0),
             l0_runs_max,
             divergences: AtomicU64::new(0),
+            diverged: AtomicBool::new(false),
+            heal,
             durable: Mutex::new(Durable::new(lineage)),
             failed: OnceLock::new(),
             progress: Notify::new(),
@@ -478,6 +495,28 @@ impl Group {
         self.0.import_state(manifest, source).await
     }
 
+    /// Tells whom to ask for other copies of the tables, or that there is nobody. With peers, a read that meets damage is
+    /// answered with their bytes, damaged tables are made anew, and installs that this replica cannot make are fetched.
+    pub fn set_table_peers(&self, peers: Option<Arc<dyn TablePeers>>) {
+        self.0.heal.set_peers(peers);
+    }
+
+    /// The digests of the tables that a job made here, in order, while no install has named any. None when it is not done,
+    /// or behind it.
+    pub fn output_digests(&self, job: JobId) -> Option<Vec<u128>> {
+        self.0.digests_of(job)
+    }
+
+    /// Gives up what a job made here, because most replicas made something else: what the log will say is fetched.
+    pub fn give_up_output(&self, job: JobId) {
+        self.0.give_up_output(job);
+    }
+
+    /// True while this replica holds other tables than the log says: its reads may be wrong.
+    pub fn is_diverged(&self) -> bool {
+        self.0.diverged.load(Ordering::Acquire)
+    }
+
     /// The id of a keyspace of the applied state.
     pub fn keyspace(&self, name: &str) -> Option<KeyspaceId> {
         self.0.structure.load().names.keyspaces.get(name).copied()
@@ -538,6 +577,10 @@ impl Group {
             digest,
             digest_index: as_of,
             divergences: self.0.divergences.load(Ordering::Relaxed),
+            diverged: !core.diverged.is_empty(),
+            jobs_retrying: core.stuck.values().filter(|stuck| !stuck.over).count() as u64,
+            jobs_failed: core.stuck.values().filter(|stuck| stuck.over).count() as u64,
+            tables_damaged: self.0.heal.damaged_count(),
         }
     }
 }

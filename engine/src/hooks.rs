@@ -126,6 +126,17 @@ pub mod fuzz {
     }
 }
 
+/// Faults that no device makes: for tests of what finds them.
+pub mod fault {
+    use crate::Group;
+
+    /// Writes what no entry says into the memtable in use, as broken memory would: the tables that this replica makes next
+    /// differ from those of the others. False when nothing was written since the last rotation.
+    pub fn disturb(group: &Group, key: &[u8], value: &'static [u8]) -> bool {
+        group.shared().disturb_memtable(key, value)
+    }
+}
+
 /// The hot pieces one by one.
 pub mod bench {
     use std::ops::Bound;

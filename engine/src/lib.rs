@@ -9,6 +9,7 @@ mod command;
 mod engine;
 mod error;
 mod group;
+mod heal;
 mod local_log;
 mod manifest;
 mod memory;
@@ -32,10 +33,11 @@ pub use command::{
     Command, CommandBody, EncodedBatch, InstallTable, KEY_BYTES_MAX, VALUE_BYTES_MAX, WriteBatch, WriteOp,
     decode_refusals,
 };
-pub use engine::{Engine, EngineSettings, EngineStatus, Identity, OwnerPin, OwnerRecord};
+pub use engine::{Engine, EngineSettings, EngineStatus, Identity, OwnerPin, OwnerRecord, SCRUB_BYTES_PER_SECOND};
 pub use engine::{GroupInfo, Offline, SuperblockInfo, TableInfo, VerifyReport, VersionSetInfo};
 pub use error::{Error, ErrorKind, Result};
 pub use group::{Applied, Export, Group, GroupSettings, GroupStatus, TableSource};
+pub use heal::{HealStatus, TablePeers};
 pub use local_log::LocalLog;
 pub use snapshot::{Direction, Scan, Snapshot, Value};
 pub use state_machine::{Apply, StateMachine};

@@ -14,11 +14,12 @@ use bytes::Bytes;
 use mainstay_io::{AlignedBytes, BoxFuture, IoClass};
 
 use crate::cache::BlockCache;
+use crate::heal::GroupHeal;
 use crate::manifest::TableRef;
 use crate::memory::MemoryBudget;
 use crate::table::{Table, TableBytes, TableMeta};
 use crate::volume::{Extent, Reservation, Volume, extents_bytes};
-use crate::{Error, ErrorKind, InstallTable, Result};
+use crate::{Error, ErrorKind, InstallTable, Result, TableId};
 
 /// Bytes reserved at a time once an estimate was too low.
 const RESERVE_MORE_BYTES: u64 = 4 << 20;
@@ -44,6 +45,14 @@ impl StoredBytes {
     /// A manifest names the table after all.
     pub(crate) fn set_live(&self) {
         self.obsolete.store(false, Ordering::Release);
+    }
+
+    /// As [`TableBytes::read`], behind what readers wait for.
+    pub(crate) fn read_behind(&self, offset: u64, length: usize) -> BoxFuture<Result<Bytes>> {
+        if let Err(error) = self.check(offset, length as u64) {
+            return Box::pin(std::future::ready(Err(error)));
+        }
+        self.volume.read(&self.extents, offset, length, IoClass::Background)
     }
 
     fn check(&self, offset: u64, length: u64) -> Result<()> {
@@ -83,6 +92,42 @@ impl Drop for StoredBytes {
     }
 }
 
+/// The bytes of a table for its reader: from here, or from other replicas when they are damaged here.
+struct HealedBytes {
+    bytes: Arc<StoredBytes>,
+    id: TableId,
+    heal: Option<Arc<GroupHeal>>,
+}
+
+impl TableBytes for HealedBytes {
+    fn read(&self, offset: u64, length: usize) -> BoxFuture<Result<Bytes>> {
+        self.bytes.read(offset, length)
+    }
+
+    fn found_damaged(&self) -> usize {
+        let Some(heal) = &self.heal else { return 0 };
+        heal.found(self.id);
+        heal.peers().map_or(0, |peers| peers.count())
+    }
+
+    fn read_elsewhere(&self, copy: usize, offset: u64, length: usize) -> BoxFuture<Result<Bytes>> {
+        match (&self.heal, self.bytes.check(offset, length as u64)) {
+            (Some(heal), Ok(())) => heal.read(copy, self.id, offset, length as u64),
+            (_, Err(error)) => Box::pin(std::future::ready(Err(error))),
+            (None, Ok(())) => {
+                let error = Error::new(ErrorKind::NotFound, format!("no other replica to ask table={}", self.id));
+                Box::pin(std::future::ready(Err(error)))
+            }
+        }
+    }
+
+    fn served_elsewhere(&self) {
+        if let Some(heal) = &self.heal {
+            heal.counts.reads_served.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
 /// A table of the present manifest.
 #[derive(Clone)]
 pub(crate) struct StoredTable {
@@ -97,8 +142,10 @@ impl StoredTable {
         bytes: Arc<StoredBytes>,
         cache: &Arc<BlockCache>,
         budget: &Arc<MemoryBudget>,
+        heal: Option<&Arc<GroupHeal>>,
     ) -> Result<Self> {
-        let table = Table::open(table_meta(&meta), bytes.clone(), cache, budget)?;
+        let reads = HealedBytes { bytes: bytes.clone(), id: meta.id, heal: heal.cloned() };
+        let table = Table::open(table_meta(&meta), Arc::new(reads), cache, budget)?;
         Ok(Self { meta, table: Arc::new(table), bytes })
     }
 

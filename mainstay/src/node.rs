@@ -142,7 +142,7 @@ impl Node {
         let address = transport.local_address();
         let environment = options.storage.environment_or_system();
         let media = options.storage.media(&options.target)?;
-        let (engine, found) = options.storage.open_engine(media, environment.clone()).await?;
+        let (engine, found) = options.storage.open_engine(media, environment.clone(), true).await?;
         let mut peers = options.peers;
         peers.insert(options.name.clone(), address.clone());
         let node_options = replication::NodeOptions {

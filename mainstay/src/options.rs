@@ -19,6 +19,7 @@ pub struct StoreBuilder {
     memory_bytes: u64,
     wal_bytes: u64,
     wal_in_flight_max: usize,
+    scrub_bytes_per_second: u64,
     background_tasks: usize,
     memtable_bytes: u64,
     table_bytes: u64,
@@ -34,6 +35,7 @@ impl Default for StoreBuilder {
             memory_bytes: MEMORY_BYTES_DEFAULT,
             wal_bytes: WAL_BYTES_DEFAULT,
             wal_in_flight_max: 3,
+            scrub_bytes_per_second: mainstay_engine::SCRUB_BYTES_PER_SECOND,
             background_tasks: 1,
             memtable_bytes: 16 << 20,
             table_bytes: 8 << 20,
@@ -63,6 +65,13 @@ impl StoreBuilder {
     /// Batches of the log in flight, 1 to 8. Default 3.
     pub fn wal_in_flight_max(mut self, count: usize) -> Self {
         self.wal_in_flight_max = count;
+        self
+    }
+
+    /// Bytes a second that the scrubber reads at most, looking for damage; 0 for no scrubber. More finds rot earlier and
+    /// takes more of the disk. Default 2 MiB.
+    pub fn scrub_bytes_per_second(mut self, bytes: u64) -> Self {
+        self.scrub_bytes_per_second = bytes;
         self
     }
 
@@ -169,6 +178,7 @@ impl StoreBuilder {
         &self,
         media: Arc<dyn Media>,
         environment: Environment,
+        log_holes: bool,
     ) -> Result<(Engine, Vec<OwnerRecord>)> {
         if self.format && media.is_blank()? {
             Engine::format(media.clone(), &environment, self.wal_bytes, false).await?;
@@ -177,6 +187,8 @@ impl StoreBuilder {
             memory_bytes: self.memory_bytes,
             background_tasks: self.background_tasks,
             wal_in_flight_max: self.wal_in_flight_max,
+            scrub_bytes_per_second: self.scrub_bytes_per_second,
+            log_holes,
         };
         let mut found = Vec::new();
         let engine = Engine::open(media, environment, settings, &mut |record| {

@@ -68,7 +68,7 @@ impl Store {
     pub(crate) async fn open_media(builder: StoreBuilder, media: Arc<dyn Media>) -> Result<Self> {
         let environment = builder.environment_or_system();
         let name = media.name();
-        let (engine, found) = builder.open_engine(media, environment.clone()).await?;
+        let (engine, found) = builder.open_engine(media, environment.clone(), false).await?;
         let identity = engine.identity();
         if identity.node != 0 {
             engine.close().await?;

@@ -166,6 +166,8 @@ impl World<'_> {
             memory_bytes: settings.memory_bytes,
             background_tasks: 1,
             wal_in_flight_max: settings.wal_in_flight_max,
+            scrub_bytes_per_second: 64 << 20,
+            log_holes: false,
         };
         let wal_bytes = settings.wal_bytes;
         let (send, opened) = oneshot::channel();

@@ -193,7 +193,7 @@ impl Offline {
     /// # Errors
     /// `Corrupt`, `Foreign`, `Io`.
     pub async fn manifest(&self) -> Result<Vec<GroupInfo>> {
-        let mut groups = self.pages().await?;
+        let (mut groups, _) = self.pages().await?;
         self.apply_log(&mut groups).await?;
         Ok(groups.into_iter().filter_map(|(id, found)| Some(group_info(id, &found?))).collect())
     }
@@ -229,7 +229,12 @@ impl Offline {
         }
         progress("manifest");
         let mut groups = match self.pages().await {
-            Ok(groups) => groups,
+            Ok((groups, 0)) => groups,
+            Ok((groups, bad)) => {
+                let what = format!("{bad} of {} copies of the manifest pages are damaged", pages::COPIES);
+                report.damage.push(("manifest".into(), what));
+                groups
+            }
             Err(error) => {
                 self.note(&mut report, "manifest", error)?;
                 BTreeMap::new()
@@ -291,12 +296,13 @@ impl Offline {
         }
     }
 
-    async fn pages(&self) -> Result<BTreeMap<GroupId, Option<Recovered>>> {
+    async fn pages(&self) -> Result<(BTreeMap<GroupId, Option<Recovered>>, u64)> {
         match &self.found().root {
             Some(root) => {
-                Ok(pages::read_pages(&self.volume, root).await?.into_iter().map(|(id, r)| (id, Some(r))).collect())
+                let (groups, bad) = pages::read_pages(&self.volume, root).await?;
+                Ok((groups.into_iter().map(|(id, r)| (id, Some(r))).collect(), bad))
             }
-            None => Ok(BTreeMap::new()),
+            None => Ok((BTreeMap::new(), 0)),
         }
     }
 
@@ -331,7 +337,7 @@ impl Offline {
             return Err(Error::new(ErrorKind::Corrupt, message));
         }
         let bytes = StoredBytes::new(self.volume.clone(), extents, table.bytes);
-        StoredTable::open(table.clone(), bytes, &self.cache, &self.budget)?.table.verify().await
+        StoredTable::open(table.clone(), bytes, &self.cache, &self.budget, None)?.table.verify().await
     }
 }
 

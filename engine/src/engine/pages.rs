@@ -6,13 +6,15 @@
 //! 1. Pages are durable before the superblock that names them; the extents of the pages that it replaces are given back by
 //!    the volume.
 //! 2. One writer at a time: whoever holds the [`Turn`].
+//! 3. They are written twice, one copy behind the other, since nothing else could take their place. Opening takes the first
+//!    whole one; the scrubber reads both.
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use mainstay_io::{AlignedBuf, IoClass};
+use mainstay_io::{AlignedBuf, BLOCK_BYTES, IoClass};
 use mainstay_wal::{GroupId, Lsn};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -21,13 +23,16 @@ use crate::codec::{Decoder, put_bytes, put_varint};
 use crate::group::Recovered;
 use crate::manifest::{Manifest, Places};
 use crate::stored::ExtentWriter;
-use crate::volume::{Root, Volume};
+use crate::volume::{Root, Volume, extents_bytes};
 use crate::{Error, ErrorKind, LogIndex, Result};
 
 /// The encoding written today.
 pub(crate) const PAGES_VERSION: u8 = 1;
 /// Bytes written at a time.
 const WRITE_BYTES: usize = 1 << 20;
+/// Copies of the pages, each at the next whole block behind the one before it.
+pub(crate) const COPIES: u64 = 2;
+const _: () = assert!(WRITE_BYTES.is_multiple_of(BLOCK_BYTES));
 
 /// The right to write pages.
 pub(crate) struct Turn<'a>(#[allow(dead_code, reason = "held for what its drop does")] tokio::sync::MutexGuard<'a, ()>);
@@ -94,10 +99,13 @@ impl EngineShared {
     }
 
     async fn write_root(&self, bytes: Vec<u8>, start: Option<Lsn>) -> Result<()> {
-        let mut reservation = self.volume.reserve(bytes.len() as u64).await?;
+        let copy_bytes = (bytes.len() as u64).next_multiple_of(BLOCK_BYTES as u64);
+        let mut reservation = self.volume.reserve(copy_bytes.saturating_mul(COPIES)).await?;
         let mut writer = ExtentWriter::new(&self.volume);
-        for chunk in bytes.chunks(WRITE_BYTES) {
-            writer.write(&mut reservation, vec![AlignedBuf::copy_from(chunk).freeze()]).await?;
+        for _ in 0..COPIES {
+            for chunk in bytes.chunks(WRITE_BYTES) {
+                writer.write(&mut reservation, vec![AlignedBuf::copy_from(chunk).freeze()]).await?;
+            }
         }
         self.volume.flush().await?;
         let root = Root { extents: writer.finish(), bytes: bytes.len() as u64, checksum: xxh3_64(&bytes) };
@@ -112,17 +120,39 @@ impl EngineShared {
     }
 }
 
-/// Reads the pages that the superblock names.
+/// Reads the pages that the superblock names, and counts the copies that are damaged.
 ///
 /// # Errors
-/// `Corrupt`, `Foreign`, `Io`.
-pub(crate) async fn read_pages(volume: &Volume, root: &Root) -> Result<BTreeMap<GroupId, Recovered>> {
+/// `Corrupt` when every copy is, `Foreign`, `Io`.
+pub(crate) async fn read_pages(volume: &Volume, root: &Root) -> Result<(BTreeMap<GroupId, Recovered>, u64)> {
+    let (bytes, bad) = read_copies(volume, root, IoClass::Foreground).await?;
+    Ok((decode_pages(bytes)?, bad))
+}
+
+/// The first whole copy, and how many are not whole. A volume of an early release has one copy.
+pub(crate) async fn read_copies(volume: &Volume, root: &Root, class: IoClass) -> Result<(Bytes, u64)> {
     let length = usize::try_from(root.bytes).map_err(|_| damaged("they are too long"))?;
-    let bytes = volume.read(&root.extents, 0, length, IoClass::Foreground).await?;
-    if xxh3_64(&bytes) != root.checksum {
-        return Err(damaged("they do not match their checksum"));
+    let copy_bytes =
+        root.bytes.checked_next_multiple_of(BLOCK_BYTES as u64).ok_or_else(|| damaged("they are too long"))?;
+    let room = extents_bytes(&root.extents);
+    let (mut whole, mut bad) = (None, 0_u64);
+    let mut failure = damaged("they do not match their checksum");
+    for copy in 0..COPIES {
+        let offset = copy_bytes.saturating_mul(copy);
+        if copy > 0 && offset.saturating_add(root.bytes) > room {
+            break;
+        }
+        match volume.read(&root.extents, offset, length, class).await {
+            Ok(bytes) if xxh3_64(&bytes) == root.checksum => whole = whole.or(Some(bytes)),
+            Ok(_) => bad = bad.saturating_add(1),
+            Err(error) if error.kind() == ErrorKind::Io => {
+                bad = bad.saturating_add(1);
+                failure = error;
+            }
+            Err(error) => return Err(error),
+        }
     }
-    decode_pages(bytes)
+    Ok((whole.ok_or(failure)?, bad))
 }
 
 fn damaged(why: &str) -> Error {

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use super::jobs::Output;
+use crate::heal::Retry;
 use crate::manifest::{Manifest, ManifestOp, Version};
 use crate::memtable::Memtable;
 use crate::read::ReadView;
@@ -25,6 +26,14 @@ use crate::{BranchId, Error, Generation, JobId, KeyspaceId, LogIndex, TableId};
 pub(super) struct Edit {
     pub(super) index: LogIndex,
     pub(super) ops: Vec<ManifestOp>,
+}
+
+/// A job that failed.
+pub(super) struct Stuck {
+    pub(super) error: Error,
+    pub(super) retry: Retry,
+    /// Nothing that can pass, or it has not passed: only opening the volume anew tries again.
+    pub(super) over: bool,
 }
 
 pub(super) struct Core {
@@ -47,8 +56,10 @@ pub(super) struct Core {
     pub(super) running: BTreeSet<JobId>,
     /// Jobs whose output was another than the one that was installed.
     pub(super) diverged: BTreeSet<JobId>,
-    /// Jobs that failed for another reason than space; they run again after a restart.
-    pub(super) stuck: BTreeMap<JobId, Error>,
+    /// Jobs that failed for another reason than space.
+    pub(super) stuck: BTreeMap<JobId, Stuck>,
+    /// When installs that cannot be made here are next fetched.
+    pub(super) fetch: Retry,
     /// Jobs whose install was offered.
     pub(super) offered: BTreeSet<JobId>,
     /// A rotation is asked for, and whether it was offered.
@@ -79,11 +90,17 @@ impl Core {
             running: BTreeSet::new(),
             diverged: BTreeSet::new(),
             stuck: BTreeMap::new(),
+            fetch: Retry::default(),
             offered: BTreeSet::new(),
             rotate: None,
             born,
             digest: None,
         }
+    }
+
+    /// Why a job will not be tried again.
+    pub(super) fn given_up(&self) -> Option<&Error> {
+        self.stuck.values().find(|stuck| stuck.over).map(|stuck| &stuck.error)
     }
 
     /// The manifest that readers follow.

@@ -7,11 +7,12 @@
 //! 4. Installs of flushes are offered in the order of their generations.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mainstay_io::AlignedBytes;
 
 use super::GroupShared;
-use super::core::Core;
+use super::core::{Core, Stuck};
 use crate::manifest::{Job, TableRef};
 use crate::memtable::Memtable;
 use crate::read::MergeInput;
@@ -27,6 +28,9 @@ const WRITE_BYTES: u64 = 512 << 10;
 /// What a job reserves beyond the bytes of its inputs: one part in so many, and some for blocks that are not full.
 const ESTIMATE_SHARE: u64 = 8;
 const ESTIMATE_BYTES: u64 = 256 << 10;
+
+/// Failures of a job, by what can pass, after which it is not tried again before a restart: some ten minutes.
+pub(super) const JOB_ATTEMPTS_MAX: u32 = 18;
 
 /// What a job made.
 pub(super) struct Output {
@@ -70,10 +74,11 @@ impl GroupShared {
         if self.failed.get().is_some() {
             return None;
         }
+        let now = self.engine.environment.clock.now();
         let mut core = self.lock();
         let (job, parts) = match class {
-            JobClass::Flush => self.next_flush(&core)?,
-            JobClass::Compact => next_compaction(&core)?,
+            JobClass::Flush => self.next_flush(&core, now)?,
+            JobClass::Compact => next_compaction(&core, now)?,
         };
         core.running.insert(job);
         let bytes = parts.iter().map(|part| {
@@ -92,11 +97,11 @@ impl GroupShared {
     }
 
     /// The oldest generation that is complete: of the logical manifest, whatever the present one waits for.
-    fn next_flush(&self, core: &Core) -> Option<(JobId, Vec<Part>)> {
+    fn next_flush(&self, core: &Core, now: Duration) -> Option<(JobId, Vec<Part>)> {
         let applied = self.applied();
         let generations = core.present.generations.iter().chain(&core.logical.generations);
         let (generation, frozen) = generations
-            .filter(|(_, frozen)| frozen.end <= applied && eligible(core, frozen.job))
+            .filter(|(_, frozen)| frozen.end <= applied && eligible(core, frozen.job, now))
             .min_by_key(|(g, _)| **g)?;
         let parts = frozen.touched.iter().map(|&(branch, keyspace)| Part {
             branch,
@@ -119,9 +124,10 @@ impl GroupShared {
             Ok(tables) => {
                 let output = Output { tables };
                 let known = core.logical.jobs.contains_key(&run.job) || core.present.jobs.contains_key(&run.job);
-                if !current || !known {
+                if !current || !known || core.done.contains_key(&run.job) {
                     return discard(output);
                 }
+                core.stuck.remove(&run.job);
                 core.done.insert(run.job, output);
                 self.advance(&mut core);
                 self.publish(&mut core, self.applied());
@@ -131,12 +137,18 @@ impl GroupShared {
             // The engine tries again when there is space.
             Err(error) if error.kind() == ErrorKind::OutOfSpace => {}
             Err(error) => {
-                tracing::error!(group = %self.id, job = %run.job, %error, "a job failed");
                 if current {
-                    core.stuck.insert(run.job, error);
+                    let passes = matches!(error.kind(), ErrorKind::Io | ErrorKind::Corrupt);
+                    let mut retry = core.stuck.get(&run.job).map(|stuck| stuck.retry).unwrap_or_default();
+                    retry.failed(self.engine.environment.clock.now());
+                    let over = !passes || retry.attempts >= JOB_ATTEMPTS_MAX;
+                    tracing::error!(group = %self.id, job = %run.job, attempts = retry.attempts, over, %error,
+                        "a job failed");
+                    core.stuck.insert(run.job, Stuck { error, retry, over });
                 }
                 drop(core);
                 self.progress.notify_waiters();
+                self.heal.counts.work.notify_one();
             }
         }
     }
@@ -170,17 +182,17 @@ impl GroupShared {
     }
 }
 
-fn eligible(core: &Core, job: JobId) -> bool {
+fn eligible(core: &Core, job: JobId, now: Duration) -> bool {
     !core.running.contains(&job)
         && !core.done.contains_key(&job)
         && !core.diverged.contains(&job)
-        && !core.stuck.contains_key(&job)
+        && core.stuck.get(&job).is_none_or(|stuck| !stuck.over && stuck.retry.at <= now)
 }
 
-fn next_compaction(core: &Core) -> Option<(JobId, Vec<Part>)> {
+fn next_compaction(core: &Core, now: Duration) -> Option<(JobId, Vec<Part>)> {
     core.present.jobs.iter().find_map(|(&id, job)| {
         let Job::Compact(compaction) = &**job else { return None };
-        if !eligible(core, id) {
+        if !eligible(core, id, now) {
             return None;
         }
         let open = |t: &TableRef| core.tables.get(&t.id).map(|stored| stored.table.clone());
@@ -322,7 +334,7 @@ impl<'a> Writing<'a> {
         };
         let engine = &run.group.engine;
         let bytes = StoredBytes::new(engine.volume.clone(), self.writer.finish(), meta.bytes);
-        StoredTable::open(Arc::new(install), bytes.clone(), &engine.cache, &engine.budget)
+        StoredTable::open(Arc::new(install), bytes.clone(), &engine.cache, &engine.budget, Some(&run.group.heal))
             .inspect_err(|_| bytes.set_obsolete())
     }
 }

@@ -18,9 +18,10 @@ use bytes::Bytes;
 use mainstay_wal::{GroupId, Record, RecordKind, RecordPos, Reserve};
 
 use super::GroupShared;
-use super::core::{Core, Edit, structure};
+use super::core::{Core, Edit, Structure, structure};
 use super::jobs::discard;
 use crate::codec::{Decoder, put_varint};
+use crate::heal::Retry;
 use crate::manifest::{
     Manifest, ManifestOp, ManifestSettings, Places, decode_op, encode_op, put_settings, take_settings,
 };
@@ -55,6 +56,8 @@ pub(super) struct Durable {
     edits: usize,
     /// An edit was left out: only pages help.
     broken: bool,
+    /// Tables that were made anew elsewhere; durable pages may still say that they lie here.
+    replaced: Vec<StoredTable>,
 }
 
 struct Pending {
@@ -112,7 +115,7 @@ impl GroupShared {
             match core.done.get(job) {
                 Some(output) if output.tables.iter().map(|t| &t.meta).eq(tables) => {}
                 Some(output) => {
-                    // Never adopted in silence: this replica goes on with the inputs, which hold the data it applied.
+                    // Never adopted in silence: the replica leaves service until it has fetched what the log says.
                     let own: Vec<_> = output.tables.iter().map(|t| format!("{:032x}", t.meta.digest)).collect();
                     let installed: Vec<_> = tables.iter().map(|t| format!("{:032x}", t.digest)).collect();
                     tracing::error!(group = %self.id, %job, index = %edit.index, ?own, ?installed,
@@ -120,11 +123,17 @@ impl GroupShared {
                     self.divergences.fetch_add(1, Ordering::Relaxed);
                     core.diverged.insert(*job);
                     core.done.remove(job).into_iter().for_each(discard);
+                    core.fetch = Retry::default();
+                    self.heal.counts.work.notify_one();
                     return false;
                 }
                 None => {
                     let held = |t: &crate::manifest::TableRef| core.tables.get(&t.id).is_some_and(|s| s.meta == *t);
                     if tables.is_empty() || !tables.iter().all(held) {
+                        if core.diverged.contains(job) || core.stuck.contains_key(job) {
+                            // It will not be made here.
+                            self.heal.counts.work.notify_one();
+                        }
                         return false;
                     }
                 }
@@ -133,7 +142,7 @@ impl GroupShared {
         true
     }
 
-    fn make_present(self: &Arc<Self>, core: &mut Core, edit: &Edit) {
+    pub(super) fn make_present(self: &Arc<Self>, core: &mut Core, edit: &Edit) {
         let mut places = Places::new();
         let mut removed = BTreeMap::new();
         for op in &edit.ops {
@@ -141,6 +150,8 @@ impl GroupShared {
                 for stored in core.done.remove(job).into_iter().flat_map(|output| output.tables) {
                     core.tables.insert(stored.meta.id, stored);
                 }
+                core.diverged.remove(job);
+                core.stuck.remove(job);
                 places.extend(tables.iter().filter_map(|t| Some((t.id, core.tables.get(&t.id)?.place()))));
             }
             match core.present.apply(edit.index, op, true) {
@@ -152,7 +163,12 @@ impl GroupShared {
             }
         }
         let unnamed = removed.values().filter(|t| !core.present.names(t));
-        let doomed = unnamed.filter_map(|t| core.tables.remove(&t.id)).collect();
+        let doomed = unnamed
+            .filter_map(|t| {
+                self.heal.forget(t.id);
+                core.tables.remove(&t.id)
+            })
+            .collect();
         let pending = Pending { index: edit.index, flushed: core.present.flushed(), doomed };
         let settings = std::mem::take(&mut core.born).then_some(core.present.settings);
         let payload = encode_edit(core.lineage, core.logged, edit, settings, &places);
@@ -216,6 +232,8 @@ impl GroupShared {
     pub(crate) fn pages_durable(&self, index: LogIndex) {
         self.settle(index);
         let mut durable = self.durable();
+        let replaced = std::mem::take(&mut durable.replaced);
+        replaced.iter().for_each(|stored| stored.bytes.set_obsolete());
         durable.edits = 0;
         if durable.broken {
             durable.broken = !durable.pending.is_empty();
@@ -231,7 +249,18 @@ impl GroupShared {
         let mut durable = self.durable();
         let old = std::mem::replace(&mut *durable, Durable { lineage, ..Durable::default() });
         self.flushed.store(flushed.0, Ordering::Release);
-        old.pending.into_iter().flat_map(|p| p.doomed).collect()
+        old.pending.into_iter().flat_map(|p| p.doomed).chain(old.replaced).collect()
+    }
+
+    /// Edits are left out from here on, until pages are durable.
+    pub(super) fn break_edits(&self) {
+        self.durable().broken = true;
+    }
+
+    /// A table lies elsewhere from here on. The caller has the turn of the pages, so that none that say otherwise are on
+    /// their way.
+    pub(super) fn replace(&self, old: StoredTable) {
+        self.durable().replaced.push(old);
     }
 
     /// Edits that pages would take out of the log.
@@ -247,10 +276,16 @@ impl GroupShared {
 
     /// Shows readers the state as entry `index` leaves it.
     pub(super) fn publish(&self, core: &mut Core, index: LogIndex) {
-        let structure = structure(core, index, &self.structure.load());
+        self.publish_over(core, index, &self.structure.load());
+    }
+
+    /// As [`GroupShared::publish`]; shares with `before` what has not changed since.
+    pub(super) fn publish_over(&self, core: &mut Core, index: LogIndex, before: &Structure) {
+        let structure = structure(core, index, before);
         self.structure.store(Arc::new(structure));
         self.frozen.store(core.frozen_generations(), Ordering::Release);
         self.l0_runs.store(core.l0_runs_max(), Ordering::Release);
+        self.diverged.store(!core.diverged.is_empty(), Ordering::Release);
         self.progress.notify_waiters();
     }
 

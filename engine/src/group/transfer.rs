@@ -86,7 +86,13 @@ impl GroupShared {
             let stored = match held {
                 Some(stored) => stored,
                 None => {
-                    let stored = self.fetch(meta, source).await?;
+                    let stored = match self.fetch(meta.clone(), source).await {
+                        // What the source holds is damaged: the other replicas hold the same table.
+                        Err(error) if error.kind() == ErrorKind::Corrupt => {
+                            self.fetch_from_peers(meta, None).await.map_err(|_| error)?
+                        }
+                        stored => stored?,
+                    };
                     fetched.0.push(stored.clone());
                     stored
                 }
@@ -140,7 +146,7 @@ impl GroupShared {
         Ok(flushed)
     }
 
-    async fn fetch(&self, meta: TableRef, source: &dyn TableSource) -> Result<StoredTable> {
+    pub(super) async fn fetch(&self, meta: TableRef, source: &dyn TableSource) -> Result<StoredTable> {
         let engine = &self.engine;
         let mut reservation = engine.volume.reserve(meta.bytes).await?;
         let mut writer = ExtentWriter::new(&engine.volume);
@@ -168,13 +174,14 @@ impl GroupShared {
             ));
         }
         let bytes = StoredBytes::new(engine.volume.clone(), writer.finish(), meta.bytes);
-        StoredTable::open(meta, bytes.clone(), &engine.cache, &engine.budget).inspect_err(|_| bytes.set_obsolete())
+        StoredTable::open(meta, bytes.clone(), &engine.cache, &engine.budget, Some(&self.heal))
+            .inspect_err(|_| bytes.set_obsolete())
     }
 }
 
-/// Tables fetched for an import that is not durable yet: dropped early, they are given back.
+/// Tables that were fetched and that nothing durable names yet: dropped early, they are given back.
 #[derive(Default)]
-struct Fetched(Vec<StoredTable>);
+pub(super) struct Fetched(pub(super) Vec<StoredTable>);
 
 impl Drop for Fetched {
     fn drop(&mut self) {

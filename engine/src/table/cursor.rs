@@ -13,7 +13,7 @@ use bytes::Bytes;
 
 use super::block::{Block, BlockCursor};
 use super::index::Handle;
-use super::reader::Table;
+use super::reader::{Table, is_damage};
 use crate::memory::{MemoryKind, Reservation};
 use crate::{LogIndex, Result};
 
@@ -287,16 +287,24 @@ impl TableCursor {
             let memory = self.memory.get_or_insert_with(|| table.budget().reserve(MemoryKind::Buffer, 0));
             memory.resize(length as u64);
         }
-        let bytes = table.read(start, length).await?;
+        let bytes = match table.read(start, length).await {
+            Err(error) if is_damage(&error) => return table.load_again(handle, !self.bypass).await,
+            bytes => bytes?,
+        };
         let mut blocks = VecDeque::with_capacity(group.len());
-        for handle in &group {
-            let from = handle.offset.saturating_sub(start) as usize;
-            let stored = bytes.slice(from..from.saturating_add(handle.stored as usize));
-            let block = table.decode(&stored, handle, !self.bypass)?;
+        for (at, ahead) in group.iter().enumerate() {
+            let from = ahead.offset.saturating_sub(start) as usize;
+            let stored = bytes.slice(from..from.saturating_add(ahead.stored as usize));
+            let block = match table.decode(&stored, ahead, !self.bypass) {
+                Err(error) if is_damage(&error) && at == 0 => table.load_again(ahead, !self.bypass).await?,
+                // It is met again when the walk comes there, and asked of other copies then.
+                Err(error) if is_damage(&error) => break,
+                block => block?,
+            };
             if !self.bypass {
-                table.cache(handle, &block);
+                table.cache(ahead, &block);
             }
-            blocks.push_back((*handle, block));
+            blocks.push_back((*ahead, block));
         }
         self.ahead = blocks;
         if !self.bypass {

@@ -36,6 +36,21 @@ use crate::Result;
 pub(crate) trait TableBytes: Send + Sync + 'static {
     /// Bytes `offset..offset + length`, at any alignment; exactly `length` of them on success.
     fn read(&self, offset: u64, length: usize) -> BoxFuture<Result<Bytes>>;
+
+    /// What is there does not match its checksum, or cannot be read, twice: a reason to mend the table. Returns how many
+    /// other copies can be asked.
+    fn found_damaged(&self) -> usize {
+        0
+    }
+
+    /// The same bytes of another copy, unverified. `copy` is less than what [`TableBytes::found_damaged`] gave.
+    fn read_elsewhere(&self, copy: usize, offset: u64, length: usize) -> BoxFuture<Result<Bytes>> {
+        let message = format!("no other copy of the table copy={copy} offset={offset} length={length}");
+        Box::pin(std::future::ready(Err(crate::Error::new(crate::ErrorKind::NotFound, message))))
+    }
+
+    /// A read was answered by another copy.
+    fn served_elsewhere(&self) {}
 }
 
 /// How blocks are compressed.

@@ -5,6 +5,8 @@
 //! # Invariants
 //! R1. No byte is looked at before it matched the checksum in its referrer; the first referrer is the root in the manifest.
 //! R2. A lookup is ready at its first poll when its blocks are cached and the top index has been read once.
+//! R3. Bytes that do not match, or cannot be read, are asked of the other copies of the table, if there are any, before a
+//!     read fails. What they give is checked in the same way (R1).
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 use std::sync::{Arc, OnceLock};
@@ -23,6 +25,8 @@ use crate::{Error, ErrorKind, LogIndex, Result};
 
 /// A value of at most this length is copied out of its block, so that it does not keep the block in memory.
 const COPY_BYTES_MAX: usize = 128;
+/// Other copies that one read asks at most.
+const COPIES_ASKED_MAX: usize = 16;
 /// Bytes of one read of `verify`.
 const VERIFY_READ_BYTES: usize = 1 << 20;
 
@@ -274,12 +278,11 @@ impl Table {
         let cached = match self.cache.get(self.owner, handle.offset) {
             Some(cached) => cached,
             None => {
-                let load = async {
-                    let bytes = self.read(handle.offset, handle.stored as usize).await?;
-                    let bytes = codec::open(&bytes, handle).map(own).map_err(|error| self.corrupt(error, handle))?;
+                let parse = |stored: &Bytes| {
+                    let bytes = codec::open(stored, handle).map(own).map_err(|error| self.corrupt(error, handle))?;
                     Ok(CachedBlock::Filter(Filter::parse(bytes).map_err(|error| self.corrupt(error, handle))?))
                 };
-                self.cache.get_or_load(self.owner, handle.offset, load).await?
+                self.cache.get_or_load(self.owner, handle.offset, self.sound(handle, parse)).await?
             }
         };
         match cached {
@@ -289,8 +292,46 @@ impl Table {
     }
 
     async fn load(&self, handle: &Handle) -> Result<Block> {
-        let bytes = self.read(handle.offset, handle.stored as usize).await?;
-        self.decode(&bytes, handle, true)
+        self.sound(handle, |stored| self.decode(stored, handle, true)).await
+    }
+
+    /// What `parse` makes of the bytes of `handle` (R3): from here, from here once more, since a misread goes away by
+    /// itself, or from another copy.
+    async fn sound<T>(&self, handle: &Handle, parse: impl Fn(&Bytes) -> Result<T>) -> Result<T> {
+        let length = handle.stored as usize;
+        let mut outcome = self.read(handle.offset, length).await.and_then(|bytes| parse(&bytes));
+        if outcome.as_ref().is_err_and(is_damage) {
+            outcome = self.read(handle.offset, length).await.and_then(|bytes| parse(&bytes));
+        }
+        let error = match outcome {
+            Err(error) if is_damage(&error) => error,
+            outcome => return outcome,
+        };
+        let copies = self.bytes.found_damaged().min(COPIES_ASKED_MAX);
+        for copy in 0..copies {
+            let read = self.bytes.read_elsewhere(copy, handle.offset, length).await;
+            let read = read.and_then(|bytes| parse(&bytes));
+            match read {
+                Ok(found) => {
+                    self.bytes.served_elsewhere();
+                    return Ok(found);
+                }
+                Err(other) => tracing::debug!(copy, %other, "another copy of a block cannot be had"),
+            }
+        }
+        if copies == 0 {
+            return Err(error);
+        }
+        let (digest, offset) = (self.meta.digest, handle.offset);
+        Err(Error::new(
+            error.kind(),
+            format!("{error}; {copies} other copies asked digest={digest:032x} offset={offset}"),
+        ))
+    }
+
+    /// As [`Table::sound`], for a block of which bytes were read that do not match: to be cached or not.
+    pub(super) async fn load_again(&self, handle: &Handle, to_be_cached: bool) -> Result<Block> {
+        self.sound(handle, |stored| self.decode(stored, handle, to_be_cached)).await
     }
 
     /// Verifies and parses stored bytes. To be cached, a block that is stored raw leaves the buffer it was read into.
@@ -336,6 +377,11 @@ impl Table {
             ),
         )
     }
+}
+
+/// A failure of this copy of the bytes, for which another copy may stand in.
+pub(super) fn is_damage(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Io)
 }
 
 /// The same bytes in memory of their own, so that they do not keep a larger buffer.

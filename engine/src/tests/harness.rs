@@ -30,7 +30,13 @@ pub(super) fn settings() -> GroupSettings {
 }
 
 pub(super) fn engine_settings() -> EngineSettings {
-    EngineSettings { memory_bytes: 32 << 20, background_tasks: 2, wal_in_flight_max: 3 }
+    EngineSettings {
+        memory_bytes: 32 << 20,
+        background_tasks: 2,
+        wal_in_flight_max: 3,
+        scrub_bytes_per_second: 0,
+        log_holes: false,
+    }
 }
 
 pub(super) fn media() -> SimMedia {

@@ -5,6 +5,7 @@
 mod crash;
 mod format;
 mod harness;
+mod heal;
 mod hostile;
 mod lifecycle;
 mod model;

@@ -13,23 +13,29 @@ use crate::{
 };
 
 /// A replica without a log of its own: the test feeds it.
-struct Replica {
-    media: SimMedia,
-    engine: Engine,
-    group: Group,
+pub(super) struct Replica {
+    pub(super) media: SimMedia,
+    pub(super) engine: Engine,
+    pub(super) group: Group,
 }
 
 impl Replica {
-    fn new(memory_bytes: u64, background_tasks: usize) -> Self {
+    pub(super) fn new(memory_bytes: u64, background_tasks: usize) -> Self {
         let media = media();
-        let settings = EngineSettings { memory_bytes, background_tasks, wal_in_flight_max: 3 };
+        let settings = EngineSettings {
+            memory_bytes,
+            background_tasks,
+            wal_in_flight_max: 3,
+            scrub_bytes_per_second: 0,
+            log_holes: false,
+        };
         let (engine, _) = engine(&media, settings).expect("opens");
         let group = block_on(engine.group(GROUP, settings_of_group())).expect("opens");
         Self { media, engine, group }
     }
 
     /// The power fails; the state of the volume comes back without the entries, which the test feeds again.
-    fn crash(self, seed: u64) -> Self {
+    pub(super) fn crash(self, seed: u64) -> Self {
         let Self { media, engine, group } = self;
         drop((engine, group));
         media.crash(seed);
@@ -38,7 +44,7 @@ impl Replica {
         Self { media, engine, group }
     }
 
-    fn feed(&self, log: &[Command]) {
+    pub(super) fn feed(&self, log: &[Command]) {
         for (at, command) in log.iter().enumerate() {
             let index = LogIndex(at as u64 + 1);
             if index > self.group.applied() {
@@ -47,7 +53,7 @@ impl Replica {
         }
     }
 
-    fn all(&self, branch: BranchId) -> std::collections::BTreeMap<Vec<u8>, Vec<u8>> {
+    pub(super) fn all(&self, branch: BranchId) -> std::collections::BTreeMap<Vec<u8>, Vec<u8>> {
         all(&self.group.snapshot(branch).expect("the branch is there"), DEFAULT)
     }
 }
@@ -56,7 +62,7 @@ fn engine_of(media: &SimMedia) -> (Engine, Vec<crate::OwnerRecord>) {
     engine(media, engine_settings()).expect("opens")
 }
 
-fn settings_of_group() -> crate::GroupSettings {
+pub(super) fn settings_of_group() -> crate::GroupSettings {
     settings()
 }
 
@@ -65,7 +71,7 @@ fn command(body: CommandBody) -> Command {
 }
 
 /// Applies to the leader and writes the log, with the installs that its jobs make on the way and all that come after.
-fn lead(leader: &Replica, commands: impl Iterator<Item = CommandBody>) -> Vec<Command> {
+pub(super) fn lead(leader: &Replica, commands: impl Iterator<Item = CommandBody>) -> Vec<Command> {
     let mut log = Vec::new();
     let mut apply = |command: Command| {
         log.push(command);
@@ -85,7 +91,7 @@ fn lead(leader: &Replica, commands: impl Iterator<Item = CommandBody>) -> Vec<Co
     log
 }
 
-fn work() -> impl Iterator<Item = CommandBody> {
+pub(super) fn work() -> impl Iterator<Item = CommandBody> {
     (0..1200_usize).map(|n| match n {
         300 => CommandBody::CreateCheckpoint { name: "c".into(), branch: MAIN },
         301 => CommandBody::CreateClone { name: "x".into(), checkpoint: "c".into() },
@@ -96,7 +102,7 @@ fn work() -> impl Iterator<Item = CommandBody> {
     })
 }
 
-fn check_equal(a: &Replica, b: &Replica) {
+pub(super) fn check_equal(a: &Replica, b: &Replica) {
     block_on(b.group.shared().idle());
     let (x, y) = (a.group.status(), b.group.status());
     assert_eq!((x.digest_index, x.digest), (y.digest_index, y.digest));
@@ -211,6 +217,10 @@ fn an_export_pins_its_tables() {
             leader.feed(&log);
         }
     }
+    while leader.group.shared().has_jobs() {
+        log.push(block_on(leader.group.next_install()));
+        leader.feed(&log);
+    }
     let receiver = Replica::new(64 << 20, 1);
     let source = From { leader: &leader.group, fetched: AtomicUsize::new(0), damage: false };
     let flushed = block_on(receiver.group.import(export.manifest.clone(), &source)).expect("pinned");
@@ -231,7 +241,7 @@ fn an_export_pins_its_tables() {
     assert_eq!(refused.map(|error| error.kind()), Some(ErrorKind::NotFound), "no longer pinned");
 }
 
-/// A replica whose tables differ says so and goes on with its inputs; it never takes the other's word.
+/// Without anybody to ask, a replica whose tables differ says so and goes on with its inputs: it never takes the other's word.
 #[test]
 fn a_divergence_is_counted_and_not_adopted() {
     let leader = Replica::new(64 << 20, 1);
@@ -245,6 +255,7 @@ fn a_divergence_is_counted_and_not_adopted() {
     replica.feed(&log[..=at]);
     block_on(replica.group.shared().diverged());
     assert_eq!(replica.group.status().divergences, 1);
+    assert!(replica.group.is_diverged());
     replica.feed(&log);
     assert_eq!(replica.all(MAIN), leader.all(MAIN));
     assert!(replica.group.flushed() < leader.group.flushed());
@@ -253,5 +264,6 @@ fn a_divergence_is_counted_and_not_adopted() {
     let source = From { leader: &leader.group, fetched: AtomicUsize::new(0), damage: false };
     block_on(replica.group.import(export.manifest.clone(), &source)).expect("the leader serves");
     assert_eq!(replica.all(MAIN), leader.all(MAIN));
+    assert!(!replica.group.is_diverged());
     drop((replica.engine, leader.engine, replica.media));
 }

@@ -202,6 +202,8 @@ impl Cluster {
             memory_bytes: self.settings.memory_bytes,
             background_tasks: 1,
             wal_in_flight_max: self.settings.wal_in_flight_max,
+            scrub_bytes_per_second: 64 << 20,
+            log_holes: true,
         };
         let mut deliver = |record| {
             found.push(record);
