@@ -23,13 +23,33 @@
 //! | purge up to `i` | else | drops `..= i`, remembers log id and membership of `i` |
 //! | snapshot about to be installed at `i` | | remembers log id and membership of `i` |
 //! | vote | | replaces the vote |
+//! | hole: records that damage has taken | | see below |
+//! | repair of entry `i` | `i` missing | puts it in its place |
+//! | seal | | nothing |
 //!
-//! At the end the entries must begin right behind what is purged, or at 0; else the log is `Corrupt`.
+//! At the end the entries must begin right behind what is purged, or at 0; else the log is `Corrupt`, or damaged if there was a
+//! hole.
+//!
+//! What a hole has taken is judged by what comes behind it. Let `l` be the last entry before it:
+//!
+//! | First record behind a hole | Then missing are |
+//! |---|---|
+//! | entry `i` of the term of `l` | `l + 1 ..= i - 1`: in one term a log only grows |
+//! | entry `i` of another term | the same, and every entry before it that is in no table: one of them may have been truncated in the hole |
+//! | truncate after `i`, which is `i` here too | nothing |
+//! | truncate after another `i` | as for an entry behind `i`, and `i` itself |
+//! | neither | every entry that is in no table, and all behind `l`: how many, nobody here knows. The log is *open* |
+//!
+//! A vote in the hole is known again from a vote behind it, or outbid by the term of an entry behind it; else it is lost.
 
-use std::collections::{BTreeMap, VecDeque};
+mod holes;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use mainstay_wal::{Lsn, RecordPos};
 
+use self::holes::MISSING_MAX;
+pub(crate) use self::holes::{Damage, Missing};
 use crate::types::{Entry, EntryPayload, LogId, StoredMembership, Vote, log_id, term_of};
 use crate::{Error, ErrorKind, Result};
 
@@ -47,6 +67,9 @@ pub(crate) enum Recovered {
     Truncate(Option<LogId>),
     Purge(LogId, StoredMembership),
     Install(LogId, StoredMembership),
+    Repair(Entry),
+    Hole,
+    Seal,
 }
 
 /// The state of the machine at an index: what a snapshot of it is called.
@@ -76,6 +99,20 @@ pub(crate) struct EntryIndex {
     begun: bool,
     /// Recovery began the log behind a gap, and no purge has filled it yet.
     behind_gap: bool,
+    /// Entries that damage has taken; their slots are empty.
+    missing: BTreeSet<u64>,
+    /// Log ids that are known of missing entries.
+    missing_ids: BTreeMap<u64, LogId>,
+    /// Entries whose record was written again, later than those of their neighbours.
+    repaired: BTreeSet<u64>,
+    /// Entries up to here are in tables.
+    decided: u64,
+    /// Recovery met a hole.
+    holes: bool,
+    /// ... and nothing since that tells where the log ended.
+    open: bool,
+    vote_lost: bool,
+    base_lost: bool,
 }
 
 fn entry_bytes(entry: &Entry) -> u64 {
@@ -88,8 +125,9 @@ fn entry_bytes(entry: &Entry) -> u64 {
 }
 
 impl EntryIndex {
-    pub(crate) fn new(cache_bytes_max: u64) -> Self {
-        Self { cache_bytes_max, ..Self::default() }
+    /// An empty log; entries up to `decided` are in tables.
+    pub(crate) fn new(cache_bytes_max: u64, decided: u64) -> Self {
+        Self { cache_bytes_max, decided, ..Self::default() }
     }
 
     pub(crate) fn vote(&self) -> Option<Vote> {
@@ -120,7 +158,7 @@ impl EntryIndex {
 
     /// True when there is no trace of a log: nothing was ever written.
     pub(crate) fn is_pristine(&self) -> bool {
-        self.slots.is_empty() && self.purged.is_none() && self.anchors.is_empty() && self.vote.is_none()
+        self.slots.is_empty() && self.purged.is_none() && self.anchors.is_empty() && self.vote.is_none() && !self.holes
     }
 
     pub(crate) fn last(&self) -> Option<LogId> {
@@ -129,6 +167,9 @@ impl EntryIndex {
 
     /// The log id at an index, if it is known.
     pub(crate) fn log_id(&self, index: u64) -> Option<LogId> {
+        if self.missing.contains(&index) {
+            return self.missing_ids.get(&index).copied();
+        }
         if (self.first..self.next()).contains(&index) {
             let (_, term) = self.terms.range(..=index).next_back().expect("every entry lies in a run of a term");
             return Some(log_id(*term, index));
@@ -210,6 +251,9 @@ impl EntryIndex {
         }
         self.terms.split_off(&keep_to);
         self.memberships.split_off(&keep_to);
+        self.missing.split_off(&keep_to);
+        self.missing_ids.split_off(&keep_to);
+        self.repaired.split_off(&keep_to);
     }
 
     /// Drops the entries up to `upto` and remembers what the state there is called.
@@ -235,6 +279,9 @@ impl EntryIndex {
             self.terms.insert(self.first, term);
         }
         self.memberships = self.memberships.split_off(&self.first);
+        self.missing = self.missing.split_off(&self.first);
+        self.missing_ids = self.missing_ids.split_off(&self.first);
+        self.repaired = self.repaired.split_off(&self.first);
         self.anchors = self.anchors.split_off(&upto.index);
         self.anchors.insert(upto.index, Anchor { log_id: upto, membership, pos: None });
         self.purged = Some(upto);
@@ -316,6 +363,10 @@ impl EntryIndex {
         match record {
             Recovered::Entry(entry) => {
                 let id = entry.log_id;
+                if std::mem::take(&mut self.open) {
+                    self.vote_lost = false;
+                    self.behind_hole(id);
+                }
                 let known = self.begun || self.purged.is_some();
                 if self.slots.is_empty() && self.purged.is_some() && id.index > self.next() {
                     self.first = id.index;
@@ -341,8 +392,27 @@ impl EntryIndex {
             Recovered::Vote(vote) => {
                 self.vote = Some(vote);
                 self.vote_pos = Some(pos);
+                self.vote_lost = false;
             }
-            Recovered::Truncate(after) => self.truncate_after(after.map(|id| id.index)),
+            Recovered::Truncate(after) => {
+                if std::mem::take(&mut self.open)
+                    && let Some(id) = after
+                {
+                    self.behind_hole_at(id);
+                }
+                self.truncate_after(after.map(|id| id.index));
+            }
+            Recovered::Repair(entry) => {
+                if self.missing.contains(&entry.log_id.index) {
+                    self.repair(&entry, pos);
+                }
+            }
+            Recovered::Seal => {}
+            Recovered::Hole => {
+                self.holes = true;
+                self.open = true;
+                self.vote_lost = true;
+            }
             Recovered::Purge(upto, membership) => {
                 if !self.slots.is_empty() && upto.index + 1 < self.first {
                     // The entries between were purged later, and cut: that purge is still to come.
@@ -361,6 +431,21 @@ impl EntryIndex {
 
     /// Ends recovery: entries behind a gap that no purge filled were never acknowledged.
     pub(crate) fn settle(&mut self) {
+        if self.behind_gap && self.holes {
+            self.behind_gap = false;
+            let from = self.purged.map_or(0, |p| p.index.saturating_add(1));
+            if self.first.saturating_sub(from) > MISSING_MAX {
+                self.base_lost = true;
+                return;
+            }
+            // The purge or the entries that belong here lie in a hole.
+            while self.first > from {
+                self.first -= 1;
+                self.slots.push_front(NOWHERE);
+                self.missing.insert(self.first);
+            }
+            self.terms.insert(from, 0);
+        }
         if std::mem::take(&mut self.behind_gap) {
             tracing::warn!(first = self.first, purged = ?self.purged, "dropped entries behind a refused one");
             self.truncate_after(None);
@@ -369,8 +454,13 @@ impl EntryIndex {
     }
 
     /// Checks what recovery found.
-    pub(crate) fn check(&self) -> Result<()> {
+    pub(crate) fn check(&mut self) -> Result<()> {
         let expect = self.purged.map_or(0, |p| p.index + 1);
+        if self.holes {
+            let unnamed = !self.missing.contains(&self.decided) && self.state_at(self.decided).is_err();
+            self.base_lost |= unnamed || (!self.slots.is_empty() && self.first != expect);
+            return Ok(());
+        }
         if !self.slots.is_empty() && self.first != expect {
             let message = format!("the log has a hole first={} expected={expect}", self.first);
             return Err(Error::new(ErrorKind::Corrupt, message));
@@ -386,16 +476,16 @@ mod tests {
     use super::*;
     use crate::types::{Membership, Payload};
 
-    fn entry(term: u64, index: u64) -> Entry {
+    pub(super) fn entry(term: u64, index: u64) -> Entry {
         Entry { log_id: log_id(term, index), payload: EntryPayload::Normal(Payload::new(Bytes::from(vec![7; 100]))) }
     }
 
-    fn pos(n: u64) -> RecordPos {
+    pub(super) fn pos(n: u64) -> RecordPos {
         RecordPos { batch: Lsn(n * 4096), offset: 64, length: 100 }
     }
 
-    fn replay(records: Vec<Recovered>) -> EntryIndex {
-        let mut index = EntryIndex::new(1 << 20);
+    pub(super) fn replay(records: Vec<Recovered>) -> EntryIndex {
+        let mut index = EntryIndex::new(1 << 20, 0);
         for (n, record) in records.into_iter().enumerate() {
             index.recover(record, pos(n as u64));
         }
@@ -403,7 +493,7 @@ mod tests {
         index
     }
 
-    fn span(index: &EntryIndex) -> (u64, u64) {
+    pub(super) fn span(index: &EntryIndex) -> (u64, u64) {
         (index.first(), index.next())
     }
 
@@ -431,7 +521,7 @@ mod tests {
         assert_eq!(cut.last(), Some(log_id(3, 0)));
 
         let m = StoredMembership::new(Some(log_id(1, 0)), Membership::default());
-        let purged = replay(vec![
+        let mut purged = replay(vec![
             R::Entry(entry(1, 5)),
             R::Entry(entry(1, 6)),
             R::Entry(entry(2, 7)),
@@ -442,7 +532,7 @@ mod tests {
         assert_eq!(purged.membership_at(7), m);
         assert!(purged.check().is_ok());
 
-        let cut = replay(vec![
+        let mut cut = replay(vec![
             R::Entry(entry(2, 9)),
             R::Purge(log_id(1, 6), m.clone()),
             R::Entry(entry(2, 10)),
@@ -452,7 +542,7 @@ mod tests {
         assert!(cut.check().is_ok());
 
         // As `cut`, but the old purge stands before the entries.
-        let led = replay(vec![
+        let mut led = replay(vec![
             R::Purge(log_id(1, 6), m.clone()),
             R::Entry(entry(2, 9)),
             R::Entry(entry(2, 10)),
@@ -466,18 +556,18 @@ mod tests {
 
         // The first entry after a purge was refused, the next was not; then both are queued again, or nothing is.
         let orphan = || vec![R::Purge(log_id(1, 6), m.clone()), R::Entry(entry(2, 8))];
-        let dropped = replay(orphan());
+        let mut dropped = replay(orphan());
         assert_eq!(span(&dropped), (7, 7));
         assert_eq!(dropped.last(), Some(log_id(1, 6)));
         assert!(dropped.check().is_ok());
         let mut again = orphan();
         again.extend([R::Entry(entry(2, 7)), R::Entry(entry(2, 8))]);
-        let again = replay(again);
+        let mut again = replay(again);
         assert_eq!(span(&again), (7, 9));
         assert_eq!(again.pos(8), Some(pos(3)));
         assert!(again.check().is_ok());
 
-        let headless = replay(vec![R::Entry(entry(1, 5))]);
+        let mut headless = replay(vec![R::Entry(entry(1, 5))]);
         assert_eq!(headless.check().expect_err("no base").kind(), ErrorKind::Corrupt);
 
         let installed = replay(vec![R::Entry(entry(1, 0)), R::Install(log_id(4, 90), m.clone())]);
@@ -488,7 +578,7 @@ mod tests {
 
     #[test]
     fn cache_keeps_what_cannot_be_read_back() {
-        let mut index = EntryIndex::new(500);
+        let mut index = EntryIndex::new(500, 0);
         for i in 0..10 {
             index.push(entry(1, i));
         }
@@ -511,7 +601,7 @@ mod tests {
 
     #[test]
     fn a_late_completion_does_not_place_the_entry_that_followed() {
-        let mut index = EntryIndex::new(1 << 20);
+        let mut index = EntryIndex::new(1 << 20, 0);
         index.push(entry(1, 0));
         index.truncate_after(None);
         index.push(entry(2, 0));
@@ -523,7 +613,7 @@ mod tests {
 
     #[test]
     fn tail_is_kept_by_bytes() {
-        let mut index = EntryIndex::new(1 << 20);
+        let mut index = EntryIndex::new(1 << 20, 0);
         for i in 0..10 {
             index.push(entry(1, i));
             index.durable(log_id(1, i), pos(i));

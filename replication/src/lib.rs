@@ -6,7 +6,10 @@
 mod durability;
 mod entry_index;
 mod error;
+mod heal;
 mod init;
+mod log_cases;
+mod log_heal;
 mod log_store;
 mod membership;
 mod network;
@@ -31,6 +34,7 @@ mod tests;
 
 pub use durability::{Durability, ReadLevel};
 pub use error::{Error, ErrorKind, Result};
+pub use log_store::LogHealStatus;
 pub use node::{CommitToken, ForwardHandler, MemberInfo, MemberRole, Node, NodeOptions, NodeStatus, Write};
 pub use runtime::{Runtime, TokioRuntime};
 pub use tcp::{FRAME_BYTES_MAX, TcpTransport};

@@ -20,6 +20,8 @@
 //!
 //! Lock order: `order`, then `state`. Neither is held across an await; completions take `state` alone.
 
+mod mend;
+
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::ops::{Bound, RangeBounds};
@@ -33,6 +35,7 @@ use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use openraft::{OptionalSend, RaftTypeConfig};
 use tokio::sync::{mpsc, oneshot};
 
+pub(crate) use self::mend::Given;
 use crate::entry_index::{ANCHORS_MAX, EntryIndex};
 use crate::types::{Entry, EntryPayload, LogId, SnapshotMeta, StoredMembership, TypeConfig, Vote, io_error};
 use crate::{Error, ErrorKind, Result, Runtime, record};
@@ -62,7 +65,29 @@ struct State {
     in_flight: u64,
     failed: Option<String>,
     purge_requests: Option<mpsc::Sender<PurgeRequest>>,
+    entry_requests: Option<mpsc::Sender<EntryRequest>>,
+    counts: LogHealStatus,
+    /// Records of the node's log when the last seal was queued.
+    sealing: Option<u64>,
 }
+
+/// An entry whose record here is damaged: another member is asked for it.
+pub(crate) struct EntryRequest {
+    pub(crate) id: LogId,
+    pub(crate) done: oneshot::Sender<Entry>,
+}
+
+/// What was found damaged in the log of a node, and what was mended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LogHealStatus {
+    /// Entries found missing at start, or damaged when they were read.
+    pub entries_lost: u64,
+    /// Entries that were fetched from other members and written again.
+    pub entries_healed: u64,
+}
+
+/// Entries that are asked of others at once.
+const ENTRY_REQUESTS_MAX: usize = 64;
 
 /// Rounds of copies in one answer to the engine before it is told that nothing can be cut.
 const COPY_ROUNDS_MAX: usize = 8;
@@ -85,9 +110,18 @@ impl LogStore {
     ///
     /// # Errors
     /// `Corrupt`, `Foreign`: see `entry_index`.
-    pub(crate) fn open(wal: Wal, group: GroupId, found: Vec<OwnerRecord>, cache_bytes: u64) -> Result<Self> {
-        let mut index = EntryIndex::new(cache_bytes);
-        for record in found.into_iter().filter(|r| r.group == group) {
+    ///
+    /// Entries up to `flushed` are in tables. What damage has taken is told by [`LogStore::damage`]; nothing but reads is asked
+    /// of the store before it is mended.
+    pub(crate) fn open(
+        wal: Wal,
+        group: GroupId,
+        found: Vec<OwnerRecord>,
+        cache_bytes: u64,
+        flushed: LogIndex,
+    ) -> Result<Self> {
+        let mut index = EntryIndex::new(cache_bytes, flushed.0);
+        for record in found.into_iter().filter(|r| r.group == group || r.kind == RecordKind::HOLE) {
             index.recover(record::decode(record.kind, &record.payload)?, record.pos);
         }
         index.settle();
@@ -348,7 +382,7 @@ impl LogStore {
             let settled = state.index.vote().is_none() || state.index.vote_pos.is_some();
             if settled && state.index.anchors().all(|a| a.pos.is_some()) {
                 // An entry whose place is not known lies behind the end of what is durable.
-                let entry = if state.index.is_empty() { None } else { state.index.pos(state.index.first()) };
+                let entry = state.index.oldest_pos();
                 let anchors = state.index.anchors().filter_map(|a| a.pos);
                 return Ok(anchors.chain(state.index.vote_pos).chain(entry).min());
             }
@@ -362,7 +396,7 @@ impl LogStore {
         {
             let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
             let state = self.state();
-            let oldest = if state.index.is_empty() { None } else { state.index.pos(state.index.first()) };
+            let oldest = state.index.oldest_pos();
             let stale = |pos: Option<RecordPos>| match (pos, oldest) {
                 (Some(pos), Some(oldest)) => pos < oldest,
                 _ => true,
@@ -422,8 +456,10 @@ impl LogStore {
             entries.push(match item {
                 Found::Cached(entry) => entry,
                 Found::At(index, pos) => {
-                    let bytes = self.inner.wal.read(pos).await.map_err(io_error)?;
-                    let entry = record::decode_entry(&bytes).map_err(io_error)?;
+                    let entry = match self.inner.wal.read(pos).await {
+                        Ok(bytes) => record::decode_entry(&bytes).map_err(io_error)?,
+                        Err(error) => self.read_elsewhere(index, &error).await?,
+                    };
                     if entry.log_id.index != index {
                         let got = entry.log_id.index;
                         return Err(io_error(format!("another entry lies there expected={index} found={got}")));

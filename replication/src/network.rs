@@ -45,6 +45,9 @@ pub(crate) mod method {
     pub(crate) const MEMBER: u8 = 13;
     pub(crate) const OFFER: u8 = 14;
     pub(crate) const WHO: u8 = 15;
+    pub(crate) const LOG_GIVE: u8 = 20;
+    pub(crate) const LOG_ENDS: u8 = 21;
+    pub(crate) const DIGESTS: u8 = 22;
 }
 
 /// How long entries may take to be durable at a follower. A follower that vanished is noticed by its heartbeats, which

@@ -28,7 +28,7 @@ use openraft_rt::Instant;
 use tokio::sync::{Notify, Semaphore};
 
 use crate::init::Promise;
-use crate::log_store::LogStore;
+use crate::log_store::{LogHealStatus, LogStore};
 use crate::network::Networks;
 use crate::progress::Progress;
 use crate::read::Rounds;
@@ -120,7 +120,8 @@ pub struct NodeStatus {
     pub cluster: [u8; 16],
     /// Zero before `init` or `join`.
     pub id: NodeId,
-    /// `leader`, `follower`, `candidate`, `learner`, `waiting` (no identity yet), `removed`, `failed`, `closed`.
+    /// `leader`, `follower`, `candidate`, `learner`, `waiting` (no identity yet), `recovering` (mends its log, see `failure`),
+    /// `removed`, `failed`, `closed`.
     pub role: String,
     /// Raft term.
     pub term: u64,
@@ -136,8 +137,10 @@ pub struct NodeStatus {
     pub members: Vec<MemberInfo>,
     /// For a leader: entries that each other member lacks.
     pub lag: BTreeMap<u64, u64>,
-    /// Why the node left service.
+    /// Why the node left service, or does not take part yet.
     pub failure: Option<String>,
+    /// Damage found and mended in the log.
+    pub log_heal: LogHealStatus,
 }
 
 /// Answers application requests that other nodes forwarded.
@@ -148,6 +151,8 @@ pub type ForwardHandler = Arc<dyn Fn(Bytes) -> BoxFuture<Result<Bytes>> + Send +
 pub(crate) enum Phase {
     /// No identity yet.
     Waiting,
+    /// Damage has taken a part of its log: it asks the others, and takes no part before it has it.
+    Recovering(String),
     /// Takes part.
     Member,
     /// Was removed from its cluster: idle.
@@ -367,6 +372,9 @@ impl<R: Runtime> Inner<R> {
                 return Err(Error::new(ErrorKind::Unavailable, "the node was removed from its cluster"));
             }
             Phase::Waiting => return Err(Error::new(ErrorKind::Unavailable, "the node is not a member yet")),
+            Phase::Recovering(reason) => {
+                return Err(Error::new(ErrorKind::Unavailable, format!("the node mends its log: {reason}")));
+            }
             Phase::Failed(reason) => return Err(Error::new(ErrorKind::Closed, format!("the node failed: {reason}"))),
             Phase::Closed => return Err(Error::new(ErrorKind::Closed, "the node is closed")),
         }
@@ -386,6 +394,14 @@ impl<R: Runtime> Inner<R> {
             // The end first: what is closing does no further step.
             let _ = R::select2(closing, task).await;
         }));
+    }
+
+    /// [`Inner::run`] on a log that was mended in an earlier life, or had holes that took nothing that is needed.
+    pub(crate) async fn mend_vote_and_run(self: &Arc<Self>) -> Result<()> {
+        if let Some(term) = self.log.least_vote() {
+            self.log.raise_vote(term).await.map_err(|e| Error::new(ErrorKind::Closed, e.to_string()))?;
+        }
+        self.run().await
     }
 
     /// Starts openraft under the identity of the volume.
@@ -456,7 +472,9 @@ impl<R: Runtime> Node<R> {
         }
         raft_config(&options)?;
         let group = engine.group(GROUP, options.group.clone()).await?;
-        let log = LogStore::open(engine.wal().clone(), GROUP, found, options.entry_cache_bytes)?;
+        let cache_bytes = options.entry_cache_bytes;
+        let log = LogStore::open(engine.wal().clone(), GROUP, found, cache_bytes, group.flushed())?;
+        let damage = log.damage();
         let inner = Arc::new(Inner {
             options,
             engine,
@@ -483,10 +501,14 @@ impl<R: Runtime> Node<R> {
             proposals: crate::proposals::Proposals::default(),
         });
         inner.start_owner_task();
-        if inner.engine.identity() == Identity::default() {
-            inner.start_join_task();
-        } else {
-            inner.run().await?;
+        inner.start_entry_healing();
+        match damage {
+            Some(_) if inner.engine.identity() == Identity::default() => {
+                return Err(Error::new(ErrorKind::Corrupt, "the log is damaged, and the volume belongs to no cluster"));
+            }
+            Some(damage) => inner.start_log_healing(&damage),
+            None if inner.engine.identity() == Identity::default() => inner.start_join_task(),
+            None => inner.mend_vote_and_run().await?,
         }
         inner.transport.serve(inner.hello(), Arc::new(Service(Arc::downgrade(&inner))));
         Ok(Self { _handle: Arc::new(StopOnDrop(inner.clone())), inner })

@@ -47,6 +47,10 @@ fn too_late() -> Error {
 
 impl<R: Runtime> Inner<R> {
     pub(crate) async fn read_barrier(self: &Arc<Self>, level: ReadLevel) -> Result<LogIndex> {
+        if self.group.is_diverged() {
+            let message = "this replica holds other tables than the log says and fetches them: ask another";
+            return Err(Error::new(ErrorKind::Unavailable, message));
+        }
         let index = match level {
             ReadLevel::Local => {
                 if self.closing.is_set() {

@@ -24,6 +24,12 @@ pub(crate) const PURGE: RecordKind = RecordKind(35);
 /// The state at an index is about to be taken over from a peer.
 pub(crate) const INSTALL: RecordKind = RecordKind(36);
 
+/// An entry that takes the place of one that damage has taken; what follows it stays.
+pub(crate) const REPAIR: RecordKind = RecordKind(37);
+
+/// Nothing: it lies behind what was durable when it was written, and so proves it.
+pub(crate) const SEAL: RecordKind = RecordKind(38);
+
 /// Bytes before the command in the record of an entry.
 pub(crate) const ENTRY_HEADER_BYTES: usize = 18;
 
@@ -54,6 +60,10 @@ pub(crate) fn encode_anchor(at: &LogId, membership: &StoredMembership) -> Vec<By
     vec![writer.finish()]
 }
 
+pub(crate) fn encode_seal() -> Vec<Bytes> {
+    vec![Writer::new().finish()]
+}
+
 /// Decodes the record of an entry; the payload shares the memory of `bytes`.
 pub(crate) fn decode_entry(bytes: &Bytes) -> Result<Entry> {
     let mut reader = Reader::open(bytes)?;
@@ -77,8 +87,12 @@ pub(crate) fn decode_entry(bytes: &Bytes) -> Result<Entry> {
 
 /// Decodes a record of the log's owner.
 pub(crate) fn decode(kind: RecordKind, bytes: &Bytes) -> Result<Recovered> {
-    if kind == ENTRY {
-        return decode_entry(bytes).map(Recovered::Entry);
+    match kind {
+        ENTRY => return decode_entry(bytes).map(Recovered::Entry),
+        REPAIR => return decode_entry(bytes).map(Recovered::Repair),
+        RecordKind::HOLE => return Ok(Recovered::Hole),
+        SEAL => return Ok(Recovered::Seal),
+        _ => {}
     }
     let mut reader = Reader::open(bytes)?;
     let record = match kind {

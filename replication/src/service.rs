@@ -20,6 +20,8 @@ use mainstay_io::BoxFuture;
 use openraft_rt::Instant;
 use tokio::sync::Notify;
 
+use crate::heal::{read_digests, write_digests};
+use crate::log_heal::{read_given, read_lost, write_given};
 use crate::network::{
     OFFER_WAIT, method, read_append, read_offer, read_transfer_request, read_vote_request, write_append_response,
     write_offer, write_transfer_response, write_vote_response,
@@ -142,10 +144,33 @@ impl<R: Runtime> Inner<R> {
                 let offset = reader.u64()?;
                 let length = reader.u64()?.min(TABLE_READ_BYTES_MAX);
                 reader.end()?;
-                let read = self.group.read_table(id, offset, length).await.map_err(Error::from);
+                let read = self.group.read_table(id, offset, length).await.map_err(|error| match error.kind() {
+                    // Who asks tells a damaged copy from a member that does not answer.
+                    ErrorKind::Io => Error::new(ErrorKind::Io, error.to_string()),
+                    _ => error.into(),
+                });
                 Ok(encode_result(read, |w, bytes| {
                     w.bytes(&bytes);
                 }))
+            }
+            method::LOG_GIVE => {
+                self.cluster_peer(&from)?;
+                let (first, last, anchor) = read_lost(&body)?;
+                let committed = self.committed();
+                let given = self.log.give(first, last, anchor, committed).await;
+                let given = given.map_err(|e| Error::new(ErrorKind::Unavailable, e.to_string()));
+                Ok(encode_result(given, |w, given| write_given(w, &given)))
+            }
+            method::DIGESTS => {
+                self.cluster_peer(&from)?;
+                let mut reader = Reader::open(&body)?;
+                let job = mainstay_engine::JobId(reader.u64()?);
+                reader.end()?;
+                Ok(encode_result(Ok(self.group.output_digests(job)), write_digests))
+            }
+            method::LOG_ENDS => {
+                self.cluster_peer(&from)?;
+                Ok(encode_result(Ok(self.ends()), |w, ends| ends.write(w)))
             }
             method::OFFER => {
                 let running = self.raft_peer(&from)?;
@@ -345,6 +370,10 @@ pub(crate) fn decode_any(bytes: &Bytes) {
     let _ = read_vote_request::<R>(bytes);
     let _ = read_transfer_request::<R>(bytes);
     let _ = decode_result(bytes, read_offer);
+    let _ = decode_result(bytes, read_given);
+    let _ = decode_result(bytes, read_digests);
+    let _ = read_lost(bytes);
+    let _ = decode_result(bytes, crate::log_heal::Ends::read);
     let _ = decode_result(bytes, Reader::applied);
     let _ = decode_result(bytes, Reader::member_infos);
     let _ = decode_result(bytes, crate::init::Prepared::read);

@@ -172,6 +172,13 @@ impl TableSource for SharedSource {
     }
 }
 
+/// Takes over the state of a peer outside of openraft, which does not run yet. The caller has made its name durable (S3).
+pub(crate) async fn take_tables<S: State>(state: &S, peers: Arc<dyn Peers>, offer: &Offer) -> Result<()> {
+    let source = SharedSource(Arc::new(Source { peers, from: offer.from, failed: Mutex::new(None) }));
+    state.import(offer.manifest.clone(), &source).await?;
+    Ok(())
+}
+
 /// Terms and memberships by the index from which on they hold.
 #[derive(Debug, Default)]
 struct History {

@@ -15,6 +15,7 @@ impl<R: Runtime> Inner<R> {
             cluster: identity.cluster,
             id: NodeId(identity.node),
             group: self.group.status(),
+            log_heal: self.log.heal_status(),
             ..NodeStatus::default()
         };
         let running = self.running.read().expect("nothing panics while it holds this lock").clone();
@@ -43,6 +44,11 @@ impl<R: Runtime> Inner<R> {
         match self.phase() {
             Phase::Member => {}
             Phase::Waiting => status.role = "waiting".into(),
+            Phase::Recovering(reason) => {
+                status.role = "recovering".into();
+                status.failure = Some(reason);
+                status.members = self.members();
+            }
             Phase::Removed => status.role = "removed".into(),
             Phase::Closed => status.role = "closed".into(),
             Phase::Failed(reason) => {
@@ -56,11 +62,22 @@ impl<R: Runtime> Inner<R> {
     /// Members of the configuration in force here, committed or not.
     pub(crate) fn members(&self) -> Vec<MemberInfo> {
         let running = self.running.read().expect("nothing panics while it holds this lock").clone();
-        running.map_or_else(Vec::new, |r| members_of(r.metrics.borrow_watched().membership_config.membership()))
+        match running {
+            Some(running) => members_of(running.metrics.borrow_watched().membership_config.membership()),
+            None => members_of(self.log.membership().membership()),
+        }
+    }
+
+    /// Entries up to here are committed, as far as this node knows.
+    pub(crate) fn committed(&self) -> u64 {
+        let running = self.running.read().expect("nothing panics while it holds this lock").clone();
+        let known = running.and_then(|r| r.metrics.borrow_watched().local_committed.as_ref().map(|id| id.index));
+        known.unwrap_or(0).max(self.group.applied().0)
     }
 
     pub(crate) fn member(&self, id: NodeId) -> Option<MemberInfo> {
-        let running = self.running.read().expect("nothing panics while it holds this lock").clone()?;
+        let running = self.running.read().expect("nothing panics while it holds this lock").clone();
+        let Some(running) = running else { return self.members().into_iter().find(|member| member.id == id) };
         let metrics = running.metrics.borrow_watched();
         let membership = metrics.membership_config.membership();
         let member = membership.get_node(&id.0)?;

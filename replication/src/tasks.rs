@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mainstay_engine::LogIndex;
+use mainstay_engine::{CommandBody, LogIndex};
+use mainstay_wal::Lsn;
 use openraft::ServerState;
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
@@ -27,6 +28,29 @@ const ORPHAN: Duration = Duration::from_secs(3);
 /// How long closing waits for another leader.
 const HAND_OVER: Duration = Duration::from_secs(3);
 
+/// A log without a write for this long gets a record behind its last batch that proves it.
+const SEAL_TICKS: u32 = 10;
+
+/// How long nothing was written to the log.
+#[derive(Default)]
+struct Idle {
+    end: Lsn,
+    ticks: u32,
+    /// The log is proven up to here.
+    sealed: Option<Lsn>,
+}
+
+impl Idle {
+    /// Once for each time that the log has come to rest.
+    fn wants_seal(&mut self, end: Lsn) -> bool {
+        if self.end != end {
+            (self.end, self.ticks) = (end, 0);
+        }
+        self.ticks = self.ticks.saturating_add(1);
+        self.ticks == SEAL_TICKS && self.sealed != Some(end)
+    }
+}
+
 impl<R: Runtime> Inner<R> {
     /// Purges after flushes and when the engine asks, and queues again what a full ring refused.
     pub(crate) fn start_owner_task(self: &Arc<Self>) {
@@ -34,6 +58,7 @@ impl<R: Runtime> Inner<R> {
         let this = self.clone();
         self.spawn(async move {
             let mut seen = this.group.flushed();
+            let mut idle = Idle::default();
             loop {
                 let event = {
                     let request = std::pin::pin!(requests.recv());
@@ -53,7 +78,12 @@ impl<R: Runtime> Inner<R> {
                         seen = this.group.flushed();
                         this.purge(seen).await;
                     }
-                    Select3::Third(()) => {}
+                    Select3::Third(()) => {
+                        idle.sealed = this.log.take_seal().or(idle.sealed);
+                        if this.phase() == Phase::Member && idle.wants_seal(this.engine.wal().durable()) {
+                            this.log.seal();
+                        }
+                    }
                 }
             }
         });
@@ -87,6 +117,7 @@ impl<R: Runtime> Inner<R> {
     }
 
     pub(crate) fn start_tasks(self: &Arc<Self>, running: &Arc<Running<R>>) {
+        self.start_healing();
         let (this, r) = (self.clone(), running.clone());
         self.spawn(async move { this.watch(&r).await });
         let (this, r) = (self.clone(), running.clone());
@@ -174,6 +205,11 @@ impl<R: Runtime> Inner<R> {
                     openraft_rt::Select2::First(Err(_)) => return,
                     openraft_rt::Select2::Second(command) => command,
                 };
+                if let CommandBody::Install { job, .. } = &command.body
+                    && !self.agree(running, *job).await
+                {
+                    continue;
+                }
                 let bytes = match command.encode() {
                     Ok(bytes) => bytes,
                     Err(error) => {
@@ -211,8 +247,12 @@ impl<R: Runtime> Inner<R> {
     }
 
     async fn look_after_members(self: &Arc<Self>, running: &Arc<Running<R>>) {
+        let mut aside = false;
         loop {
             R::sleep(RECONCILE).await;
+            if self.phase() == Phase::Member {
+                aside = self.stand_aside(running, aside).await;
+            }
             let leads = running.metrics.borrow_watched().state == ServerState::Leader;
             if leads {
                 self.reconcile(running).await;
@@ -290,5 +330,22 @@ impl<R: Runtime> Inner<R> {
             Err(_) if failed => Ok(()),
             result => Ok(result?),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_at_rest_is_sealed_once() {
+        let mut idle = Idle::default();
+        let wanted = |idle: &mut Idle, end| (0..50).filter(|_| idle.wants_seal(Lsn(end))).count();
+        assert_eq!(wanted(&mut idle, 4096), 1);
+        // The seal itself moves the end.
+        idle.sealed = Some(Lsn(8192));
+        assert_eq!(wanted(&mut idle, 8192), 0);
+        // Something was written with the seal: that is not proven.
+        assert_eq!(wanted(&mut idle, 12288), 1);
     }
 }

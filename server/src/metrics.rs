@@ -205,6 +205,36 @@ const ROWS: &[Row] = &[
     ("engine_memory_used_bytes", "Bytes of the memory budget in use", Kind::Gauge, |s| s.engine.memory_used_bytes),
     ("engine_memory_bytes", "The memory budget", Kind::Gauge, |s| s.engine.memory_bytes),
     ("engine_divergences", "Tables that differed from the leader's", Kind::Counter, |s| s.engine.divergences),
+    ("engine_jobs_retrying", "Flushes and compactions that failed and are tried again", Kind::Gauge, |s| {
+        s.engine.jobs_retrying
+    }),
+    ("engine_jobs_failed", "Flushes and compactions that failed for good", Kind::Gauge, |s| s.engine.jobs_failed),
+    ("heal_tables_found", "Tables found damaged", Kind::Counter, |s| s.engine.heal.tables_found),
+    ("heal_tables_healed", "Damaged tables made anew from other members", Kind::Counter, |s| {
+        s.engine.heal.tables_healed
+    }),
+    ("heal_tables_damaged", "Tables damaged now", Kind::Gauge, |s| s.engine.heal.tables_damaged),
+    ("heal_reads_served", "Reads that met damage and were answered by another member", Kind::Counter, |s| {
+        s.engine.heal.reads_served
+    }),
+    ("heal_tables_fetched", "Tables fetched because this replica could not make them", Kind::Counter, |s| {
+        s.engine.heal.tables_fetched
+    }),
+    ("heal_superblocks_healed", "Copies of the superblock written again", Kind::Counter, |s| {
+        s.engine.heal.superblocks_healed
+    }),
+    ("heal_pages_healed", "Times that damaged manifest pages were written again", Kind::Counter, |s| {
+        s.engine.heal.pages_healed
+    }),
+    ("heal_entries_lost", "Entries of the log found missing or damaged", Kind::Counter, |s| s.engine.heal.entries_lost),
+    ("heal_entries_healed", "Entries of the log fetched from other members and written again", Kind::Counter, |s| {
+        s.engine.heal.entries_healed
+    }),
+    ("scrub_bytes", "Bytes that the scrubber has read", Kind::Counter, |s| s.engine.heal.scrub_bytes),
+    ("scrub_passes", "Whole passes of the scrubber", Kind::Counter, |s| s.engine.heal.scrub_passes),
+    ("scrub_last_ms", "When the last whole pass ended, in Unix milliseconds", Kind::Gauge, |s| {
+        s.engine.heal.scrub_last_ms
+    }),
     ("engine_checkpoints", "Checkpoints", Kind::Gauge, |s| s.engine.checkpoints.len() as u64),
     ("engine_clones", "Clones", Kind::Gauge, |s| s.engine.clones.len() as u64),
     ("ready", "1 while the process is fit for clients", Kind::Gauge, |s| u64::from(s.ready)),

@@ -137,10 +137,45 @@ pub struct EngineSection {
     pub digest_index: u64,
     /// Tables that differed from the leader's.
     pub divergences: u64,
+    /// Jobs that failed: tried again, and given up.
+    pub jobs_retrying: u64,
+    /// See `jobs_retrying`.
+    pub jobs_failed: u64,
+    /// Damage found and mended.
+    pub heal: HealSection,
     /// Names of checkpoints.
     pub checkpoints: Vec<String>,
     /// Names of clones.
     pub clones: Vec<String>,
+}
+
+/// Damage found and mended since the process started.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct HealSection {
+    /// Tables found damaged by a read or by the scrubber.
+    pub tables_found: u64,
+    /// Damaged tables made anew from other members.
+    pub tables_healed: u64,
+    /// Tables damaged now.
+    pub tables_damaged: u64,
+    /// Reads that met damage and were answered with bytes of another member.
+    pub reads_served: u64,
+    /// Tables fetched because this replica could not make them, or made others.
+    pub tables_fetched: u64,
+    /// Copies of the superblock written again.
+    pub superblocks_healed: u64,
+    /// Times that the manifest pages were written again.
+    pub pages_healed: u64,
+    /// Entries of the log found missing at start, or damaged when they were read.
+    pub entries_lost: u64,
+    /// Entries of the log that were fetched from other members and written again.
+    pub entries_healed: u64,
+    /// Bytes that the scrubber has read.
+    pub scrub_bytes: u64,
+    /// Whole passes of the scrubber.
+    pub scrub_passes: u64,
+    /// When the last whole pass ended, in milliseconds since the Unix epoch; 0 before the first.
+    pub scrub_last_ms: u64,
 }
 
 /// The document.
@@ -259,6 +294,22 @@ impl Status {
                 digest: format!("{:032x}", node.group.digest),
                 digest_index: node.group.digest_index.0,
                 divergences: node.group.divergences,
+                jobs_retrying: node.group.jobs_retrying,
+                jobs_failed: node.group.jobs_failed,
+                heal: HealSection {
+                    tables_found: engine.heal.tables_found,
+                    tables_healed: engine.heal.tables_healed,
+                    tables_damaged: engine.heal.tables_damaged,
+                    reads_served: engine.heal.reads_served,
+                    tables_fetched: engine.heal.tables_fetched,
+                    superblocks_healed: engine.heal.superblocks_healed,
+                    pages_healed: engine.heal.pages_healed,
+                    entries_lost: node.log_heal.entries_lost,
+                    entries_healed: node.log_heal.entries_healed,
+                    scrub_bytes: engine.heal.scrub_bytes,
+                    scrub_passes: engine.heal.scrub_passes,
+                    scrub_last_ms: engine.heal.scrub_last_ms,
+                },
                 checkpoints,
                 clones,
             },
@@ -332,6 +383,9 @@ fn log_verdict(engine: &EngineStatus, wal: &mainstay_wal::WalStats) -> Verdict {
 }
 
 fn raft_verdict(node: &NodeStatus) -> Verdict {
+    if node.role == "recovering" {
+        return verdict(Health::Bad, format!("mends its log: {}", node.failure.as_deref().unwrap_or_default()));
+    }
     if let Some(failure) = &node.failure {
         return verdict(Health::Bad, format!("left service: {failure}"));
     }
@@ -362,12 +416,28 @@ fn engine_verdict(engine: &EngineStatus, node: &NodeStatus) -> Verdict {
         size(engine.memory_bytes),
         group.frozen_generations
     );
-    if group.divergences > 0 {
-        let line = format!("{} tables differ from the leader's: {line}", group.divergences);
-        return verdict(Health::Bad, line);
+    let heal = &engine.heal;
+    if group.diverged {
+        return verdict(Health::Bad, format!("its tables differ from the leader's, out of service: {line}"));
     }
+    if heal.tables_damaged > 0 {
+        return verdict(Health::Bad, format!("{} tables are damaged: {line}", heal.tables_damaged));
+    }
+    if group.jobs_failed > 0 {
+        return verdict(Health::Bad, format!("{} flushes or compactions failed for good: {line}", group.jobs_failed));
+    }
+    let found = heal.tables_found
+        + heal.superblocks_healed
+        + heal.pages_healed
+        + group.divergences
+        + node.log_heal.entries_lost;
+    let line = match found {
+        0 => line,
+        _ => format!("{line}, {found} damages found and healed"),
+    };
     let full = engine.memory_used_bytes > engine.memory_bytes;
-    verdict(if full || group.frozen_generations > 4 { Health::Warn } else { Health::Ok }, line)
+    let warn = full || group.frozen_generations > 4 || group.jobs_retrying > 0 || found > 0;
+    verdict(if warn { Health::Warn } else { Health::Ok }, line)
 }
 
 /// Why clients should go elsewhere, from what this node knows without asking anybody.
@@ -375,8 +445,14 @@ fn not_ready_reason(stopping: bool, node: &NodeStatus) -> Option<String> {
     if stopping {
         return Some("stopping".into());
     }
+    if node.role == "recovering" {
+        return Some("mends its log".into());
+    }
     if let Some(failure) = &node.failure {
         return Some(format!("left service: {failure}"));
+    }
+    if node.group.diverged {
+        return Some("its tables differ from the leader's and are fetched".into());
     }
     if node.role == "waiting" || node.role == "removed" {
         return Some(format!("not a member: {}", node.role));
@@ -435,7 +511,12 @@ mod tests {
         check("raft", Health::Bad, &|s| s.node.failure = Some("log failed".into()));
         check("raft", Health::Warn, &|s| s.node.role = "waiting".into());
         check("raft", Health::Warn, &|s| s.node.lag = [(3, READY_LAG_MAX + 1)].into());
-        check("engine", Health::Bad, &|s| s.node.group.divergences = 1);
+        check("engine", Health::Bad, &|s| s.node.group.diverged = true);
+        check("engine", Health::Warn, &|s| s.node.group.divergences = 1);
+        check("engine", Health::Bad, &|s| s.engine.heal.tables_damaged = 1);
+        check("engine", Health::Warn, &|s| s.engine.heal.tables_found = 1);
+        check("engine", Health::Warn, &|s| s.node.group.jobs_retrying = 1);
+        check("engine", Health::Bad, &|s| s.node.group.jobs_failed = 1);
         check("engine", Health::Warn, &|s| s.engine.memory_used_bytes = 2 << 20);
     }
 

@@ -16,22 +16,22 @@ use crate::{
     TcpTransport, Transport, Write,
 };
 
-const DEFAULT: KeyspaceId = KeyspaceId(0);
-const WAL_BYTES: u64 = 8 << 20;
+pub(super) const DEFAULT: KeyspaceId = KeyspaceId(0);
+pub(super) const WAL_BYTES: u64 = 8 << 20;
 
 /// A process: its disks outlive it.
-struct Cell {
+pub(super) struct Cell {
     name: String,
-    media: SimMedia,
+    pub(super) media: SimMedia,
     address: PeerAddress,
     life: Option<(Node, TcpTransport)>,
 }
 
-struct Cluster {
-    cells: Vec<Cell>,
+pub(super) struct Cluster {
+    pub(super) cells: Vec<Cell>,
     peers: BTreeMap<String, PeerAddress>,
-    memtable_bytes: u64,
-    entry_cache_bytes: u64,
+    pub(super) memtable_bytes: u64,
+    pub(super) entry_cache_bytes: u64,
     crashes: u64,
 }
 
@@ -39,7 +39,7 @@ fn media(seed: u64) -> SimMedia {
     SimMedia::new(SimOptions { seed, capacity: 1 << 30, ..SimOptions::default() })
 }
 
-fn run<T>(test: impl Future<Output = T>) -> T {
+pub(super) fn run<T>(test: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(4)
         .enable_all()
@@ -48,8 +48,16 @@ fn run<T>(test: impl Future<Output = T>) -> T {
         .block_on(async { tokio::time::timeout(Duration::from_secs(120), test).await.expect("the test ends") })
 }
 
+impl Cell {
+    /// Closes the volume in order, without a word to the others.
+    pub(super) async fn stop_quietly(&mut self) {
+        let (node, _) = self.life.take().expect("it runs");
+        node.close().await.expect("closes");
+    }
+}
+
 impl Cluster {
-    async fn blank(count: usize) -> Self {
+    pub(super) async fn blank(count: usize) -> Self {
         let mut this = Self {
             cells: Vec::new(),
             peers: BTreeMap::new(),
@@ -74,17 +82,17 @@ impl Cluster {
         self.cells.push(Cell { name, media, address, life: None });
     }
 
-    async fn start_all(&mut self) {
+    pub(super) async fn start_all(&mut self) {
         for i in 0..self.cells.len() {
             self.start(i).await;
         }
     }
 
-    fn names(&self) -> Vec<String> {
+    pub(super) fn names(&self) -> Vec<String> {
         self.cells.iter().map(|c| c.name.clone()).collect()
     }
 
-    async fn born(count: usize) -> Self {
+    pub(super) async fn born(count: usize) -> Self {
         let mut this = Self::blank(count).await;
         this.start_all().await;
         this.node(0).init(&this.names()).await.expect("born");
@@ -101,7 +109,13 @@ impl Cluster {
         };
         let mut found = Vec::new();
         let media = cell.media.open().expect("nobody else has it open");
-        let settings = EngineSettings { memory_bytes: 64 << 20, background_tasks: 1, wal_in_flight_max: 3 };
+        let settings = EngineSettings {
+            memory_bytes: 64 << 20,
+            background_tasks: 1,
+            wal_in_flight_max: 3,
+            scrub_bytes_per_second: 0,
+            log_holes: true,
+        };
         let engine = Engine::open(media, environment(), settings, &mut |record| {
             found.push(record);
             Ok(())
@@ -128,16 +142,16 @@ impl Cluster {
         Ok(())
     }
 
-    async fn start(&mut self, i: usize) {
+    pub(super) async fn start(&mut self, i: usize) {
         self.try_start(i).await.expect("starts");
     }
 
-    fn node(&self, i: usize) -> Node {
+    pub(super) fn node(&self, i: usize) -> Node {
         self.cells[i].life.as_ref().expect("it runs").0.clone()
     }
 
     /// Ends a node as a power cut does.
-    async fn kill(&mut self, i: usize) {
+    pub(super) async fn kill(&mut self, i: usize) {
         let (node, transport) = self.cells[i].life.take().expect("it runs");
         transport.close().await;
         self.crashes += 1;
@@ -158,12 +172,12 @@ impl Cluster {
         node.close().await.expect("closes");
     }
 
-    fn running(&self) -> impl Iterator<Item = usize> + '_ {
+    pub(super) fn running(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.cells.len()).filter(|i| self.cells[*i].life.is_some())
     }
 
     /// The running node that leads, once all that run agree on one of them.
-    async fn leader(&self) -> usize {
+    pub(super) async fn leader(&self) -> usize {
         loop {
             let statuses: Vec<_> = self.running().map(|i| (i, self.node(i).status())).collect();
             let leader = statuses.iter().find(|(_, s)| s.role == "leader").map(|(i, s)| (*i, s.id));
@@ -176,7 +190,7 @@ impl Cluster {
         }
     }
 
-    async fn until(&self, i: usize, what: impl Fn(&NodeStatus) -> bool) -> NodeStatus {
+    pub(super) async fn until(&self, i: usize, what: impl Fn(&NodeStatus) -> bool) -> NodeStatus {
         loop {
             let status = self.node(i).status();
             if what(&status) {
@@ -186,18 +200,18 @@ impl Cluster {
         }
     }
 
-    async fn put(&self, i: usize, key: &str, value: impl Into<Bytes>) -> Result<LogIndex> {
+    pub(super) async fn put(&self, i: usize, key: &str, value: impl Into<Bytes>) -> Result<LogIndex> {
         let applied = self.node(i).write(Write { body: put(key, value), durability: Durability::Quorum }).await?;
         applied.response?;
         Ok(applied.index)
     }
 
-    async fn get(&self, i: usize, key: &str, level: ReadLevel) -> Result<Option<Bytes>> {
+    pub(super) async fn get(&self, i: usize, key: &str, level: ReadLevel) -> Result<Option<Bytes>> {
         let snapshot = self.node(i).snapshot("main", level).await?;
         Ok(snapshot.get(DEFAULT, key.as_bytes()).await?)
     }
 
-    async fn finish(mut self) {
+    pub(super) async fn finish(mut self) {
         for i in self.running().collect::<Vec<_>>() {
             let (node, _) = self.cells[i].life.take().expect("it runs");
             node.close().await.expect("closes");
@@ -206,7 +220,7 @@ impl Cluster {
 }
 
 /// Between two looks at a state of which there is no event across nodes; no test relies on its length.
-async fn pause() {
+pub(super) async fn pause() {
     tokio::time::sleep(Duration::from_millis(5)).await;
 }
 
@@ -215,7 +229,7 @@ async fn format_volume(media: &SimMedia) {
     Engine::format(opened, &environment(), WAL_BYTES, false).await.expect("formats");
 }
 
-fn put(key: &str, value: impl Into<Bytes>) -> CommandBody {
+pub(super) fn put(key: &str, value: impl Into<Bytes>) -> CommandBody {
     let op = WriteOp::Put { keyspace: DEFAULT, key: Bytes::copy_from_slice(key.as_bytes()), value: value.into() };
     CommandBody::Batch(WriteBatch { branch: MAIN, ops: vec![op] })
 }

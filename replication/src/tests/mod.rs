@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods, reason = "tests over real sockets run on tokio, and their disks on threads")]
 
 mod cluster;
+mod heal;
 mod log;
 mod suite;
 mod tcp;
@@ -69,7 +70,7 @@ impl Bench {
         };
         let options = WalOptions::new(*b"volume-of-a-test", epoch, start, None);
         let (wal, _) = Wal::open(zone, environment(), options, &mut deliver).await.expect("the log opens");
-        let store = LogStore::open(wal.clone(), GROUP, found, cache_bytes).expect("the raft log opens");
+        let store = LogStore::open(wal.clone(), GROUP, found, cache_bytes, LogIndex(0)).expect("the raft log opens");
         Self { disk, wal, store, epoch }
     }
 

@@ -157,6 +157,8 @@ fn the_page_of_formats_names_the_kinds_of_the_code() {
         (record::TRUNCATE, "truncate"),
         (record::PURGE, "purge"),
         (record::INSTALL, "install"),
+        (record::REPAIR, "repair"),
+        (record::SEAL, "seal"),
     ];
     assert_eq!(kinds, expect.map(|(kind, name)| (kind.0, name.to_owned())));
     assert!(kinds.iter().all(|(kind, _)| *kind >= mainstay_wal::RecordKind::OWNER_FIRST));

@@ -39,7 +39,7 @@ fn alarms<B: Backend>(core: &Core<B>) -> Vec<pb::AlarmMember> {
     if core.backend.engine_status().read_only.is_some() {
         raise(pb::AlarmType::Nospace);
     }
-    if status.group.divergences > 0 {
+    if status.group.diverged || status.group.tables_damaged > 0 {
         raise(pb::AlarmType::Corrupt);
     }
     alarms

@@ -1,0 +1,349 @@
+//! What damage has taken from a log, and how it is put back: the pure part.
+//!
+//! # Place
+//! part of [`EntryIndex`]; the table of what a hole may have taken stands there
+
+use mainstay_wal::RecordPos;
+
+use super::{EntryIndex, NOWHERE};
+use crate::types::{Entry, EntryPayload, LogId, StoredMembership, term_of};
+
+/// Entries that damage has taken, `from ..= to`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Missing {
+    pub(crate) from: u64,
+    pub(crate) to: u64,
+    /// The first entry from `to` on whose log id is known: a log that has it has the very entries that are missing.
+    pub(crate) anchor: Option<LogId>,
+}
+
+/// What damage has taken from a log.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Damage {
+    pub(crate) missing: Vec<Missing>,
+    /// Entries from here on may have been acknowledged and are gone, as many as there were.
+    pub(crate) open_from: Option<u64>,
+    /// A vote may have been given and is gone.
+    pub(crate) vote: bool,
+    /// It is not known where the log begins: only the state of another replica helps.
+    pub(crate) base: bool,
+}
+
+/// More missing entries than this are not named one by one: the state of another replica takes their place.
+pub(super) const MISSING_MAX: u64 = 1 << 20;
+
+impl EntryIndex {
+    /// What the first entry behind a hole says of what lay in it.
+    pub(super) fn behind_hole(&mut self, id: LogId) {
+        if self.slots.is_empty() {
+            // Judged as any gap is.
+            return;
+        }
+        let last = self.next() - 1;
+        if self.log_id(last).map(|l| term_of(&l)) != Some(term_of(&id)) {
+            self.doubt(id.index);
+        }
+        self.leave_out(id.index);
+    }
+
+    /// The same of an entry that is said to be the last one at this point.
+    pub(super) fn behind_hole_at(&mut self, id: LogId) {
+        if self.slots.is_empty() || self.log_id(id.index) == Some(id) {
+            return;
+        }
+        self.doubt(id.index.saturating_add(1));
+        self.leave_out(id.index.saturating_add(1));
+        if self.missing.contains(&id.index) {
+            self.missing_ids.insert(id.index, id);
+        }
+    }
+
+    /// Entries before `end` that are in no table may be others by now.
+    fn doubt(&mut self, end: u64) {
+        let from = self.first.max(self.decided.saturating_add(1));
+        let end = end.min(self.next());
+        for index in from..end {
+            self.slots[(index - self.first) as usize] = NOWHERE;
+            self.missing.insert(index);
+            self.memberships.remove(&index);
+            self.repaired.remove(&index);
+        }
+        if from < end {
+            self.set_terms(from, end, 0);
+            self.empty_cache();
+        }
+    }
+
+    /// Everything from the end of the log to before `index` is missing.
+    fn leave_out(&mut self, index: u64) {
+        let from = self.next();
+        if index <= from {
+            return;
+        }
+        if index - from > MISSING_MAX {
+            self.base_lost = true;
+        }
+        self.empty_cache();
+        self.terms.insert(from, 0);
+        for missing in from..index.min(from + MISSING_MAX) {
+            self.slots.push_back(NOWHERE);
+            self.missing.insert(missing);
+        }
+    }
+
+    /// Recovery has places for all that the cache holds.
+    fn empty_cache(&mut self) {
+        self.cache.clear();
+        self.cached_bytes = 0;
+    }
+
+    /// The entries `from..end` are of one term; 0 for a term that is not known.
+    fn set_terms(&mut self, from: u64, end: u64, term: u64) {
+        let behind = self.terms.range(..=end).next_back().map(|(_, term)| *term);
+        let inside: Vec<u64> = self.terms.range(from..end).map(|(i, _)| *i).collect();
+        for index in inside {
+            self.terms.remove(&index);
+        }
+        self.terms.insert(from, term);
+        if end < self.next()
+            && let Some(behind) = behind
+        {
+            self.terms.insert(end, behind);
+        }
+    }
+
+    /// The entry stands in its place again, written at `pos`. It is missing, or the same as the one that is there.
+    pub(crate) fn repair(&mut self, entry: &Entry, pos: RecordPos) {
+        let id = entry.log_id;
+        if !(self.first..self.next()).contains(&id.index) {
+            return;
+        }
+        if self.missing.remove(&id.index) {
+            self.missing_ids.remove(&id.index);
+            self.set_terms(id.index, id.index + 1, term_of(&id));
+            if let EntryPayload::Membership(membership) = &entry.payload {
+                self.memberships.insert(id.index, StoredMembership::new(Some(id), membership.clone()));
+            }
+        } else if self.log_id(id.index) != Some(id) {
+            return;
+        }
+        self.slots[(id.index - self.first) as usize] = pos;
+        self.repaired.insert(id.index);
+    }
+
+    /// Where the oldest record of an entry lies that is needed. Entries lie in order but for those that were repaired.
+    pub(crate) fn oldest_pos(&self) -> Option<RecordPos> {
+        let end = self.repaired.last().map_or(self.first, |last| last + 1);
+        (self.first..=end).filter_map(|index| self.pos(index)).min()
+    }
+
+    /// What damage has taken; none when the log is whole.
+    pub(crate) fn damage(&self) -> Option<Damage> {
+        let mut damage = Damage {
+            open_from: self.open.then(|| self.next().min(self.decided.saturating_add(1)).max(self.first)),
+            vote: self.vote_lost,
+            base: self.base_lost,
+            ..Damage::default()
+        };
+        for &index in &self.missing {
+            match damage.missing.last_mut() {
+                Some(range) if range.to + 1 == index => range.to = index,
+                _ => damage.missing.push(Missing { from: index, to: index, anchor: None }),
+            }
+        }
+        for range in &mut damage.missing {
+            range.anchor = self.missing_ids.get(&range.to).copied().or_else(|| self.log_id(range.to + 1));
+        }
+        (damage != Damage::default()).then_some(damage)
+    }
+
+    pub(crate) fn is_missing(&self, index: u64) -> bool {
+        self.missing.contains(&index)
+    }
+
+    /// The first missing entry from `index` on.
+    pub(crate) fn missing_from(&self, index: u64) -> Option<u64> {
+        self.missing.range(index..).next().copied()
+    }
+
+    /// The end of the log was judged, with the help of others.
+    pub(crate) fn close_end(&mut self) {
+        self.open = false;
+        self.vote_lost = false;
+    }
+
+    /// The state of another replica, at `at`, takes the place of all up to there. What was acknowledged behind it stays.
+    /// True when all entries were dropped: what is committed there is another one, so what follows ours never was.
+    pub(crate) fn rebase(&mut self, at: LogId, membership: StoredMembership) -> bool {
+        let other = at.index >= self.first && self.log_id(at.index).is_some_and(|id| id != at);
+        if other {
+            self.truncate_after(None);
+        }
+        let from = at.index.saturating_add(1);
+        if !self.slots.is_empty() && self.first > from && self.first - from <= MISSING_MAX {
+            while self.first > from {
+                self.first -= 1;
+                self.slots.push_front(NOWHERE);
+                self.missing.insert(self.first);
+            }
+            self.terms.insert(from, 0);
+        }
+        self.purge(at, membership);
+        self.decided = self.decided.max(at.index);
+        self.base_lost = !self.slots.is_empty() && self.first != from;
+        other
+    }
+
+    /// Where a term is less than the one before it: what was filled in is committed, and what follows never was.
+    pub(crate) fn first_decrease(&self) -> Option<u64> {
+        let mut highest = 0;
+        for (&index, &term) in &self.terms {
+            if term < highest {
+                return Some(index);
+            }
+            highest = term;
+        }
+        None
+    }
+
+    /// A vote is at least of this term: entries of it were acknowledged.
+    pub(crate) fn least_vote(&self) -> Option<u64> {
+        let last = self.last().map(|id| term_of(&id))?;
+        (self.holes && self.vote.is_none_or(|vote| vote.leader_id.term < last)).then_some(last)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Recovered as R;
+    use super::super::Recovered;
+    use super::super::tests::{entry, pos, replay, span};
+    use super::*;
+    use crate::types::{Membership, Vote, log_id};
+
+    fn missing(index: &EntryIndex) -> Vec<(u64, u64, Option<LogId>)> {
+        let damage = index.damage().unwrap_or_default();
+        damage.missing.iter().map(|m| (m.from, m.to, m.anchor)).collect()
+    }
+
+    fn vote(term: u64) -> Recovered {
+        R::Vote(Vote::new(term, 1))
+    }
+
+    #[test]
+    fn every_row_of_the_table_of_holes() {
+        let log = |terms: &[u64]| -> Vec<Recovered> {
+            (0..).zip(terms).map(|(index, term)| R::Entry(entry(*term, index))).collect()
+        };
+        let with = |terms: &[u64], behind: Vec<Recovered>| {
+            let mut records = log(terms);
+            records.insert(0, vote(1));
+            records.push(R::Hole);
+            records.extend(behind);
+            replay(records)
+        };
+        // Of one term: what lies between is missing, and nothing else.
+        let mut plain = with(&[1, 1, 1], vec![R::Entry(entry(1, 5)), R::Entry(entry(1, 6))]);
+        assert_eq!(missing(&plain), [(3, 4, Some(log_id(1, 5)))]);
+        assert_eq!((plain.log_id(2), plain.log_id(3), plain.log_id(5)), (Some(log_id(1, 2)), None, Some(log_id(1, 5))));
+        let damage = plain.damage().expect("damaged");
+        assert_eq!((damage.open_from, damage.vote, damage.base), (None, false, false));
+        assert!(plain.check().is_ok());
+        // The hole took nothing that is missed: a vote perhaps, which the entry behind it outbids.
+        assert_eq!(with(&[1, 1, 1], vec![R::Entry(entry(1, 3))]).damage(), None);
+        assert_eq!(with(&[1, 1, 1], vec![R::Entry(entry(1, 2)), R::Entry(entry(1, 3))]).damage(), None);
+        // Of another term: an entry before the hole may have been truncated in it.
+        let doubted = with(&[1, 1, 1], vec![R::Entry(entry(2, 3))]);
+        assert_eq!(missing(&doubted), [(1, 2, Some(log_id(2, 3)))], "entry 0 is in a table");
+        assert_eq!(doubted.least_vote(), Some(2));
+        let doubted = with(&[1, 1, 1], vec![R::Entry(entry(2, 2))]);
+        assert_eq!(missing(&doubted), [(1, 1, Some(log_id(2, 2)))]);
+        // A truncation says which entry was the last one then.
+        assert_eq!(missing(&with(&[1, 1, 1], vec![R::Truncate(Some(log_id(1, 1)))])), []);
+        let cut = with(&[1, 1, 1], vec![R::Truncate(Some(log_id(1, 4))), R::Entry(entry(2, 5))]);
+        assert_eq!(missing(&cut), [(1, 4, Some(log_id(1, 4)))]);
+        assert_eq!(span(&cut), (0, 6));
+        // Nothing behind it: how much there was is not known, nor whom a vote was given to.
+        let open = with(&[1, 1, 1], vec![]);
+        let damage = open.damage().expect("damaged");
+        assert_eq!((damage.open_from, damage.vote, missing(&open).len()), (Some(1), true, 0));
+        let voted = with(&[1, 1, 1], vec![vote(4)]).damage().expect("damaged");
+        assert_eq!((voted.open_from, voted.vote), (Some(1), false));
+        // The purge record itself is gone, or the entries behind it.
+        let m = StoredMembership::new(Some(log_id(1, 0)), Membership::default());
+        let mut headless = replay(vec![R::Hole, R::Entry(entry(1, 900))]);
+        assert!(headless.check().is_ok());
+        assert!(headless.damage().expect("damaged").base);
+        let mut behind = replay(vec![R::Purge(log_id(1, 6), m), R::Hole, R::Entry(entry(1, 9))]);
+        assert!(behind.check().is_ok());
+        assert_eq!(missing(&behind), [(7, 8, Some(log_id(1, 9)))]);
+    }
+
+    #[test]
+    fn the_state_of_another_replica_replaces_what_it_covers_and_nothing_else() {
+        let m = StoredMembership::new(Some(log_id(1, 0)), Membership::default());
+        let damaged = || {
+            let mut records: Vec<Recovered> = (0..3).map(|i| R::Entry(entry(1, i))).collect();
+            records.extend([R::Hole, R::Entry(entry(1, 6)), R::Entry(entry(1, 7))]);
+            replay(records)
+        };
+        let mut inside = damaged();
+        inside.rebase(log_id(1, 4), m.clone());
+        assert_eq!((span(&inside), missing(&inside)), ((5, 8), vec![(5, 5, Some(log_id(1, 6)))]));
+        let mut behind = damaged();
+        behind.rebase(log_id(1, 6), m.clone());
+        assert_eq!((span(&behind), behind.damage()), ((7, 8), None), "entry 7 was acknowledged");
+        let mut beyond = damaged();
+        beyond.rebase(log_id(2, 90), m.clone());
+        assert_eq!((span(&beyond), beyond.damage()), ((91, 91), None));
+        let mut other = damaged();
+        other.rebase(log_id(2, 6), m.clone());
+        assert_eq!(
+            (span(&other), other.damage()),
+            ((7, 7), None),
+            "entry 7 followed an entry that was never committed"
+        );
+        // Where the log begins is lost: what lies between the state and it is still to be had.
+        let mut headless = replay(vec![R::Hole, R::Entry(entry(1, 900))]);
+        assert!(headless.check().is_ok());
+        headless.rebase(log_id(1, 890), m);
+        assert_eq!((span(&headless), missing(&headless)), ((891, 901), vec![(891, 899, Some(log_id(1, 900)))]));
+    }
+
+    #[test]
+    fn a_filled_log_ends_before_what_was_never_committed() {
+        let mut records: Vec<Recovered> = (0..3).map(|i| R::Entry(entry(1, i))).collect();
+        records.extend([R::Hole, R::Entry(entry(1, 4))]);
+        let mut index = replay(records);
+        assert_eq!(index.first_decrease(), Some(3), "not known is less");
+        index.repair(&entry(2, 3), pos(9));
+        assert_eq!(index.first_decrease(), Some(4));
+        index.truncate_after(Some(3));
+        assert_eq!(index.first_decrease(), None);
+    }
+
+    #[test]
+    fn repaired_entries_stand_in_their_places() {
+        let mut records: Vec<Recovered> = (0..3).map(|i| R::Entry(entry(1, i))).collect();
+        records.extend([R::Hole, R::Entry(entry(3, 6)), R::Entry(entry(3, 7))]);
+        let mut index = replay(records);
+        assert_eq!(missing(&index), [(1, 5, Some(log_id(3, 6)))]);
+        for (n, i) in (1..=5).enumerate() {
+            assert!(index.damage().is_some());
+            index.repair(&entry(if i < 4 { 1 } else { 2 }, i), pos(100 + n as u64));
+        }
+        assert_eq!(index.damage(), None);
+        let terms: Vec<u64> = (0..8).map(|i| term_of(&index.log_id(i).expect("known"))).collect();
+        assert_eq!(terms, [1, 1, 1, 1, 2, 2, 3, 3]);
+        assert_eq!(index.pos(4), Some(pos(103)));
+        // The oldest record that is needed is not that of the first entry.
+        index.purge(log_id(1, 0), StoredMembership::default());
+        assert_eq!(index.pos(index.first()), Some(pos(100)));
+        assert_eq!(index.oldest_pos(), Some(pos(4)), "entry 6, behind the hole");
+        // Another entry than the one that is there is not taken for it.
+        index.repair(&entry(9, 7), pos(200));
+        assert_eq!((index.log_id(7), index.pos(7)), (Some(log_id(3, 7)), Some(pos(5))));
+        index.purge(log_id(3, 6), StoredMembership::default());
+        assert_eq!(index.oldest_pos(), Some(pos(5)));
+    }
+}

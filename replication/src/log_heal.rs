@@ -1,0 +1,382 @@
+//! Fetches what damage has taken from the log, before the node takes part.
+//!
+//! # Place
+//! between the log store and openraft: [`Inner::run`] comes after it. `log_cases` decides, this asks and carries out
+//! # Invariants
+//! - G1. While anything is missing openraft does not run here: no vote is given, nothing is acknowledged, nothing truncated.
+//!   The node answers only what others ask of its log, so that nodes damaged at different places heal each other.
+//! - G2. An entry is taken over only when it is proven to be the one that was lost (log matching, or committed).
+//! - G3. Pauses between two rounds grow, up to [`ROUND_PAUSE_MAX`].
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use mainstay_engine::LogIndex;
+
+use crate::entry_index::{Damage, Missing};
+use crate::log_cases::{Best, Facts, Verdict, decide};
+use crate::log_store::{EntryRequest, Given};
+use crate::network::method;
+use crate::node::{Inner, Phase};
+use crate::state_machine::{Offer, take_tables};
+use crate::types::{Entry, LogId, Vote, term_of};
+use crate::wire::{Reader, Writer, decode_result};
+use crate::{Envelope, Error, ErrorKind, NodeId, PeerAddress, Result, Runtime};
+
+/// How long one member may take for an answer.
+const CALL_TIMEOUT: Duration = Duration::from_secs(3);
+/// Pause after a round that came to nothing; each further one waits twice as long.
+const ROUND_PAUSE: Duration = Duration::from_millis(50);
+/// The longest pause between two rounds.
+const ROUND_PAUSE_MAX: Duration = Duration::from_secs(2);
+/// Rounds of asking for one entry that cannot be read while the node runs, before it leaves service.
+const ENTRY_ROUNDS_MAX: u32 = 20;
+
+/// The end of another log.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Ends {
+    pub(crate) vote: Option<Vote>,
+    pub(crate) last: Option<LogId>,
+    /// Its own end is not known.
+    pub(crate) open: bool,
+}
+
+impl Ends {
+    pub(crate) fn write(&self, out: &mut Writer) {
+        out.option(self.vote.as_ref(), |w, vote| {
+            w.vote(vote);
+        });
+        out.option_log_id(self.last.as_ref()).bool(self.open);
+    }
+
+    pub(crate) fn read(reader: &mut Reader) -> Result<Self> {
+        Ok(Self { vote: reader.option(Reader::vote)?, last: reader.option(Reader::log_id)?, open: reader.bool()? })
+    }
+}
+
+pub(crate) fn write_given(out: &mut Writer, given: &Given) {
+    match given {
+        Given::Entries(entries) => out.u8(0).entries(entries),
+        Given::Purged => out.u8(1),
+        Given::Damaged => out.u8(2),
+        Given::Nothing => out.u8(3),
+    };
+}
+
+pub(crate) fn read_given(reader: &mut Reader) -> Result<Given> {
+    Ok(match reader.u8()? {
+        0 => Given::Entries(reader.entries()?),
+        1 => Given::Purged,
+        2 => Given::Damaged,
+        3 => Given::Nothing,
+        _ => return Err(Error::new(ErrorKind::Corrupt, "unknown answer for lost entries")),
+    })
+}
+
+/// The range of a request for lost entries.
+pub(crate) fn read_lost(body: &Bytes) -> Result<(u64, u64, Option<LogId>)> {
+    let mut reader = Reader::open(body)?;
+    let lost = (reader.u64()?, reader.u64()?, reader.option(Reader::log_id)?);
+    reader.end()?;
+    Ok(lost)
+}
+
+/// Another voter, and what it said.
+struct Answer {
+    to: (NodeId, PeerAddress),
+    given: Option<Given>,
+}
+
+impl<R: Runtime> Inner<R> {
+    /// Mends the log, then takes part.
+    pub(crate) fn start_log_healing(self: &Arc<Self>, damage: &Damage) {
+        let lost = damage.missing.iter().map(|range| range.to - range.from + 1).sum();
+        self.log.note_lost(lost);
+        self.set_phase(Phase::Recovering(name(damage)));
+        let this = self.clone();
+        self.spawn(async move {
+            let mut pause = ROUND_PAUSE;
+            while let Some(damage) = this.log.damage() {
+                match this.heal_step(&damage).await {
+                    Ok(()) => pause = ROUND_PAUSE,
+                    Err(error) => {
+                        tracing::warn!(%error, "the log is not whole yet");
+                        this.set_phase(Phase::Recovering(error.to_string()));
+                        R::sleep(pause).await;
+                        pause = (pause * 2).min(ROUND_PAUSE_MAX);
+                    }
+                }
+            }
+            let outcome = match this.log.straighten().await {
+                Ok(()) => this.mend_vote_and_run().await,
+                Err(error) => Err(Error::new(ErrorKind::Closed, error.to_string())),
+            };
+            match outcome {
+                Ok(()) => tracing::info!("the log is whole again: the node takes part"),
+                Err(error) => this.set_phase(Phase::Failed(error.to_string())),
+            }
+        });
+    }
+
+    /// The other voters, as far as the log knows them.
+    fn other_voters(&self) -> Vec<(NodeId, PeerAddress)> {
+        let me = self.engine.identity().node;
+        let membership = self.log.membership();
+        let voters: BTreeSet<u64> = membership.voter_ids().collect();
+        let others = membership.membership().nodes().filter(|(id, _)| **id != me && voters.contains(id));
+        others.map(|(id, member)| (NodeId(*id), crate::wire::peer_address(member))).collect()
+    }
+
+    async fn ask(&self, to: &(NodeId, PeerAddress), method: u8, body: Bytes) -> Result<Bytes> {
+        // A member that came back elsewhere is found by its name as well.
+        let answer = self.transport.call(to.1.clone(), Some(to.0), Envelope { method, body }, CALL_TIMEOUT).await?;
+        Ok(answer.body)
+    }
+
+    async fn ask_for(&self, lost: &Missing, anchor: Option<LogId>) -> Vec<Answer> {
+        let voters = self.other_voters();
+        join_all(voters.into_iter().map(|to| async move {
+            let mut body = Writer::new();
+            body.u64(lost.from).u64(lost.to).option_log_id(anchor.as_ref());
+            let answer = self.ask(&to, method::LOG_GIVE, body.finish()).await;
+            let given = answer.and_then(|bytes| decode_result(&bytes, read_given));
+            let given = given.inspect_err(|error| tracing::debug!(id = to.0.0, %error, "does not answer")).ok();
+            Answer { to, given: given.filter(|given| follows(given, lost)) }
+        }))
+        .await
+    }
+
+    /// One step: fills one range, or finds out how the log ends. The error says what is waited for.
+    async fn heal_step(self: &Arc<Self>, damage: &Damage) -> Result<()> {
+        if damage.base {
+            return self.import_state("where the log begins is lost").await;
+        }
+        if let Some(lost) = damage.missing.first() {
+            let answers = self.ask_for(lost, lost.anchor).await;
+            return match verdict(&answers) {
+                Verdict::Fill => {
+                    let entries = answers.into_iter().filter_map(|answer| match answer.given {
+                        Some(Given::Entries(entries)) => Some(entries),
+                        _ => None,
+                    });
+                    let entries = entries.max_by_key(Vec::len).unwrap_or_default();
+                    tracing::info!(from = lost.from, entries = entries.len(), "lost entries were fetched");
+                    self.log.fill(entries).await.map_err(|e| Error::new(ErrorKind::Closed, e.to_string()))
+                }
+                Verdict::Import => self.import_state(&range(lost)).await,
+                Verdict::Follow => self.follow(lost.from).await,
+                Verdict::Halt => Err(halt(&range(lost), &answers)),
+                Verdict::Wait => Err(wait(&range(lost), &answers)),
+            };
+        }
+        let from = damage.open_from.unwrap_or_else(|| self.log.next());
+        // How many entries there were, or whom a vote was given to, nobody here knows: every other voter is heard.
+        let lost = Missing { from, to: u64::MAX, anchor: None };
+        let what = format!("the entries from index={from} on, or a vote");
+        let answers = self.ask_for(&lost, None).await;
+        let damaged = answers.iter().any(|a| a.given == Some(Given::Damaged));
+        let all = !answers.is_empty() && answers.iter().all(|a| a.given.is_some());
+        if answers.iter().any(|a| a.given == Some(Given::Purged)) {
+            return self.import_state(&what).await;
+        }
+        match (all, damaged) {
+            (true, false) => self.follow(from).await,
+            (true, true) => Err(halt(&what, &answers)),
+            (false, _) => Err(wait(&what, &answers)),
+        }
+    }
+
+    /// Row D: from `from` on the log becomes that of the most complete other voter.
+    async fn follow(self: &Arc<Self>, from: u64) -> Result<()> {
+        let closed = |error: std::io::Error| Error::new(ErrorKind::Closed, error.to_string());
+        let voters = self.other_voters();
+        let ends = join_all(voters.iter().map(|to| async move {
+            let answer = self.ask(to, method::LOG_ENDS, Writer::new().finish()).await?;
+            Ok((to.clone(), decode_result(&answer, Ends::read)?))
+        }))
+        .await
+        .into_iter()
+        .collect::<Result<Vec<_>>>()
+        .map_err(|error| Error::new(ErrorKind::Unavailable, format!("waits for every other voter: {error}")))?;
+        if ends.is_empty() || ends.iter().any(|(_, ends)| ends.open) {
+            let message = format!("the entries from index={from} on are lost, and another voter has lost its end too");
+            return Err(Error::new(ErrorKind::Corrupt, message));
+        }
+        let term = ends.iter().filter_map(|(_, ends)| ends.vote.map(|vote| vote.leader_id.term)).max().unwrap_or(0);
+        let best = ends.into_iter().max_by_key(|(_, ends)| ends.last);
+        let Some((to, Ends { last, .. })) = best else { return Err(Error::new(ErrorKind::Internal, "no voter")) };
+        let mut entries: Vec<Entry> = Vec::new();
+        if let Some(last) = last {
+            let mut next = from;
+            while next <= last.index {
+                let mut body = Writer::new();
+                body.u64(next).u64(last.index).option_log_id(Some(&last));
+                let answer = self.ask(&to, method::LOG_GIVE, body.finish()).await?;
+                let lost = Missing { from: next, to: last.index, anchor: Some(last) };
+                match decode_result(&answer, read_given)? {
+                    Given::Entries(part) if follows(&Given::Entries(part.clone()), &lost) => {
+                        next += part.len() as u64;
+                        entries.extend(part);
+                    }
+                    Given::Purged => return self.import_state(&range(&lost)).await,
+                    other => {
+                        let message = format!("the most complete log moved on meanwhile id={} said={other:?}", to.0);
+                        return Err(Error::new(ErrorKind::Unavailable, message));
+                    }
+                }
+            }
+        }
+        if last.is_some_and(|last| last.index >= from) && entries.last().map(|entry| Some(entry.log_id)) != Some(last) {
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                format!("the most complete log moved on meanwhile id={}", to.0),
+            ));
+        }
+        tracing::warn!(
+            from,
+            entries = entries.len(),
+            term,
+            id = to.0.0,
+            "the log goes on as that of another voter does"
+        );
+        let after = match from.checked_sub(1) {
+            None => None,
+            Some(before) => match self.log.log_id(before) {
+                Some(id) => Some(id),
+                None => return self.import_state(&format!("the entry before index={from} is not known")).await,
+            },
+        };
+        let term = term.max(last.map_or(0, |id| term_of(&id)));
+        self.log.follow(after, entries, term).await.map_err(closed)
+    }
+
+    /// Takes over the state of whoever leads: what is missing is in its tables.
+    async fn import_state(self: &Arc<Self>, why: &str) -> Result<()> {
+        let mut last = Error::new(ErrorKind::Unavailable, "no other voter is known");
+        for to in self.other_voters() {
+            let answer = self.ask(&to, method::OFFER, Writer::new().finish()).await;
+            let offer = answer.and_then(|bytes| decode_result(&bytes, crate::network::read_offer));
+            match offer {
+                Ok(offer) => return self.take_state(offer).await,
+                Err(error) => last = error,
+            }
+        }
+        Err(Error::new(ErrorKind::Unavailable, format!("{why}: waits for the state of a leader: {last}")))
+    }
+
+    async fn take_state(self: &Arc<Self>, offer: Offer) -> Result<()> {
+        let closed = |error: std::io::Error| Error::new(ErrorKind::Closed, error.to_string());
+        let Some(at) = offer.meta.last_log_id else {
+            return Err(Error::new(ErrorKind::Unavailable, "the leader has no state in tables yet"));
+        };
+        let flushed = self.group.flushed();
+        let known = LogIndex(at.index) == flushed && self.log.log_id(flushed.0).is_some();
+        if LogIndex(at.index) < flushed || known || at.index < self.log.purged_index() {
+            let message = format!("the leader has no newer state in tables yet at={}", at.index);
+            return Err(Error::new(ErrorKind::Unavailable, message));
+        }
+        self.log.begin_install(&offer.meta).await.map_err(closed)?;
+        let peers = Arc::new(crate::service::NodePeers(Arc::downgrade(self)));
+        take_tables(&self.group, peers, &offer).await?;
+        self.log.rebase(at, offer.meta.last_membership).await.map_err(closed)?;
+        tracing::info!(at = at.index, "the state of another replica took the place of what was lost");
+        Ok(())
+    }
+
+    /// Fetches entries that cannot be read while the node takes part.
+    pub(crate) fn start_entry_healing(self: &Arc<Self>) {
+        let mut requests = self.log.entry_requests();
+        let this = self.clone();
+        self.spawn(async move {
+            while let Some(EntryRequest { id, done }) = requests.recv().await {
+                let node = this.clone();
+                this.spawn(async move {
+                    if let Some(entry) = node.fetch_entry(id).await {
+                        // Who asked may have gone.
+                        let _ = done.send(entry);
+                    }
+                });
+            }
+        });
+    }
+
+    async fn fetch_entry(&self, id: LogId) -> Option<Entry> {
+        let lost = Missing { from: id.index, to: id.index, anchor: Some(id) };
+        for _ in 0..ENTRY_ROUNDS_MAX {
+            for answer in self.ask_for(&lost, Some(id)).await {
+                if let Some(Given::Entries(entries)) = answer.given
+                    && let Some(entry) = entries.into_iter().find(|entry| entry.log_id == id)
+                {
+                    return Some(entry);
+                }
+            }
+            R::sleep(ROUND_PAUSE_MAX / 4).await;
+        }
+        tracing::error!(index = id.index, "an entry of the log is damaged here, and no other voter gave it");
+        None
+    }
+
+    /// The end of this log, for a member that has lost its own.
+    pub(crate) fn ends(&self) -> Ends {
+        let (vote, last) = self.log.ends();
+        let damage = self.log.damage();
+        Ends { vote, last, open: damage.is_some_and(|d| d.base || d.open_from.is_some() || !d.missing.is_empty()) }
+    }
+}
+
+/// Entries that were asked for follow each other from where they were asked for.
+fn follows(given: &Given, lost: &Missing) -> bool {
+    match given {
+        Given::Entries(entries) => {
+            !entries.is_empty()
+                && entries.iter().zip(lost.from..).all(|(entry, index)| entry.log_id.index == index && index <= lost.to)
+        }
+        _ => true,
+    }
+}
+
+fn verdict(answers: &[Answer]) -> Verdict {
+    let best = answers.iter().filter_map(|answer| match &answer.given {
+        Some(Given::Entries(_)) => Some(Best::Proven),
+        Some(Given::Purged) => Some(Best::Purged),
+        Some(Given::Damaged) => Some(Best::Damaged),
+        Some(Given::Nothing) => Some(Best::Nothing),
+        None => None,
+    });
+    // A voter alone may have been the majority: nobody else can tell that an entry was not committed.
+    let best = if answers.is_empty() { Best::Damaged } else { best.max().unwrap_or(Best::Nothing) };
+    let all = answers.iter().all(|answer| answer.given.is_some());
+    let row = decide(&Facts { best, all });
+    tracing::debug!(row = %row.letter, ?best, all, "lost entries judged");
+    row.verdict
+}
+
+fn range(lost: &Missing) -> String {
+    match lost.from == lost.to {
+        true => format!("entry index={}", lost.from),
+        false => format!("entries index={}..={}", lost.from, lost.to),
+    }
+}
+
+fn name(damage: &Damage) -> String {
+    let what = damage.missing.first().map(range);
+    what.unwrap_or_else(|| "the end of the log".into()) + " damaged: asks the other members"
+}
+
+fn halt(what: &str, answers: &[Answer]) -> Error {
+    let damaged = answers.iter().filter(|a| a.given == Some(Given::Damaged)).map(|a| a.to.0.to_string());
+    let damaged = damaged.collect::<Vec<_>>().join(",");
+    Error::new(
+        ErrorKind::Corrupt,
+        format!("{what} damaged here and at every member that may have it members={damaged}"),
+    )
+}
+
+fn wait(what: &str, answers: &[Answer]) -> Error {
+    let silent = answers.iter().filter(|a| a.given.is_none()).map(|a| a.to.0.to_string());
+    let silent = silent.collect::<Vec<_>>().join(",");
+    Error::new(ErrorKind::Unavailable, format!("{what} damaged: waits for members={silent}"))
+}
