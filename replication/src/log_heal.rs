@@ -84,9 +84,12 @@ pub(crate) fn read_lost(body: &Bytes) -> Result<(u64, u64, Option<LogId>)> {
     Ok(lost)
 }
 
+/// Who is asked: by its id, when it is known.
+type Voter = (Option<NodeId>, PeerAddress);
+
 /// Another voter, and what it said.
 struct Answer {
-    to: (NodeId, PeerAddress),
+    to: Voter,
     given: Option<Given>,
 }
 
@@ -121,32 +124,39 @@ impl<R: Runtime> Inner<R> {
         });
     }
 
-    /// The other voters, as far as the log knows them.
-    fn other_voters(&self) -> Vec<(NodeId, PeerAddress)> {
+    /// The other voters as the log knows them, and whether it does. When the membership itself is lost: whoever this process was
+    /// told of.
+    fn other_voters(&self) -> (Vec<Voter>, bool) {
         let me = self.engine.identity().node;
         let membership = self.log.membership();
         let voters: BTreeSet<u64> = membership.voter_ids().collect();
+        if voters.is_empty() {
+            let mine = self.transport.local_address();
+            let told = self.options.peers.values().filter(|address| **address != mine);
+            return (told.map(|address| (None, address.clone())).collect(), false);
+        }
         let others = membership.membership().nodes().filter(|(id, _)| **id != me && voters.contains(id));
-        others.map(|(id, member)| (NodeId(*id), crate::wire::peer_address(member))).collect()
+        (others.map(|(id, member)| (Some(NodeId(*id)), crate::wire::peer_address(member))).collect(), true)
     }
 
-    async fn ask(&self, to: &(NodeId, PeerAddress), method: u8, body: Bytes) -> Result<Bytes> {
-        // A member that came back elsewhere is found by its name as well.
-        let answer = self.transport.call(to.1.clone(), Some(to.0), Envelope { method, body }, CALL_TIMEOUT).await?;
+    async fn ask(&self, to: &Voter, method: u8, body: Bytes) -> Result<Bytes> {
+        let answer = self.transport.call(to.1.clone(), to.0, Envelope { method, body }, CALL_TIMEOUT).await?;
         Ok(answer.body)
     }
 
-    async fn ask_for(&self, lost: &Missing, anchor: Option<LogId>) -> Vec<Answer> {
-        let voters = self.other_voters();
-        join_all(voters.into_iter().map(|to| async move {
+    /// What the other voters say, and whether those are known to be all.
+    async fn ask_for(&self, lost: &Missing, anchor: Option<LogId>) -> (Vec<Answer>, bool) {
+        let (voters, known) = self.other_voters();
+        let answers = join_all(voters.into_iter().map(|to| async move {
             let mut body = Writer::new();
             body.u64(lost.from).u64(lost.to).option_log_id(anchor.as_ref());
             let answer = self.ask(&to, method::LOG_GIVE, body.finish()).await;
             let given = answer.and_then(|bytes| decode_result(&bytes, read_given));
-            let given = given.inspect_err(|error| tracing::debug!(id = to.0.0, %error, "does not answer")).ok();
+            let given = given.inspect_err(|error| tracing::debug!(address = %to.1.0, %error, "does not answer")).ok();
             Answer { to, given: given.filter(|given| follows(given, lost)) }
         }))
-        .await
+        .await;
+        (answers, known)
     }
 
     /// One step: fills one range, or finds out how the log ends. The error says what is waited for.
@@ -155,8 +165,8 @@ impl<R: Runtime> Inner<R> {
             return self.import_state("where the log begins is lost").await;
         }
         if let Some(lost) = damage.missing.first() {
-            let answers = self.ask_for(lost, lost.anchor).await;
-            return match verdict(&answers) {
+            let (answers, known) = self.ask_for(lost, lost.anchor).await;
+            return match verdict(&answers, known) {
                 Verdict::Fill => {
                     let entries = answers.into_iter().filter_map(|answer| match answer.given {
                         Some(Given::Entries(entries)) => Some(entries),
@@ -176,13 +186,14 @@ impl<R: Runtime> Inner<R> {
         // How many entries there were, or whom a vote was given to, nobody here knows: every other voter is heard.
         let lost = Missing { from, to: u64::MAX, anchor: None };
         let what = format!("the entries from index={from} on, or a vote");
-        let answers = self.ask_for(&lost, None).await;
+        let (answers, known) = self.ask_for(&lost, None).await;
         let damaged = answers.iter().any(|a| a.given == Some(Given::Damaged));
-        let all = !answers.is_empty() && answers.iter().all(|a| a.given.is_some());
+        let all = known && answers.iter().all(|a| a.given.is_some());
+        let alone = known && answers.is_empty();
         if answers.iter().any(|a| a.given == Some(Given::Purged)) {
             return self.import_state(&what).await;
         }
-        match (all, damaged) {
+        match (all, damaged || alone) {
             (true, false) => self.follow(from).await,
             (true, true) => Err(halt(&what, &answers)),
             (false, _) => Err(wait(&what, &answers)),
@@ -192,7 +203,7 @@ impl<R: Runtime> Inner<R> {
     /// Row D: from `from` on the log becomes that of the most complete other voter.
     async fn follow(self: &Arc<Self>, from: u64) -> Result<()> {
         let closed = |error: std::io::Error| Error::new(ErrorKind::Closed, error.to_string());
-        let voters = self.other_voters();
+        let (voters, _) = self.other_voters();
         let ends = join_all(voters.iter().map(|to| async move {
             let answer = self.ask(to, method::LOG_ENDS, Writer::new().finish()).await?;
             Ok((to.clone(), decode_result(&answer, Ends::read)?))
@@ -223,7 +234,8 @@ impl<R: Runtime> Inner<R> {
                     }
                     Given::Purged => return self.import_state(&range(&lost)).await,
                     other => {
-                        let message = format!("the most complete log moved on meanwhile id={} said={other:?}", to.0);
+                        let message =
+                            format!("the most complete log moved on meanwhile member={} said={other:?}", called(&to));
                         return Err(Error::new(ErrorKind::Unavailable, message));
                     }
                 }
@@ -232,14 +244,14 @@ impl<R: Runtime> Inner<R> {
         if last.is_some_and(|last| last.index >= from) && entries.last().map(|entry| Some(entry.log_id)) != Some(last) {
             return Err(Error::new(
                 ErrorKind::Unavailable,
-                format!("the most complete log moved on meanwhile id={}", to.0),
+                format!("the most complete log moved on meanwhile member={}", called(&to)),
             ));
         }
         tracing::warn!(
             from,
             entries = entries.len(),
             term,
-            id = to.0.0,
+            member = %called(&to),
             "the log goes on as that of another voter does"
         );
         let after = match from.checked_sub(1) {
@@ -256,7 +268,7 @@ impl<R: Runtime> Inner<R> {
     /// Takes over the state of whoever leads: what is missing is in its tables.
     async fn import_state(self: &Arc<Self>, why: &str) -> Result<()> {
         let mut last = Error::new(ErrorKind::Unavailable, "no other voter is known");
-        for to in self.other_voters() {
+        for to in self.other_voters().0 {
             let answer = self.ask(&to, method::OFFER, Writer::new().finish()).await;
             let offer = answer.and_then(|bytes| decode_result(&bytes, crate::network::read_offer));
             match offer {
@@ -306,7 +318,7 @@ impl<R: Runtime> Inner<R> {
     async fn fetch_entry(&self, id: LogId) -> Option<Entry> {
         let lost = Missing { from: id.index, to: id.index, anchor: Some(id) };
         for _ in 0..ENTRY_ROUNDS_MAX {
-            for answer in self.ask_for(&lost, Some(id)).await {
+            for answer in self.ask_for(&lost, Some(id)).await.0 {
                 if let Some(Given::Entries(entries)) = answer.given
                     && let Some(entry) = entries.into_iter().find(|entry| entry.log_id == id)
                 {
@@ -338,7 +350,7 @@ fn follows(given: &Given, lost: &Missing) -> bool {
     }
 }
 
-fn verdict(answers: &[Answer]) -> Verdict {
+fn verdict(answers: &[Answer], known: bool) -> Verdict {
     let best = answers.iter().filter_map(|answer| match &answer.given {
         Some(Given::Entries(_)) => Some(Best::Proven),
         Some(Given::Purged) => Some(Best::Purged),
@@ -348,10 +360,15 @@ fn verdict(answers: &[Answer]) -> Verdict {
     });
     // A voter alone may have been the majority: nobody else can tell that an entry was not committed.
     let best = if answers.is_empty() { Best::Damaged } else { best.max().unwrap_or(Best::Nothing) };
-    let all = answers.iter().all(|answer| answer.given.is_some());
+    let all = known && answers.iter().all(|answer| answer.given.is_some());
     let row = decide(&Facts { best, all });
     tracing::debug!(row = %row.letter, ?best, all, "lost entries judged");
     row.verdict
+}
+
+/// How a voter is named to people.
+fn called(voter: &Voter) -> String {
+    voter.0.map_or_else(|| voter.1.0.clone(), |id| id.to_string())
 }
 
 fn range(lost: &Missing) -> String {
@@ -367,7 +384,7 @@ fn name(damage: &Damage) -> String {
 }
 
 fn halt(what: &str, answers: &[Answer]) -> Error {
-    let damaged = answers.iter().filter(|a| a.given == Some(Given::Damaged)).map(|a| a.to.0.to_string());
+    let damaged = answers.iter().filter(|a| a.given == Some(Given::Damaged)).map(|a| called(&a.to));
     let damaged = damaged.collect::<Vec<_>>().join(",");
     Error::new(
         ErrorKind::Corrupt,
@@ -376,7 +393,7 @@ fn halt(what: &str, answers: &[Answer]) -> Error {
 }
 
 fn wait(what: &str, answers: &[Answer]) -> Error {
-    let silent = answers.iter().filter(|a| a.given.is_none()).map(|a| a.to.0.to_string());
+    let silent = answers.iter().filter(|a| a.given.is_none()).map(|a| called(&a.to));
     let silent = silent.collect::<Vec<_>>().join(",");
     Error::new(ErrorKind::Unavailable, format!("{what} damaged: waits for members={silent}"))
 }

@@ -375,7 +375,13 @@ impl LogStore {
     ///
     /// A purge or a vote that was queued meanwhile takes the place of the one that was copied and may not be durable
     /// yet, while what it replaces is no longer counted: then all of it is done again.
+    ///
+    /// While the log is damaged nothing is copied and nothing may be cut: an old vote behind a hole would look like the one
+    /// that the hole has taken.
     async fn copy_forward(&self) -> std::io::Result<Option<RecordPos>> {
+        if self.damage().is_some() {
+            return Ok(Some(RecordPos::default()));
+        }
         for _ in 0..COPY_ROUNDS_MAX {
             self.copy_once().await?;
             let state = self.state();

@@ -131,9 +131,10 @@ impl EntryIndex {
         self.repaired.insert(id.index);
     }
 
-    /// Where the oldest record of an entry lies that is needed. Entries lie in order but for those that were repaired.
+    /// Where the oldest record of an entry lies that is needed. Entries lie in order but for those that were repaired; those
+    /// that are missing lie nowhere.
     pub(crate) fn oldest_pos(&self) -> Option<RecordPos> {
-        let end = self.repaired.last().map_or(self.first, |last| last + 1);
+        let end = self.repaired.last().max(self.missing.last()).map_or(self.first, |last| last + 1);
         (self.first..=end).filter_map(|index| self.pos(index)).min()
     }
 
@@ -328,16 +329,17 @@ mod tests {
         records.extend([R::Hole, R::Entry(entry(3, 6)), R::Entry(entry(3, 7))]);
         let mut index = replay(records);
         assert_eq!(missing(&index), [(1, 5, Some(log_id(3, 6)))]);
+        index.purge(log_id(1, 0), StoredMembership::default());
+        assert_eq!(index.oldest_pos(), Some(pos(4)), "entry 6: nothing before it is here");
         for (n, i) in (1..=5).enumerate() {
             assert!(index.damage().is_some());
             index.repair(&entry(if i < 4 { 1 } else { 2 }, i), pos(100 + n as u64));
         }
         assert_eq!(index.damage(), None);
-        let terms: Vec<u64> = (0..8).map(|i| term_of(&index.log_id(i).expect("known"))).collect();
-        assert_eq!(terms, [1, 1, 1, 1, 2, 2, 3, 3]);
+        let terms: Vec<u64> = (1..8).map(|i| term_of(&index.log_id(i).expect("known"))).collect();
+        assert_eq!(terms, [1, 1, 1, 2, 2, 3, 3]);
         assert_eq!(index.pos(4), Some(pos(103)));
         // The oldest record that is needed is not that of the first entry.
-        index.purge(log_id(1, 0), StoredMembership::default());
         assert_eq!(index.pos(index.first()), Some(pos(100)));
         assert_eq!(index.oldest_pos(), Some(pos(4)), "entry 6, behind the hole");
         // Another entry than the one that is there is not taken for it.
