@@ -89,6 +89,8 @@ pub struct EngineStatus {
     pub fallback_reason: Option<String>,
     /// Bytes of extents in use.
     pub extent_bytes: u64,
+    /// Records of the log made durable since it was opened.
+    pub wal_records: u64,
     /// Bytes of the log in use, and of the ring.
     pub wal_used_bytes: u64,
     /// See `wal_used_bytes`.
@@ -363,6 +365,7 @@ impl Engine {
             backend: backend.into(),
             fallback_reason,
             extent_bytes: shared.volume.live_bytes(),
+            wal_records: wal.records,
             wal_used_bytes: wal.used_bytes,
             wal_ring_bytes: wal.ring_bytes,
             memory_used_bytes: shared.budget.used(),
