@@ -27,6 +27,9 @@ fn main() -> std::io::Result<()> {
         seeds.push(("peer_message", format!("entry-{name}"), entry));
         seeds.push(("command", name.into(), bytes));
     }
+    for (name, seed) in mainstay_replication::fuzzing::seeds() {
+        seeds.push(("peer_message", name.into(), seed.to_vec()));
+    }
     seeds.push(("peer_message", "empty".into(), vec![1]));
     seeds.push(("peer_message", "zeros".into(), vec![1; 64]));
     for (target, name, bytes) in seeds {

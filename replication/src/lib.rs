@@ -6,6 +6,8 @@
 mod durability;
 mod entry_index;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod heal;
 mod init;
 mod log_cases;
@@ -39,18 +41,3 @@ pub use node::{CommitToken, ForwardHandler, MemberInfo, MemberRole, Node, NodeOp
 pub use runtime::{Runtime, TokioRuntime};
 pub use tcp::{FRAME_BYTES_MAX, TcpTransport};
 pub use transport::{Envelope, Handler, Hello, NodeId, PeerAddress, Transport};
-
-/// Entry points of the fuzzer: decoders of what disks and peers give.
-#[doc(hidden)]
-pub mod fuzzing {
-    use bytes::Bytes;
-
-    /// Decodes arbitrary bytes as every record and message there is. Must not panic.
-    pub fn decode_all(bytes: &Bytes) {
-        crate::tcp::decode_any(bytes);
-        crate::service::decode_any(bytes);
-        for kind in 32..40 {
-            let _ = crate::record::decode(mainstay_wal::RecordKind(kind), bytes);
-        }
-    }
-}

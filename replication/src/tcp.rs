@@ -142,7 +142,7 @@ async fn read_frame(from: &mut BufReader<OwnedReadHalf>) -> Result<Frame> {
     Ok(Frame { kind, method, number, body })
 }
 
-fn encode_hello(hello: &Hello) -> Bytes {
+pub(crate) fn encode_hello(hello: &Hello) -> Bytes {
     let mut out = Writer::new();
     out.id(&hello.cluster)
         .u64(hello.node.0)
