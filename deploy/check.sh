@@ -27,3 +27,11 @@ else
 fi
 "$venv/bin/kubernetes-validate" --strict --kubernetes-version "$version" "$rendered"
 "$venv/bin/python" policy.py "$rendered" base/mainstay.toml
+
+# The binary of the image is a build of its own, so it is proved here only where it was made.
+binary=$(ls -t "$target/$(uname -m)-unknown-linux-musl"/*/mainstay 2>/dev/null | head -1 || true)
+if [ -n "$binary" ]; then
+    ./from_scratch.sh "$binary"
+else
+    echo "no static binary was built, so none was run: deploy/image.sh does both"
+fi
