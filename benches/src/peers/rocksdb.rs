@@ -37,7 +37,7 @@ impl Peer for RocksDb {
         }
         let mut options = rocksdb::WriteOptions::default();
         options.set_sync(true);
-        self.0.write_opt(&batch, &options).expect("a batch commits");
+        self.0.write_opt(batch, &options).expect("a batch commits");
     }
 
     fn settle(&self) {
