@@ -226,6 +226,50 @@ fn a_full_disk_refuses_heals_and_poisons_nothing() {
 }
 
 #[test]
+fn a_read_only_disk_reads_and_refuses_the_rest_until_it_is_writable_and_the_node_restarts() {
+    let disk = SimDisk::new("disk", SimOptions::default());
+    let device = disk.device();
+    write(&*device, 0, 1, WriteMode::Durable).wait().expect("writable");
+    disk.set_read_only(true);
+    assert_eq!(write(&*device, 0, 2, WriteMode::Cached).wait().expect_err("read-only").kind(), ErrorKind::Os);
+    assert_eq!(device.allocate(0, 4096).wait().expect_err("read-only").kind(), ErrorKind::Os);
+    assert_eq!(write(&*device, 0, 2, WriteMode::Durable).wait().expect_err("read-only").kind(), ErrorKind::Os);
+    assert_eq!(read(&*device, 0).wait().expect("readable")[0], 1);
+    disk.set_read_only(false);
+    // The failed durable write is final for the handle, as on any device.
+    assert_eq!(write(&*device, 0, 2, WriteMode::Durable).wait().expect_err("poisoned").kind(), ErrorKind::Poisoned);
+    disk.kill(1);
+    write(&*disk.device(), 0, 2, WriteMode::Durable).wait().expect("writable again");
+}
+
+#[test]
+fn a_volume_is_wiped_and_restored_from_a_copy() {
+    for layout in [SimLayout::Directory, SimLayout::Device] {
+        let disks = SimMedia::with_layout(layout, SimOptions { capacity: 1 << 30, ..SimOptions::default() });
+        let first = |disks: &SimMedia| {
+            let (wal, _) = disks.open().expect("opened").zones(1 << 20).expect("zones");
+            wal.read(0, AlignedBuf::zeroed(4096), IoClass::Wal).wait().expect("read")[0]
+        };
+        let put = |disks: &SimMedia, byte| {
+            let (wal, _) = disks.open().expect("opened").zones(1 << 20).expect("zones");
+            wal.write(0, block(byte), WriteMode::Durable, IoClass::Wal).wait().expect("written");
+        };
+        disks.open().expect("opened").create_zones(1 << 20).wait().expect("made");
+        put(&disks, 1);
+        let copy = disks.images();
+        put(&disks, 2);
+        disks.crash(1);
+        disks.restore(copy);
+        assert_eq!(first(&disks), 1, "{layout:?}");
+        disks.crash(2);
+        disks.wipe();
+        let media = disks.open().expect("opened");
+        assert!(media.is_blank().expect("readable"));
+        media.create_zones(1 << 20).wait().expect("made anew");
+    }
+}
+
+#[test]
 fn a_lying_disk_is_lying_as_recorded() {
     let outcome_of = |faults: Faults| {
         let disk = SimDisk::new("disk", SimOptions { faults, ..SimOptions::default() });

@@ -22,6 +22,8 @@ pub(super) struct Core {
     pub(super) flights: BTreeMap<u64, Flight>,
     pub(super) next_flight: u64,
     pub(super) fail_next: Vec<IoKind>,
+    /// The file system was remounted read-only.
+    pub(super) read_only: bool,
     pub(super) trace: VecDeque<IoEvent>,
     pub(super) events: u64,
     pub(super) hash: u64,
@@ -174,8 +176,30 @@ impl Core {
         (outcome, Ok(()))
     }
 
+    /// What everything but a read answers while the disk is read-only.
+    fn refuse(&mut self, what: What, action: Action) -> (Outcome, Answer) {
+        let error = Error::new(ErrorKind::Os, what.op, what.offset, what.length, "simulated read-only file system");
+        let outcome = Outcome::Failed(ErrorKind::Os);
+        let answer = match action {
+            Action::Read { buf, done } => Answer::Read(done, Ok(buf)),
+            Action::Write { done, .. } if what.kind == IoKind::DurableWrite => {
+                Answer::Unit(done, self.settle(what, Err(error)))
+            }
+            Action::Flush { done, .. } => Answer::Unit(done, self.settle(what, Err(error))),
+            Action::Write { done, .. } | Action::Allocate { done } | Action::Discard { done } => {
+                Answer::Unit(done, Err(error))
+            }
+        };
+        (outcome, answer)
+    }
+
     /// Does what the operation asks, under the lock; the answer is given after it.
     pub(super) fn execute(&mut self, what: What, action: Action, random: &SimRandom) -> Answer {
+        if self.read_only && what.kind != IoKind::Read {
+            let (outcome, answer) = self.refuse(what, action);
+            self.record(what, outcome);
+            return answer;
+        }
         let (outcome, answer) = match action {
             Action::Read { mut buf, done } => {
                 let (outcome, result) = self.execute_read(what, &mut buf, random);

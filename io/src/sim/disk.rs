@@ -72,6 +72,7 @@ impl SimDisk {
             flights: BTreeMap::new(),
             next_flight: 0,
             fail_next: Vec::new(),
+            read_only: false,
             trace: VecDeque::new(),
             events: 0,
             hash: 0,
@@ -155,12 +156,13 @@ impl SimDisk {
         self.0.lock().faults = faults;
     }
 
-    /// Ends all faults: rates, planned failures, unreadable ranges and lack of space. What rotted stays rotten, and a
+    /// Ends all faults: rates, planned failures, unreadable ranges, lack of space and a read-only mount. What rotted stays rotten, and a
     /// poisoned device stays poisoned until the node restarts.
     pub fn heal(&self) {
         let mut core = self.0.lock();
         core.faults = Faults::default();
         core.fail_next.clear();
+        core.read_only = false;
         core.medium.set_space(None);
         core.medium.heal();
     }
@@ -168,6 +170,12 @@ impl SimDisk {
     /// Bytes that may be allocated in all; `None` lifts the bound.
     pub fn set_space(&self, bytes: Option<u64>) {
         self.0.lock().medium.set_space(bytes);
+    }
+
+    /// Remounts the file system read-only, as Linux does after an error, or writable again: while it is read-only all but
+    /// reads answer `Os`.
+    pub fn set_read_only(&self, read_only: bool) {
+        self.0.lock().read_only = read_only;
     }
 
     /// Bytes that are allocated.

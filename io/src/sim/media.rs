@@ -139,6 +139,26 @@ impl SimMedia {
         self.0.disks.iter().map(SimDisk::image).collect()
     }
 
+    /// Puts blank disks in the place of all: the volume was lost while the node was down.
+    pub fn wipe(&self) {
+        for disk in &self.0.disks {
+            disk.restart(DiskImage { capacity: disk.capacity(), ..DiskImage::default() });
+        }
+    }
+
+    /// Puts `images`, as [`SimMedia::images`] gave them, in the place of the content: the volume was restored from a copy
+    /// while the node was down.
+    pub fn restore(&self, images: Vec<DiskImage>) {
+        for (disk, image) in self.0.disks.iter().zip(images) {
+            disk.restart(image);
+        }
+    }
+
+    /// Remounts all disks read-only, or writable again.
+    pub fn set_read_only(&self, read_only: bool) {
+        self.0.disks.iter().for_each(|disk| disk.set_read_only(read_only));
+    }
+
     /// Changes the rates of faults on all disks.
     pub fn set_faults(&self, faults: Faults) {
         self.0.disks.iter().for_each(|disk| disk.set_faults(faults));
