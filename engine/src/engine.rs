@@ -241,7 +241,8 @@ impl Engine {
         let budget = MemoryBudget::new(settings.memory_bytes);
         let cache = BlockCache::new(&budget);
         let shared = Arc::new(EngineShared {
-            purged_at: AtomicU64::new(wal.durable().0),
+            // All that is found may be due to be cut.
+            purged_at: AtomicU64::new(wal.start().0),
             environment,
             volume,
             wal,
@@ -407,6 +408,14 @@ impl Engine {
     }
 }
 
+impl Engine {
+    /// For an owner whose records find no space in the log: asks for the log to be cut if more than half of it is used. It
+    /// happens in the background.
+    pub fn relieve_log(&self) {
+        self.shared.relieve_log();
+    }
+}
+
 impl EngineShared {
     pub(crate) fn wal(&self) -> &Wal {
         &self.wal
@@ -432,7 +441,7 @@ impl EngineShared {
         self.volume.superblock().root.map_or(0, |root| crate::volume::extents_bytes(&root.extents))
     }
 
-    fn is_closing(&self) -> bool {
+    pub(crate) fn is_closing(&self) -> bool {
         self.closing.load(Ordering::Acquire)
     }
 

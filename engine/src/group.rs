@@ -192,6 +192,17 @@ impl GroupShared {
     }
 
     /// Wakes who waits for space or memory.
+    /// Told at each progress of jobs, manifest and log.
+    #[cfg(test)]
+    pub(crate) fn changed(&self) -> tokio::sync::futures::Notified<'_> {
+        self.progress.notified()
+    }
+
+    /// The volume failed for good.
+    pub(crate) fn give_up(&self, error: &Error) {
+        self.fail(error.clone());
+    }
+
     pub(crate) fn wake(&self) {
         self.progress.notify_waiters();
     }
@@ -405,6 +416,11 @@ impl Group {
         let names = Names { keyspaces: checkpoint.keyspaces.iter().cloned().collect() };
         let views = checkpoint_views(&core, &checkpoint.versions);
         Ok(Snapshot::new(checkpoint.index, Arc::new(views), Arc::new(names)))
+    }
+
+    /// Why nothing is applied any more, if so: for good, until the volume is opened again.
+    pub fn failure(&self) -> Option<Error> {
+        self.0.failed.get().cloned()
     }
 
     /// Entries up to here are in tables; the log may be purged up to here.

@@ -2,17 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::ops::{Bound, RangeBounds};
+use std::sync::OnceLock;
 
 use bytes::Bytes;
 
 use crate::command::{WriteOp, check_key};
-use crate::{KeyspaceId, LogIndex, Result, Snapshot};
+use crate::{Error, ErrorKind, KeyspaceId, LogIndex, Result, Snapshot};
 
 /// Answers `Custom` commands. It runs on every replica, in log order, and must be deterministic: it may read the store
 /// through [`Apply`] and the command, and nothing else. Table digests tell when it is not.
 pub trait StateMachine: Send + Sync + 'static {
     /// Reads and writes through `apply` inside one atomic batch and answers. On `Err` nothing is written and the error
-    /// is the answer.
+    /// is the answer. Unless the store could not read for it: then this replica leaves service, whatever was answered, since
+    /// no other replica would answer so.
     fn apply<'a>(
         &'a self,
         apply: &'a mut Apply,
@@ -43,6 +45,8 @@ pub struct Apply {
     created: Vec<(String, KeyspaceId)>,
     /// `None` removes.
     writes: BTreeMap<(KeyspaceId, Bytes), Option<Bytes>>,
+    /// What the store could not read for it.
+    broken: OnceLock<Error>,
 }
 
 impl Apply {
@@ -53,7 +57,25 @@ impl Apply {
         made: BTreeMap<String, KeyspaceId>,
         next_keyspace: KeyspaceId,
     ) -> Self {
-        Self { index, time_ms, before, made, next_keyspace, created: Vec::new(), writes: BTreeMap::new() }
+        let (created, writes) = (Vec::new(), BTreeMap::new());
+        Self { index, time_ms, before, made, next_keyspace, created, writes, broken: OnceLock::new() }
+    }
+
+    /// Why nothing that was decided here may count: this replica could not read what all others can. An answer that came of
+    /// it, whatever it is, would be of this replica alone.
+    pub(crate) fn broken(&self) -> Option<&Error> {
+        self.broken.get()
+    }
+
+    /// Notes an error that depends on this replica and not on the entries.
+    fn noted<T>(&self, result: Result<T>) -> Result<T> {
+        if let Err(error) = &result
+            && !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Invalid)
+        {
+            // The first one counts.
+            let _ = self.broken.set(error.clone());
+        }
+        result
     }
 
     /// The keyspaces to make, and the mutations in order of keys.
@@ -107,7 +129,7 @@ impl Apply {
         if self.is_new(keyspace) {
             return Ok(None);
         }
-        self.before.get(keyspace, key).await
+        self.noted(self.before.get(keyspace, key).await)
     }
 
     /// Up to `limit` pairs within the bounds, in order of keys.
@@ -134,7 +156,8 @@ impl Apply {
             if stored.is_none()
                 && let Some(open) = &mut scan
             {
-                stored = if reverse { open.next_back().await? } else { open.next().await? };
+                let next = if reverse { open.next_back().await } else { open.next().await };
+                stored = self.noted(next)?;
                 if stored.is_none() {
                     scan = None;
                 }

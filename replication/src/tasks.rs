@@ -25,6 +25,8 @@ const RETRY_PAUSE: Duration = Duration::from_millis(50);
 const RECONCILE: Duration = Duration::from_millis(500);
 /// How long a member is without a leader before it asks whether it is one still.
 const ORPHAN: Duration = Duration::from_secs(3);
+/// How often a node whose ring is full asks for it to be cut.
+const RELIEVE: Duration = Duration::from_secs(1);
 /// How long closing waits for another leader.
 const HAND_OVER: Duration = Duration::from_secs(3);
 
@@ -59,6 +61,7 @@ impl<R: Runtime> Inner<R> {
         self.spawn(async move {
             let mut seen = this.group.flushed();
             let mut idle = Idle::default();
+            let mut relieved = R::Instant::now();
             loop {
                 let event = {
                     let request = std::pin::pin!(requests.recv());
@@ -67,6 +70,7 @@ impl<R: Runtime> Inner<R> {
                     R::select3(request, flushed, tick).await
                 };
                 this.log.resume();
+                this.look_after_volume(&mut relieved).await;
                 match event {
                     Select3::First(Some(request)) => {
                         this.purge(request.flushed).await;
@@ -87,6 +91,28 @@ impl<R: Runtime> Inner<R> {
                 }
             }
         });
+    }
+
+    /// Leaves service when the volume has failed, and sees that a full ring is cut: a node that starts with one appends
+    /// nothing, and without appends nobody else would ask for it.
+    async fn look_after_volume(&self, relieved: &mut R::Instant) {
+        if let Some(error) = self.group.failure()
+            && self.phase() == Phase::Member
+            && !self.closing.is_set()
+        {
+            tracing::error!(%error, "the node leaves service");
+            self.set_phase(Phase::Failed(error.to_string()));
+            self.progress.close();
+            let running = self.running.read().expect("nothing panics while it holds this lock").clone();
+            if let Some(running) = running {
+                // Its error says that the core has stopped already.
+                let _ = running.raft.shutdown().await;
+            }
+        }
+        if self.log.is_stalled() && R::Instant::now() >= *relieved + RELIEVE {
+            *relieved = R::Instant::now();
+            self.engine.relieve_log();
+        }
     }
 
     /// Tells openraft that everything up to `flushed` is in a snapshot, and has it purge all but a tail for followers

@@ -115,6 +115,13 @@ impl EngineShared {
         }
     }
 
+    /// Records of the owner find no space: cuts the log, however little it has grown since that was last tried.
+    pub(crate) fn relieve_log(&self) {
+        if self.log_is_half_full() {
+            self.want_pages();
+        }
+    }
+
     /// True when writers have to wait until the log is cut.
     pub(crate) fn log_is_nearly_full(&self) -> bool {
         let stats = self.wal().stats();
@@ -148,6 +155,10 @@ impl EngineShared {
                     self.set_full(true);
                 } else {
                     tracing::error!(%error, "the manifest pages could not be written");
+                    if error.kind() == ErrorKind::Closed && !self.is_closing() {
+                        // Nor ever will be: the log fills up, and nothing that was freed comes back.
+                        self.open_groups().iter().for_each(|group| group.give_up(&error));
+                    }
                 }
             }
         }

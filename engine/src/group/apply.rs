@@ -37,7 +37,7 @@ impl GroupShared {
         self.check_alive()?;
         let response = match &command.body {
             CommandBody::Custom { branch, command: custom } => {
-                self.apply_custom(index, command.time_ms, *branch, custom.clone()).await
+                self.apply_custom(index, command.time_ms, *branch, custom.clone()).await?
             }
             body => {
                 let mut core = self.lock();
@@ -242,17 +242,25 @@ impl GroupShared {
         time_ms: u64,
         branch: BranchId,
         command: Bytes,
-    ) -> Result<Bytes> {
+    ) -> Result<Result<Bytes>> {
         let prepared = self.prepare_custom(index, time_ms, branch);
         let answer = match (prepared, &self.state_machine) {
             (Err(error), _) => Err(error),
             (Ok(_), None) => Err(Error::new(ErrorKind::Unsupported, "the group has no state machine for its commands")),
             (Ok(mut apply), Some(state_machine)) => {
-                state_machine.apply(&mut apply, command).await.map(|response| (response, apply))
+                let answer = state_machine.apply(&mut apply, command).await;
+                if let Some(error) = apply.broken() {
+                    // Not an answer: the others read what this replica could not, and go on differently.
+                    self.fail(error.clone());
+                    return Err(error.clone());
+                }
+                answer.map(|response| (response, apply))
             }
         };
         let mut core = self.lock();
         let mut entry = self.enter(&mut core, index);
+        // The manifest has made them already, and readers, the next entry among them, have to find them from here on.
+        entry.publish |= entry.replayed && core.logical.keyspaces.values().any(|k| k.created == index);
         let response = answer.and_then(|(response, apply)| {
             let (created, ops) = apply.into_parts();
             for (name, id) in created {
@@ -263,7 +271,7 @@ impl GroupShared {
             Ok(response)
         });
         self.leave(&mut core, entry);
-        response
+        Ok(response)
     }
 
     fn prepare_custom(&self, index: LogIndex, time_ms: u64, branch: BranchId) -> Result<Apply> {

@@ -137,6 +137,10 @@ impl GroupShared {
             // The engine tries again when there is space.
             Err(error) if error.kind() == ErrorKind::OutOfSpace => {}
             Err(error) => {
+                if error.kind() == ErrorKind::Closed && !self.engine.is_closing() {
+                    // The volume takes nothing any more, and what is in memory can never leave it.
+                    self.fail(error.clone());
+                }
                 if current {
                     let passes = matches!(error.kind(), ErrorKind::Io | ErrorKind::Corrupt);
                     let mut retry = core.stuck.get(&run.job).map(|stuck| stuck.retry).unwrap_or_default();

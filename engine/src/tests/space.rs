@@ -75,3 +75,58 @@ fn dropping_a_checkpoint_frees_the_space_that_writes_wait_for() {
     store.close();
     check_no_leak(&media);
 }
+
+/// The device of the tables failed for good while that of the log went on: entries were taken until memory and log were full, and
+/// then the store waited for ever.
+#[test]
+fn a_volume_whose_tables_cannot_be_synced_leaves_service() {
+    let media = media();
+    let store = Store::open(&media);
+    store.put("a", b"1");
+    media.extents_disk().fail_next(mainstay_io::sim::IoKind::Flush);
+    let applied = store.must(CommandBody::Rotate);
+    mainstay_io::block_on(store.group().shared().settled(applied.index));
+    // Those that come after the failed flush find a device that takes nothing.
+    let refused = (0..10_000).find_map(|n| store.propose(put(MAIN, &key(n), &[1; 512])).err());
+    assert_eq!(refused.expect("the store says so").kind(), ErrorKind::Closed);
+    assert!(store.group().failure().is_some());
+    drop(store);
+    media.kill(1);
+    let store = Store::open(&media);
+    assert_eq!(store.get("a").as_deref(), Some(&b"1"[..]));
+    store.close();
+}
+
+/// A replica restarted with a ring that was nearly full and held nothing that was needed. It could append nothing, so the log
+/// did not grow, so no cut of it was due: it stayed behind for ever.
+#[test]
+fn a_ring_that_is_found_full_is_cut_on_demand() {
+    let media = media();
+    let group = crate::GroupSettings { memtable_bytes: 3 << 20, ..settings() };
+    let store = Store::open_with(&media, group.clone(), engine_settings()).expect("the volume opens");
+    let half = WAL_BYTES / 2;
+    let mut n = 0;
+    // One generation is flushed, and the log is more than half full of it and the next.
+    while store.engine.status().wal_used_bytes < half + (half / 4) {
+        store.put(&key(n), &[1; 4096]);
+        n += 1;
+        assert!(n < 10_000, "the log is cut too early for this test");
+    }
+    drop(store);
+    media.kill(1);
+    let store = Store::open_with(&media, group, engine_settings()).expect("the volume opens");
+    let used = store.engine.status().wal_used_bytes;
+    assert!(used > half, "used={used}");
+    mainstay_io::block_on(async {
+        let mut changed = std::pin::pin!(store.group().shared().changed());
+        changed.as_mut().enable();
+        store.engine.relieve_log();
+        while store.engine.status().wal_used_bytes > half {
+            changed.as_mut().await;
+            changed.set(store.group().shared().changed());
+            changed.as_mut().enable();
+        }
+    });
+    assert_eq!(store.get(&key(0)).as_deref(), Some(&[1; 4096][..]));
+    store.close();
+}

@@ -124,3 +124,45 @@ fn without_a_state_machine_commands_are_refused() {
     assert_eq!(store.get("k").as_deref(), Some(&b"v"[..]));
     store.close();
 }
+
+/// Two of three replicas read a counter and add to it; the third met a read error there, had the state machine answer with that
+/// error, wrote nothing, and went on: it differed from then on, and no digest told before the next flush.
+#[test]
+fn a_read_error_of_one_replica_is_never_an_answer() {
+    let media = media();
+    let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
+    assert_eq!(answer(&store, "add k 5").expect("counted"), "5");
+    store.settle();
+    store.close();
+
+    let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
+    media.extents_disk().fail_next(mainstay_io::sim::IoKind::Read);
+    let error = store.propose(custom("add k 1")).expect_err("the replica leaves service instead of answering");
+    assert_eq!(error.kind(), ErrorKind::Io, "{error}");
+    assert!(store.group().failure().is_some());
+    assert!(store.propose(custom("add k 1")).is_err(), "and stays out of it");
+    drop(store);
+    media.kill(3);
+
+    // The entry is in the log, and is applied once it can be.
+    let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
+    assert_eq!(answer(&store, "add k 10").expect("counted"), "16");
+    store.close();
+}
+
+/// A command made a keyspace and wrote nothing into it. When it was replayed after a crash nobody was shown the keyspace, and the next
+/// command made it once more: under a number of its own in replay, and with a failed assertion behind it.
+#[test]
+fn a_keyspace_made_by_a_command_that_writes_nothing_is_there_after_a_replay() {
+    let media = media();
+    let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
+    assert!(answer(&store, "sum").expect("summed").starts_with("0 at "));
+    let id = store.group().keyspace("counters").expect("made by the command");
+    drop(store);
+    media.crash(1);
+
+    let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
+    assert_eq!(answer(&store, "add k 2").expect("counted"), "2");
+    assert_eq!(store.group().keyspace("counters"), Some(id));
+    store.close();
+}
