@@ -415,7 +415,8 @@ impl Group {
             found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no such checkpoint name={name}")))?;
         let names = Names { keyspaces: checkpoint.keyspaces.iter().cloned().collect() };
         let views = checkpoint_views(&core, &checkpoint.versions);
-        Ok(Snapshot::new(checkpoint.index, Arc::new(views), Arc::new(names)))
+        let index = if mainstay_io::mutant!(CheckpointMoves) { applied } else { checkpoint.index };
+        Ok(Snapshot::new(index, Arc::new(views), Arc::new(names)))
     }
 
     /// Why nothing is applied any more, if so: for good, until the volume is opened again.

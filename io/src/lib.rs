@@ -3,6 +3,26 @@
 //! Everything above takes these through traits, so that a whole cluster, disks included, runs in one thread from one
 //! seed.
 
+#[cfg(all(mainstay_mutants, not(debug_assertions)))]
+compile_error!("planted bugs are for the simulator alone: no build without debug assertions can have them");
+
+/// True where this bug is planted, which only the simulator does: without `--cfg mainstay_mutants` it is the constant `false`.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! mutant {
+    ($name:ident) => {{
+        #[cfg(mainstay_mutants)]
+        let planted = $crate::mutants::is_planted($crate::mutants::Mutant::$name);
+        #[cfg(not(mainstay_mutants))]
+        let planted = false;
+        planted
+    }};
+}
+
+// What every ordinary build proves: the switch is known to be off when it is compiled.
+#[cfg(not(mainstay_mutants))]
+const _: () = assert!(!mutant!(AckBeforeSync));
+
 mod backend;
 mod buf;
 mod device;
@@ -15,6 +35,8 @@ mod flight;
 mod gate;
 mod lock;
 mod media;
+#[cfg(mainstay_mutants)]
+pub mod mutants;
 mod op;
 mod probe;
 mod request;

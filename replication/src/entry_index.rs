@@ -245,6 +245,9 @@ impl EntryIndex {
         let keep_to = after.map_or(0, |i| i + 1).max(self.first);
         while self.next() > keep_to {
             self.slots.pop_back();
+            if mainstay_io::mutant!(CacheKeepsTruncated) {
+                continue;
+            }
             if let Some(entry) = self.cache.pop_back() {
                 self.cached_bytes -= entry_bytes(&entry);
             }

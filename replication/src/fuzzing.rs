@@ -15,6 +15,16 @@ use crate::types::{
 use crate::wire::{Writer, encode_result};
 use crate::{Error, Hello, MemberRole, NodeId, PeerAddress, TokioRuntime, record};
 
+/// The frame of a message as it goes over TCP, for who damages it on the way.
+pub fn encode_frame(message: &crate::Envelope, answer: bool) -> Vec<u8> {
+    crate::tcp::encode_frame(message, answer)
+}
+
+/// What arrives of a frame; `None` when the receiver ends the connection.
+pub fn decode_frame(frame: &[u8]) -> Option<crate::Envelope> {
+    crate::tcp::decode_frame(frame).ok()
+}
+
 /// Decodes arbitrary bytes as every record and message there is. Must not panic.
 pub fn decode_all(bytes: &Bytes) {
     crate::tcp::decode_any(bytes);

@@ -256,6 +256,11 @@ impl LogStore {
             EntryPayload::Normal(payload) => payload.waiter.clone(),
             _ => None,
         };
+        if mainstay_io::mutant!(LocalBeforeSync)
+            && let Some(waiter) = &waiter
+        {
+            waiter.durable(crate::types::term_of(&id), id.index);
+        }
         let this = self.clone();
         let done = move |result: mainstay_wal::Result<RecordPos>| {
             let outcome = match result {
@@ -556,6 +561,10 @@ impl<R: Runtime> RaftLogStorage<TypeConfig<R>> for LogStore {
     async fn save_vote(&mut self, vote: &Vote) -> std::io::Result<()> {
         self.check()?;
         let vote = *vote;
+        if mainstay_io::mutant!(ForgetVote) {
+            self.state().index.set_vote(vote);
+            return Ok(());
+        }
         let rx = {
             let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
             self.state().index.set_vote(vote);
@@ -605,6 +614,11 @@ impl<R: Runtime> RaftLogStorage<TypeConfig<R>> for LogStore {
                 return Ok(());
             }
             state.in_flight += entries.len() as u64;
+        }
+        if mainstay_io::mutant!(AppendUnflushed)
+            && let Some(callback) = callback.take()
+        {
+            callback(Ok(()));
         }
         for entry in &entries {
             let done = if entry.log_id.index == last { callback.take() } else { None };

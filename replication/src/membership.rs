@@ -427,7 +427,9 @@ impl<R: Runtime> Inner<R> {
             let message = format!("no member has this name: add it first name={}", member.name);
             return Err(Error::new(ErrorKind::NotFound, message));
         }
-        if let Some(known) = namesakes.iter().find(|m| m.incarnation == member.incarnation) {
+        if let Some(known) =
+            namesakes.iter().find(|m| m.incarnation == member.incarnation || mainstay_io::mutant!(SameIdAfterWipe))
+        {
             return Ok((cluster, known.id.0));
         }
         for other in &namesakes {

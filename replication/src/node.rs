@@ -285,7 +285,7 @@ fn raft_config(options: &NodeOptions) -> Result<openraft::Config> {
         election_timeout_max: lease.max(heartbeat + 2),
         // Off, always: a leader that lost power replicated entries that it had not made durable; as leader of the same
         // term it would give their log ids to other commands, and replicas would differ for ever without a trace.
-        enable_leader_restore: Some(false),
+        enable_leader_restore: Some(mainstay_io::mutant!(LeaderRestore)),
         enable_pre_vote: Some(true),
         // A leader without a quorum goes silent for this long at a time, so that one node that still hears it does not
         // keep a connected majority from electing. Lease and election timeout are both `election_timeout_max`.
@@ -304,7 +304,11 @@ fn raft_config(options: &NodeOptions) -> Result<openraft::Config> {
         ..openraft::Config::default()
     };
     let config = config.validate().map_err(|e| Error::new(ErrorKind::Invalid, e.to_string()))?;
-    assert_eq!(config.enable_leader_restore, Some(false), "a restarted leader is elected again or does not lead");
+    assert_eq!(
+        config.enable_leader_restore,
+        Some(mainstay_io::mutant!(LeaderRestore)),
+        "a restarted leader is elected again or does not lead"
+    );
     assert_eq!(config.allow_log_reversion, Some(false), "a log that went back is another volume");
     assert_eq!(config.enable_pre_vote, Some(true));
     assert!(config.quorum_loss_probe_interval.is_some());

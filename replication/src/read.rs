@@ -65,6 +65,9 @@ impl<R: Runtime> Inner<R> {
             ReadLevel::Linearizable => self.read_index(false).await?,
             ReadLevel::Lease => self.read_index(true).await?,
         };
+        if mainstay_io::mutant!(ReadUnapplied) {
+            return Ok(self.progress.applied());
+        }
         match R::timeout(READ_TIMEOUT, self.progress.reached(index)).await {
             Ok(result) => result?,
             Err(_) => {
@@ -157,6 +160,9 @@ impl<R: Runtime> Inner<R> {
     }
 
     async fn lease_index(&self, running: &Running<R>) -> Option<LogIndex> {
+        if mainstay_io::mutant!(StaleLease) {
+            return Some(self.group.applied());
+        }
         let linearizer = running.raft.get_read_linearizer(ReadPolicy::LeaseRead).await.ok()?;
         Some(LogIndex(linearizer.read_log_id().index()))
     }
@@ -169,6 +175,9 @@ impl<R: Runtime> Inner<R> {
         }
         if lease && let Some(index) = self.lease_index(&running).await {
             return Ok(index);
+        }
+        if mainstay_io::mutant!(ReadIndexAlone) {
+            return Ok(self.group.applied());
         }
         let round = running.raft.get_read_linearizer(ReadPolicy::ReadIndex);
         match R::timeout(READ_TIMEOUT, round).await {

@@ -115,6 +115,7 @@ impl<R: Runtime> Inner<R> {
                 body.bytes(&command);
                 let answer = self.call_member(NodeId(leader), method::WRITE, body.finish(), WRITE_TIMEOUT).await;
                 match answer.and_then(|bytes| decode_result(&bytes, Reader::applied)) {
+                    Err(e) if mainstay_io::mutant!(RetryForwarded) && e.kind() == ErrorKind::Indeterminate => {}
                     // Neither was applied: whoever leads now is asked.
                     Err(e) if matches!(e.kind(), ErrorKind::NotLeader | ErrorKind::Unavailable) => {
                         if R::Instant::now() + RETRY_PAUSE >= deadline {
@@ -301,7 +302,9 @@ fn classify<R: Runtime>(result: Result<ClientWriteResponse<TypeConfig<R>>, Write
         })),
         Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward))) => Attempt::Elsewhere(forward.leader_id),
         Err(RaftError::APIError(ClientWriteError::LogEntryDiscarded(_))) => {
-            Attempt::Done(Err(Error::new(ErrorKind::Indeterminate, "another leader took over before the commit")))
+            let kind =
+                if mainstay_io::mutant!(RefuseDiscarded) { ErrorKind::Unavailable } else { ErrorKind::Indeterminate };
+            Attempt::Done(Err(Error::new(kind, "another leader took over before the commit")))
         }
         Err(RaftError::APIError(other)) => Attempt::Done(Err(Error::new(ErrorKind::Internal, other.to_string()))),
         // The core stopped with the entry on its way; peers may have it.

@@ -165,6 +165,10 @@ pub(crate) async fn walk(
                 let left_over = scan.headers;
                 return Ok(Ending { end: tail.end, chain: tail.chain, batches, torn_bytes, left_over });
             }
+            Verdict::Corrupt if mainstay_io::mutant!(HoleIsTail) => {
+                let left_over = scan.headers;
+                return Ok(Ending { end: tail.end, chain: tail.chain, batches, torn_bytes: 0, left_over });
+            }
             Verdict::Corrupt if expect.holes => {
                 let from = tail.end;
                 let batch = match torn {

@@ -229,7 +229,11 @@ impl Writer {
         self.tail = end;
         self.shared.tail.store(end.0, Ordering::Release);
         let place = self.shared.ring.place(plan.begin);
-        let write = self.zone.write(place, vec![buf.freeze()], WriteMode::Durable, IoClass::Wal);
+        if mainstay_io::mutant!(AckBeforeSync) {
+            answers.drain(..).for_each(|(answer, pos): (crate::OnDurable, _)| answer(Ok(pos)));
+        }
+        let mode = if mainstay_io::mutant!(CachedLog) { WriteMode::Cached } else { WriteMode::Durable };
+        let write = self.zone.write(place, vec![buf.freeze()], mode, IoClass::Wal);
         self.in_flight.push_back(InFlight { write: Some(write), end, batch_bytes, payload_bytes, answers });
     }
 
@@ -241,6 +245,9 @@ impl Writer {
             {
                 batch.write = None;
                 result?;
+                if mainstay_io::mutant!(AckOutOfOrder) {
+                    batch.answers.drain(..).for_each(|(answer, pos)| answer(Ok(pos)));
+                }
             }
         }
         while self.in_flight.front().is_some_and(|batch| batch.write.is_none()) {

@@ -92,7 +92,12 @@ impl GroupShared {
             job,
             bytes: bytes.sum(),
             parts,
-            table_bytes: core.logical.settings.table_bytes,
+            table_bytes: core.logical.settings.table_bytes
+                / if mainstay_io::mutant!(LocalTableSize) {
+                    self.engine.environment.clock.unix().as_millis() as u64 % 2 + 1
+                } else {
+                    1
+                },
         })
     }
 
@@ -275,7 +280,7 @@ impl Run {
                 tables.push(last.finish(self, part, tables.len(), reservation).await?);
             }
         }
-        if !tables.is_empty() {
+        if !tables.is_empty() && !mainstay_io::mutant!(TablesNotFlushed) {
             self.group.engine.volume.flush().await?;
         }
         Ok(())

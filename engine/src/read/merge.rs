@@ -284,7 +284,9 @@ impl Merge {
     fn before(&self, a: usize, b: usize) -> bool {
         let (x, y) = (&self.sources[a], &self.sources[b]);
         let keys = if self.reverse { y.key().cmp(x.key()) } else { x.key().cmp(y.key()) };
-        match keys.then_with(|| y.index().cmp(&x.index())) {
+        let newest =
+            if mainstay_io::mutant!(OldestWins) { x.index().cmp(&y.index()) } else { y.index().cmp(&x.index()) };
+        match keys.then(newest) {
             Ordering::Less => true,
             Ordering::Equal => a < b,
             Ordering::Greater => false,
@@ -347,7 +349,7 @@ impl MergeInput {
         }
         while self.merge.next().await? {
             self.value = self.merge.value();
-            if self.value.is_some() || !self.drop_tombstones {
+            if self.value.is_some() || !(self.drop_tombstones || mainstay_io::mutant!(DropTombstones)) {
                 let (key, index) = (self.merge.key(), self.merge.index());
                 return Ok(Some(EntryRef { key, index, value: self.value.as_deref() }));
             }

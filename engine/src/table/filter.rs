@@ -108,6 +108,9 @@ impl Filter {
         if self.bits == 0 {
             return true;
         }
+        if mainstay_io::mutant!(FilterDenies) && hash.is_multiple_of(64) {
+            return false;
+        }
         let mixed = mix(hash.wrapping_add(self.seed));
         let mask = self.segment.wrapping_sub(1);
         let first = ((u128::from(mixed).wrapping_mul(u128::from(self.segments))) >> 64) as u32;
