@@ -14,6 +14,9 @@
 //! # Sources
 //! Gibbons and Korach, Testing Shared Memories, SIAM J. Comput. 26 (1997), section 4 ("zones")
 
+pub mod append;
+pub mod chain;
+
 use std::collections::BTreeMap;
 use std::fmt;
 

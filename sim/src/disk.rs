@@ -1,26 +1,48 @@
-//! The disk of a simulated node: `io::sim` on the executor's clock.
+//! The disk of a simulated node: `io::sim` on the executor's clock, and what goes wrong with it.
 //!
 //! # Place
 //! between `io::sim`, which knows writes and crashes, and the executor, which knows time and groups
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use mainstay_io::sim::{Faults, Latency, SimLayout, SimMedia, SimOptions, SimScheduler};
-use mainstay_io::{BoxFuture, Media, Spawner, TaskHandle};
+use mainstay_io::sim::{
+    DiskImage, Faults, IoEvent, IoKind, Latency, Outcome, SimDisk, SimLayout, SimMedia, SimOptions, SimScheduler,
+};
+use mainstay_io::{BoxFuture, Media, SUPERBLOCK_ZONE_BYTES, Spawner, TaskHandle};
 
 use crate::rt::{Executor, Group, SimRng};
 use crate::world::Settings;
 
 /// How much longer everything takes on a slow disk.
 const SLOW_FACTOR: u32 = 50;
+/// Errors in a million operations of a disk that fails now and then.
+const ERROR_RATE: u32 = 20_000;
 
 /// A disk and the power switch of the machine that it is in.
 pub(crate) struct Disk {
     media: SimMedia,
+    layout: SimLayout,
+    wal_bytes: u64,
+    /// Batches of the log that may be in flight at once.
+    in_flight_max: usize,
+    /// What it does all the time: nothing bad, unless it is a disk that lies.
+    ordinary: Faults,
+    /// Operations fail, or are going to.
+    failing: AtomicBool,
+    read_only: AtomicBool,
     power: Arc<Power>,
     rng: Mutex<SimRng>,
+}
+
+/// A place on a disk that rots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Zone {
+    Superblock,
+    /// Log that a later batch proves to have been durable.
+    Wal,
+    Extents,
 }
 
 /// What the disk takes from the machine: time, and a place for the resident task of the log.
@@ -30,14 +52,33 @@ struct Power {
     group: AtomicU64,
     /// Nanoseconds of virtual time until which the disk is slow.
     slow_until: AtomicU64,
+    /// Nanoseconds of virtual time until which nothing completes.
+    stalled_until: Arc<AtomicU64>,
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// How often a stalled disk looks whether the stall is over: it may be ended early.
+const STALL_LOOK: Duration = Duration::from_millis(10);
+
+/// Runs `f` once the disk is not stalled.
+fn unless_stalled(executor: &Arc<Executor>, stalled: &Arc<AtomicU64>, f: Box<dyn FnOnce() + Send>) {
+    if executor.now() >= Duration::from_nanos(stalled.load(Ordering::Relaxed)) {
+        return f();
+    }
+    let (executor2, stalled) = (executor.clone(), stalled.clone());
+    executor.after(Group::WORLD, STALL_LOOK, Box::new(move || unless_stalled(&executor2, &stalled, f)));
 }
 
 impl SimScheduler for Power {
     fn after(&self, delay: Duration, f: Box<dyn FnOnce() + Send>) {
         let slow = self.executor.now() < Duration::from_nanos(self.slow_until.load(Ordering::Relaxed));
         let delay = if slow { delay * SLOW_FACTOR } else { delay };
+        let (executor, stalled) = (self.executor.clone(), self.stalled_until.clone());
         // The disk outlives the node: a completion that comes too late finds that the operation is gone.
-        self.executor.after(Group::WORLD, delay, f);
+        self.executor.after(Group::WORLD, delay, Box::new(move || unless_stalled(&executor, &stalled, f)));
     }
 }
 
@@ -54,6 +95,7 @@ impl Disk {
             executor: executor.clone(),
             group: AtomicU64::new(Group::WORLD.0),
             slow_until: AtomicU64::new(0),
+            stalled_until: Arc::default(),
         });
         let mut latency = |most| Latency::micros(rng.range(5, 30), rng.range(40, most));
         let faults = if settings.lying_disks {
@@ -72,7 +114,22 @@ impl Disk {
         };
         let layout = if rng.chance(500) { SimLayout::Directory } else { SimLayout::Device };
         let media = SimMedia::scheduled(layout, options, power.clone(), power.clone());
-        Self { media, power, rng: Mutex::new(rng) }
+        let (wal_bytes, in_flight_max) = (settings.wal_bytes, settings.wal_in_flight_max);
+        Self {
+            media,
+            layout,
+            wal_bytes,
+            in_flight_max,
+            ordinary: faults,
+            failing: AtomicBool::new(false),
+            read_only: AtomicBool::new(false),
+            power,
+            rng: Mutex::new(rng),
+        }
+    }
+
+    fn rng(&self) -> MutexGuard<'_, SimRng> {
+        self.rng.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A new life begins: what the disk starts belongs to `group`.
@@ -80,22 +137,154 @@ impl Disk {
         self.power.group.store(group.0, Ordering::Relaxed);
     }
 
-    /// The power fails, with whatever was in flight.
+    /// The power fails, with whatever was in flight. A stall ends with it.
     pub(crate) fn cut_power(&self) {
-        let seed = self.rng.lock().unwrap_or_else(PoisonError::into_inner).u64();
+        let seed = self.rng().u64();
         self.media.crash(seed);
+        self.power.stalled_until.store(0, Ordering::Relaxed);
+        self.trace();
+    }
+
+    fn trace(&self) {
         self.power.executor.trace(&[0xd15c, self.media.trace_hash()]);
+    }
+
+    fn until(&self, length: Duration) -> u64 {
+        nanos(self.power.executor.now().saturating_add(length))
     }
 
     /// Makes the disk slow for a while.
     pub(crate) fn slow(&self, length: Duration) {
-        let until = self.power.executor.now() + length;
-        self.power.slow_until.store(u64::try_from(until.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.power.slow_until.store(self.until(length), Ordering::Relaxed);
     }
 
-    /// Makes it fast again.
+    /// Lets nothing complete for a while.
+    pub(crate) fn stall(&self, length: Duration) {
+        self.power.stalled_until.store(self.until(length), Ordering::Relaxed);
+    }
+
+    /// True while something goes on for which a node cannot be blamed that does not start.
+    pub(crate) fn is_at_fault(&self) -> bool {
+        self.failing.load(Ordering::Relaxed) || self.read_only.load(Ordering::Relaxed)
+    }
+
+    /// The next operation of `kind` on some zone fails.
+    pub(crate) fn fail_next(&self, kind: IoKind) {
+        let disks = self.media.disks();
+        let at = self.rng().below(disks.len() as u64) as usize;
+        disks[at].fail_next(kind);
+        self.failing.store(true, Ordering::Relaxed);
+    }
+
+    /// Operations fail now and then, until [`Disk::mend`].
+    pub(crate) fn fail_often(&self, kind: IoKind) {
+        self.failing.store(true, Ordering::Relaxed);
+        let mut faults = self.ordinary;
+        match kind {
+            IoKind::Read => faults.read_error = ERROR_RATE,
+            IoKind::Flush => faults.flush_error = ERROR_RATE,
+            _ => faults.write_error = ERROR_RATE,
+        }
+        self.media.set_faults(faults);
+    }
+
+    /// Ends failures that go on.
+    pub(crate) fn mend(&self) {
+        self.media.set_faults(self.ordinary);
+    }
+
+    /// Leaves `bytes` beyond what is allocated now; `None` frees the rest again.
+    pub(crate) fn set_space(&self, bytes: Option<u64>) {
+        let disk = self.media.extents_disk();
+        disk.set_space(bytes.map(|bytes| disk.allocated() + bytes));
+    }
+
+    /// Remounts read-only, or writable again.
+    pub(crate) fn set_read_only(&self, read_only: bool) {
+        self.read_only.store(read_only, Ordering::Relaxed);
+        self.media.set_read_only(read_only);
+    }
+
+    /// The volume is lost. The node must be down.
+    pub(crate) fn wipe(&self) {
+        self.media.wipe();
+        self.trace();
+    }
+
+    /// The content of the volume as it is now.
+    pub(crate) fn images(&self) -> Vec<DiskImage> {
+        self.media.images()
+    }
+
+    /// Puts a copy in the place of the volume, of this node or another of the same layout. The node must be down.
+    pub(crate) fn restore(&self, images: Vec<DiskImage>) {
+        self.media.restore(images);
+        self.trace();
+    }
+
+    /// True if a copy of `other` can be put here.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        self.layout == other.layout
+    }
+
+    /// Flips a bit of data at rest. False when there is none.
+    pub(crate) fn rot(&self, zone: Zone) -> bool {
+        let base = match (self.layout, zone) {
+            (SimLayout::Directory, _) | (SimLayout::Device, Zone::Superblock) => 0,
+            (SimLayout::Device, Zone::Wal) => SUPERBLOCK_ZONE_BYTES,
+            (SimLayout::Device, Zone::Extents) => SUPERBLOCK_ZONE_BYTES + self.wal_bytes,
+        };
+        let length = match zone {
+            Zone::Superblock => SUPERBLOCK_ZONE_BYTES,
+            Zone::Wal => self.wal_bytes,
+            Zone::Extents => u64::MAX - base,
+        };
+        let disk = match zone {
+            Zone::Superblock => self.media.superblock_disk(),
+            Zone::Wal => self.media.wal_disk(),
+            Zone::Extents => self.media.extents_disk(),
+        };
+        let mut rng = self.rng();
+        let inside = |at: &u64| base <= *at && *at - base < length;
+        let at = if zone == Zone::Wal {
+            let Some(event) = self.proven_batch(disk, &inside, &mut rng) else { return false };
+            event.offset + rng.below(event.length)
+        } else {
+            let written: Vec<u64> = disk.image().written().filter(inside).collect();
+            if written.is_empty() {
+                return false;
+            }
+            rng.pick(&written) + rng.below(4096)
+        };
+        disk.flip_bit(at, rng.below(8) as u8);
+        drop(rng);
+        self.power.executor.trace(&[0x207, at]);
+        true
+    }
+
+    /// A batch of the log behind which so many were written that one of them says that it was durable. Of the very last
+    /// one no byte of the volume tells whether it rotted or was torn.
+    fn proven_batch(&self, disk: &SimDisk, inside: &dyn Fn(&u64) -> bool, rng: &mut SimRng) -> Option<IoEvent> {
+        const RECENT: usize = 60;
+        let batches: Vec<IoEvent> = disk
+            .trace()
+            .into_iter()
+            .rev()
+            .filter(|e| e.kind == IoKind::DurableWrite && e.outcome == Outcome::Done && inside(&e.offset))
+            .skip(2 * self.in_flight_max + 2)
+            .take(RECENT)
+            .collect();
+        (!batches.is_empty()).then(|| *rng.pick(&batches))
+    }
+
+    /// Ends every fault, also those that were planned and have not come. What rotted stays rotten.
     pub(crate) fn calm(&self) {
         self.power.slow_until.store(0, Ordering::Relaxed);
+        self.power.stalled_until.store(0, Ordering::Relaxed);
+        self.media.heal();
+        self.mend();
+        self.failing.store(false, Ordering::Relaxed);
+        self.read_only.store(false, Ordering::Relaxed);
     }
 
     /// Opens the volume for the current life.

@@ -4,11 +4,15 @@
 
 #![forbid(unsafe_code)]
 
+pub mod application;
 pub mod check;
 mod disk;
 pub mod log_world;
+#[cfg(mainstay_mutants)]
+pub mod mutants;
 pub mod net;
 pub mod rt;
 pub mod store_world;
+pub mod transactions;
 mod value;
 pub mod world;

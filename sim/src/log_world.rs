@@ -14,7 +14,7 @@ use bytes::Bytes;
 use mainstay_wal::{GroupId, Lsn, Record, RecordKind, RecordPos, Reserve, Wal, WalOptions};
 
 use crate::disk::Disk;
-use crate::rt::{Executor, Group, SimRng, environment};
+use crate::rt::{Executor, Group, SimRng, WallClock, environment};
 use crate::world::Settings;
 
 /// What the superblock would hold.
@@ -97,7 +97,7 @@ async fn live(executor: &Arc<Executor>, settings: &Settings, rng: &mut SimRng, l
             }
             Ok(())
         };
-        let environment = environment(executor, group, Duration::ZERO);
+        let environment = environment(executor, group, WallClock::ahead(Duration::ZERO));
         let opened = Wal::open(zone, environment, options, &mut deliver).await;
         let (wal, recovery) = opened.map_err(|e| format!("life {life}: open: {e} acknowledged={acknowledged}"))?;
         if let Some(e) = bad {

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use mainstay_sim::world::{self, Summary};
+use mainstay_sim::world::{self, Fault, Summary};
 use mainstay_sim::{log_world, store_world};
 
 const USAGE: &str = "\
@@ -20,6 +20,9 @@ usage: cargo xtask sim [--seeds N] [--start S] [--twice] [--jobs J] [--verbose] 
   --keep-going   do not stop at the first seed that fails
   --log          run the log of one node alone instead of a cluster
   --store        run a store alone on one node instead of a cluster
+  --with FAULT   draw this fault in every seed, also one that is left out because the product does not bear it yet
+  --mutants      plant one bug after the other and run seeds until it is caught (`cargo xtask sim` builds what this needs)
+  --mutant NAME  only this one
   --lying-disks  disks acknowledge what they do not keep: passes if at least one seed in four is found out
 ";
 
@@ -36,6 +39,9 @@ struct Args {
     lying: bool,
     log: bool,
     store: bool,
+    with: Vec<Fault>,
+    mutants: bool,
+    mutant: Option<String>,
 }
 
 fn main() -> ExitCode {
@@ -55,6 +61,9 @@ fn main() -> ExitCode {
             .init();
     }
     let began = Instant::now();
+    if args.mutants {
+        return mutants(&args);
+    }
     println!("seeds {}..{}", args.start, args.start + args.seeds);
     if args.log || args.store {
         return alone(&args);
@@ -71,6 +80,24 @@ fn main() -> ExitCode {
     }
     println!("{passed} seeds passed, {failed} failed, {wall:.1} s");
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+#[cfg(not(mainstay_mutants))]
+fn mutants(_: &Args) -> ExitCode {
+    eprintln!("this build has no planted bugs: use `cargo xtask sim --mutants`");
+    ExitCode::from(2)
+}
+
+/// Plants one bug after the other.
+#[cfg(mainstay_mutants)]
+fn mutants(args: &Args) -> ExitCode {
+    let (jobs, mutant) = (args.jobs, args.mutant.clone());
+    let seeds = (args.seeds > 1).then_some(args.start..args.start + args.seeds);
+    if mainstay_sim::mutants::hunt(seeds, jobs, mutant.as_deref(), SEED_TIME_MAX) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 /// Lives of a log or a store in one seed.
@@ -121,6 +148,9 @@ fn parse() -> Result<Args, String> {
         lying: false,
         log: false,
         store: false,
+        with: Vec::new(),
+        mutants: false,
+        mutant: None,
     };
     let mut given = std::env::args().skip(1);
     while let Some(arg) = given.next() {
@@ -136,6 +166,14 @@ fn parse() -> Result<Args, String> {
             "--verbose" => args.verbose = true,
             "--keep-going" => args.keep_going = true,
             "--store" => args.store = true,
+            "--with" => {
+                let name = given.next().unwrap_or_default();
+                let fault = Fault::ALL.into_iter().find(|fault| fault.name() == name);
+                let names = || Fault::ALL.map(Fault::name).join(", ");
+                args.with.push(fault.ok_or_else(|| format!("--with takes one of {}", names()))?);
+            }
+            "--mutants" => args.mutants = true,
+            "--mutant" => (args.mutants, args.mutant) = (true, given.next()),
             "--log" => args.log = true,
             "--lying-disks" => (args.lying, args.keep_going) = (true, true),
             "--help" | "-h" => return Err("runs whole clusters, each from one seed".to_owned()),
@@ -153,7 +191,7 @@ fn parse() -> Result<Args, String> {
 struct Totals {
     virtual_time: Duration,
     polls: u64,
-    faults: u64,
+    faults: BTreeMap<&'static str, u64>,
     crashes: u64,
     elections: u64,
     history: u64,
@@ -165,19 +203,28 @@ impl std::fmt::Display for Totals {
         let Self { virtual_time, polls, faults, crashes, elections, history, counts } = self;
         write!(
             f,
-            "total: {:.0} s of virtual time, {polls} polls, {faults} faults, {crashes} crashes, {elections} elections, \
-             {history} operations judged, {counts:?}",
-            virtual_time.as_secs_f64()
+            "total: {:.2} h of virtual time, {polls} polls, {} faults, {crashes} crashes, {elections} elections, \
+             {history} operations judged\n  faults: {}\n  operations: {}",
+            virtual_time.as_secs_f64() / 3600.0,
+            faults.values().sum::<u64>(),
+            listed(faults),
+            listed(counts)
         )
     }
+}
+
+fn listed(counts: &BTreeMap<&'static str, u64>) -> String {
+    counts.iter().map(|(what, count)| format!("{what} {count}")).collect::<Vec<_>>().join(", ")
 }
 
 impl Totals {
     fn add(&mut self, summary: &Summary) {
         self.virtual_time += summary.time;
         self.polls += summary.polls;
-        self.faults += summary.faults.total();
-        self.crashes += summary.faults.crashes + summary.faults.blackouts * 3;
+        for (fault, count) in &summary.faults {
+            *self.faults.entry(fault).or_default() += count;
+        }
+        self.crashes += summary.crashes();
         self.elections += summary.elections;
         self.history += summary.history as u64;
         for (what, count) in &summary.counts {
@@ -252,12 +299,15 @@ fn run(args: &Args) -> (u64, u64, Totals) {
 /// Runs a seed on a thread of its own, so that nothing of another seed is left in thread-locals.
 fn start(seed: u64, args: &Args, done: mpsc::Sender<Verdict>) {
     let (runs, verbose, lying) = (1 + usize::from(args.twice), args.verbose, args.lying);
+    let with = args.with.clone();
     let began = Instant::now();
     let one = move || {
         (0..runs)
             .map(|_| {
+                let with = with.clone();
                 let life = move || {
                     world::run(seed, |settings| {
+                        settings.with = with;
                         settings.verbose = verbose;
                         settings.lying_disks = lying;
                     })

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use mainstay_replication::{
-    Envelope, Error, ErrorKind, Handler, Hello, NodeId, PeerAddress, Result, Runtime, Transport,
+    Envelope, Error, ErrorKind, Handler, Hello, NodeId, PeerAddress, Result, Runtime, Transport, fuzzing,
 };
 use openraft_rt::AsyncRuntime;
 use tokio::sync::oneshot;
@@ -40,6 +40,9 @@ pub struct NetSettings {
     pub loss: u64,
     /// Chance that a request which may be repeated arrives twice.
     pub duplicate: u64,
+    /// Chance that bits of a request or an answer change on the way. The frame's checksum is there to see it, and then the
+    /// connection ends.
+    pub corrupt: u64,
     /// Which methods may be repeated. The others are not, since a connection never does it.
     pub may_repeat: fn(u8) -> bool,
 }
@@ -53,6 +56,7 @@ impl NetSettings {
             slow: 0,
             loss: 0,
             duplicate: 0,
+            corrupt: 0,
             may_repeat: |_| false,
         }
     }
@@ -67,6 +71,8 @@ pub struct NetStats {
     pub lost: u64,
     /// Requests that arrived twice.
     pub duplicated: u64,
+    /// Messages that arrived damaged.
+    pub corrupted: u64,
     /// Handshakes refused by either end.
     pub refused: u64,
 }
@@ -193,6 +199,24 @@ impl Net {
         whole
     }
 
+    /// What arrives of a message: itself, or what its frame holds after some bits have changed; `None` when the receiver
+    /// sees that and ends the connection.
+    fn transmit(&self, message: Envelope, answer: bool) -> Option<Envelope> {
+        let mut state = self.lock();
+        let corrupt = state.settings.corrupt;
+        if !state.rng.chance(corrupt) {
+            return Some(message);
+        }
+        let mut frame = fuzzing::encode_frame(&message, answer);
+        for _ in 0..state.rng.range(1, 4) {
+            let at = state.rng.below(frame.len() as u64) as usize;
+            frame[at] ^= 1 << state.rng.below(8);
+        }
+        state.stats.corrupted += 1;
+        drop(state);
+        fuzzing::decode_frame(&frame)
+    }
+
     fn chance(&self, per_mille: u64) -> bool {
         self.lock().rng.chance(per_mille)
     }
@@ -207,6 +231,11 @@ impl Net {
         let Some(host) = host else {
             let refused = Error::new(ErrorKind::Unavailable, format!("connection refused address={}", reply.to.0));
             return reply.answer(Err(refused));
+        };
+        let Some(request) = self.transmit(request, false) else {
+            // The receiver ends the connection with the request on it: the caller cannot know what became of it.
+            reply.handled = true;
+            return;
         };
         self.executor.trace(&[0x4e7, u64::from(request.method), request.body.len() as u64, host.group.0]);
         let greeted = greet(client, &host, expect);
@@ -251,6 +280,10 @@ impl Reply {
 
     fn pass(&mut self, answer: Result<Envelope>) {
         let Some(delay) = self.net.send(&self.to, &self.from) else { return self.hold() };
+        let answer = answer.and_then(|envelope| {
+            let broken = || Error::new(ErrorKind::Indeterminate, format!("connection lost address={}", self.to.0));
+            self.net.transmit(envelope, true).ok_or_else(broken)
+        });
         let (net, from, to, sender) = (self.net.clone(), self.from.clone(), self.to.clone(), self.sender.clone());
         let arrive = Box::new(move || {
             if net.arrives(&to, &from) {

@@ -20,7 +20,7 @@ use mainstay_wal::GroupId;
 use tokio::sync::oneshot;
 
 use crate::disk::Disk;
-use crate::rt::{Executor, Group, SimRng, SimRuntime, environment};
+use crate::rt::{Executor, Group, SimRng, SimRuntime, WallClock, environment};
 use crate::value::{decode, encode};
 use crate::world::Settings;
 use openraft_rt::AsyncRuntime;
@@ -152,7 +152,7 @@ impl World<'_> {
     async fn open(&mut self, number: u64) -> Result<Life, String> {
         let group = Group(number);
         self.disk.power_on(group);
-        let environment = environment(self.executor, group, Duration::ZERO);
+        let environment = environment(self.executor, group, WallClock::ahead(Duration::ZERO));
         let media = self.disk.open()?;
         let settings = self.settings;
         let group_settings = GroupSettings {

@@ -31,6 +31,8 @@ usage: cargo xtask COMMAND
 const SIM_SEEDS: &str = "50";
 /// Seeds with disks that lie: some must fail, or the simulation sees nothing.
 const LYING_SEEDS: &str = "16";
+/// What compiles planted bugs in.
+const MUTANTS_FLAG: &str = "--cfg mainstay_mutants";
 
 fn main() -> ExitCode {
     let args: Vec<String> = env::args().skip(1).collect();
@@ -77,8 +79,36 @@ fn sim_command() -> Command {
     cargo(&["run", "--quiet", "--profile", "sim", "--package", "mainstay-sim", "--bin", "mainstay-sim", "--"])
 }
 
+/// The simulator with the switch for planted bugs, in a target folder of its own: everything is compiled with it.
+fn mutants_command() -> Command {
+    let mut command = cargo(&["run", "--quiet", "--profile", "sim", "--target-dir", "target/mutants"]);
+    command.args(["--package", "mainstay-sim", "--bin", "mainstay-sim", "--"]);
+    command.env("RUSTFLAGS", MUTANTS_FLAG);
+    command
+}
+
+/// No build without debug assertions may have planted bugs: one that asks for them does not compile.
+fn release_refuses_mutants() -> Result<(), String> {
+    let mut command = cargo(&["check", "--quiet", "--release", "--target-dir", "target/mutants"]);
+    command.args(["--package", "mainstay-io"]).env("RUSTFLAGS", MUTANTS_FLAG);
+    let output = command.output().map_err(|e| format!("cargo did not start: {e}"))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() && said.contains("planted bugs are for the simulator alone") {
+        return Ok(());
+    }
+    Err(format!("a release build with planted bugs was not refused: {said}"))
+}
+
 fn sim(args: &[String]) -> ExitCode {
-    match sim_command().args(args).status() {
+    let mut command = sim_command();
+    if args.iter().any(|arg| arg == "--mutants" || arg == "--mutant") {
+        if let Err(e) = release_refuses_mutants() {
+            eprintln!("{e}");
+            return ExitCode::FAILURE;
+        }
+        command = mutants_command();
+    }
+    match command.args(args).status() {
         Ok(status) if status.success() => ExitCode::SUCCESS,
         Ok(status) => ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)),
         Err(e) => {

@@ -49,6 +49,8 @@ struct State {
     timers: BTreeMap<(u64, u64), Timer>,
     dead: BTreeSet<Group>,
     paused: BTreeMap<Group, u64>,
+    /// How much faster than the world the clock of a group runs, in parts of a million.
+    rates: BTreeMap<Group, i64>,
     /// Whose code runs now.
     current: Group,
     task_next: TaskId,
@@ -152,6 +154,7 @@ impl Executor {
                 timers: BTreeMap::new(),
                 dead: BTreeSet::new(),
                 paused: BTreeMap::new(),
+                rates: BTreeMap::new(),
                 current: Group::WORLD,
                 task_next: MAIN + 1,
                 timer_next: 0,
@@ -317,6 +320,7 @@ impl Executor {
             let mut state = self.lock();
             state.dead.insert(group);
             state.paused.remove(&group);
+            state.rates.remove(&group);
             let word = group.0 ^ 0xdead << 48;
             state.trace(word);
             let ids: Vec<TaskId> = state.tasks.iter().filter(|(_, t)| t.group == group).map(|(id, _)| *id).collect();
@@ -357,6 +361,29 @@ impl Executor {
     /// Virtual time since the executor was made.
     pub fn now(&self) -> Duration {
         Duration::from_nanos(self.lock().now)
+    }
+
+    /// Makes the monotonic clock of `group` run faster than the world's by so many parts of a million, or slower.
+    pub fn set_rate(&self, group: Group, parts_per_million: i64) {
+        self.lock().rates.insert(group, parts_per_million);
+    }
+
+    /// The time since the executor was made as the clock of the code that runs now shows it.
+    pub fn local_now(&self) -> Duration {
+        let state = self.lock();
+        Duration::from_nanos(scaled(state.now, state.rate()))
+    }
+
+    /// The instant of the world at which the clock of the code that runs now shows `local`.
+    pub(crate) fn world_instant(&self, local: Duration) -> Duration {
+        let state = self.lock();
+        let rate = state.rate();
+        if rate == 0 {
+            return local;
+        }
+        let world = i128::from(nanos(local)) * 1_000_000 / i128::from(1_000_000 + rate);
+        // Rounded up: an instant that has been reached must show at least what was asked for.
+        Duration::from_nanos(u64::try_from(world + 1).unwrap_or(u64::MAX / 4))
     }
 
     /// The group whose code runs now; [`Group::WORLD`] outside all.
@@ -421,6 +448,10 @@ impl Executor {
 }
 
 impl State {
+    fn rate(&self) -> i64 {
+        self.rates.get(&self.current).copied().unwrap_or(0)
+    }
+
     fn polled(&mut self, id: TaskId) {
         self.now += nanos(POLL_COST);
         self.polls += 1;
@@ -433,6 +464,11 @@ impl std::fmt::Debug for Executor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Executor")
     }
+}
+
+fn scaled(nanos: u64, parts_per_million: i64) -> u64 {
+    let moved = i128::from(nanos) * i128::from(parts_per_million) / 1_000_000;
+    u64::try_from(i128::from(nanos) + moved).unwrap_or(0)
 }
 
 fn nanos(time: Duration) -> u64 {
@@ -584,6 +620,29 @@ mod tests {
             assert!(me.now() >= Duration::from_millis(102));
         });
         executor.shut_down();
+    }
+
+    #[test]
+    fn a_fast_clock_shows_more_time_and_its_timers_end_early() {
+        for rate in [-200_000_i64, -1, 0, 1, 300_000] {
+            let executor = Executor::new(7);
+            executor.block_on(async {
+                let me = Executor::current();
+                me.set_rate(Group(1), rate);
+                let (me2, begin) = (me.clone(), me.now());
+                let task = Box::pin(async move {
+                    let begin = me2.local_now();
+                    let until = begin + Duration::from_secs(10);
+                    me2.sleep_until(me2.world_instant(until)).await;
+                    assert!(me2.local_now() >= until, "rate={rate}");
+                    assert!(me2.local_now() < until + Duration::from_millis(1), "rate={rate}");
+                });
+                me.spawn(Group(1), "sleep", task).await;
+                let took = (me.now() - begin).as_nanos() as i128;
+                let expect = 10_000_000_000_i128 * 1_000_000 / i128::from(1_000_000 + rate);
+                assert!((took - expect).abs() < 1_000_000, "rate={rate} took={took}");
+            });
+        }
     }
 
     #[test]

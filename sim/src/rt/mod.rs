@@ -14,7 +14,7 @@ mod rng;
 mod runtime;
 mod watch;
 
-pub use environment::environment;
+pub use environment::{WallClock, environment};
 pub use executor::{Executor, Group, POLL_COST};
 pub use rng::SimRng;
 pub use runtime::{SimInstant, SimRuntime};

@@ -88,7 +88,7 @@ impl Sub for SimInstant {
 
 impl Instant for SimInstant {
     fn now() -> Self {
-        Self(ORIGIN + Executor::current().now())
+        Self(ORIGIN + Executor::current().local_now())
     }
 }
 
@@ -275,11 +275,12 @@ impl AsyncRuntime for SimRuntime {
 
     fn sleep(duration: Duration) -> Self::Sleep {
         let executor = Executor::current();
-        executor.sleep_until(executor.now() + duration)
+        executor.sleep_until(executor.world_instant(executor.local_now() + duration))
     }
 
     fn sleep_until(deadline: Self::Instant) -> Self::Sleep {
-        Executor::current().sleep_until(deadline.0.saturating_sub(ORIGIN))
+        let executor = Executor::current();
+        executor.sleep_until(executor.world_instant(deadline.0.saturating_sub(ORIGIN)))
     }
 
     fn timeout<R, F: Future<Output = R> + OptionalSend>(duration: Duration, future: F) -> Self::Timeout<R, F> {

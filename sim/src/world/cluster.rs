@@ -1,19 +1,22 @@
 //! The nodes of a world: disks, lives, power.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use mainstay_engine::{Engine, EngineSettings, GroupSettings};
+use mainstay_engine::{Engine, EngineSettings, ErrorKind, GroupSettings};
 use mainstay_io::BoxFuture;
-use mainstay_replication::{Node, NodeOptions, PeerAddress};
+use mainstay_io::sim::DiskImage;
+use mainstay_replication::{CommitToken, MemberInfo, Node, NodeOptions, PeerAddress};
 use openraft_rt::AsyncRuntime;
 use tokio::sync::oneshot;
 
 use super::Settings;
+use crate::application::Application;
 use crate::disk::Disk;
 use crate::net::Net;
-use crate::rt::{Executor, Group, SimRng, SimRuntime, environment};
+use crate::rt::{Executor, Group, SimRng, SimRuntime, WallClock, environment};
 
 /// A node as the world holds it.
 pub(crate) type SimNode = Arc<Node<SimRuntime>>;
@@ -33,7 +36,12 @@ pub(crate) struct Cluster {
     pub(crate) executor: Arc<Executor>,
     pub(crate) net: Arc<Net>,
     pub(crate) settings: Settings,
+    application: Arc<dyn Application>,
     members: Vec<Member>,
+    /// A change of the membership is under way.
+    pub(crate) changing: AtomicBool,
+    /// The world ends: nobody starts anything more.
+    pub(crate) ending: AtomicBool,
     /// What went wrong that no fault explains. The run has failed if there is any.
     problems: Mutex<Vec<String>>,
 }
@@ -42,7 +50,9 @@ struct Member {
     name: String,
     address: PeerAddress,
     disk: Disk,
-    skew: Duration,
+    wall: Arc<WallClock>,
+    /// How much faster than the world its clock runs, in parts of a million.
+    rate: i64,
     slot: Mutex<Slot>,
 }
 
@@ -54,6 +64,27 @@ struct Slot {
     formatted: bool,
     node: Option<SimNode>,
     engine: Option<Engine>,
+    /// Why the current life did not begin, and whether the volume was said to be damaged.
+    boot_failure: Option<(String, bool)>,
+    /// A fault is the reason if this life fails.
+    excused: bool,
+    /// Bytes at rest were damaged: it may say `Corrupt`.
+    damaged: bool,
+    /// The last write that this life answered at `Local`.
+    local: Option<CommitToken>,
+    /// What the last life promised alone and the next one must still have, unless a newer leader took it back.
+    promised: Option<CommitToken>,
+}
+
+/// What an operator sees of a node that does not work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trouble {
+    /// It left service or did not start; starting it again may help.
+    Failed,
+    /// Its volume is damaged.
+    Damaged,
+    /// It was removed from its cluster.
+    Removed,
 }
 
 impl Member {
@@ -63,13 +94,21 @@ impl Member {
 }
 
 impl Cluster {
-    pub(crate) fn new(executor: &Arc<Executor>, net: &Arc<Net>, settings: &Settings, rng: &mut SimRng) -> Arc<Self> {
-        let members = (0..settings.nodes)
+    pub(crate) fn new(
+        executor: &Arc<Executor>,
+        net: &Arc<Net>,
+        settings: &Settings,
+        application: Arc<dyn Application>,
+        rng: &mut SimRng,
+    ) -> Arc<Self> {
+        let drift = settings.clock_drift;
+        let members = (0..settings.nodes + settings.spares)
             .map(|i| Member {
                 name: format!("n{i}"),
                 address: PeerAddress(format!("n{i}:7000")),
                 disk: Disk::new(executor, settings, rng.u64()),
-                skew: Duration::from_millis(rng.below(2_000)),
+                wall: WallClock::ahead(Duration::from_millis(rng.below(2_000))),
+                rate: rng.below(2 * drift + 1) as i64 - drift as i64,
                 slot: Mutex::default(),
             })
             .collect();
@@ -77,7 +116,10 @@ impl Cluster {
             executor: executor.clone(),
             net: net.clone(),
             settings: settings.clone(),
+            application,
             members,
+            changing: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
             problems: Mutex::default(),
         })
     }
@@ -86,8 +128,94 @@ impl Cluster {
         self.members.len()
     }
 
+    /// The names of those that found the cluster.
     pub(crate) fn names(&self) -> Vec<String> {
-        self.members.iter().map(|member| member.name.clone()).collect()
+        self.members.iter().take(self.settings.nodes).map(|member| member.name.clone()).collect()
+    }
+
+    /// The node of that name.
+    pub(crate) fn by_name(&self, name: &str) -> Option<usize> {
+        self.members.iter().position(|member| member.name == name)
+    }
+
+    pub(crate) fn name(&self, i: usize) -> &str {
+        &self.members[i].name
+    }
+
+    /// The members as the leader knows them.
+    pub(crate) fn view(&self) -> Option<Vec<MemberInfo>> {
+        Some(self.node(self.leader()?)?.status().members)
+    }
+
+    /// The wall clock of a node jumps.
+    pub(crate) fn set_wall(&self, i: usize, ahead: Duration) {
+        self.members[i].wall.set(ahead);
+    }
+
+    /// From now on this life may fail: a fault is the reason.
+    pub(crate) fn excuse(&self, i: usize) {
+        self.members[i].slot().excused = true;
+    }
+
+    pub(crate) fn is_excused(&self, i: usize) -> bool {
+        let slot = self.members[i].slot();
+        slot.excused || slot.damaged
+    }
+
+    /// Bytes of this volume were damaged: it may say so until it is wiped.
+    pub(crate) fn damage(&self, i: usize) {
+        self.members[i].slot().damaged = true;
+    }
+
+    pub(crate) fn is_damaged(&self, i: usize) -> bool {
+        self.members[i].slot().damaged
+    }
+
+    /// A write was answered at `Local` by this life.
+    pub(crate) fn promised(&self, i: usize, life: Group, token: CommitToken) {
+        if self.group(i) == life {
+            let mut slot = self.members[i].slot();
+            slot.local = slot.local.max(Some(token));
+        }
+    }
+
+    /// What an operator would see of a node.
+    pub(crate) fn trouble(&self, i: usize) -> Option<Trouble> {
+        let slot = self.members[i].slot();
+        if let Some((_, damaged)) = &slot.boot_failure {
+            return Some(if *damaged { Trouble::Damaged } else { Trouble::Failed });
+        }
+        let status = slot.node.as_ref()?.status();
+        drop(slot);
+        match status.role.as_str() {
+            "failed" => Some(Trouble::Failed),
+            "removed" => Some(Trouble::Removed),
+            _ => None,
+        }
+    }
+
+    /// Wipes the volume of a node that has no power: what comes back is blank.
+    pub(crate) fn wipe(&self, i: usize) {
+        let member = &self.members[i];
+        let mut slot = member.slot();
+        assert!(!slot.powered, "node {i} has power");
+        slot.formatted = false;
+        slot.damaged = false;
+        slot.promised = None;
+        drop(slot);
+        self.log(|| format!("wipe {}", member.name));
+        member.disk.wipe();
+    }
+
+    /// Puts a copy of some volume in the place of this one's. The node has no power.
+    pub(crate) fn restore(&self, i: usize, images: Vec<DiskImage>) {
+        let member = &self.members[i];
+        let mut slot = member.slot();
+        assert!(!slot.powered, "node {i} has power");
+        slot.formatted = true;
+        slot.promised = None;
+        drop(slot);
+        member.disk.restore(images);
     }
 
     pub(crate) fn address(&self, i: usize) -> &PeerAddress {
@@ -161,7 +289,7 @@ impl Cluster {
             table_bytes: self.settings.table_bytes,
             base_level_bytes: self.settings.base_level_bytes,
             l0_compaction_runs: self.settings.l0_compaction_runs,
-            state_machine: None,
+            state_machine: Some(self.application.state_machine()),
         }
     }
 
@@ -173,28 +301,36 @@ impl Cluster {
             assert!(!slot.powered, "node {i} has power already");
             slot.powered = true;
             slot.lives += 1;
+            slot.excused = member.disk.is_at_fault();
+            slot.boot_failure = None;
         }
         let group = self.group(i);
         self.log(|| format!("start {} life={}", member.name, group.0));
         member.disk.power_on(group);
         let me = self.clone();
         let boot = Box::pin(async move {
-            if let Err(e) = me.boot(i, group).await {
-                me.problem(format!("{} did not start: {e}", me.members[i].name));
+            if let Err((e, kind)) = me.boot(i, group).await {
+                let name = &me.members[i].name;
+                if !me.is_excused(i) {
+                    me.problem(format!("{name} did not start: {e}"));
+                }
+                me.log(|| format!("{name} did not start: {e}"));
+                me.members[i].slot().boot_failure = Some((e, kind == Some(ErrorKind::Corrupt)));
             }
         });
         drop(self.executor.spawn(group, "boot", boot));
     }
 
-    async fn boot(&self, i: usize, group: Group) -> Result<(), String> {
+    async fn boot(&self, i: usize, group: Group) -> Result<(), (String, Option<ErrorKind>)> {
         let member = &self.members[i];
-        let environment = environment(&self.executor, group, member.skew);
-        let media = member.disk.open()?;
+        self.executor.set_rate(group, member.rate);
+        let environment = environment(&self.executor, group, member.wall.clone());
+        let media = member.disk.open().map_err(|e| (e, None))?;
         if !member.slot().formatted {
             // A power cut in the middle of a format leaves something that must be forced.
             Engine::format(media.clone(), &environment, self.settings.wal_bytes, true)
                 .await
-                .map_err(|e| format!("format: {e}"))?;
+                .map_err(|e| (format!("format: {e}"), None))?;
             member.slot().formatted = true;
         }
         let mut found = Vec::new();
@@ -211,7 +347,7 @@ impl Cluster {
         };
         let engine = Engine::open(media, environment.clone(), engine_settings, &mut deliver)
             .await
-            .map_err(|e| format!("open: {:?}: {e}", e.kind()))?;
+            .map_err(|e| (format!("open: {:?}: {e}", e.kind()), Some(e.kind())))?;
         let peers: BTreeMap<String, PeerAddress> =
             self.members.iter().map(|m| (m.name.clone(), m.address.clone())).collect();
         let options = NodeOptions {
@@ -226,12 +362,39 @@ impl Cluster {
         };
         let transport = self.net.transport(member.address.clone(), group);
         member.slot().engine = Some(engine.clone());
-        let node = Node::<SimRuntime>::start(engine, found, options, transport)
-            .await
-            .map_err(|e| format!("start: {:?}: {e}", e.kind()))?;
-        member.slot().node = Some(Arc::new(node));
+        let node = Node::<SimRuntime>::start(engine, found, options, transport).await.map_err(|e| {
+            let damaged = matches!(e.kind(), mainstay_replication::ErrorKind::Corrupt);
+            (format!("start: {:?}: {e}", e.kind()), damaged.then_some(ErrorKind::Corrupt))
+        })?;
+        let promised = {
+            let mut slot = member.slot();
+            slot.node = Some(Arc::new(node));
+            slot.promised.take()
+        };
         self.log(|| format!("up {}", member.name));
+        if let Some(token) = promised {
+            self.keeps(i, token).await;
+        }
         Ok(())
+    }
+
+    /// What a leader alone had acknowledged is in its log when it comes back, unless another led meanwhile.
+    async fn keeps(&self, i: usize, token: CommitToken) {
+        // Consensus tells its state once it runs.
+        for _ in 0..20 {
+            let Some(status) = self.node(i).map(|node| node.status()) else { return };
+            if status.term > token.term || status.last_log >= token.index {
+                return;
+            }
+            self.executor.sleep_until(self.executor.now() + Duration::from_micros(100)).await;
+        }
+        let Some(status) = self.node(i).map(|node| node.status()) else { return };
+        if status.term == token.term && status.last_log < token.index && !self.is_excused(i) {
+            let (last, index) = (status.last_log, token.index);
+            self.problem(format!(
+                "n{i} lost what it had acknowledged alone: its log ends at {last} and not at {index}"
+            ));
+        }
     }
 
     /// Cuts the power of a node between two polls: what its disk had not made durable may be lost or torn.
@@ -244,6 +407,11 @@ impl Cluster {
                 return;
             }
             slot.powered = false;
+            slot.boot_failure = None;
+            // Whoever leads until the end has its log to itself.
+            let local = slot.local.take();
+            let status = slot.node.as_ref().map(|node| node.status());
+            slot.promised = local.filter(|token| status.is_some_and(|s| s.role == "leader" && s.term == token.term));
             (slot.node.take(), slot.engine.take())
         };
         self.log(|| format!("kill {} life={}", member.name, group.0));

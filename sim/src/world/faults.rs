@@ -1,200 +1,527 @@
-//! What goes wrong, and when: crashes, cuts, pauses, slow and failing disks, drawn from the seed.
+//! What goes wrong, and when, drawn from the seed.
+//!
+//! # Invariants
+//! - F1. One node of a seed is the victim: what destroys data at rest (rot, a wiped volume, an old copy) happens to it and to no
+//!   other, so every entry that a majority holds is whole somewhere else.
+//! - F2. Every fault ends, at the latest with [`calm`]; then full recovery is demanded.
+//! - F3. A node may fail only in a life in which a fault is the reason; else its failure is a finding.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use mainstay_io::sim::{DiskImage, IoKind};
+use mainstay_replication::MemberRole;
+
 use super::cluster::{Called, Cluster};
-use crate::rt::SimRng;
+use crate::disk::Zone;
+use crate::rt::{Group, SimRng};
 
-/// Counts of a run.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct FaultStats {
-    /// Power cuts of one node.
-    pub crashes: u64,
-    /// Power cuts of all nodes at once.
-    pub blackouts: u64,
-    /// Restarts in good order.
-    pub restarts: u64,
-    /// Cut links and partitions.
-    pub cuts: u64,
-    /// Nodes that stood still for a while.
-    pub pauses: u64,
-    /// Disks that were slow or failed.
-    pub disks: u64,
-    /// Leaders that were asked to hand over.
-    pub transfers: u64,
+/// A kind of fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Fault {
+    /// A node loses power.
+    Crash,
+    /// The leader loses power and is back before anybody has noticed.
+    LeaderCrash,
+    /// All nodes lose power.
+    Blackout,
+    /// A node is closed in good order and started again.
+    Restart,
+    /// One direction of one link is cut.
+    OneWay,
+    /// Both directions between two nodes are cut; all others hear both.
+    Partial,
+    /// A node is cut off.
+    Isolated,
+    /// A node runs nothing for a while.
+    Pause,
+    /// A disk is slow.
+    SlowDisk,
+    /// The leader is asked to hand over.
+    Transfer,
+    /// Reads answer EIO, once or now and then.
+    ReadError,
+    /// A write answers EIO.
+    WriteError,
+    /// A flush, or that of a durable write, answers EIO.
+    SyncError,
+    /// A disk completes nothing for 1 s, 20 s, or ever.
+    Stall,
+    /// A disk is full for a while.
+    FullDisk,
+    /// The file system is remounted read-only for a while.
+    ReadOnly,
+    /// A wall clock jumps by up to an hour.
+    ClockJump,
+    /// Bits of the victim rot at rest.
+    Rot,
+    /// The victim comes back with a blank volume.
+    Wipe,
+    /// The victim comes back with an older copy of its volume.
+    OldCopy,
+    /// A second process comes up with a copy of the victim's volume.
+    Twin,
+    /// Members are added, promoted, removed, replaced.
+    Membership,
 }
 
-impl FaultStats {
-    /// All of them.
-    pub fn total(&self) -> u64 {
-        self.crashes + self.blackouts + self.restarts + self.cuts + self.pauses + self.disks + self.transfers
-    }
-}
+/// What the product does not bear yet: never drawn unless a run asks for it (`--with NAME`). Who teaches it to the product
+/// takes the line out.
+pub const LEFT_OUT: &[(Fault, &str)] = &[
+    (
+        Fault::ReadError,
+        "a flush or compaction that met an error is tried again, which no long run has proven to be enough",
+    ),
+    (Fault::WriteError, "as read-error"),
+    (
+        Fault::OldCopy,
+        "nothing tells a replica that its volume went back: it votes again for what it had promised to another, and grants \
+         votes to candidates that lack entries which it had acknowledged",
+    ),
+    (
+        Fault::Twin,
+        "a copy of a volume says the same incarnation as the volume: peers cannot tell them apart, and each gets votes and \
+         entries that the other has acknowledged",
+    ),
+];
 
-/// How much of each fault a seed has; some have none at all, so that each is also met alone.
-struct Weights {
-    crash: u64,
-    leader: u64,
-    blackout: u64,
-    restart: u64,
-    cut: u64,
-    partition: u64,
-    pause: u64,
-    disk: u64,
-    transfer: u64,
-}
+/// Whether the run trusts the product to mend damaged tables from its peers, whatever was hit. While it does not, the operator of the
+/// simulation wipes a volume that was damaged once the faults have stopped, and lets it join anew.
+pub const HEALS_ITSELF: bool = false;
 
-impl Weights {
-    fn draw(rng: &mut SimRng) -> Self {
-        let mut some = |most: u64| if rng.chance(300) { 0 } else { rng.range(1, most + 1) };
-        Self {
-            crash: some(10),
-            leader: some(10),
-            blackout: some(3),
-            restart: some(3),
-            cut: some(6),
-            partition: some(6),
-            pause: some(4),
-            disk: some(4),
-            transfer: some(3),
+impl Fault {
+    /// Every kind.
+    pub const ALL: [Self; 22] = [
+        Self::Crash,
+        Self::LeaderCrash,
+        Self::Blackout,
+        Self::Restart,
+        Self::OneWay,
+        Self::Partial,
+        Self::Isolated,
+        Self::Pause,
+        Self::SlowDisk,
+        Self::Transfer,
+        Self::ReadError,
+        Self::WriteError,
+        Self::SyncError,
+        Self::Stall,
+        Self::FullDisk,
+        Self::ReadOnly,
+        Self::ClockJump,
+        Self::Rot,
+        Self::Wipe,
+        Self::OldCopy,
+        Self::Twin,
+        Self::Membership,
+    ];
+
+    /// What it is called in counts and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Crash => "crash",
+            Self::LeaderCrash => "leader-crash",
+            Self::Blackout => "blackout",
+            Self::Restart => "restart",
+            Self::OneWay => "one-way",
+            Self::Partial => "partial",
+            Self::Isolated => "isolated",
+            Self::Pause => "pause",
+            Self::SlowDisk => "slow-disk",
+            Self::Transfer => "transfer",
+            Self::ReadError => "read-error",
+            Self::WriteError => "write-error",
+            Self::SyncError => "sync-error",
+            Self::Stall => "stall",
+            Self::FullDisk => "full-disk",
+            Self::ReadOnly => "read-only",
+            Self::ClockJump => "clock-jump",
+            Self::Rot => "rot",
+            Self::Wipe => "wipe",
+            Self::OldCopy => "old-copy",
+            Self::Twin => "twin",
+            Self::Membership => "membership",
         }
     }
+
+    /// Why it is left out, if it is.
+    pub fn left_out(self) -> Option<&'static str> {
+        LEFT_OUT.iter().find(|(fault, _)| *fault == self).map(|(_, why)| *why)
+    }
+
+    /// Its largest weight among the others.
+    fn weight_max(self) -> u64 {
+        match self {
+            Self::Crash | Self::LeaderCrash => 10,
+            Self::OneWay | Self::Partial | Self::Isolated | Self::Membership => 5,
+            Self::Pause | Self::SlowDisk | Self::Rot | Self::FullDisk => 4,
+            Self::Blackout
+            | Self::Restart
+            | Self::Transfer
+            | Self::ReadError
+            | Self::WriteError
+            | Self::SyncError
+            | Self::Stall
+            | Self::OldCopy => 3,
+            Self::ReadOnly | Self::ClockJump | Self::Wipe | Self::Twin => 2,
+        }
+    }
+}
+
+/// Counts of a run, by kind.
+pub type FaultStats = BTreeMap<&'static str, u64>;
+
+/// Who does the damage.
+struct Faults {
+    cluster: Arc<Cluster>,
+    rng: SimRng,
+    /// The one whose data may be destroyed (F1).
+    victim: usize,
+    /// An older state of its volume.
+    copy: Option<Vec<DiskImage>>,
 }
 
 /// Works until `until`, then leaves everything as it is; [`calm`] mends it.
 pub(crate) async fn run(cluster: Arc<Cluster>, mut rng: SimRng, until: Duration) -> FaultStats {
-    let weights = Weights::draw(&mut rng);
+    // Few kinds or many: each is met alone and with the others.
+    let share = *rng.pick(&[80, 250, 600]);
+    let mut weights: Vec<(Fault, u64)> = Vec::new();
+    for fault in Fault::ALL {
+        let drawn = if rng.chance(share) { rng.range(1, fault.weight_max() + 1) } else { 0 };
+        let asked = cluster.settings.with.contains(&fault);
+        let possible = fault.left_out().is_none() && (fault != Fault::Membership || cluster.settings.spares > 0);
+        weights.push((
+            fault,
+            if asked {
+                fault.weight_max()
+            } else if possible {
+                drawn
+            } else {
+                0
+            },
+        ));
+    }
+    let sum: u64 = weights.iter().map(|(_, weight)| weight).sum();
     let gap_max = rng.range(100, 1500);
+    let victim = rng.below(cluster.settings.nodes as u64) as usize;
     let mut stats = FaultStats::default();
+    let mut faults = Faults { cluster, rng, victim, copy: None };
     loop {
-        let gap = Duration::from_micros(rng.range(1000, gap_max * 1000));
-        cluster.executor.sleep_until(cluster.executor.now() + gap).await;
-        if cluster.executor.now() >= until {
+        let gap = Duration::from_micros(faults.rng.range(1000, gap_max * 1000));
+        faults.cluster.executor.sleep_until(faults.cluster.executor.now() + gap).await;
+        if faults.cluster.executor.now() >= until {
             return stats;
         }
-        one(&cluster, &mut rng, &weights, &mut stats).await;
+        let mut left = faults.rng.below(sum);
+        let chosen = weights.iter().find(|(_, weight)| {
+            let here = left < *weight;
+            left = left.saturating_sub(*weight);
+            here
+        });
+        if let Some((fault, _)) = chosen.filter(|_| sum > 0) {
+            *stats.entry(fault.name()).or_default() += 1;
+            faults.begin(*fault).await;
+        }
     }
 }
 
-/// Chooses and starts one fault.
-async fn one(cluster: &Arc<Cluster>, rng: &mut SimRng, weights: &Weights, stats: &mut FaultStats) {
-    let choices = [
-        weights.crash,
-        weights.leader,
-        weights.blackout,
-        weights.restart,
-        weights.cut,
-        weights.partition,
-        weights.pause,
-        weights.disk,
-        weights.transfer,
-    ];
-    let mut left = rng.below(choices.iter().sum());
-    let chosen = choices.iter().position(|weight| {
-        let here = left < *weight;
-        left = left.saturating_sub(*weight);
-        here
-    });
-    let node = rng.below(cluster.size() as u64) as usize;
-    match chosen {
-        Some(0) => {
-            stats.crashes += 1;
-            crash(cluster, rng, node, 3_000_000);
-        }
-        Some(1) => {
-            // The leader loses power with a log that is not synced and is back before anybody has noticed.
-            let leader = cluster.leader().unwrap_or(node);
-            stats.crashes += 1;
-            crash(cluster, rng, leader, 80_000);
-        }
-        Some(2) => {
-            stats.blackouts += 1;
-            for i in 0..cluster.size() {
-                crash(cluster, rng, i, 1_000_000);
+impl Faults {
+    fn any(&mut self) -> usize {
+        self.rng.below(self.cluster.size() as u64) as usize
+    }
+
+    fn micros(&mut self, low: u64, high: u64) -> Duration {
+        Duration::from_micros(self.rng.range(low, high))
+    }
+
+    /// Starts one fault.
+    async fn begin(&mut self, fault: Fault) {
+        let node = self.any();
+        match fault {
+            Fault::Crash => self.crash(node, 3_000_000),
+            Fault::LeaderCrash => {
+                // It loses a log that is not synced and is back before anybody has noticed.
+                let leader = self.cluster.leader().unwrap_or(node);
+                self.crash(leader, 80_000);
             }
-        }
-        Some(3) => {
-            stats.restarts += 1;
-            if cluster.is_powered(node) {
-                cluster.stop(node).await;
-                later(cluster, rng.below(500_000), move |cluster| start_if_down(&cluster, node));
+            Fault::Blackout => (0..self.cluster.size()).for_each(|i| self.crash(i, 1_000_000)),
+            Fault::Restart => {
+                if self.cluster.is_powered(node) {
+                    self.cluster.stop(node).await;
+                    let down = self.rng.below(500_000);
+                    later(&self.cluster, down, move |cluster| start_if_down(&cluster, node));
+                }
             }
+            Fault::OneWay | Fault::Partial => {
+                let size = self.cluster.size();
+                let other = (node + 1 + self.rng.below(size as u64 - 1) as usize) % size;
+                let links = [(node, other), (other, node)];
+                self.cut(if fault == Fault::OneWay { &links[..1] } else { &links });
+            }
+            Fault::Isolated => {
+                let others = (0..self.cluster.size()).filter(|i| *i != node);
+                let links: Vec<_> = others.flat_map(|i| [(node, i), (i, node)]).collect();
+                self.cut(&links);
+            }
+            Fault::Pause => {
+                let length = self.micros(1_000, 2_000_000);
+                self.cluster.log(|| format!("pause n{node} {length:?}"));
+                self.cluster.executor.pause(self.cluster.group(node), length);
+            }
+            Fault::Transfer => self.transfer().await,
+            Fault::ClockJump => {
+                let ahead = self.micros(0, 3_600_000_000);
+                self.cluster.log(|| format!("clock of n{node} is {ahead:?} ahead"));
+                self.cluster.set_wall(node, ahead);
+            }
+            Fault::SlowDisk
+            | Fault::ReadError
+            | Fault::WriteError
+            | Fault::SyncError
+            | Fault::Stall
+            | Fault::FullDisk
+            | Fault::ReadOnly => self.disk(fault, node),
+            Fault::Rot | Fault::Wipe | Fault::OldCopy => self.destroy(fault),
+            Fault::Twin => self.twin(),
+            Fault::Membership => self.change_members(),
         }
-        Some(4) => {
-            stats.cuts += 1;
-            let other = (node + 1 + rng.below(cluster.size() as u64 - 1) as usize) % cluster.size();
-            cut(cluster, rng, &[(node, other)]);
+    }
+
+    fn crash(&mut self, node: usize, down_max_micros: u64) {
+        let down = self.rng.below(down_max_micros);
+        if self.cluster.is_powered(node) {
+            self.cluster.kill(node);
+            later(&self.cluster, down, move |cluster| start_if_down(&cluster, node));
         }
-        Some(5) => {
-            stats.cuts += 1;
-            let links: Vec<_> =
-                (0..cluster.size()).filter(|i| *i != node).flat_map(|i| [(node, i), (i, node)]).collect();
-            cut(cluster, rng, &links);
+    }
+
+    fn cut(&mut self, links: &[(usize, usize)]) {
+        let cluster = &self.cluster;
+        cluster.log(|| format!("cut {links:?}"));
+        for (from, to) in links {
+            cluster.net.cut(cluster.address(*from), cluster.address(*to));
         }
-        Some(6) => {
-            stats.pauses += 1;
-            let length = Duration::from_micros(rng.range(1_000, 2_000_000));
-            cluster.log(|| format!("pause n{node} {length:?}"));
-            cluster.executor.pause(cluster.group(node), length);
+        let links = links.to_vec();
+        later(cluster, self.rng.range(50_000, 4_000_000), move |cluster| {
+            cluster.log(|| format!("mend {links:?}"));
+            for (from, to) in &links {
+                cluster.net.mend(cluster.address(*from), cluster.address(*to));
+            }
+        });
+    }
+
+    async fn transfer(&self) {
+        let Some(leader) = self.cluster.leader() else { return };
+        let done = self
+            .cluster
+            .call(leader, Duration::from_secs(2), |node| {
+                Box::pin(async move { node.transfer_leader(None).await.map_err(|e| e.to_string()) })
+            })
+            .await;
+        if let Called::Answered(answer) = done {
+            self.cluster.log(|| format!("transfer from n{leader}: {answer:?}"));
         }
-        Some(7) => {
-            stats.disks += 1;
-            let length = Duration::from_micros(rng.range(10_000, 1_000_000));
-            cluster.log(|| format!("slow disk n{node} {length:?}"));
-            cluster.disk(node).slow(length);
-        }
-        Some(8) => {
-            stats.transfers += 1;
-            if let Some(leader) = cluster.leader() {
-                let done = cluster
-                    .call(leader, Duration::from_secs(2), |node| {
-                        Box::pin(async move { node.transfer_leader(None).await.map_err(|e| e.to_string()) })
-                    })
-                    .await;
-                if let Called::Answered(answer) = done {
-                    cluster.log(|| format!("transfer from n{leader}: {answer:?}"));
+    }
+
+    /// What goes wrong with a disk and ends again, with all data unharmed.
+    fn disk(&mut self, fault: Fault, node: usize) {
+        let length = self.micros(10_000, 3_000_000);
+        let cluster = &self.cluster;
+        let disk = cluster.disk(node);
+        cluster.log(|| format!("{} n{node} {length:?}", fault.name()));
+        match fault {
+            Fault::SlowDisk => disk.slow(length.min(Duration::from_secs(1))),
+            Fault::Stall => disk.stall(match self.rng.below(10) {
+                0..6 => Duration::from_secs(1),
+                6..8 => Duration::from_secs(20),
+                _ => FOR_EVER,
+            }),
+            Fault::FullDisk => {
+                disk.set_space(Some(self.rng.below(512 << 10)));
+                self.until_mended(node, length, |disk| disk.set_space(None));
+            }
+            Fault::ReadOnly => {
+                cluster.excuse(node);
+                disk.set_read_only(true);
+                self.until_mended(node, length, |disk| disk.set_read_only(false));
+            }
+            _ => {
+                let kind = match fault {
+                    Fault::ReadError => IoKind::Read,
+                    // A write of the log is durable by itself: its sync fails with it.
+                    Fault::SyncError => *self.rng.pick(&[IoKind::Flush, IoKind::DurableWrite]),
+                    _ => IoKind::CachedWrite,
+                };
+                cluster.excuse(node);
+                if kind == IoKind::Read && self.rng.chance(500) {
+                    disk.fail_often(kind);
+                    self.until_mended(node, length, crate::disk::Disk::mend);
+                } else {
+                    disk.fail_next(kind);
                 }
             }
         }
-        _ => {}
+    }
+
+    fn until_mended(&self, node: usize, length: Duration, mend: fn(&crate::disk::Disk)) {
+        let micros = u64::try_from(length.as_micros()).unwrap_or(u64::MAX);
+        later(&self.cluster, micros, move |cluster| mend(cluster.disk(node)));
+    }
+
+    /// What the victim does not get over by itself (F1).
+    fn destroy(&mut self, fault: Fault) {
+        let (cluster, victim) = (self.cluster.clone(), self.victim);
+        let down = self.rng.below(2_000_000);
+        if fault == Fault::Rot && self.rng.chance(600) {
+            // Tables rot while it runs: it finds out when it reads them.
+            for _ in 0..self.rng.range(1, 4) {
+                if cluster.disk(victim).rot(Zone::Extents) {
+                    cluster.damage(victim);
+                    cluster.log(|| format!("rot in the extents of n{victim}"));
+                }
+            }
+            return;
+        }
+        if !cluster.is_powered(victim) {
+            return;
+        }
+        cluster.kill(victim);
+        match fault {
+            Fault::Rot => {
+                let zone = *self.rng.pick(&[Zone::Wal, Zone::Wal, Zone::Extents, Zone::Superblock]);
+                if cluster.disk(victim).rot(zone) {
+                    cluster.damage(victim);
+                    cluster.log(|| format!("rot in the {zone:?} of n{victim} at rest"));
+                }
+            }
+            Fault::Wipe => cluster.wipe(victim),
+            _ => match self.copy.take() {
+                Some(images) => {
+                    cluster.log(|| format!("n{victim} gets an old copy of its volume"));
+                    cluster.restore(victim, images);
+                }
+                None => self.copy = Some(cluster.disk(victim).images()),
+            },
+        }
+        later(&cluster, down, move |cluster| start_if_down(&cluster, victim));
+    }
+
+    /// A spare machine comes up with a copy of the victim's volume, and is wiped later.
+    fn twin(&mut self) {
+        let (cluster, victim) = (self.cluster.clone(), self.victim);
+        let spare = (cluster.settings.nodes..cluster.size()).find(|i| {
+            let waiting = cluster.node(*i).is_some_and(|node| node.status().role == "waiting");
+            waiting && cluster.disk(*i).is_like(cluster.disk(victim))
+        });
+        let Some(spare) = spare.filter(|_| cluster.is_powered(victim)) else { return };
+        let length = self.rng.range(200_000, 3_000_000);
+        cluster.log(|| format!("n{spare} starts with a copy of n{victim}"));
+        cluster.kill(spare);
+        cluster.restore(spare, cluster.disk(victim).images());
+        cluster.start(spare);
+        cluster.excuse(spare);
+        later(&cluster, length, move |cluster| {
+            cluster.kill(spare);
+            cluster.wipe(spare);
+            cluster.start(spare);
+        });
+    }
+
+    /// One change of the membership, in the background; the next one waits for its end.
+    fn change_members(&mut self) {
+        let cluster = self.cluster.clone();
+        let Some(members) = cluster.view() else { return };
+        let names: std::collections::BTreeSet<_> = members.iter().map(|m| &m.name).collect();
+        if names.len() < members.len() {
+            // A wiped volume is about to take the place of its former self: until then one voter is counted twice.
+            return;
+        }
+        let voters: Vec<_> = members.iter().filter(|m| m.role == MemberRole::Voter).cloned().collect();
+        let learners: Vec<_> = members.iter().filter(|m| m.role == MemberRole::Learner).cloned().collect();
+        let spare = (0..cluster.size()).find(|i| {
+            cluster.node(*i).is_some_and(|node| node.status().role == "waiting")
+                && !members.iter().any(|m| m.name == cluster.name(*i))
+        });
+        let (chosen, voter, promote) = (self.rng.below(4), self.rng.chance(500), self.rng.chance(700));
+        let (add, end) = match chosen {
+            // A learner that is there is promoted before another one is added.
+            0 if promote && !learners.is_empty() => (None, Some((self.rng.pick(&learners).clone(), true))),
+            0 | 1 => (spare, None),
+            // Never below three voters: one of them may be the victim.
+            2 if voters.len() > 3 => (None, Some((self.rng.pick(&voters).clone(), false))),
+            2 => return,
+            _ if spare.is_some() => (spare, Some((self.rng.pick(&voters).clone(), false))),
+            _ => return,
+        };
+        let replaces = chosen == 3;
+        if (add.is_none() && end.is_none()) || cluster.changing.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let through = self.any();
+        let me = cluster.clone();
+        let task = Box::pin(async move {
+            let mut goes_on = true;
+            if let Some(i) = add {
+                let (name, address) = (me.name(i).to_owned(), me.address(i).clone());
+                let votes = voter || replaces;
+                let added = me
+                    .call(through, CHANGE_MAX, move |node| {
+                        Box::pin(async move {
+                            node.add_member(&name, address, votes).await.map(|m| m.role).map_err(|e| e.to_string())
+                        })
+                    })
+                    .await;
+                goes_on = matches!(added, Called::Answered(Ok(MemberRole::Voter)));
+                me.log(|| format!("add n{i} votes={votes} through n{through}: {}", told(&added)));
+            }
+            if let Some((member, promote)) = end.filter(|_| goes_on) {
+                let id = member.id;
+                let done = me
+                    .call(through, CHANGE_MAX, move |node| {
+                        Box::pin(async move {
+                            let done =
+                                if promote { node.promote_member(id).await } else { node.remove_member(id).await };
+                            done.map_err(|e| e.to_string())
+                        })
+                    })
+                    .await;
+                let what = if promote { "promote" } else { "remove" };
+                me.log(|| format!("{what} {} through n{through}: {}", member.name, told(&done)));
+            }
+            me.changing.store(false, Ordering::Relaxed);
+        });
+        drop(cluster.executor.spawn(Group::WORLD, "membership", task));
     }
 }
 
-fn crash(cluster: &Arc<Cluster>, rng: &mut SimRng, node: usize, down_max_micros: u64) {
-    let down = rng.below(down_max_micros);
-    if cluster.is_powered(node) {
-        cluster.kill(node);
-        later(cluster, down, move |cluster| start_if_down(&cluster, node));
+/// Longer than any run.
+const FOR_EVER: Duration = Duration::from_secs(100_000);
+/// How long a change of the membership is waited for.
+const CHANGE_MAX: Duration = Duration::from_secs(15);
+
+fn told<T: std::fmt::Debug>(called: &Called<Result<T, String>>) -> String {
+    match called {
+        Called::Down => "down".to_owned(),
+        Called::Lost => "no answer".to_owned(),
+        Called::Answered(answer) => format!("{answer:?}"),
     }
 }
 
 fn start_if_down(cluster: &Arc<Cluster>, node: usize) {
-    if !cluster.is_powered(node) {
+    if !cluster.is_powered(node) && !cluster.ending.load(Ordering::Relaxed) {
         cluster.start(node);
     }
 }
 
-fn cut(cluster: &Arc<Cluster>, rng: &mut SimRng, links: &[(usize, usize)]) {
-    cluster.log(|| format!("cut {links:?}"));
-    for (from, to) in links {
-        cluster.net.cut(cluster.address(*from), cluster.address(*to));
-    }
-    let links = links.to_vec();
-    later(cluster, rng.range(50_000, 4_000_000), move |cluster| {
-        cluster.log(|| format!("mend {links:?}"));
-        for (from, to) in &links {
-            cluster.net.mend(cluster.address(*from), cluster.address(*to));
-        }
-    });
-}
-
 fn later(cluster: &Arc<Cluster>, micros: u64, run: impl FnOnce(Arc<Cluster>) + Send + 'static) {
     let me = cluster.clone();
-    cluster.executor.after(crate::rt::Group::WORLD, Duration::from_micros(micros), Box::new(move || run(me)));
+    cluster.executor.after(Group::WORLD, Duration::from_micros(micros), Box::new(move || run(me)));
 }
 
-/// Ends all faults: links whole, disks fast, power everywhere.
+/// Ends all faults: links whole, disks fast and writable, power everywhere.
 pub(crate) fn calm(cluster: &Arc<Cluster>) {
     cluster.log(|| "calm".to_owned());
     cluster.net.calm();
@@ -203,5 +530,18 @@ pub(crate) fn calm(cluster: &Arc<Cluster>) {
     }
     for node in cluster.down() {
         cluster.start(node);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_fault_has_a_name_of_its_own_and_some_are_drawn() {
+        let names: std::collections::BTreeSet<_> = Fault::ALL.iter().map(|f| f.name()).collect();
+        assert_eq!(names.len(), Fault::ALL.len());
+        assert!(Fault::ALL.iter().filter(|f| f.left_out().is_none()).count() >= 18);
+        assert!(LEFT_OUT.iter().all(|(_, why)| !why.is_empty()));
     }
 }

@@ -1,16 +1,20 @@
 //! What must hold while a world runs, and once its faults have stopped.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use mainstay_engine::{CommandBody, MAIN, Snapshot, WriteBatch};
-use mainstay_replication::{Durability, ReadLevel, Write};
+use mainstay_replication::{Durability, MemberRole, ReadLevel, Write};
 
 use super::cluster::{Called, Cluster};
+use super::faults::HEALS_ITSELF;
 use super::workload::{Client, Notes, read_registers};
+use crate::application::{Application, Session};
 use crate::check;
+use crate::rt::SimRng;
 
 /// How often the state of all nodes is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -31,7 +35,9 @@ impl Watcher {
         for i in 0..cluster.size() {
             let Some(node) = cluster.node(i) else { continue };
             let status = node.status();
-            if let Some(failure) = &status.failure {
+            if let Some(failure) = &status.failure
+                && !cluster.is_excused(i)
+            {
                 cluster.problem(format!("n{i} left service: {failure}"));
             }
             if status.role == "leader" {
@@ -65,7 +71,7 @@ impl Watcher {
 
     /// Looks until `stop` says so.
     pub(crate) async fn run(mut self, cluster: Arc<Cluster>, notes: Arc<Notes>) -> Self {
-        while !notes.stop.load(std::sync::atomic::Ordering::Relaxed) {
+        while !notes.stop.load(Ordering::Relaxed) {
             self.look(&cluster);
             cluster.executor.sleep_until(cluster.executor.now() + LOOK_EVERY).await;
         }
@@ -73,10 +79,42 @@ impl Watcher {
     }
 }
 
-/// After the faults: every node takes part again and answers a write.
-pub(crate) async fn progress(cluster: &Arc<Cluster>) -> Result<(), String> {
+/// Waits until the cluster is whole: a leader whose members are all there, each under its id, and no change under way.
+async fn whole(cluster: &Arc<Cluster>) -> Result<Vec<usize>, String> {
     let deadline = cluster.executor.now() + HEAL_MAX;
-    for i in 0..cluster.size() {
+    loop {
+        let members = cluster.view().unwrap_or_default();
+        let nodes: Option<Vec<usize>> = members
+            .iter()
+            .map(|member| {
+                let i = cluster.by_name(&member.name)?;
+                let status = cluster.node(i)?.status();
+                let serves = matches!(status.role.as_str(), "leader" | "follower" | "candidate" | "learner");
+                (status.id == member.id && serves).then_some(i)
+            })
+            .collect();
+        let voters = members.iter().filter(|m| m.role == MemberRole::Voter).count();
+        let names: BTreeSet<_> = members.iter().map(|m| &m.name).collect();
+        if let Some(mut nodes) = nodes
+            && voters >= 3
+            && names.len() == members.len()
+            && !cluster.changing.load(Ordering::Relaxed)
+        {
+            nodes.sort_unstable();
+            return Ok(nodes);
+        }
+        if cluster.executor.now() > deadline {
+            let status = cluster.describe_all();
+            return Err(format!("the cluster is not whole {HEAL_MAX:?} after the faults: {members:?}\n    {status}"));
+        }
+        cluster.executor.sleep_until(cluster.executor.now() + LOOK_EVERY).await;
+    }
+}
+
+/// After the faults: every member takes part again and answers a write.
+async fn progress(cluster: &Arc<Cluster>, members: &[usize]) -> Result<(), String> {
+    let deadline = cluster.executor.now() + HEAL_MAX;
+    for &i in members {
         let mut last = "it did not start".to_owned();
         loop {
             if cluster.executor.now() > deadline {
@@ -103,14 +141,15 @@ pub(crate) async fn progress(cluster: &Arc<Cluster>) -> Result<(), String> {
     Ok(())
 }
 
-/// Waits until every replica has applied the same and holds every table it should, and nothing moves any more.
-pub(crate) async fn settle(cluster: &Arc<Cluster>) -> Result<(), String> {
+/// Waits until every member has applied the same and holds every table it should, and nothing moves any more.
+async fn settle(cluster: &Arc<Cluster>, members: &[usize]) -> Result<(), String> {
     let deadline = cluster.executor.now() + HEAL_MAX;
     let mut before = Vec::new();
     loop {
-        let now: Vec<_> = (0..cluster.size())
+        let now: Vec<_> = members
+            .iter()
             .map(|i| {
-                cluster.node(i).map(|node| node.status()).map(|s| (s.group.applied, s.group.absent_jobs, s.last_log))
+                cluster.node(*i).map(|node| node.status()).map(|s| (s.group.applied, s.group.absent_jobs, s.last_log))
             })
             .collect();
         let level = now.iter().all(|s| matches!(s, Some((applied, 0, last)) if applied == last && *s == now[0]));
@@ -126,10 +165,23 @@ pub(crate) async fn settle(cluster: &Arc<Cluster>) -> Result<(), String> {
     }
 }
 
+/// What the documentation tells the operator of damaged tables, while the product does not mend them by itself.
+fn wipe_damaged(cluster: &Arc<Cluster>) {
+    if HEALS_ITSELF {
+        return;
+    }
+    for i in (0..cluster.size()).filter(|i| cluster.is_damaged(*i)) {
+        cluster.kill(i);
+        cluster.wipe(i);
+        cluster.start(i);
+    }
+}
+
 /// All pairs of a view, as a count and a hash.
 async fn scan(snapshot: &Snapshot, keyspaces: &[(String, mainstay_engine::KeyspaceId)]) -> Result<(u64, u128), String> {
     let (mut pairs, mut hasher) = (0, xxhash_rust::xxh3::Xxh3::new());
-    for (name, id) in keyspaces {
+    // A checkpoint knows the keyspaces of its time.
+    for (name, id) in keyspaces.iter().filter(|(name, _)| snapshot.keyspace(name).is_some()) {
         hasher.update(name.as_bytes());
         let mut scan = snapshot.range(*id, Bound::Unbounded, Bound::Unbounded);
         let mut last = None;
@@ -183,28 +235,36 @@ pub(crate) async fn judge(
     notes: &Arc<Notes>,
     watcher: &mut Watcher,
     clients: &mut [Client],
+    application: &dyn Application,
+    rng: &mut SimRng,
 ) -> Result<(), String> {
-    progress(cluster).await?;
-    settle(cluster).await?;
+    wipe_damaged(cluster);
+    let members = whole(cluster).await?;
+    progress(cluster, &members).await?;
+    settle(cluster, &members).await?;
     watcher.look(cluster);
-    let status: Vec<_> = (0..cluster.size()).filter_map(|i| cluster.node(i).map(|node| node.status().group)).collect();
+    let status: Vec<_> = members.iter().filter_map(|i| cluster.node(*i).map(|node| node.status().group)).collect();
     if status.iter().any(|s| (s.digest, s.digest_index) != (status[0].digest, status[0].digest_index)) {
         return Err(format!("replicas settled on different manifests: {status:?}"));
     }
-    let first = contents(cluster, 0).await?;
-    for i in 1..cluster.size() {
+    let first = contents(cluster, members[0]).await?;
+    for &i in &members[1..] {
         let other = contents(cluster, i).await?;
         if other != first {
-            return Err(format!("n0 and n{i} hold different data: {first:?} and {other:?}"));
+            return Err(format!("n{} and n{i} hold different data: {first:?} and {other:?}", members[0]));
         }
     }
-    for i in 0..cluster.size() {
+    for &i in &members {
         read_registers(cluster, notes, i).await?;
         for client in clients.iter_mut() {
             if !client.check_all(i).await {
                 return Err(format!("n{i} did not answer the last reads"));
             }
         }
+        let mut session = Session::new(1000 + i as u64, cluster, notes, rng.fork());
+        session.fix(i);
+        application.look(&mut session).await.map_err(|e| format!("n{i}: {e}"))?;
     }
+    application.judge()?;
     check::check(&notes.history()).map_err(|violation| format!("not linearizable: {violation}"))
 }

@@ -3,6 +3,7 @@
 mod cluster;
 mod faults;
 mod judge;
+mod operator;
 mod workload;
 
 use std::collections::BTreeMap;
@@ -14,18 +15,27 @@ use std::time::Duration;
 use mainstay_engine::{CommandBody, KeyspaceId};
 use mainstay_replication::{Durability, Write};
 
+use crate::application::Application;
 use crate::net::{Net, NetSettings, NetStats};
 use crate::rt::{Executor, Group, SimRng};
-use cluster::{Called, Cluster};
-pub use faults::FaultStats;
+use crate::transactions::Transactions;
+pub(crate) use cluster::{Called, Cluster};
+pub use faults::{Fault, FaultStats, HEALS_ITSELF, LEFT_OUT};
 use judge::Watcher;
-use workload::{Client, Notes, OWNED};
+pub(crate) use workload::Notes;
+use workload::{Client, OWNED};
 
 /// What a world is made of. [`Settings::draw`] takes all of it from a seed.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Nodes.
+    /// Nodes that found the cluster.
     pub nodes: usize,
+    /// Machines that stand by and may become members.
+    pub spares: usize,
+    /// Monotonic clocks run faster or slower than the world's by up to so many parts of a million.
+    pub clock_drift: u64,
+    /// Faults that are drawn in any case, also if they are left out otherwise.
+    pub with: Vec<Fault>,
     /// Clients.
     pub clients: u64,
     /// Virtual time with faults.
@@ -63,12 +73,22 @@ impl Settings {
             slow: rng.below(20),
             loss: if rng.chance(500) { 0 } else { rng.below(20) },
             duplicate: if rng.chance(500) { 0 } else { rng.below(50) },
+            corrupt: if rng.chance(700) { 0 } else { rng.below(5) },
             may_repeat: repeatable,
         };
         Self {
-            nodes: 3,
+            nodes: if rng.chance(850) { 3 } else { 5 },
+            spares: if rng.chance(600) { 0 } else { rng.range(1, 3) as usize },
+            // A lease is worth two thirds of the time that a follower waits before it elects.
+            clock_drift: if rng.chance(500) { 0 } else { 50_000 },
+            with: Vec::new(),
             clients: 4,
-            length: Duration::from_millis(rng.range(4_000, 10_000)),
+            // Some are long enough for a disk that stands still for 20 s.
+            length: Duration::from_millis(if rng.chance(900) {
+                rng.range(4_000, 10_000)
+            } else {
+                rng.range(25_000, 40_000)
+            }),
             wal_bytes: rng.range(2, 5) << 20,
             memtable_bytes: rng.range(16, 128) << 10,
             table_bytes: rng.range(16, 64) << 10,
@@ -126,6 +146,14 @@ pub struct EngineCounts {
     pub tables: u64,
 }
 
+impl Summary {
+    /// Nodes that lost power.
+    pub fn crashes(&self) -> u64 {
+        let count = |fault: Fault| self.faults.get(fault.name()).copied().unwrap_or_default();
+        count(Fault::Crash) + count(Fault::LeaderCrash) + count(Fault::Blackout) * 3
+    }
+}
+
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = |what| self.counts.get(what).copied().unwrap_or_default();
@@ -143,8 +171,8 @@ impl fmt::Display for Summary {
             count("reads"),
             count("unknown"),
             count("checkpoints") + count("clones"),
-            self.faults.total(),
-            self.faults.crashes + self.faults.blackouts * 3,
+            self.faults.values().sum::<u64>(),
+            self.crashes(),
             self.elections,
             self.net.calls,
             self.net.lost
@@ -154,22 +182,31 @@ impl fmt::Display for Summary {
 
 /// Runs one seed in a fresh world and judges it. `adjust` may change what the seed drew.
 pub fn run(seed: u64, adjust: impl FnOnce(&mut Settings)) -> Summary {
+    run_with(seed, Transactions::new(), adjust)
+}
+
+/// As [`run`], with a state machine and clients of the caller's.
+pub fn run_with(seed: u64, application: Arc<dyn Application>, adjust: impl FnOnce(&mut Settings)) -> Summary {
     let mut rng = SimRng::new(seed);
     let mut settings = Settings::draw(&mut rng);
     adjust(&mut settings);
     let executor = Executor::new(seed);
-    let summary = executor.block_on(live(&executor, settings, rng));
+    let summary = executor.block_on(live(&executor, settings, &application, rng));
     executor.shut_down();
     summary
 }
 
-async fn live(executor: &Arc<Executor>, settings: Settings, mut rng: SimRng) -> Summary {
+async fn live(
+    executor: &Arc<Executor>,
+    settings: Settings,
+    application: &Arc<dyn Application>,
+    mut rng: SimRng,
+) -> Summary {
     // Births happen in good weather: an operator watches them.
     let net = Net::new(executor, NetSettings::calm());
-    let cluster = Cluster::new(executor, &net, &settings, &mut rng);
+    let cluster = Cluster::new(executor, &net, &settings, application.clone(), &mut rng);
     let notes = Arc::new(Notes::new());
     let mut summary = Summary::default();
-    let watcher = Watcher::default();
     for i in 0..cluster.size() {
         cluster.start(i);
     }
@@ -177,22 +214,12 @@ async fn live(executor: &Arc<Executor>, settings: Settings, mut rng: SimRng) -> 
         Err(e) => cluster.problem(e),
         Ok(keyspace) => {
             net.set(settings.net);
-            let (done, watching) = tokio::sync::oneshot::channel();
-            let (watched, noted) = (cluster.clone(), notes.clone());
-            let watch = Box::pin(async move {
-                // The world has ended if nobody takes the watcher back.
-                let _ = done.send(watcher.run(watched, noted).await);
-            });
-            drop(executor.spawn(Group::WORLD, "watcher", watch));
+            drop(executor.spawn(Group::WORLD, "operator", Box::pin(operator::run(cluster.clone(), rng.fork()))));
+            let watching = background(executor, "watcher", Watcher::default().run(cluster.clone(), notes.clone()));
             let mut running = Vec::new();
             for id in 0..settings.clients {
-                let client = Client::new(id, &cluster, &notes, rng.fork(), keyspace);
-                let (done, ended) = tokio::sync::oneshot::channel();
-                let work = Box::pin(async move {
-                    let _ = done.send(client.run().await);
-                });
-                drop(executor.spawn(Group::WORLD, "client", work));
-                running.push(ended);
+                let client = Client::new(id, &cluster, &notes, application, rng.fork(), keyspace);
+                running.push(background(executor, "client", client.run()));
             }
             let until = executor.now() + settings.length;
             summary.faults = faults::run(cluster.clone(), rng.fork(), until).await;
@@ -206,12 +233,14 @@ async fn live(executor: &Arc<Executor>, settings: Settings, mut rng: SimRng) -> 
             }
             let mut watcher = watching.await.expect("the watcher is never killed");
             faults::calm(&cluster);
-            if let Err(e) = judge::judge(&cluster, &notes, &mut watcher, &mut clients).await {
+            let judged = judge::judge(&cluster, &notes, &mut watcher, &mut clients, &**application, &mut rng);
+            if let Err(e) = judged.await {
                 cluster.problem(e);
             }
             summary.elections = watcher.elections();
         }
     }
+    cluster.ending.store(true, Ordering::Relaxed);
     for node in (0..cluster.size()).filter_map(|i| cluster.node(i)) {
         let group = node.status().group;
         summary.engine.applied = summary.engine.applied.max(group.applied.0);
@@ -229,6 +258,21 @@ async fn live(executor: &Arc<Executor>, settings: Settings, mut rng: SimRng) -> 
     }
     summary.problems = cluster.problems();
     summary
+}
+
+/// Runs a task of the world; resolves to what it returned.
+fn background<T: Send + 'static>(
+    executor: &Arc<Executor>,
+    name: &str,
+    task: impl Future<Output = T> + Send + 'static,
+) -> tokio::sync::oneshot::Receiver<T> {
+    let (done, ended) = tokio::sync::oneshot::channel();
+    let task = Box::pin(async move {
+        // The world has ended if nobody waits any more.
+        let _ = done.send(task.await);
+    });
+    drop(executor.spawn(Group::WORLD, name, task));
+    ended
 }
 
 /// Makes one cluster of the nodes and a keyspace in it.

@@ -9,10 +9,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use mainstay_engine::{BranchId, CommandBody, KeyspaceId, MAIN, WriteBatch, WriteOp};
+use mainstay_engine::{Applied, BranchId, CommandBody, KeyspaceId, LogIndex, MAIN, WriteBatch, WriteOp};
 use mainstay_replication::{Durability, Error, ErrorKind, ReadLevel, Write};
 
 use super::cluster::{Called, Cluster};
+use crate::application::{Application, Session, was_not_applied};
 use crate::check::{Action, Operation, Outcome};
 use crate::rt::SimRng;
 use crate::value::{decode, encode};
@@ -53,7 +54,7 @@ impl Notes {
         self.stamp.fetch_add(1, Ordering::Relaxed)
     }
 
-    fn value(&self) -> u64 {
+    pub(crate) fn value(&self) -> u64 {
         self.value.fetch_add(1, Ordering::Relaxed)
     }
 
@@ -92,12 +93,8 @@ fn outcome<T>(called: &Called<Result<T, Error>>, notes: &Notes) -> Outcome {
         Called::Down => Outcome::Failed,
         Called::Lost => Outcome::Unknown,
         Called::Answered(Ok(_)) => Outcome::Done(notes.stamp()),
-        Called::Answered(Err(e)) => match e.kind() {
-            ErrorKind::NotLeader | ErrorKind::Unavailable | ErrorKind::Unsupported | ErrorKind::NotFound => {
-                Outcome::Failed
-            }
-            _ => Outcome::Unknown,
-        },
+        Called::Answered(Err(e)) if was_not_applied(e.kind()) => Outcome::Failed,
+        Called::Answered(Err(_)) => Outcome::Unknown,
     }
 }
 
@@ -107,12 +104,17 @@ fn outcome<T>(called: &Called<Result<T, Error>>, notes: &Notes) -> Outcome {
 struct Possible {
     certain: Option<u64>,
     doubtful: BTreeSet<Option<u64>>,
+    /// What was certain before, and until when.
+    past: Vec<(Option<u64>, Duration)>,
 }
 
 impl Possible {
-    fn apply(&mut self, value: Option<u64>, outcome: Outcome) {
+    fn apply(&mut self, value: Option<u64>, outcome: Outcome, now: Duration) {
         match outcome {
-            Outcome::Done(_) => self.certain = value,
+            Outcome::Done(_) => {
+                self.past.push((self.certain, now));
+                self.certain = value;
+            }
             Outcome::Unknown => {
                 self.doubtful.insert(value);
             }
@@ -122,6 +124,11 @@ impl Possible {
 
     fn holds(&self, value: Option<u64>) -> bool {
         self.certain == value || self.doubtful.contains(&value)
+    }
+
+    /// True for what may be seen by a read that may be as old as `since`.
+    fn held_since(&self, value: Option<u64>, since: Duration) -> bool {
+        self.holds(value) || self.past.iter().any(|(held, until)| *held == value && *until >= since)
     }
 }
 
@@ -142,6 +149,10 @@ pub(crate) struct Client {
     keyspace: KeyspaceId,
     copies: Vec<Copy>,
     copies_made: u64,
+    application: Arc<dyn Application>,
+    session: Session,
+    /// The highest index at which a write of this client was acknowledged.
+    acknowledged: LogIndex,
     /// The last operation had no effect.
     refused: bool,
 }
@@ -149,7 +160,15 @@ pub(crate) struct Client {
 const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Client {
-    pub(crate) fn new(id: u64, cluster: &Arc<Cluster>, notes: &Arc<Notes>, rng: SimRng, keyspace: KeyspaceId) -> Self {
+    pub(crate) fn new(
+        id: u64,
+        cluster: &Arc<Cluster>,
+        notes: &Arc<Notes>,
+        application: &Arc<dyn Application>,
+        mut rng: SimRng,
+        keyspace: KeyspaceId,
+    ) -> Self {
+        let session = Session::new(id, cluster, notes, rng.fork());
         Self {
             id,
             cluster: cluster.clone(),
@@ -159,6 +178,9 @@ impl Client {
             keyspace,
             copies: Vec::new(),
             copies_made: 0,
+            application: application.clone(),
+            session,
+            acknowledged: LogIndex(0),
             refused: false,
         }
     }
@@ -168,12 +190,13 @@ impl Client {
         while !self.notes.stop.load(Ordering::Relaxed) {
             let node = self.rng.below(self.cluster.size() as u64) as usize;
             match self.rng.below(1000) {
-                0..280 => self.write_register(node).await,
-                280..520 => self.read_register(node).await,
-                520..600 => self.write_pair(node).await,
-                600..660 => self.read_pair(node).await,
-                660..900 => self.write_owned(node).await,
-                900..980 => self.read_owned(node).await,
+                0..220 => self.write_register(node).await,
+                220..420 => self.read_register(node).await,
+                420..500 => self.write_pair(node).await,
+                500..560 => self.read_pair(node).await,
+                560..740 => self.write_owned(node).await,
+                740..830 => self.read_owned(node).await,
+                830..980 => self.application.clone().step(&mut self.session).await,
                 980..990 => self.copy(node).await,
                 _ => self.read_copy(node).await,
             }
@@ -190,28 +213,29 @@ impl Client {
     async fn write(&mut self, node: usize, body: CommandBody) -> Outcome {
         // A leader answers at once what it alone has durable; the promise counts only once a quorum has it too.
         let local = self.rng.chance(100);
+        let (cluster, life) = (self.cluster.clone(), self.cluster.group(node));
         let called = self
             .cluster
-            .call(node, PATIENCE, move |node| {
+            .call(node, PATIENCE, move |replica| {
                 Box::pin(async move {
-                    let applied = if local {
-                        let token = node.write_local(body).await?;
-                        node.wait(token, Durability::Quorum).await?
-                    } else {
-                        node.write(Write { body, durability: Durability::Quorum }).await?
-                    };
-                    Ok::<_, Error>(applied.response.map_err(|e| e.to_string()))
+                    if local {
+                        let token = replica.write_local(body).await?;
+                        cluster.promised(node, life, token);
+                        return replica.wait(token, Durability::Quorum).await;
+                    }
+                    replica.write(Write { body, durability: Durability::Quorum }).await
                 })
             })
             .await;
         let outcome = outcome(&called, &self.notes);
         match called {
-            Called::Answered(Ok(Ok(_))) => {
+            Called::Answered(Ok(Applied { index, response: Ok(_) })) => {
+                self.acknowledged = self.acknowledged.max(index);
                 self.notes.count("writes");
                 outcome
             }
             // Applied and refused, the same on every replica.
-            Called::Answered(Ok(Err(e))) => {
+            Called::Answered(Ok(Applied { response: Err(e), .. })) => {
                 self.cluster.log(|| format!("client {} was refused: {e}", self.id));
                 self.notes.count("refused");
                 Outcome::Failed
@@ -271,6 +295,15 @@ impl Client {
                     }
                 }
             }
+            Called::Answered(Err(e)) if e.kind() == ErrorKind::Corrupt && self.cluster.is_damaged(node) => {
+                self.notes.count("damage seen");
+                self.refused = true;
+                None
+            }
+            Called::Answered(Err(e)) if e.kind() == ErrorKind::Unsupported => {
+                self.notes.count("unsupported");
+                None
+            }
             Called::Answered(Err(e)) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Internal) => {
                 self.cluster.problem(format!("client {} read from n{node}: {:?}: {e}", self.id, e.kind()));
                 None
@@ -329,8 +362,9 @@ impl Client {
             changes.insert(self.owned_key(), value);
         }
         let outcome = self.change(node, MAIN, &changes).await;
+        let now = self.cluster.executor.now();
         for (key, value) in changes {
-            self.owned.entry(key).or_default().apply(value, outcome);
+            self.owned.entry(key).or_default().apply(value, outcome, now);
         }
     }
 
@@ -348,9 +382,31 @@ impl Client {
 
     async fn read_owned(&mut self, node: usize) {
         let keys: Vec<Bytes> = (0..self.rng.range(1, 8)).map(|_| self.owned_key()).collect();
-        let level = self.level();
-        let Some(values) = self.read(node, "main", level, self.keyspace, keys.clone()).await else { return };
-        self.compare(node, "main", &self.owned, keys.into_iter().zip(values));
+        let began = self.cluster.executor.now();
+        // How old the answer may be, and where the level lets nothing be said but that somebody wrote it.
+        let (level, since) = match self.rng.below(10) {
+            0..4 => (self.level(), None),
+            4..7 => (ReadLevel::AtLeast(self.acknowledged), None),
+            7..9 => {
+                let lag = Duration::from_micros(self.rng.below(500_000));
+                // Clocks of replicas drift: what one takes for this long may be a little longer.
+                (ReadLevel::Stale(lag), Some(began.saturating_sub(lag + lag / 8)))
+            }
+            _ => (ReadLevel::Local, Some(Duration::ZERO)),
+        };
+        let Some(values) = self.read(node, "main", level.clone(), self.keyspace, keys.clone()).await else { return };
+        let Some(since) = since else {
+            return self.compare(node, "main", &self.owned, keys.into_iter().zip(values));
+        };
+        for (key, value) in keys.into_iter().zip(values) {
+            let possible = self.owned.get(&key).cloned().unwrap_or_default();
+            // A replica that is catching up may hold the state before all writes.
+            let unborn = level == ReadLevel::Local && value.is_none();
+            if !unborn && !possible.held_since(value, since) {
+                let key = String::from_utf8_lossy(&key);
+                self.cluster.problem(format!("{key} on n{node} at {level:?} is {value:?} and may be {possible:?}"));
+            }
+        }
     }
 
     fn compare(
@@ -415,8 +471,9 @@ impl Client {
             changes.insert(self.owned_key(), value);
         }
         let outcome = self.change(node, branch, &changes).await;
+        let now = self.cluster.executor.now();
         for (key, value) in changes {
-            self.copies[at].keys.entry(key).or_default().apply(value, outcome);
+            self.copies[at].keys.entry(key).or_default().apply(value, outcome, now);
         }
     }
 
