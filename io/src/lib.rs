@@ -33,6 +33,7 @@ mod file_device;
 mod file_media;
 mod flight;
 mod gate;
+mod histogram;
 mod lock;
 mod media;
 #[cfg(mainstay_mutants)]
@@ -52,6 +53,7 @@ pub use buf::{AlignedBuf, AlignedBytes, BLOCK_BYTES};
 pub use device::{Backend, BlockDevice, Geometry, IoClass, WriteMode};
 pub use env::{BoxFuture, Clock, Environment, Random, Spawner, TaskHandle};
 pub use error::{Error, ErrorKind, Result};
+pub use histogram::{LATENCY_BUCKETS, LatencyCounts, LatencyHistogram, latency_bound};
 pub use media::{BackendChoice, Media, MediaOptions, SUPERBLOCK_ZONE_BYTES, Target, create_media, open_media};
 pub use op::{Completer, Op, block_on};
 pub use zone::Zone;

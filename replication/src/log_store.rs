@@ -37,6 +37,7 @@ use tokio::sync::{mpsc, oneshot};
 
 pub(crate) use self::mend::Given;
 use crate::entry_index::{ANCHORS_MAX, EntryIndex};
+use crate::progress::ApplyLag;
 use crate::types::{Entry, EntryPayload, LogId, SnapshotMeta, StoredMembership, TypeConfig, Vote, io_error};
 use crate::{Error, ErrorKind, Result, Runtime, record};
 
@@ -69,6 +70,7 @@ struct State {
     counts: LogHealStatus,
     /// Records of the node's log when the last seal was queued.
     sealing: Option<u64>,
+    apply_lag: Option<Arc<ApplyLag>>,
 }
 
 /// An entry whose record here is damaged: another member is asked for it.
@@ -136,6 +138,11 @@ impl LogStore {
         self.state().purge_requests = Some(tx);
         engine.set_owner_pin(Arc::new(self.clone()));
         rx
+    }
+
+    /// Tells `lag` of each commit.
+    pub(crate) fn set_apply_lag(&self, lag: Arc<ApplyLag>) {
+        self.state().apply_lag = Some(lag);
     }
 
     /// Stops asking for purges: nobody answers any more.
@@ -578,7 +585,11 @@ impl<R: Runtime> RaftLogStorage<TypeConfig<R>> for LogStore {
     }
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> std::io::Result<()> {
-        self.state().committed = committed;
+        let mut state = self.state();
+        state.committed = committed;
+        if let (Some(id), Some(lag)) = (committed, &state.apply_lag) {
+            lag.committed(id.index);
+        }
         Ok(())
     }
 

@@ -20,7 +20,7 @@ use bytes::Bytes;
 use mainstay_engine::{
     Applied, CommandBody, Engine, Group, GroupSettings, GroupStatus, Identity, LogIndex, OwnerRecord, Snapshot,
 };
-use mainstay_io::{BoxFuture, Environment};
+use mainstay_io::{BoxFuture, Environment, LatencyCounts};
 use mainstay_wal::GroupId;
 use openraft::SnapshotPolicy;
 use openraft::async_runtime::WatchReceiver;
@@ -30,7 +30,7 @@ use tokio::sync::{Notify, Semaphore};
 use crate::init::Promise;
 use crate::log_store::{LogHealStatus, LogStore};
 use crate::network::Networks;
-use crate::progress::Progress;
+use crate::progress::{ApplyLag, Progress};
 use crate::read::Rounds;
 use crate::service::{InstallJob, Service};
 use crate::state_machine::StateMachine;
@@ -216,6 +216,7 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) phase: Mutex<Phase>,
     pub(crate) changed: Notify,
     pub(crate) closing: Latch,
+    pub(crate) apply_lag: Arc<ApplyLag>,
     pub(crate) forward: RwLock<Option<ForwardHandler>>,
     pub(crate) promise: Mutex<Option<Promise<R>>>,
     pub(crate) install: Mutex<Option<Arc<InstallJob>>>,
@@ -421,6 +422,8 @@ impl<R: Runtime> Inner<R> {
             .map_err(|e| Error::new(ErrorKind::Internal, format!("openraft does not start: {e}")))?;
         let metrics = raft.metrics();
         let now = R::Instant::now();
+        let machine = machine.with_apply_lag(self.apply_lag.clone());
+        self.log.set_apply_lag(self.apply_lag.clone());
         let votes_from = if restarted { now + self.options.election_timeout } else { now };
         let running = Arc::new(Running { id, raft, metrics, votes_from });
         *self.running.write().expect("nothing panics while it holds this lock") = Some(running.clone());
@@ -485,6 +488,7 @@ impl<R: Runtime> Node<R> {
             group,
             transport,
             log,
+        let apply_lag = Arc::new(ApplyLag::new(options.environment.clock.clone()));
             progress: Arc::default(),
             running: RwLock::new(None),
             phase: Mutex::new(Phase::Waiting),
@@ -493,6 +497,7 @@ impl<R: Runtime> Node<R> {
             forward: RwLock::new(None),
             promise: Mutex::new(None),
             install: Mutex::new(None),
+            apply_lag,
             removed: Mutex::default(),
             fetched_bytes: AtomicU64::new(0),
             pinned: Mutex::new(BTreeMap::new()),
@@ -635,6 +640,11 @@ impl<R: Runtime> Node<R> {
     /// Resolves at each change of leader, role or membership. Cancel safe.
     pub async fn changed(&self) {
         self.inner.changed.notified().await;
+    /// Times from the news of a commit until its entry is applied here, sampled one at a time.
+    pub fn apply_lag(&self) -> LatencyCounts {
+        self.inner.apply_lag.histogram.counts()
+    }
+
     }
 
     /// Hands leadership over if it leads, stops taking part, closes the engine.

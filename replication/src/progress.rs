@@ -1,10 +1,12 @@
 //! How far this replica has applied, and who waits for it.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use mainstay_engine::LogIndex;
+use mainstay_io::{Clock, LatencyHistogram};
 use tokio::sync::oneshot;
 
 use crate::{Error, ErrorKind, Result};
@@ -83,6 +85,49 @@ impl Progress {
     }
 }
 
+/// How long entries wait here between the news of their commit and their end in the applier. A sample at a time: the first
+/// commit that is heard of while none is followed.
+pub(crate) struct ApplyLag {
+    clock: Arc<dyn Clock>,
+    /// The index that is followed, and since when.
+    followed: Mutex<Option<(u64, Duration)>>,
+    /// The same index, or one that is never applied: the applier looks here before it takes the lock.
+    index: AtomicU64,
+    pub(crate) histogram: LatencyHistogram,
+}
+
+impl ApplyLag {
+    pub(crate) fn new(clock: Arc<dyn Clock>) -> Self {
+        Self {
+            clock,
+            followed: Mutex::new(None),
+            index: AtomicU64::new(u64::MAX),
+            histogram: LatencyHistogram::default(),
+        }
+    }
+
+    /// Everything up to `index` is known to be committed.
+    pub(crate) fn committed(&self, index: u64) {
+        let mut followed = self.followed.lock().expect("nothing panics while it holds this lock");
+        if followed.is_none() {
+            *followed = Some((index, self.clock.now()));
+            self.index.store(index, Ordering::Release);
+        }
+    }
+
+    /// Everything up to `index` is applied.
+    pub(crate) fn applied(&self, index: u64) {
+        if index < self.index.load(Ordering::Acquire) {
+            return;
+        }
+        let mut followed = self.followed.lock().expect("nothing panics while it holds this lock");
+        if let Some((_, since)) = followed.take_if(|(followed, _)| *followed <= index) {
+            self.index.store(u64::MAX, Ordering::Release);
+            self.histogram.record(self.clock.now().saturating_sub(since));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,5 +148,24 @@ mod tests {
         assert!(late.as_mut().poll(&mut context).is_pending());
         progress.close();
         assert!(late.as_mut().poll(&mut context).is_ready());
+    }
+
+    #[test]
+    fn lag_is_the_time_from_commit_to_apply_of_one_entry_at_a_time() {
+        let clock = Arc::new(mainstay_io::sim::SimClock::new(Duration::ZERO));
+        let lag = ApplyLag::new(clock.clone());
+        lag.applied(3);
+        assert_eq!(lag.histogram.counts().total(), 0, "nobody said that it was committed");
+        lag.committed(5);
+        clock.advance(Duration::from_millis(2));
+        lag.committed(9);
+        lag.applied(4);
+        assert_eq!(lag.histogram.counts().total(), 0);
+        clock.advance(Duration::from_millis(1));
+        lag.applied(5);
+        assert_eq!((lag.histogram.counts().total(), lag.histogram.counts().sum), (1, Duration::from_millis(3)));
+        lag.committed(12);
+        lag.applied(20);
+        assert_eq!((lag.histogram.counts().total(), lag.histogram.counts().sum), (2, Duration::from_millis(3)));
     }
 }

@@ -32,7 +32,7 @@ use openraft::entry::RaftPayload;
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 
 use crate::log_store::LogStore;
-use crate::progress::Progress;
+use crate::progress::{ApplyLag, Progress};
 use crate::types::{
     EntryPayload, LogId, RaftSnapshot, Reply, SnapshotMeta, StoredMembership, TypeConfig, io_error, log_id, term_of,
 };
@@ -218,6 +218,7 @@ pub(crate) struct StateMachine<R: Runtime, S: State> {
     log: LogStore,
     peers: Arc<dyn Peers>,
     progress: Arc<Progress>,
+    apply_lag: Option<Arc<ApplyLag>>,
     history: Mutex<History>,
     last_applied: Option<LogId>,
     /// The last index that openraft knows to be applied. An install may go further.
@@ -246,12 +247,18 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
             log,
             peers,
             progress,
+            apply_lag: None,
             history: Mutex::new(history),
             last_applied,
             told: flushed.0,
             membership,
             runtime: std::marker::PhantomData,
         })
+    }
+
+    /// Tells `lag` of each entry that was applied.
+    pub(crate) fn with_apply_lag(self, lag: Arc<ApplyLag>) -> Self {
+        Self { apply_lag: Some(lag), ..self }
     }
 
     /// Names what is flushed now. Called by the worker and not by the task that openraft starts for a builder: that one
@@ -354,6 +361,9 @@ impl<R: Runtime, S: State> RaftStateMachine<TypeConfig<R>> for StateMachine<R, S
             }
             self.told = self.told.max(id.index);
             self.progress.advance(id.index + u64::from(mainstay_io::mutant!(ProgressAhead)));
+            if let Some(lag) = &self.apply_lag {
+                lag.applied(id.index);
+            }
             if let Some(responder) = responder {
                 responder.send(reply);
             }

@@ -9,8 +9,11 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use mainstay::Node;
+use mainstay_io::{LatencyCounts, latency_bound};
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, NoLabelSet};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -192,6 +195,9 @@ const ROWS: &[Row] = &[
     ("raft_last_log_index", "Last entry of the log", Kind::Gauge, |s| s.raft.last_log),
     ("raft_committed_index", "Last entry known committed", Kind::Gauge, |s| s.raft.committed),
     ("raft_applied_index", "Last entry applied", Kind::Gauge, |s| s.raft.applied),
+    ("raft_apply_lag", "Entries known committed and not applied here", Kind::Gauge, |s| {
+        s.raft.committed.saturating_sub(s.raft.applied)
+    }),
     ("raft_lag_max", "On the leader: entries that the slowest member lacks", Kind::Gauge, |s| {
         s.raft.members.iter().filter_map(|member| member.lag).max().unwrap_or(0)
     }),
@@ -240,6 +246,25 @@ const ROWS: &[Row] = &[
     ("ready", "1 while the process is fit for clients", Kind::Gauge, |s| u64::from(s.ready)),
 ];
 
+type Histograms = (&'static str, &'static str, fn(&Node) -> LatencyCounts);
+
+/// Name, help, counts. Seconds.
+const HISTOGRAMS: &[Histograms] = &[
+    ("log_write_seconds", "Time of a device write of the log until it is durable, in seconds", |node| {
+        node.engine().wal().stats().write_latency
+    }),
+    (
+        "raft_apply_lag_seconds",
+        "Time from the news of a commit until it is applied here, sampled, in seconds",
+        |node| node.replica().apply_lag(),
+    ),
+];
+
+fn buckets(counts: &LatencyCounts) -> Vec<(f64, u64)> {
+    let bound = |i| latency_bound(i).map_or(f64::MAX, |bound| bound.as_secs_f64());
+    counts.counts.iter().enumerate().map(|(i, count)| (bound(i), *count)).collect()
+}
+
 impl Collector for StatusCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         let Some(status) = self.context.status() else { return Ok(()) };
@@ -255,6 +280,12 @@ impl Collector for StatusCollector {
                     metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)?;
                 }
             }
+        }
+        let Some(node) = self.context.node() else { return Ok(()) };
+        for (name, help, counts) in HISTOGRAMS {
+            let counts = counts(node);
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+            metric.encode_histogram::<NoLabelSet>(counts.sum.as_secs_f64(), counts.total(), &buckets(&counts), None)?;
         }
         Ok(())
     }

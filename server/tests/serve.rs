@@ -175,7 +175,15 @@ fn each_port_serves_its_own_and_nothing_else() {
     assert_ne!(get(ports.metrics(), "/status").0, 200);
     let (status, metrics) = get(ports.metrics(), "/metrics");
     assert_eq!(status, 200);
-    for name in ["mainstay_raft_term", "mainstay_log_batches_total", "mainstay_engine_memory_bytes", "mainstay_ready"] {
+    for name in [
+        "mainstay_raft_term",
+        "mainstay_log_batches_total",
+        "mainstay_log_write_seconds_count",
+        "mainstay_raft_apply_lag",
+        "mainstay_raft_apply_lag_seconds_sum",
+        "mainstay_engine_memory_bytes",
+        "mainstay_ready",
+    ] {
         assert!(metrics.contains(name), "{name} is missing in\n{metrics}");
     }
     runtime().block_on(async {

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
+use mainstay_io::LatencyHistogram;
+
 use crate::ring::Ring;
 use crate::{Error, ErrorKind, Lsn, OnDurable, Record, Reserve, Result};
 
@@ -57,6 +59,7 @@ pub(crate) struct Counts {
     pub(crate) records: AtomicU64,
     pub(crate) payload_bytes: AtomicU64,
     pub(crate) written_bytes: AtomicU64,
+    pub(crate) write_latency: LatencyHistogram,
 }
 
 pub(crate) struct Shared {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use mainstay_io::{AlignedBuf, BLOCK_BYTES, Environment, IoClass, Op, Zone};
+use mainstay_io::{AlignedBuf, BLOCK_BYTES, Environment, IoClass, LatencyCounts, Op, Zone};
 
 use crate::batch::{HEADER_BYTES, Header, RECORD_HEADER_BYTES, RawRecord, salvage, take_record, take_records};
 use crate::recovery::{Expect, Step, cut, walk};
@@ -105,6 +105,8 @@ pub struct WalStats {
     pub used_bytes: u64,
     /// Bytes of the ring.
     pub ring_bytes: u64,
+    /// Time of each device write, from its submission until it is durable.
+    pub write_latency: LatencyCounts,
 }
 
 /// The log. Cloning gives another handle. When the last is dropped without [`Wal::close`], what is queued is still written,
@@ -140,8 +142,6 @@ impl Wal {
         options: WalOptions,
         deliver: &mut (dyn FnMut(GroupId, RecordKind, RecordPos, Bytes) -> Result<()> + Send),
     ) -> Result<(Wal, Recovery)> {
-        // The log needs neither time nor randomness nor a task of its own; it takes them so that it may.
-        let _ = environment;
         if !(1..=IN_FLIGHT_MAX_LIMIT).contains(&options.in_flight_max) {
             let message =
                 format!("batches in flight out of range value={} max={IN_FLIGHT_MAX_LIMIT}", options.in_flight_max);
@@ -204,7 +204,7 @@ impl Wal {
             in_flight_max: options.in_flight_max,
             batch_bytes_max: options.batch_bytes_max.min(ring.batch_bytes_limit() as usize),
         };
-        let writer = Writer::new(shared.clone(), zone.clone(), settings);
+        let writer = Writer::new(shared.clone(), environment.clock.clone(), zone.clone(), settings);
         zone.device().run_resident("mainstay-wal", Box::pin(writer));
         Ok((Wal { _closer: Arc::new(Closer(shared.clone())), shared, zone }, recovery))
     }
@@ -322,6 +322,7 @@ impl Wal {
             written_bytes: counts.written_bytes.load(Ordering::Relaxed),
             used_bytes: self.shared.tail.load(Ordering::Acquire).saturating_sub(self.shared.start().0),
             ring_bytes: self.shared.ring.bytes(),
+            write_latency: counts.write_latency.counts(),
         }
     }
 

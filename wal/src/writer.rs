@@ -18,8 +18,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
-use mainstay_io::{AlignedBuf, IoClass, Op, WriteMode, Zone};
+use mainstay_io::{AlignedBuf, Clock, IoClass, Op, WriteMode, Zone};
 
 use crate::batch::{HEADER_BYTES, Header, RECORD_HEADER_BYTES, WAL_FORMAT_VERSION, padded, put_record};
 use crate::ring::IN_FLIGHT_SPAN_MAX;
@@ -33,6 +34,8 @@ const ROUNDS_MAX: usize = 64;
 struct InFlight {
     /// None once the write has completed.
     write: Option<Op<()>>,
+    /// When the device got it.
+    begun: Duration,
     end: Lsn,
     batch_bytes: u64,
     payload_bytes: u64,
@@ -48,6 +51,7 @@ struct Plan {
 
 pub(crate) struct Writer {
     shared: Arc<Shared>,
+    clock: Arc<dyn Clock>,
     zone: Zone,
     volume: [u8; 16],
     epoch: u64,
@@ -73,10 +77,11 @@ pub(crate) struct WriterSettings {
 }
 
 impl Writer {
-    pub(crate) fn new(shared: Arc<Shared>, zone: Zone, settings: WriterSettings) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, clock: Arc<dyn Clock>, zone: Zone, settings: WriterSettings) -> Self {
         let WriterSettings { volume, epoch, chain, tail, in_flight_max, batch_bytes_max } = settings;
         Self {
             shared,
+            clock,
             zone,
             volume,
             epoch,
@@ -234,7 +239,8 @@ impl Writer {
         }
         let mode = if mainstay_io::mutant!(CachedLog) { WriteMode::Cached } else { WriteMode::Durable };
         let write = self.zone.write(place, vec![buf.freeze()], mode, IoClass::Wal);
-        self.in_flight.push_back(InFlight { write: Some(write), end, batch_bytes, payload_bytes, answers });
+        let begun = self.clock.now();
+        self.in_flight.push_back(InFlight { write: Some(write), begun, end, batch_bytes, payload_bytes, answers });
     }
 
     /// Polls the writes in flight and moves those that are durable with all before them to `done`.
@@ -248,6 +254,7 @@ impl Writer {
                 if mainstay_io::mutant!(AckOutOfOrder) {
                     batch.answers.drain(..).for_each(|(answer, pos)| answer(Ok(pos)));
                 }
+                self.shared.counts.write_latency.record(self.clock.now().saturating_sub(batch.begun));
             }
         }
         while self.in_flight.front().is_some_and(|batch| batch.write.is_none()) {

@@ -51,6 +51,7 @@ fn batches_are_acknowledged_in_order_whatever_the_order_of_completions() {
     bench.device.turn();
     assert!(outcomes.iter().all(|o| matches!(o.get(), Some(Ok(_)))));
     assert_eq!(bench.wal.durable(), Lsn(3 * 4096));
+    assert_eq!(bench.wal.stats().write_latency.total(), 3, "each write is timed by itself");
 }
 
 #[test]
