@@ -48,6 +48,8 @@ struct Shared {
     id: GroupId,
     state: Mutex<State>,
     proposals: Semaphore,
+    /// Entries applied again at open.
+    replayed: u64,
     marks: Arc<Marks>,
     ending: Arc<Ending>,
     tasks: Mutex<Vec<TaskHandle>>,
@@ -124,6 +126,7 @@ impl LocalLog {
         let id = group;
         let group = engine.group(id, settings).await?;
         let marks = Arc::new(Marks::default());
+        let mut replayed = 0;
         for record in found.into_iter().filter(|record| record.group == id) {
             if record.kind != LOCAL_ENTRY {
                 return Err(Error::new(
@@ -135,8 +138,10 @@ impl LocalLog {
             marks.add(index, record.pos);
             if index > group.applied() {
                 group.apply(index, &command).await?;
+                replayed += 1;
             }
         }
+        tracing::info!(group = id.0, flushed = group.flushed().0, entries = replayed, "opened: entries applied again");
         marks.issued.store(group.applied().0, Ordering::Release);
         engine.set_owner_pin(marks.clone());
         let (to_applier, logged) = mpsc::unbounded_channel();
@@ -147,6 +152,7 @@ impl LocalLog {
             id,
             state: Mutex::new(state),
             proposals: Semaphore::new(PROPOSALS_MAX),
+            replayed,
             marks: marks.clone(),
             ending: ending.clone(),
             tasks: Mutex::default(),
@@ -159,6 +165,11 @@ impl LocalLog {
         let installer = spawner.spawn("mainstay-install", Box::pin(installer));
         shared.tasks().extend([applier, installer]);
         Ok(Self(shared))
+    }
+
+    /// Entries that were behind the tables and applied again at open.
+    pub fn replayed(&self) -> u64 {
+        self.0.replayed
     }
 
     /// The group it drives.

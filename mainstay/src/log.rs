@@ -76,6 +76,13 @@ impl Log {
         }
     }
 
+    pub(crate) fn replayed(&self) -> u64 {
+        match self {
+            Self::Alone(alone) => alone.log.replayed(),
+            Self::Replicated(replicated) => replicated.node.status().replayed,
+        }
+    }
+
     /// Makes a future independent of the executor that polls it.
     pub(crate) fn bind<T: Send + 'static>(&self, future: impl Future<Output = T> + Send + 'static) -> BoxFuture<T> {
         match self {

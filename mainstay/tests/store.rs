@@ -29,6 +29,29 @@ fn what_was_written_is_there_after_a_close_and_after_a_crash() {
 }
 
 #[test]
+fn a_clean_close_leaves_next_to_nothing_to_replay() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let fill = |store: &Store| {
+        let numbers = store.keyspace("numbers").expect("a keyspace");
+        for n in 0..100u32 {
+            numbers.insert(n.to_be_bytes(), "here").expect("written");
+        }
+    };
+    let store = builder().open(&path).expect("opens");
+    fill(&store);
+    store.close().expect("closes");
+    let store = builder().open(&path).expect("opens");
+    assert!(store.status().replayed <= 2, "{}", store.status().replayed);
+    // The count counts: what is not closed is replayed.
+    fill(&store);
+    drop(store);
+    let store = builder().open(&path).expect("opens");
+    assert!(store.status().replayed >= 100, "{}", store.status().replayed);
+    store.close().expect("closes");
+}
+
+#[test]
 fn a_batch_is_all_or_nothing_over_keyspaces() {
     let folder = tempfile::tempdir().expect("a folder");
     let store = builder().open(folder.path().join("store")).expect("opens");

@@ -172,7 +172,6 @@ impl LogStore {
         self.state().index.vote().is_some()
     }
 
-    #[cfg(test)]
     pub(crate) fn last(&self) -> Option<LogId> {
         self.state().index.last()
     }

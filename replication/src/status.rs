@@ -16,6 +16,7 @@ impl<R: Runtime> Inner<R> {
             id: NodeId(identity.node),
             group: self.group.status(),
             log_heal: self.log.heal_status(),
+            replayed: self.replayed,
             ..NodeStatus::default()
         };
         let running = self.running.read().expect("nothing panics while it holds this lock").clone();

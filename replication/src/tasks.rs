@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use mainstay_engine::{CommandBody, LogIndex};
 use mainstay_wal::Lsn;
 use openraft::ServerState;
@@ -11,9 +12,9 @@ use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
 use openraft_rt::{Instant, Select3};
 
-use crate::node::{Inner, Phase, Running};
+use crate::node::{Inner, Phase, Running, Write};
 use crate::types::Payload;
-use crate::{ErrorKind, Result, Runtime};
+use crate::{Durability, ErrorKind, Result, Runtime};
 
 /// How often what nothing else wakes is looked at.
 const HOUSEKEEPING: Duration = Duration::from_millis(100);
@@ -29,6 +30,13 @@ const ORPHAN: Duration = Duration::from_secs(3);
 const RELIEVE: Duration = Duration::from_secs(1);
 /// How long closing waits for another leader.
 const HAND_OVER: Duration = Duration::from_secs(3);
+/// Entries behind the tables that closing leaves to the next open: applying them again is cheaper than a flush of all
+/// replicas.
+pub(crate) const CLOSE_REPLAY_MAX: u64 = 8;
+/// How long closing waits until a rotation is committed, which takes a quorum.
+const CLOSE_ROTATE: Duration = Duration::from_secs(2);
+/// How long closing waits until what was rotated is in tables.
+const CLOSE_FLUSH: Duration = Duration::from_secs(10);
 
 /// A log without a write for this long gets a record behind its last batch that proves it.
 const SEAL_TICKS: u32 = 10;
@@ -323,11 +331,43 @@ impl<R: Runtime> Inner<R> {
         m.state == ServerState::Learner
     }
 
+    /// Entries that a restart would apply again.
+    pub(crate) fn behind_tables(&self) -> u64 {
+        self.group.applied().0.saturating_sub(self.group.flushed().0)
+    }
+
+    /// Brings what is applied into tables, so that the next open has nothing to apply again. All replicas rotate with it:
+    /// those that are closed next find it done. Without a leader or in time it is left out, and nothing is lost.
+    async fn flush_to_close(self: &Arc<Self>, running: &Arc<Running<R>>) {
+        let entries = self.behind_tables();
+        if entries <= CLOSE_REPLAY_MAX || self.leader_of(running).is_none() {
+            return;
+        }
+        let write = Write { body: CommandBody::Rotate, durability: Durability::Quorum };
+        let rotated = match R::timeout(CLOSE_ROTATE, self.write(write).boxed()).await {
+            Ok(Ok(applied)) => applied.index,
+            Ok(Err(error)) => return tracing::warn!(%error, entries, "the next open applies entries again"),
+            Err(_) => return tracing::warn!(entries, "no rotation in time: the next open applies entries again"),
+        };
+        let before = LogIndex(rotated.0.saturating_sub(1));
+        if R::timeout(CLOSE_FLUSH, self.group.flushed_beyond(before)).await.is_err() {
+            let entries = self.behind_tables();
+            return tracing::warn!(entries, "not flushed in time: the next open applies entries again");
+        }
+        tracing::info!(entries, left = self.behind_tables(), "flushed to close");
+    }
+
     pub(crate) async fn close(self: &Arc<Self>) -> Result<()> {
         if self.phase() == Phase::Closed {
             return Ok(());
         }
         let running = self.running.read().expect("nothing panics while it holds this lock").clone();
+        if let Some(running) = &running
+            && self.phase() == Phase::Member
+        {
+            // First, while it still leads or follows: a rotation is an entry, and so is what the flush produced.
+            self.flush_to_close(running).await;
+        }
         if let Some(running) = &running
             && self.phase() == Phase::Member
             && self.leader_of(running) == Some(running.id)
