@@ -308,6 +308,60 @@ fn append_does_not_wait_for_the_device() {
     });
 }
 
+/// While the engine asks what it may cut, a purge that is on its way to the disk takes the place of the one that was
+/// copied for the answer. An answer that counts neither lets the engine cut the copy's original; a power cut before the
+/// new one is durable then leaves entries whose beginning nothing explains.
+#[test]
+fn the_ring_is_not_cut_behind_a_purge_that_is_not_durable_yet() {
+    run(async {
+        let held = Arc::new(Held::default());
+        let options = SimOptions { capacity: RING_BYTES, ..SimOptions::default() };
+        let image = SimDisk::new("wal", options.clone()).image();
+        let disk = SimDisk::scheduled("wal", options, image, held.clone(), environment().spawner);
+        let mut bench = Bench::open(disk, 1, Lsn(0), 1 << 20).await;
+        let wal = bench.wal.clone();
+        let store = &mut bench.store;
+        append(store, vec![membership(1, 0, &[1]), normal(1, 1, 10)]).await;
+        purge(store, log_id(1, 1)).await;
+        append(store, vec![normal(1, 2, 10), normal(1, 3, 10)]).await;
+
+        held.holding.store(true, Ordering::Release);
+        let kept = || held.kept.lock().expect("not poisoned").len();
+        let mut pin = store.pin(GROUP, LogIndex(1));
+        assert!(futures_util::poll!(&mut pin).is_pending());
+        while kept() < 1 {
+            tokio::task::yield_now().await;
+        }
+        purge(store, log_id(1, 2)).await;
+        while kept() < 2 {
+            tokio::task::yield_now().await;
+        }
+        let batches = wal.stats().batches;
+        let copy = held.kept.lock().expect("not poisoned").remove(0);
+        copy();
+        while wal.stats().batches == batches {
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..1000 {
+            assert!(futures_util::poll!(&mut pin).is_pending(), "the purge at 2 is not durable");
+            std::thread::yield_now();
+        }
+        let pinned = loop {
+            for f in std::mem::take(&mut *held.kept.lock().expect("not poisoned")) {
+                f();
+            }
+            if let std::task::Poll::Ready(pinned) = futures_util::poll!(&mut pin) {
+                break pinned.expect("open").expect("a log");
+            }
+            tokio::task::yield_now().await;
+        };
+        held.holding.store(false, Ordering::Release);
+        let mut bench = bench.crash(1, pinned.batch, 1 << 20).await;
+        assert_eq!(bench.store.purged(), Some(log_id(1, 2)));
+        assert_eq!(ids(&mut bench.store).await, [log_id(1, 3)]);
+    });
+}
+
 #[test]
 fn saved_commit_index_is_in_memory_and_clamped() {
     run(async {

@@ -4,6 +4,7 @@
 mod cluster;
 mod heal;
 mod log;
+mod machine;
 mod suite;
 mod tcp;
 mod wire;

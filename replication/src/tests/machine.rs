@@ -1,0 +1,100 @@
+//! The state machine where the log and its openraft disagree about how far it is.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::stream;
+use mainstay_engine::{Applied, Command, JobId, LogIndex, TableId, TableSource};
+use mainstay_io::BoxFuture;
+use openraft::storage::RaftStateMachine;
+
+use super::{Bench, Double};
+use crate::state_machine::{Exported, Offer, Peers, SnapshotHandle, State, StateMachine};
+use crate::types::{Entry, EntryPayload, SnapshotMeta, StoredMembership, TypeConfig, log_id};
+use crate::{Error, ErrorKind, Result, TokioRuntime};
+
+/// As [`Double`], but the tables of the snapshot at 5 have to be fetched.
+#[derive(Clone, Default)]
+struct Fetching(Double);
+
+impl State for Fetching {
+    async fn apply(&self, index: LogIndex, command: &Command) -> mainstay_engine::Result<Applied> {
+        self.0.apply(index, command).await
+    }
+
+    fn skip(&self, index: LogIndex) {
+        self.0.skip(index);
+    }
+
+    fn applied(&self) -> LogIndex {
+        self.0.applied()
+    }
+
+    fn flushed(&self) -> LogIndex {
+        self.0.flushed()
+    }
+
+    fn export(&self) -> mainstay_engine::Result<Exported> {
+        self.0.export()
+    }
+
+    async fn import(&self, manifest: Bytes, source: &dyn TableSource) -> mainstay_engine::Result<LogIndex> {
+        if manifest == manifest_at(5) {
+            source.read_table(TableId { job: JobId(1), ordinal: 0 }, 0, 1).await?;
+        }
+        self.0.import(manifest, source).await
+    }
+}
+
+fn manifest_at(index: u64) -> Bytes {
+    Bytes::copy_from_slice(&index.to_le_bytes())
+}
+
+fn meta_at(index: u64) -> SnapshotMeta {
+    SnapshotMeta { last_log_id: Some(log_id(1, index)), last_membership: StoredMembership::default() }
+}
+
+/// The sender of the snapshot has dropped its tables; its newer one, at 9, needs none.
+struct MovedOn;
+
+impl Peers for MovedOn {
+    fn read_table(&self, _: u64, _: TableId, _: u64, _: u64) -> BoxFuture<Result<Bytes>> {
+        Box::pin(async { Err(Error::new(ErrorKind::NotFound, "that table is gone")) })
+    }
+
+    fn offer(&self) -> BoxFuture<Result<Offer>> {
+        Box::pin(async { Ok(Offer { meta: meta_at(9), manifest: manifest_at(9), from: 2 }) })
+    }
+
+    fn is_closing(&self) -> bool {
+        false
+    }
+}
+
+/// An install that had to take a newer snapshot than openraft asked for puts the tables at 9 while openraft knows of 5.
+/// A snapshot named then would be at 9, beyond what openraft knows to be applied, and stops it in a panic.
+#[test]
+fn no_snapshot_is_named_before_openraft_has_caught_up_with_an_install() {
+    type Config = TypeConfig<TokioRuntime>;
+    type Machine = StateMachine<TokioRuntime, Fetching>;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let bench = Bench::new(1 << 20).await;
+        let peers = Arc::new(MovedOn);
+        let mut machine =
+            Machine::open(Fetching::default(), bench.store.clone(), peers, Arc::default()).expect("an empty log");
+        let handle = SnapshotHandle::Remote { manifest: manifest_at(5), from: 2 };
+        RaftStateMachine::<Config>::install_snapshot(&mut machine, &meta_at(5), handle).await.expect("installed");
+        let (applied, _) = RaftStateMachine::<Config>::applied_state(&mut machine).await.expect("known");
+        assert_eq!(applied, Some(log_id(1, 9)), "the newer one");
+        for index in 6..=9 {
+            let builder = RaftStateMachine::<Config>::try_create_snapshot_builder(&mut machine, false).await;
+            assert!(builder.is_none(), "openraft knows of {} only", index - 1);
+            let entry = Entry { log_id: log_id(1, index), payload: EntryPayload::Blank };
+            let entries = stream::iter([Ok((entry, None))]);
+            RaftStateMachine::<Config>::apply(&mut machine, entries).await.expect("applied");
+        }
+        let builder = RaftStateMachine::<Config>::try_create_snapshot_builder(&mut machine, false).await;
+        assert!(builder.is_some(), "openraft has caught up");
+    });
+}
