@@ -14,6 +14,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::Stream;
+use mainstay_io::BoxFuture;
 use openraft::OptionalSend;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
@@ -23,6 +25,7 @@ use openraft::raft::{
 };
 use openraft_rt::Select2;
 
+use crate::pipeline::{Matched, Pipeline};
 use crate::state_machine::{Offer, SnapshotHandle};
 use crate::types::{Member, RaftSnapshot, SnapshotMeta, TypeConfig, Vote};
 use crate::wire::{Reader, Writer, decode_result};
@@ -45,14 +48,22 @@ pub(crate) mod method {
     pub(crate) const MEMBER: u8 = 13;
     pub(crate) const OFFER: u8 = 14;
     pub(crate) const WHO: u8 = 15;
+    /// As `APPEND`, begun in the order in which a peer sent them.
+    pub(crate) const APPEND_IN_TURN: u8 = 16;
     pub(crate) const LOG_GIVE: u8 = 20;
     pub(crate) const LOG_ENDS: u8 = 21;
     pub(crate) const DIGESTS: u8 = 22;
 }
 
+/// Whether requests of this method rest on reaching a peer in the order in which they were sent. A connection keeps the
+/// order of all; a [`Transport`] without one has to do it for these.
+pub fn keeps_order(method: u8) -> bool {
+    method == method::APPEND_IN_TURN
+}
+
 /// How long entries may take to be durable at a follower. A follower that vanished is noticed by its heartbeats, which
 /// end the connection.
-const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a receiver of a snapshot holds an offer before it says that it still works on it.
 pub(crate) const OFFER_WAIT: Duration = Duration::from_secs(10);
 /// How long a leader waits for that answer.
@@ -92,7 +103,7 @@ fn unreachable<R: Runtime>(error: &Error) -> Unreachable<TypeConfig<R>> {
 }
 
 /// Whether openraft shall back off from a peer, or try again at once.
-fn rpc_error<R: Runtime>(error: &Error) -> RPCError<TypeConfig<R>> {
+pub(crate) fn rpc_error<R: Runtime>(error: &Error) -> RPCError<TypeConfig<R>> {
     match error.kind() {
         ErrorKind::Indeterminate => RPCError::Network(NetworkError::from_string(error)),
         _ => RPCError::Unreachable(unreachable(error)),
@@ -107,11 +118,18 @@ impl<R: Runtime> Network<R> {
         timeout: Duration,
         read: impl FnOnce(&mut Reader) -> Result<T>,
     ) -> Result<T> {
-        let request = Envelope { method, body };
-        let answer = self.transport.call(self.address.clone(), Some(NodeId(self.target)), request, timeout).await?;
+        let answer = self.send(method, body, timeout).await?;
         decode_result(&answer.body, read)
     }
+
+    /// Hands a request to the transport, which queues it when the future is first polled.
+    pub(crate) fn send(&self, method: u8, body: Bytes, timeout: Duration) -> BoxFuture<Result<Envelope>> {
+        let request = Envelope { method, body };
+        self.transport.call(self.address.clone(), Some(NodeId(self.target)), request, timeout)
+    }
 }
+
+type Answers<'s, R> = futures_util::stream::BoxStream<'s, Result<Matched<R>, RPCError<TypeConfig<R>>>>;
 
 impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
     type SnapshotData = SnapshotHandle;
@@ -121,11 +139,21 @@ impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
         rpc: AppendEntriesRequest<TypeConfig<R>>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<TypeConfig<R>>, RPCError<TypeConfig<R>>> {
-        // openraft gives every append the time of a heartbeat. That fits a heartbeat; entries wait for the follower's
-        // disk, and a slow one is no reason to send them again.
         let limit = if rpc.entries.is_empty() { option.soft_ttl() } else { APPEND_TIMEOUT };
         let body = encode_append(&rpc);
         self.call(method::APPEND, body, limit, read_append_response).await.map_err(|e| rpc_error(&e))
+    }
+
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        option: RPCOption,
+    ) -> futures_util::future::BoxFuture<'s, Result<Answers<'s, R>, RPCError<TypeConfig<R>>>>
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig<R>>> + OptionalSend + Unpin + 'static,
+    {
+        let answers: Answers<'s, R> = Box::pin(Pipeline::new(self, input, option.soft_ttl()));
+        Box::pin(std::future::ready(Ok(answers)))
     }
 
     async fn vote(
@@ -227,7 +255,7 @@ pub(crate) fn write_append_response<R: Runtime>(out: &mut Writer, answer: Append
     };
 }
 
-fn read_append_response<R: Runtime>(reader: &mut Reader) -> Result<AppendEntriesResponse<TypeConfig<R>>> {
+pub(crate) fn read_append_response<R: Runtime>(reader: &mut Reader) -> Result<AppendEntriesResponse<TypeConfig<R>>> {
     Ok(match reader.u8()? {
         0 => AppendEntriesResponse::Success,
         1 => AppendEntriesResponse::PartialSuccess(reader.option(Reader::log_id)?),

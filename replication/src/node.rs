@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use mainstay_engine::{
     Applied, CommandBody, Engine, Group, GroupSettings, GroupStatus, Identity, LogIndex, OwnerRecord, Snapshot,
 };
@@ -216,11 +217,11 @@ pub(crate) struct Inner<R: Runtime> {
     /// Entries behind the tables at open.
     pub(crate) replayed: u64,
     pub(crate) progress: Arc<Progress>,
+    pub(crate) apply_lag: Arc<ApplyLag>,
     pub(crate) running: RwLock<Option<Arc<Running<R>>>>,
     pub(crate) phase: Mutex<Phase>,
     pub(crate) changed: Notify,
     pub(crate) closing: Latch,
-    pub(crate) apply_lag: Arc<ApplyLag>,
     pub(crate) forward: RwLock<Option<ForwardHandler>>,
     pub(crate) promise: Mutex<Option<Promise<R>>>,
     pub(crate) install: Mutex<Option<Arc<InstallJob>>>,
@@ -240,6 +241,8 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) lease_rounds: Rounds,
     pub(crate) locals: crate::write::Locals,
     pub(crate) proposals: crate::proposals::Proposals<R>,
+    /// The order in which the appends of each peer arrived.
+    pub(crate) turns: crate::turns::Turns,
 }
 
 /// A node. Cloning gives another handle. Once the last handle is dropped the node stops as a crash would stop it; see
@@ -420,14 +423,15 @@ impl<R: Runtime> Inner<R> {
         let restarted = self.log.has_vote();
         let peers = Arc::new(crate::service::NodePeers(Arc::downgrade(self)));
         let machine = StateMachine::open(self.group.clone(), self.log.clone(), peers, self.progress.clone())?;
+        let machine = machine.with_apply_lag(self.apply_lag.clone());
+        self.log.set_apply_lag(self.apply_lag.clone());
         let networks = Networks { me: id, transport: self.transport.clone() };
         let raft = Raft::<R>::new(id, config, networks, self.log.clone(), machine)
+            .boxed()
             .await
             .map_err(|e| Error::new(ErrorKind::Internal, format!("openraft does not start: {e}")))?;
         let metrics = raft.metrics();
         let now = R::Instant::now();
-        let machine = machine.with_apply_lag(self.apply_lag.clone());
-        self.log.set_apply_lag(self.apply_lag.clone());
         let votes_from = if restarted { now + self.options.election_timeout } else { now };
         let running = Arc::new(Running { id, raft, metrics, votes_from });
         *self.running.write().expect("nothing panics while it holds this lock") = Some(running.clone());
@@ -486,17 +490,18 @@ impl<R: Runtime> Node<R> {
         let cache_bytes = options.entry_cache_bytes;
         let log = LogStore::open(engine.wal().clone(), GROUP, found, cache_bytes, group.flushed())?;
         let damage = log.damage();
-        let inner = Arc::new(Inner {
-            options,
         let replayed = log.last().map_or(0, |last| last.index.saturating_sub(group.flushed().0));
         tracing::info!(node = %options.name, flushed = group.flushed().0, entries = replayed, "opened: entries to apply again");
         let apply_lag = Arc::new(ApplyLag::new(options.environment.clock.clone()));
+        let inner = Arc::new(Inner {
+            options,
             engine,
             group,
             transport,
             log,
             replayed,
             progress: Arc::default(),
+            apply_lag,
             running: RwLock::new(None),
             phase: Mutex::new(Phase::Waiting),
             changed: Notify::new(),
@@ -504,7 +509,6 @@ impl<R: Runtime> Node<R> {
             forward: RwLock::new(None),
             promise: Mutex::new(None),
             install: Mutex::new(None),
-            apply_lag,
             removed: Mutex::default(),
             fetched_bytes: AtomicU64::new(0),
             pinned: Mutex::new(BTreeMap::new()),
@@ -515,6 +519,7 @@ impl<R: Runtime> Node<R> {
             lease_rounds: Rounds::default(),
             locals: crate::write::Locals::default(),
             proposals: crate::proposals::Proposals::default(),
+            turns: crate::turns::Turns::default(),
         });
         inner.start_owner_task();
         inner.start_entry_healing();
@@ -639,6 +644,11 @@ impl<R: Runtime> Node<R> {
         &self.inner.group
     }
 
+    /// Times from the news of a commit until its entry is applied here, sampled one at a time.
+    pub fn apply_lag(&self) -> LatencyCounts {
+        self.inner.apply_lag.histogram.counts()
+    }
+
     /// Counts and states.
     pub fn status(&self) -> NodeStatus {
         self.inner.status()
@@ -647,11 +657,6 @@ impl<R: Runtime> Node<R> {
     /// Resolves at each change of leader, role or membership. Cancel safe.
     pub async fn changed(&self) {
         self.inner.changed.notified().await;
-    /// Times from the news of a commit until its entry is applied here, sampled one at a time.
-    pub fn apply_lag(&self) -> LatencyCounts {
-        self.inner.apply_lag.histogram.counts()
-    }
-
     }
 
     /// Flushes, so that the next open has next to nothing to apply again ([`NodeStatus::replayed`]), hands leadership over if

@@ -7,11 +7,14 @@
 //!   member with another incarnation than the membership names. A wiped volume never answers as the member it was.
 //! - V2. Votes wait until a lease that this node may have granted before a restart is over.
 //! - V3. While the ring is full, entries of a peer are refused here: what openraft has accepted it must hold in memory.
+//! - V4. The appends of a peer's stream come to the core in the order in which they arrived. One that overtakes another
+//!   is refused as a conflict and costs a round trip, never an entry.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -28,6 +31,7 @@ use crate::network::{
 };
 use crate::node::{Inner, Running};
 use crate::state_machine::{Offer, Peers, SnapshotHandle, TABLE_READ_BYTES_MAX};
+use crate::turns::Turn;
 use crate::types::{LogId, RaftSnapshot, Vote};
 use crate::wire::{Reader, Writer, decode_result, encode_result};
 use crate::{Envelope, Error, ErrorKind, Handler, Hello, NodeId, Result, Runtime};
@@ -57,10 +61,12 @@ impl<R: Runtime> Handler for Service<R> {
 
     fn handle(&self, from: Hello, request: Envelope) -> Pin<Box<dyn Future<Output = Result<Envelope>> + Send>> {
         let Some(inner) = self.0.upgrade() else { return Box::pin(async { Err(closed()) }) };
+        // Taken here, in the order of the connection, and not in the future, which runs beside others.
+        let turn = (request.method == method::APPEND_IN_TURN).then(|| inner.turns.take(from.node.0));
         Box::pin(async move {
             inner.accept(&from)?;
             let method = request.method;
-            let body = inner.serve(from, request).await?;
+            let body = inner.serve(from, request, turn).await?;
             Ok(Envelope { method, body })
         })
     }
@@ -92,12 +98,16 @@ impl<R: Runtime> Inner<R> {
         Ok(())
     }
 
-    async fn serve(self: &Arc<Self>, from: Hello, request: Envelope) -> Result<Bytes> {
+    async fn serve(self: &Arc<Self>, from: Hello, request: Envelope, turn: Option<Turn>) -> Result<Bytes> {
         let body = request.body;
         match request.method {
-            method::APPEND => {
+            method::APPEND | method::APPEND_IN_TURN => {
                 let running = self.raft_peer(&from)?;
                 let request = read_append::<R>(&body)?;
+                let mut turn = turn;
+                if let Some(turn) = &mut turn {
+                    turn.wait().await;
+                }
                 if self.log.is_stalled() && !request.entries.is_empty() {
                     return Err(Error::new(ErrorKind::Unavailable, "the ring of the log is full"));
                 }
@@ -105,8 +115,16 @@ impl<R: Runtime> Inner<R> {
                     // The log's queue has no bound of its own: a peer that sends faster than the disk writes waits.
                     self.engine.wal().admit().await.map_err(mainstay_engine::Error::from)?;
                 }
-                let answer = running.raft.append_entries(request).await.map_err(|e| raft_error(&e));
-                Ok(encode_result(answer, write_append_response::<R>))
+                let mut append = std::pin::pin!(running.raft.append_entries(request));
+                // The first poll queues it in the core; then the next one may come (V4).
+                let answer = match futures_util::poll!(append.as_mut()) {
+                    Poll::Ready(answer) => answer,
+                    Poll::Pending => {
+                        drop(turn);
+                        append.await
+                    }
+                };
+                Ok(encode_result(answer.map_err(|e| raft_error(&e)), write_append_response::<R>))
             }
             method::VOTE | method::PRE_VOTE => {
                 let running = self.raft_peer(&from)?;

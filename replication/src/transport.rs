@@ -55,7 +55,8 @@ pub trait Handler: Send + Sync + 'static {
     /// Checks the other end before any request is served.
     fn accept(&self, hello: &Hello) -> Result<()>;
 
-    /// Answers one request.
+    /// Answers one request. Called in the order in which the requests of a connection arrived; the futures run beside each
+    /// other.
     fn handle(&self, from: Hello, request: Envelope) -> Pin<Box<dyn Future<Output = Result<Envelope>> + Send>>;
 }
 
@@ -66,6 +67,9 @@ pub trait Transport: Send + Sync + 'static {
 
     /// Sends a request to the node at `address` and waits for the answer. `expect` names the node id that must answer, if
     /// one is known.
+    ///
+    /// Requests are sent in the order in which the futures of their calls were first polled, and while no connection breaks
+    /// they reach the handler in this order. Answers come in any.
     ///
     /// # Errors
     /// `Unavailable` when it was certainly not handled, `Indeterminate` when it may have been.

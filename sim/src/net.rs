@@ -10,6 +10,8 @@
 //! - N1. `Unavailable` is answered only when the request reached no handler.
 //! - N2. Both ends greet and check each other before a request is handled, as over TCP.
 //! - N3. At most [`IN_FLIGHT_MAX`] calls wait between two nodes.
+//! - N4. Requests that keep their order do not overtake each other on one link, as on one connection. What a loss leaves
+//!   out is a gap before those behind it, which a connection would not show.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
@@ -45,6 +47,8 @@ pub struct NetSettings {
     pub corrupt: u64,
     /// Which methods may be repeated. The others are not, since a connection never does it.
     pub may_repeat: fn(u8) -> bool,
+    /// Which methods keep their order among each other on a link.
+    pub in_order: fn(u8) -> bool,
 }
 
 impl NetSettings {
@@ -58,6 +62,7 @@ impl NetSettings {
             duplicate: 0,
             corrupt: 0,
             may_repeat: |_| false,
+            in_order: mainstay_replication::keeps_order,
         }
     }
 }
@@ -90,6 +95,8 @@ struct State {
     hosts: BTreeMap<PeerAddress, Host>,
     cut: BTreeSet<(PeerAddress, PeerAddress)>,
     in_flight: BTreeMap<(PeerAddress, PeerAddress), usize>,
+    /// When the last request that keeps its order arrives.
+    arrivals: BTreeMap<(PeerAddress, PeerAddress), Duration>,
     stats: NetStats,
 }
 
@@ -122,6 +129,7 @@ impl Net {
                 hosts: BTreeMap::new(),
                 cut: BTreeSet::new(),
                 in_flight: BTreeMap::new(),
+                arrivals: BTreeMap::new(),
                 stats: NetStats::default(),
             }),
         })
@@ -191,6 +199,15 @@ impl Net {
         Some(Duration::from_nanos(nanos))
     }
 
+    /// The delay after which a request arrives that would take `delay` alone and keeps its order (N4).
+    fn behind_others(&self, link: &(PeerAddress, PeerAddress), delay: Duration) -> Duration {
+        let now = self.executor.now();
+        let mut state = self.lock();
+        let last = state.arrivals.entry(link.clone()).or_default();
+        *last = (now + delay).max(*last + Duration::from_nanos(1));
+        *last - now
+    }
+
     /// True if a message that arrives now over this link arrives at all.
     fn arrives(&self, from: &PeerAddress, to: &PeerAddress) -> bool {
         let mut state = self.lock();
@@ -245,10 +262,9 @@ impl Net {
         }
         reply.handled = true;
         let from = client.hello.clone();
-        let task = Box::pin(async move {
-            let answer = host.handler.handle(from, request).await;
-            reply.answer(answer);
-        });
+        // Called here and not in the task: the handler sees requests in the order of the link.
+        let work = self.executor.run_as(host.group, || host.handler.handle(from, request));
+        let task = Box::pin(async move { reply.answer(work.await) });
         drop(self.executor.spawn(host.group, "handler", task));
     }
 }
@@ -396,12 +412,12 @@ impl Transport for SimTransport {
         let counted = InFlight(net.clone(), link.clone());
         let (sender, receiver) = oneshot::channel();
         let sender = Arc::new(Mutex::new(Some(sender)));
-        let copies = {
+        let (copies, in_order) = {
             let mut state = net.lock();
-            let NetSettings { duplicate, may_repeat, .. } = state.settings;
+            let NetSettings { duplicate, may_repeat, in_order, .. } = state.settings;
             let twice = may_repeat(request.method) && state.rng.chance(duplicate);
             state.stats.duplicated += u64::from(twice);
-            1 + usize::from(twice)
+            (1 + usize::from(twice), in_order(request.method))
         };
         for _ in 0..copies {
             let mut reply = Reply {
@@ -416,6 +432,7 @@ impl Transport for SimTransport {
                 reply.silent();
                 continue;
             };
+            let delay = if in_order { net.behind_others(&link, delay) } else { delay };
             let (net2, client, request) = (net.clone(), client.clone(), request.clone());
             let deliver = Box::new(move || net2.deliver(&client, request, expect, reply));
             net.executor.after(Group::WORLD, delay, deliver);
@@ -460,6 +477,7 @@ mod tests {
     #[derive(Default)]
     struct Echo {
         handled: AtomicU64,
+        order: Mutex<Vec<u8>>,
         slow: bool,
     }
 
@@ -470,6 +488,8 @@ mod tests {
 
         fn handle(&self, _: Hello, request: Envelope) -> Pin<Box<dyn Future<Output = Result<Envelope>> + Send>> {
             self.handled.fetch_add(1, Ordering::Relaxed);
+            let first = request.body.first().copied().unwrap_or_default();
+            self.order.lock().unwrap_or_else(PoisonError::into_inner).push(first);
             let slow = self.slow;
             Box::pin(async move {
                 if slow {
@@ -577,6 +597,26 @@ mod tests {
             assert_eq!(kind(pair.call(2).await), Some(ErrorKind::Unavailable));
             assert_eq!(pair.handled(), 1);
         });
+    }
+
+    /// On a network where later calls often arrive first.
+    #[test]
+    fn calls_that_keep_their_order_arrive_in_it_and_others_do_not() {
+        for (in_order, expect) in [((|_| true) as fn(u8) -> bool, true), (|_| false, false)] {
+            let settings = NetSettings { slow: 500, in_order, ..NetSettings::calm() };
+            pair(settings, false, 1, async |pair| {
+                let body = |i: u8| Envelope { method: 7, body: Bytes::from(vec![i]) };
+                let calls: Vec<_> = (0..50)
+                    .map(|i| pair.client.call(address(2), Some(NodeId(2)), body(i), Duration::from_secs(1)))
+                    .collect();
+                for call in calls {
+                    call.await.expect("a calm network loses nothing");
+                }
+                let order = pair.server.order.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                assert_eq!(order.len(), 50);
+                assert_eq!(order.is_sorted(), expect, "{order:?}");
+            });
+        }
     }
 
     #[test]

@@ -2,22 +2,27 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use mainstay_engine::{
     CommandBody, Engine, EngineSettings, GroupSettings, KeyspaceId, LogIndex, MAIN, WriteBatch, WriteOp,
 };
+use mainstay_io::BoxFuture;
 use mainstay_io::sim::{IoKind, SimMedia, SimOptions};
 
 use super::environment;
 use crate::{
-    Durability, ErrorKind, Hello, MemberRole, Node, NodeId, NodeOptions, NodeStatus, PeerAddress, ReadLevel, Result,
-    TcpTransport, Transport, Write,
+    Durability, Envelope, Error, ErrorKind, Handler, Hello, MemberRole, Node, NodeId, NodeOptions, NodeStatus,
+    PeerAddress, ReadLevel, Result, TcpTransport, Transport, Write,
 };
 
 pub(super) const DEFAULT: KeyspaceId = KeyspaceId(0);
 pub(super) const WAL_BYTES: u64 = 8 << 20;
+
+/// Between a node and its sockets; the identity unless a test wants to disturb.
+type Wrap = Arc<dyn Fn(TcpTransport) -> Arc<dyn Transport> + Send + Sync>;
 
 /// A process: its disks outlive it.
 pub(super) struct Cell {
@@ -33,6 +38,7 @@ pub(super) struct Cluster {
     pub(super) memtable_bytes: u64,
     pub(super) entry_cache_bytes: u64,
     crashes: u64,
+    wrap: Wrap,
 }
 
 fn media(seed: u64) -> SimMedia {
@@ -64,6 +70,7 @@ impl Cluster {
             memtable_bytes: 4 << 20,
             entry_cache_bytes: 1 << 20,
             crashes: 0,
+            wrap: Arc::new(|transport| Arc::new(transport)),
         };
         for i in 0..count {
             this.add_cell(i).await;
@@ -137,7 +144,7 @@ impl Cluster {
             entry_cache_bytes: self.entry_cache_bytes,
             environment: environment(),
         };
-        let node = Node::start(engine, found, options, Arc::new(transport.clone())).await?;
+        let node = Node::start(engine, found, options, (self.wrap)(transport.clone())).await?;
         self.cells[i].life = Some((node, transport));
         Ok(())
     }
@@ -322,13 +329,6 @@ fn init_goes_on_where_a_crash_left_it() {
     });
 }
 
-#[test]
-fn nothing_acknowledged_is_lost_when_the_leader_loses_power() {
-    run(async {
-        let mut cluster = Cluster::born(3).await;
-        let mut written = 0;
-        for round in 0..4 {
-            for _ in 0..50 {
 /// Closed in good order every replica has its data in tables; after a power cut it applies the log again.
 #[test]
 fn a_clean_close_leaves_next_to_nothing_to_replay() {
@@ -366,6 +366,13 @@ fn a_clean_close_leaves_next_to_nothing_to_replay() {
     });
 }
 
+#[test]
+fn nothing_acknowledged_is_lost_when_the_leader_loses_power() {
+    run(async {
+        let mut cluster = Cluster::born(3).await;
+        let mut written = 0;
+        for round in 0..4 {
+            for _ in 0..50 {
                 cluster.put(round % 3, &format!("k{written}"), vec![7; 300]).await.expect("written");
                 written += 1;
             }
@@ -601,6 +608,106 @@ fn a_failed_log_write_takes_the_node_out_of_service() {
         cluster.start(failing).await;
         let value = cluster.get(failing, "k", ReadLevel::Linearizable).await.expect("read");
         assert_eq!(value.as_deref(), Some(b"x".as_ref()));
+        cluster.finish().await;
+    });
+}
+
+/// Appends that are under way together, and what a bad connection makes of them.
+#[derive(Default)]
+struct Wire {
+    under_way: AtomicU64,
+    under_way_max: AtomicU64,
+    appends: AtomicU64,
+    broken: AtomicU64,
+}
+
+/// A connection with some delay on which appends are lost, or their answers.
+struct BadWire {
+    tcp: TcpTransport,
+    wire: Arc<Wire>,
+}
+
+impl Transport for BadWire {
+    fn serve(&self, hello: Hello, handler: Arc<dyn Handler>) {
+        self.tcp.serve(hello, handler);
+    }
+
+    fn call(
+        &self,
+        address: PeerAddress,
+        expect: Option<NodeId>,
+        request: Envelope,
+        timeout: Duration,
+    ) -> BoxFuture<Result<Envelope>> {
+        if request.method != crate::network::method::APPEND_IN_TURN {
+            return self.tcp.call(address, expect, request, timeout);
+        }
+        let wire = self.wire.clone();
+        let n = wire.appends.fetch_add(1, Ordering::Relaxed);
+        let now = wire.under_way.fetch_add(1, Ordering::Relaxed) + 1;
+        wire.under_way_max.fetch_max(now, Ordering::Relaxed);
+        let call = self.tcp.call(address, expect, request, timeout);
+        Box::pin(async move {
+            let answer = if n % 11 == 7 {
+                Err(Error::new(ErrorKind::Unavailable, "the request was lost"))
+            } else {
+                // The delay of a network; nothing waits for it.
+                let answer = call.await;
+                tokio::time::sleep(Duration::from_millis(2)).await;
+                if n % 11 == 3 { Err(Error::new(ErrorKind::Indeterminate, "the answer was lost")) } else { answer }
+            };
+            wire.broken.fetch_add(u64::from(n % 11 == 7 || n % 11 == 3), Ordering::Relaxed);
+            wire.under_way.fetch_sub(1, Ordering::Relaxed);
+            answer
+        })
+    }
+
+    fn local_address(&self) -> PeerAddress {
+        self.tcp.local_address()
+    }
+
+    fn close(&self) -> BoxFuture<()> {
+        self.tcp.close()
+    }
+}
+
+/// With one append at a time at most two are under way, one for each follower.
+#[test]
+fn appends_are_under_way_together_and_a_broken_connection_loses_nothing() {
+    const WRITERS: u64 = 8;
+    const WRITES: u64 = 40;
+    run(async {
+        let wire = Arc::new(Wire::default());
+        let mut cluster = Cluster::blank(3).await;
+        let shared = wire.clone();
+        cluster.wrap = Arc::new(move |tcp| Arc::new(BadWire { tcp, wire: shared.clone() }));
+        cluster.start_all().await;
+        cluster.node(0).init(&cluster.names()).await.expect("born");
+        let leader = cluster.leader().await;
+        let writers = (0..WRITERS).map(|w| {
+            let cluster = &cluster;
+            async move {
+                for k in 0..WRITES {
+                    // A leader that lost its followers for too long may be replaced: the same write again does no harm.
+                    while let Err(error) = cluster.put(leader, &format!("w{w}-{k}"), "x").await {
+                        assert_eq!(error.kind(), ErrorKind::Indeterminate);
+                    }
+                }
+            }
+        });
+        futures_util::future::join_all(writers).await;
+        for i in 0..3 {
+            let snapshot = cluster.node(i).snapshot("main", ReadLevel::Linearizable).await.expect("read");
+            for (w, k) in (0..WRITERS).flat_map(|w| (0..WRITES).map(move |k| (w, k))) {
+                let value = snapshot.get(DEFAULT, format!("w{w}-{k}").as_bytes()).await.expect("read");
+                assert_eq!(value.as_deref(), Some(b"x".as_ref()), "node={i} writer={w} write={k}");
+            }
+        }
+        let (max, broken) = (wire.under_way_max.load(Ordering::Relaxed), wire.broken.load(Ordering::Relaxed));
+        let appends = wire.appends.load(Ordering::Relaxed);
+        println!("{} writes in {appends} appends, {broken} broken, {max} under way together", WRITERS * WRITES);
+        assert!(max > 2, "more than one for each of two followers, found {max}");
+        assert!(broken > 5, "{broken}");
         cluster.finish().await;
     });
 }

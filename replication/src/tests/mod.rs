@@ -5,6 +5,7 @@ mod cluster;
 mod heal;
 mod log;
 mod machine;
+mod pipeline;
 mod suite;
 mod tcp;
 mod wire;

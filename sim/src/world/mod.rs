@@ -75,6 +75,7 @@ impl Settings {
             duplicate: if rng.chance(500) { 0 } else { rng.below(50) },
             corrupt: if rng.chance(700) { 0 } else { rng.below(5) },
             may_repeat: repeatable,
+            ..NetSettings::calm()
         };
         Self {
             nodes: if rng.chance(850) { 3 } else { 5 },
@@ -107,7 +108,7 @@ impl Settings {
 /// Requests that change nothing when they arrive twice: appends, votes, reads of tables and of positions, greetings
 /// (docs/format.md, peer protocol). A forwarded write is not among them.
 fn repeatable(method: u8) -> bool {
-    matches!(method, 1 | 2 | 3 | 6 | 8 | 15)
+    matches!(method, 1 | 2 | 3 | 6 | 8 | 15 | 16)
 }
 
 /// What a run did, whatever its verdict.

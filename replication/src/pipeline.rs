@@ -1,0 +1,187 @@
+//! Several appends to one peer under way at once.
+//!
+//! # Place
+//! between openraft's replication stream, which hands out one request after the other, and [`crate::Transport`], which
+//! carries requests by number; `turns` is the other end
+//! # Invariants
+//! - A1. Answers go to openraft in the order of the requests, whatever order they arrive in.
+//! - A2. At most [`APPENDS_MAX`] requests are under way, and none is added while [`APPEND_BYTES_MAX`] are.
+//! - A3. The first answer that is not a success ends the stream. What was sent behind it is forgotten here: openraft
+//!   begins again after the last entry that was acknowledged, and a peer that has them already says so.
+//! - A4. Only the first request of a stream may report a conflict. A later one follows what this stream itself has
+//!   seen acknowledged, so its conflict says that requests overtook each other and not that the peer's log went back,
+//!   which openraft would take for the loss of a disk.
+//! - A5. The news of a commit is not sent while other requests are under way: the next entries carry it, and so does their
+//!   answer. Without any it goes once all before it are answered. It is never taken for acknowledged by an answer to what
+//!   was sent before it: openraft counts leases from there.
+//!
+//! # Why not
+//! One request at a time costs a write that comes just too late a second round trip, and leaves disk and network of the
+//! peer idle for as long as the other works. More than a few at a time only makes them smaller: entries that wait are
+//! merged into the next request.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, Stream, StreamExt};
+use openraft::errors::{NetworkError, RPCError};
+use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, StreamAppendResult};
+
+use crate::network::{APPEND_TIMEOUT, Network, encode_append, method, read_append_response, rpc_error};
+use crate::types::{LogId, TypeConfig};
+use crate::wire::decode_result;
+use crate::{Result, Runtime};
+
+/// Appends to one peer that may be under way at once.
+pub(crate) const APPENDS_MAX: usize = 4;
+/// Bytes of appends under way beyond which no further one begins. Each holds at most `READ_BYTES_MAX` beyond its first
+/// entry.
+pub(crate) const APPEND_BYTES_MAX: usize = 4 << 20;
+
+type Answer<R> = Result<AppendEntriesResponse<TypeConfig<R>>>;
+
+struct UnderWay<R: Runtime> {
+    prev: Option<LogId>,
+    last: Option<LogId>,
+    bytes: usize,
+    /// Until it is sent.
+    rpc: Option<AppendEntriesRequest<TypeConfig<R>>>,
+    /// From then on until it is answered.
+    call: Option<BoxFuture<'static, Answer<R>>>,
+    answer: Option<Answer<R>>,
+}
+
+/// Sends the requests of `input` and yields their answers.
+pub(crate) struct Pipeline<'s, R: Runtime, S> {
+    network: &'s Network<R>,
+    input: Option<S>,
+    /// For a request without entries.
+    idle_timeout: Duration,
+    under_way: VecDeque<UnderWay<R>>,
+    bytes: usize,
+    answered: u64,
+}
+
+impl<'s, R: Runtime, S> Pipeline<'s, R, S> {
+    pub(crate) fn new(network: &'s Network<R>, input: S, idle_timeout: Duration) -> Self {
+        Self { network, input: Some(input), idle_timeout, under_way: VecDeque::new(), bytes: 0, answered: 0 }
+    }
+
+    /// Sends `rpc`, or keeps it for the next one to carry (A5).
+    fn push(&mut self, rpc: AppendEntriesRequest<TypeConfig<R>>, cx: &mut Context<'_>) {
+        let prev = rpc.prev_log_id;
+        let last = rpc.entries.last().map(|e| e.log_id).or(prev);
+        let carried = rpc.entries.is_empty() && !self.under_way.is_empty();
+        self.under_way.push_back(UnderWay { prev, last, bytes: 0, rpc: Some(rpc), call: None, answer: None });
+        if !carried {
+            self.begin(self.under_way.len() - 1, cx);
+        }
+    }
+
+    /// Gives the request at `at` to the transport.
+    fn begin(&mut self, at: usize, cx: &mut Context<'_>) {
+        let request = &mut self.under_way[at];
+        let Some(rpc) = request.rpc.take() else { return };
+        let body = encode_append(&rpc);
+        request.bytes = body.len();
+        self.bytes += request.bytes;
+        // A heartbeat, or the news of a commit to a peer that has nothing to do: it waits for no disk, and takes no turn
+        // behind entries that do. openraft gives every append the time of a heartbeat; entries wait for the follower's
+        // disk, and a slow one is no reason to send them again.
+        let (method, timeout) = if rpc.entries.is_empty() {
+            (method::APPEND, self.idle_timeout)
+        } else {
+            (method::APPEND_IN_TURN, APPEND_TIMEOUT)
+        };
+        let answer = self.network.send(method, body, timeout);
+        let mut call = async move { decode_result(&answer.await?.body, read_append_response) }.boxed();
+        // The first poll queues it at the transport: so the order of requests is that of these calls.
+        match call.poll_unpin(cx) {
+            Poll::Ready(answer) => request.answer = Some(answer),
+            Poll::Pending => request.call = Some(call),
+        }
+    }
+
+    /// The answer to the first request that was sent, and how many that it carries stand before it.
+    fn first_answer(&mut self, cx: &mut Context<'_>) -> Poll<(usize, Answer<R>)> {
+        let sent = self.under_way.iter().position(|request| request.rpc.is_none());
+        let at = sent.unwrap_or_else(|| {
+            // Nothing is under way: the newest of them goes by itself.
+            let newest = self.under_way.len() - 1;
+            self.begin(newest, cx);
+            newest
+        });
+        let request = &mut self.under_way[at];
+        if let Some(answer) = request.answer.take() {
+            return Poll::Ready((at, answer));
+        }
+        let call = request.call.as_mut().expect("what was sent and is not answered has a call");
+        let answer = std::task::ready!(call.poll_unpin(cx));
+        request.call = None;
+        Poll::Ready((at, answer))
+    }
+
+    fn end(&mut self) {
+        self.input = None;
+        self.under_way.clear();
+    }
+
+    fn judge(&mut self, done: UnderWay<R>, answer: Answer<R>) -> Result<Matched<R>, RPCError<TypeConfig<R>>> {
+        self.bytes -= done.bytes;
+        let first = self.answered == 0;
+        self.answered += 1;
+        let answer = answer.map_err(|e| rpc_error(&e)).inspect_err(|_| self.end())?;
+        if answer.is_conflict() && (!first || done.prev.is_none()) {
+            self.end();
+            let message = "an append overtook the one before it, or the peer answered out of turn";
+            return Err(RPCError::Network(NetworkError::from_string(message)));
+        }
+        let result = answer.into_stream_result(done.prev, done.last);
+        if !matches!(&result, Ok(matched) if *matched == done.last) {
+            self.end();
+        }
+        if matches!(&result, Ok(matched) if *matched < done.prev || done.last < *matched) {
+            return Err(RPCError::Network(NetworkError::from_string("a peer acknowledged what it was not sent")));
+        }
+        Ok(result)
+    }
+}
+
+pub(crate) type Matched<R> = StreamAppendResult<TypeConfig<R>>;
+
+impl<R, S> Stream for Pipeline<'_, R, S>
+where
+    R: Runtime,
+    S: Stream<Item = AppendEntriesRequest<TypeConfig<R>>> + Unpin,
+{
+    type Item = Result<Matched<R>, RPCError<TypeConfig<R>>>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        while this.under_way.len() < APPENDS_MAX
+            && this.bytes < APPEND_BYTES_MAX
+            && let Some(input) = &mut this.input
+        {
+            match input.poll_next_unpin(cx) {
+                Poll::Ready(Some(rpc)) => this.push(rpc, cx),
+                Poll::Ready(None) => this.input = None,
+                Poll::Pending => break,
+            }
+        }
+        if this.under_way.is_empty() {
+            return if this.input.is_none() { Poll::Ready(None) } else { Poll::Pending };
+        }
+        // Those behind the first that was sent are looked at when their turn comes (A1).
+        let (at, answer) = std::task::ready!(this.first_answer(cx));
+        let done = this.under_way.pop_front().expect("it is not empty");
+        if at > 0 && matches!(answer, Ok(AppendEntriesResponse::Success)) {
+            // Carried by a later one, which is answered next.
+            this.under_way[at - 1].answer = Some(answer);
+            return Poll::Ready(Some(this.judge(done, Ok(AppendEntriesResponse::Success))));
+        }
+        Poll::Ready(Some(this.judge(done, answer)))
+    }
+}
