@@ -133,7 +133,9 @@ impl Log {
     pub(crate) async fn wait_durable(&self, token: CommitToken, durability: Durability) -> Result<()> {
         match self {
             Self::Alone(_) => Ok(()),
-            Self::Replicated(_) if token.term == 0 => Ok(()),
+            Self::Replicated(_) if token.term == 0 && matches!(durability, Durability::Local | Durability::Quorum) => {
+                Ok(())
+            }
             Self::Replicated(replicated) => {
                 replicated.node.wait(token, durability).await?.response?;
                 Ok(())

@@ -20,6 +20,7 @@ pub struct NodeOptions {
     listen: String,
     advertise: Option<String>,
     client_address: String,
+    site: String,
     peers: BTreeMap<String, PeerAddress>,
     heartbeat: Duration,
     election_timeout: Duration,
@@ -38,6 +39,7 @@ impl NodeOptions {
             listen: "127.0.0.1:0".into(),
             advertise: None,
             client_address: String::new(),
+            site: String::new(),
             peers: BTreeMap::new(),
             heartbeat: Duration::from_millis(100),
             election_timeout: Duration::from_millis(300),
@@ -62,6 +64,13 @@ impl NodeOptions {
     /// Where clients reach this process, told to others so that they can name the leader. Opaque to the node.
     pub fn client_address(mut self, address: impl Into<String>) -> Self {
         self.client_address = address.into();
+        self
+    }
+
+    /// The label of the place where this node stands (a zone, a region), for [`crate::Durability::Site`]. Told to the cluster
+    /// when the node becomes a member; [`Node::set_member_site`] changes it later.
+    pub fn site(mut self, site: impl Into<String>) -> Self {
+        self.site = site.into();
         self
     }
 
@@ -148,6 +157,7 @@ impl Node {
         let node_options = replication::NodeOptions {
             name: options.name,
             client_address: options.client_address,
+            site: options.site,
             peers,
             heartbeat: options.heartbeat,
             election_timeout: options.election_timeout,
@@ -213,6 +223,12 @@ impl Node {
     /// Makes a learner a voter.
     pub fn promote_member(&self, id: NodeId) -> BoxFuture<Result<()>> {
         self.bind(|inner| async move { inner.node.promote_member(id).await })
+    }
+
+    /// Changes the label of the place where a member stands.
+    pub fn set_member_site(&self, id: NodeId, site: &str) -> BoxFuture<Result<()>> {
+        let site = site.to_owned();
+        self.bind(move |inner| async move { inner.node.set_member_site(id, &site).await })
     }
 
     /// Removes a member. Its volume never takes part again; wiped, it can be added anew.

@@ -9,7 +9,7 @@ fn options(name: &str, path: &std::path::Path) -> NodeOptions {
 #[test]
 fn one_node_without_tokio_serves_the_blocking_interface() {
     let folder = tempfile::tempdir().expect("a folder");
-    let node = Node::start_blocking(options("one", folder.path())).expect("starts");
+    let node = Node::start_blocking(options("one", folder.path()).site("here")).expect("starts");
     assert_eq!(node.status().role, "waiting");
     let early = node.store().keyspace("data").err().expect("no cluster yet");
     assert!(early.is_retryable() || matches!(early.kind(), ErrorKind::Unavailable), "{early}");
@@ -27,8 +27,14 @@ fn one_node_without_tokio_serves_the_blocking_interface() {
     let commit = store.commit_with(batch, Durability::Local).expect("durable here");
     store.wait(commit, Durability::Quorum).expect("durable on a quorum");
     assert!(data.contains_key("b").expect("readable"));
-    let unsupported = store.commit_with(Batch::new(), Durability::All).expect_err("not yet");
+    let all = store.commit_with(Batch::new(), Durability::All).expect("the one voter has it");
+    store.wait(all, Durability::Site("here".into())).expect("so does its site");
+    let unsupported = store.commit_with(Batch::new(), Durability::Archive).expect_err("not yet");
     assert_eq!(unsupported.kind(), ErrorKind::Unsupported);
+    let nowhere = store.commit_with(Batch::new(), Durability::Site("nowhere".into())).expect_err("nobody is there");
+    assert_eq!(nowhere.kind(), ErrorKind::Invalid);
+    let stale = store.with_read_level(ReadLevel::Stale(std::time::Duration::from_millis(5)));
+    assert!(stale.keyspace("data").expect("there").contains_key("b").expect("readable"));
     node.block_on(node.close()).expect("closes");
 }
 

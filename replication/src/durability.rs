@@ -12,9 +12,10 @@ pub enum Durability {
     /// A majority has it durable, and the leader has applied it.
     #[default]
     Quorum,
-    /// Every voter has it durable. `Unsupported` so far.
+    /// Every voter has it durable, and the leader has applied it.
     All,
-    /// A quorum and the named site have it durable. `Unsupported` so far.
+    /// A quorum, and at least one member that bears this label as its site, voter or learner, have it durable; and the
+    /// leader has applied it.
     Site(String),
     /// A quorum and the archive have it. `Unsupported` so far.
     Archive,
@@ -31,7 +32,8 @@ pub enum ReadLevel {
     Lease,
     /// Sees at least this index; waits for it here.
     AtLeast(LogIndex),
-    /// Sees what was applied at most this long ago. `Unsupported` so far.
+    /// Sees every write acknowledged up to so long before the read began. At once while a round of this replica to the
+    /// leader is no older; else as `Linearizable`.
     Stale(Duration),
     /// Whatever is applied here.
     Local,

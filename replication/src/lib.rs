@@ -10,6 +10,7 @@ mod error;
 pub mod fuzzing;
 mod heal;
 mod init;
+mod levels;
 mod log_cases;
 mod log_heal;
 mod log_store;

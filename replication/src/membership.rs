@@ -45,6 +45,7 @@ enum Change {
     Update { id: u64, address: String },
     Remove(u64),
     Transfer(Option<u64>),
+    Site { id: u64, site: String },
 }
 
 impl Change {
@@ -58,6 +59,7 @@ impl Change {
             Self::Transfer(to) => out.u8(5).option(*to, |w, id| {
                 w.u64(id);
             }),
+            Self::Site { id, site } => out.u8(6).u64(*id).string(site),
         };
         out.finish()
     }
@@ -70,6 +72,7 @@ impl Change {
             3 => Self::Update { id: reader.u64()?, address: reader.string()? },
             4 => Self::Remove(reader.u64()?),
             5 => Self::Transfer(reader.option(Reader::u64)?),
+            6 => Self::Site { id: reader.u64()?, site: reader.string()? },
             other => return Err(Error::new(ErrorKind::Unsupported, format!("no such change change={other}"))),
         };
         reader.end()?;
@@ -171,6 +174,13 @@ impl<R: Runtime> Inner<R> {
         self.change(Change::Update { id: id.0, address: address.0 }).await.map(|_| ())
     }
 
+    pub(crate) async fn set_member_site(self: &Arc<Self>, id: NodeId, site: &str) -> Result<()> {
+        if site.len() > NAME_BYTES_MAX {
+            return Err(Error::new(ErrorKind::Invalid, "the label of a site has at most 255 bytes"));
+        }
+        self.change(Change::Site { id: id.0, site: site.into() }).await.map(|_| ())
+    }
+
     pub(crate) async fn remove_member(self: &Arc<Self>, id: NodeId) -> Result<()> {
         self.change(Change::Remove(id.0)).await.map(|_| ())
     }
@@ -241,13 +251,12 @@ impl<R: Runtime> Inner<R> {
                 Ok(vec![known(id)?])
             }
             Change::Update { id, address } => {
-                let info = known(id)?;
-                let member = Member {
-                    name: info.name,
-                    peer_address: address,
-                    client_address: info.client_address,
-                    incarnation: info.incarnation,
-                };
+                let member = Member { peer_address: address, ..Member::from(&known(id)?) };
+                self.change_members(running, ChangeMembers::SetNodes(BTreeMap::from([(id, member)])), true).await?;
+                Ok(vec![known(id)?])
+            }
+            Change::Site { id, site } => {
+                let member = Member { site, ..Member::from(&known(id)?) };
                 self.change_members(running, ChangeMembers::SetNodes(BTreeMap::from([(id, member)])), true).await?;
                 Ok(vec![known(id)?])
             }
@@ -619,6 +628,7 @@ mod tests {
             Change::Remove(9),
             Change::Transfer(None),
             Change::Transfer(Some(3)),
+            Change::Site { id: 7, site: "north".into() },
         ] {
             assert_eq!(Change::decode(&change.encode()).expect("ours"), change);
         }

@@ -50,6 +50,7 @@ pub(crate) mod method {
     pub(crate) const WHO: u8 = 15;
     /// As `APPEND`, begun in the order in which a peer sent them.
     pub(crate) const APPEND_IN_TURN: u8 = 16;
+    pub(crate) const AWAIT_LEVEL: u8 = 17;
     pub(crate) const LOG_GIVE: u8 = 20;
     pub(crate) const LOG_ENDS: u8 = 21;
     pub(crate) const DIGESTS: u8 = 22;

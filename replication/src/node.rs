@@ -54,6 +54,9 @@ pub struct NodeOptions {
     pub name: String,
     /// Where clients reach it, told to others so that they can name the leader.
     pub client_address: String,
+    /// The label of the place where it stands (a zone, a region), for [`Durability::Site`]: at most 255 bytes, empty for
+    /// none. Told to the cluster when the node becomes a member; [`Node::set_member_site`] changes it later.
+    pub site: String,
     /// Names and addresses of the other processes, for discovery before and after `init`.
     pub peers: BTreeMap<String, PeerAddress>,
     /// Heartbeat interval. Default 100 ms.
@@ -110,6 +113,8 @@ pub struct MemberInfo {
     pub client_address: String,
     /// The incarnation of its volume.
     pub incarnation: [u8; 16],
+    /// The label of the place where it stands, for [`Durability::Site`]; empty for none.
+    pub site: String,
     /// Its role.
     pub role: MemberRole,
 }
@@ -241,6 +246,9 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) lease_rounds: Rounds,
     pub(crate) locals: crate::write::Locals,
     pub(crate) proposals: crate::proposals::Proposals<R>,
+    pub(crate) levels: crate::levels::Levels,
+    /// When the last round of reads began that a leader with a quorum answered, and at which index.
+    pub(crate) fresh: Mutex<Option<(R::Instant, LogIndex)>>,
     /// The order in which the appends of each peer arrived.
     pub(crate) turns: crate::turns::Turns,
 }
@@ -372,6 +380,7 @@ impl<R: Runtime> Inner<R> {
             name: self.options.name.clone(),
             peer_address: self.transport.local_address().0,
             client_address: self.options.client_address.clone(),
+            site: self.options.site.clone(),
             incarnation: self.engine.incarnation(),
         }
     }
@@ -485,6 +494,9 @@ impl<R: Runtime> Node<R> {
         if options.name.is_empty() || options.name.len() > crate::wire::NAME_BYTES_MAX {
             return Err(Error::new(ErrorKind::Invalid, "a node's name has 1 to 255 bytes"));
         }
+        if options.site.len() > crate::wire::NAME_BYTES_MAX {
+            return Err(Error::new(ErrorKind::Invalid, "the label of a site has at most 255 bytes"));
+        }
         raft_config(&options)?;
         let group = engine.group(GROUP, options.group.clone()).await?;
         let cache_bytes = options.entry_cache_bytes;
@@ -519,6 +531,8 @@ impl<R: Runtime> Node<R> {
             lease_rounds: Rounds::default(),
             locals: crate::write::Locals::default(),
             proposals: crate::proposals::Proposals::default(),
+            levels: crate::levels::Levels::default(),
+            fresh: Mutex::new(None),
             turns: crate::turns::Turns::default(),
         });
         inner.start_owner_task();
@@ -547,11 +561,13 @@ impl<R: Runtime> Node<R> {
         self.inner.init(members).await
     }
 
-    /// Proposes a command; a follower forwards it to the leader.
+    /// Proposes a command; a follower forwards it to the leader. At [`Durability::All`] and [`Durability::Site`] the answer
+    /// waits after the commit.
     ///
     /// # Errors
-    /// `NotLeader`, `Unavailable`: not applied. `Indeterminate`: may have been. `Unsupported`: see [`Durability`]; a write
-    /// at [`Durability::Local`] has an answer of another type, see [`Node::write_local`].
+    /// `NotLeader`, `Unavailable`: not applied. `Indeterminate`: may have been; for a level beyond the quorum also when the
+    /// write is committed and the level was not reached in time. `Invalid`: no member is at that site. `Unsupported`: see
+    /// [`Durability`]; a write at [`Durability::Local`] has an answer of another type, see [`Node::write_local`].
     /// # Cancel safety
     /// Not cancel safe: a dropped future may leave the command in the log.
     pub async fn write(&self, write: Write) -> Result<Applied> {
@@ -568,8 +584,8 @@ impl<R: Runtime> Node<R> {
         self.inner.write_local(body).await
     }
 
-    /// Waits until what `write_local` promised holds at a stronger level. `Indeterminate` if the term ended first.
-    /// Cancel safe.
+    /// Waits until what `write_local` promised holds at a stronger level. `Indeterminate` if the term ended first. A token
+    /// with term 0 names an entry that is known to be committed. Cancel safe.
     pub async fn wait(&self, token: CommitToken, durability: Durability) -> Result<Applied> {
         self.inner.wait(token, durability).await
     }
@@ -591,7 +607,7 @@ impl<R: Runtime> Node<R> {
     /// Waits until a read of this level may be served here; returns the applied index that it may read at.
     ///
     /// # Errors
-    /// `Unavailable` when no quorum answers in time, `Unsupported` for [`ReadLevel::Stale`], `Closed`. Cancel safe.
+    /// `Unavailable` when no quorum answers in time, `Closed`. Cancel safe.
     pub async fn read_barrier(&self, level: ReadLevel) -> Result<LogIndex> {
         self.inner.read_barrier(level).await
     }
@@ -627,6 +643,11 @@ impl<R: Runtime> Node<R> {
     /// Changes the addresses of a member.
     pub async fn update_member(&self, id: NodeId, address: PeerAddress) -> Result<()> {
         self.inner.update_member(id, address).await
+    }
+
+    /// Changes the label of the place where a member stands.
+    pub async fn set_member_site(&self, id: NodeId, site: &str) -> Result<()> {
+        self.inner.set_member_site(id, site).await
     }
 
     /// Removes a member. Its id is never used again; its node goes idle.

@@ -5,6 +5,8 @@
 //! - D2. `Lease` falls back to a round when the lease is over (pitfall 10: it assumes clocks of bounded rate; the
 //!   default never does).
 //! - D3. Followers and learners ask the leader for the read index and wait until they have applied it.
+//! - D4. A read of bounded staleness leans on a round that began here no longer ago than the bound, and on nothing that a
+//!   leader said unasked: how long such a message was under way nobody here knows. A lease is no such round.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -58,9 +60,10 @@ impl<R: Runtime> Inner<R> {
                 }
                 return Ok(self.group.applied());
             }
-            ReadLevel::Stale(_) => {
-                return Err(Error::new(ErrorKind::Unsupported, "a read of bounded staleness is not supported yet"));
-            }
+            ReadLevel::Stale(lag_max) => match self.fresh_enough(lag_max) {
+                Some(index) => return Ok(index),
+                None => self.read_index(false).await?,
+            },
             ReadLevel::AtLeast(index) => index,
             ReadLevel::Linearizable => self.read_index(false).await?,
             ReadLevel::Lease => self.read_index(true).await?,
@@ -76,6 +79,16 @@ impl<R: Runtime> Inner<R> {
             }
         }
         Ok(self.progress.applied())
+    }
+
+    /// The applied index, if it holds everything that was acknowledged up to `lag_max` ago (D4).
+    fn fresh_enough(&self, lag_max: Duration) -> Option<LogIndex> {
+        if self.closing.is_set() {
+            return None;
+        }
+        let (began, index) = (*self.fresh.lock().expect("nothing panics while it holds this lock"))?;
+        let applied = self.progress.applied();
+        (applied >= index && R::Instant::now().saturating_duration_since(began) <= lag_max).then_some(applied)
     }
 
     async fn read_index(self: &Arc<Self>, lease: bool) -> Result<LogIndex> {
@@ -121,7 +134,11 @@ impl<R: Runtime> Inner<R> {
                 }
                 std::mem::take(&mut queue.waiting)
             };
+            let began = R::Instant::now();
             let result = self.round(lease).await;
+            if let (Ok(index), false) = (&result, lease) {
+                *self.fresh.lock().expect("nothing panics while it holds this lock") = Some((began, *index));
+            }
             for waiter in waiting {
                 // A dropped receiver has given up.
                 let _ = waiter.send(result.clone());

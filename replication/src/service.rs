@@ -18,12 +18,13 @@ use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
-use mainstay_engine::TableId;
+use mainstay_engine::{LogIndex, TableId};
 use mainstay_io::BoxFuture;
 use openraft_rt::Instant;
 use tokio::sync::Notify;
 
 use crate::heal::{read_digests, write_digests};
+use crate::levels::Level;
 use crate::log_heal::{read_given, read_lost, write_given};
 use crate::network::{
     OFFER_WAIT, method, read_append, read_offer, read_transfer_request, read_vote_request, write_append_response,
@@ -218,6 +219,15 @@ impl<R: Runtime> Inner<R> {
                     w.u64(index.0);
                 }))
             }
+            method::AWAIT_LEVEL => {
+                self.cluster_peer(&from)?;
+                let mut reader = Reader::open(&body)?;
+                let index = LogIndex(reader.u64()?);
+                let level = Level::read(&mut reader)?;
+                reader.end()?;
+                let answer = self.serve_level(index, &level).await;
+                Ok(encode_result(answer, |_, ()| ()))
+            }
             method::FORWARD => {
                 self.cluster_peer(&from)?;
                 let mut reader = Reader::open(&body)?;
@@ -391,6 +401,7 @@ pub(crate) fn decode_any(bytes: &Bytes) {
     let _ = read_vote_request::<R>(bytes);
     let _ = read_transfer_request::<R>(bytes);
     let _ = decode_result(bytes, read_offer);
+    let _ = decode_result(bytes, Level::read);
     let _ = decode_result(bytes, read_given);
     let _ = decode_result(bytes, read_digests);
     let _ = read_lost(bytes);

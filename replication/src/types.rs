@@ -47,6 +47,8 @@ pub(crate) struct Member {
     pub(crate) peer_address: String,
     pub(crate) client_address: String,
     pub(crate) incarnation: [u8; 16],
+    /// Where it stands; empty for nowhere in particular.
+    pub(crate) site: String,
 }
 
 impl Member {
@@ -57,7 +59,20 @@ impl Member {
             peer_address: PeerAddress(self.peer_address.clone()),
             client_address: self.client_address.clone(),
             incarnation: self.incarnation,
+            site: self.site.clone(),
             role,
+        }
+    }
+}
+
+impl From<&MemberInfo> for Member {
+    fn from(info: &MemberInfo) -> Self {
+        Self {
+            name: info.name.clone(),
+            peer_address: info.peer_address.0.clone(),
+            client_address: info.client_address.clone(),
+            incarnation: info.incarnation,
+            site: info.site.clone(),
         }
     }
 }

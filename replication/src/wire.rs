@@ -39,6 +39,8 @@ const KINDS: [ErrorKind; 12] = [
 const KIND_INTERNAL: u8 = 255;
 /// Longest name or address.
 pub(crate) const NAME_BYTES_MAX: usize = 255;
+/// Set in the length of a member's name: a site follows. Members without one are written as before there were sites.
+const SITE_FLAG: u16 = 0x8000;
 /// Nodes of a membership, learners included.
 pub(crate) const MEMBERS_MAX: usize = 64;
 /// Voter sets of a membership: one, or the two of a joint configuration; a few more are read.
@@ -123,7 +125,12 @@ impl Reader {
     }
 
     pub(crate) fn string(&mut self) -> Result<String> {
-        let length = usize::from(self.u16()?);
+        let length = self.u16()?;
+        self.string_of(length)
+    }
+
+    fn string_of(&mut self, length: u16) -> Result<String> {
+        let length = usize::from(length);
         if length > NAME_BYTES_MAX {
             return Err(corrupt("string too long"));
         }
@@ -160,12 +167,12 @@ impl Reader {
     }
 
     pub(crate) fn member(&mut self) -> Result<Member> {
-        Ok(Member {
-            name: self.string()?,
-            peer_address: self.string()?,
-            client_address: self.string()?,
-            incarnation: self.id()?,
-        })
+        let length = self.u16()?;
+        let name = self.string_of(length & !SITE_FLAG)?;
+        let (peer_address, client_address) = (self.string()?, self.string()?);
+        let incarnation = self.id()?;
+        let site = if length & SITE_FLAG == 0 { String::new() } else { self.string()? };
+        Ok(Member { name, peer_address, client_address, incarnation, site })
     }
 
     pub(crate) fn membership(&mut self) -> Result<Membership> {
@@ -337,8 +344,12 @@ impl Writer {
 
     /// Cuts what is longer than [`NAME_BYTES_MAX`]; callers refuse such a name before.
     pub(crate) fn string(&mut self, value: &str) -> &mut Self {
+        self.string_with(value, 0)
+    }
+
+    fn string_with(&mut self, value: &str, flag: u16) -> &mut Self {
         let cut = value.as_bytes().get(..NAME_BYTES_MAX).unwrap_or(value.as_bytes());
-        self.u16(u16::try_from(cut.len()).expect("at most 255"));
+        self.u16(u16::try_from(cut.len()).expect("at most 255") | flag);
         self.out.put_slice(cut);
         self
     }
@@ -370,7 +381,13 @@ impl Writer {
     }
 
     pub(crate) fn member(&mut self, value: &Member) -> &mut Self {
-        self.string(&value.name).string(&value.peer_address).string(&value.client_address).id(&value.incarnation)
+        let flag = if value.site.is_empty() { 0 } else { SITE_FLAG };
+        self.string_with(&value.name, flag).string(&value.peer_address).string(&value.client_address);
+        self.id(&value.incarnation);
+        if flag != 0 {
+            self.string(&value.site);
+        }
+        self
     }
 
     pub(crate) fn membership(&mut self, value: &Membership) -> &mut Self {
@@ -439,8 +456,7 @@ impl Writer {
     }
 
     pub(crate) fn member_info(&mut self, value: &MemberInfo) -> &mut Self {
-        self.u64(value.id.0).bool(value.role == MemberRole::Voter);
-        self.string(&value.name).string(&value.peer_address.0).string(&value.client_address).id(&value.incarnation)
+        self.u64(value.id.0).bool(value.role == MemberRole::Voter).member(&Member::from(value))
     }
 
     pub(crate) fn member_infos(&mut self, value: &[MemberInfo]) -> &mut Self {

@@ -23,6 +23,7 @@ use openraft::errors::{ClientWriteError, RaftError};
 use openraft::raft::ClientWriteResponse;
 use openraft_rt::Instant;
 
+use crate::levels::Level;
 use crate::network::method;
 use crate::node::{Inner, Running, Write};
 use crate::types::{LocalWaiter, Payload, TypeConfig};
@@ -32,9 +33,9 @@ use crate::{CommitToken, Durability, Envelope, Error, ErrorKind, NodeId, Result,
 /// How long a write looks for a leader, and then waits for its commit.
 pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The same for a write that came from another node, which waits for the answer.
-const FORWARDED_TIMEOUT: Duration = Duration::from_secs(8);
+pub(crate) const FORWARDED_TIMEOUT: Duration = Duration::from_secs(8);
 /// Pause before a write that met no leader tries again.
-const RETRY_PAUSE: Duration = Duration::from_millis(10);
+pub(crate) const RETRY_PAUSE: Duration = Duration::from_millis(10);
 /// Bytes of a command before its batches, at most.
 const COMMAND_HEAD_BYTES_MAX: usize = 32;
 /// Writes at `Durability::Local` whose commit can still be waited for.
@@ -84,14 +85,21 @@ impl<R: Runtime> Inner<R> {
     }
 
     pub(crate) async fn write(self: &Arc<Self>, write: Write) -> Result<Applied> {
-        if write.durability != Durability::Quorum {
-            return Err(unsupported(&write.durability));
+        let level = Level::of(&write.durability);
+        match (&write.durability, &level) {
+            (Durability::Quorum, _) => {}
+            (_, Some(level)) => self.check_level(level)?,
+            _ => return Err(unsupported(&write.durability)),
         }
-        if let CommandBody::Batch(batch) = write.body {
-            return self.write_batch(batch).await;
+        let applied = match write.body {
+            CommandBody::Batch(batch) => self.write_batch(batch).await?,
+            body => self.propose(self.encode(body)?, false).await?,
+        };
+        // What was refused at apply has changed nothing that could be lost.
+        if let (Some(level), Ok(_)) = (&level, &applied.response) {
+            self.await_level(applied.index, level).await?;
         }
-        let command = self.encode(write.body)?;
-        self.propose(command, false).await
+        Ok(applied)
     }
 
     /// Proposes an encoded command here or, unless it was forwarded already, at the leader.
@@ -204,10 +212,24 @@ impl<R: Runtime> Inner<R> {
     }
 
     pub(crate) async fn wait(self: &Arc<Self>, token: CommitToken, durability: Durability) -> Result<Applied> {
-        match durability {
-            Durability::Local | Durability::Quorum => {}
-            other => return Err(unsupported(&other)),
+        let level = Level::of(&durability);
+        match (&durability, &level) {
+            (Durability::Local | Durability::Quorum, _) => {}
+            (_, Some(level)) => self.check_level(level)?,
+            _ => return Err(unsupported(&durability)),
         }
+        let applied = if token.term == 0 {
+            Applied { index: token.index, response: Ok(Bytes::new()) }
+        } else {
+            self.wait_committed(token).await?
+        };
+        if let Some(level) = &level {
+            self.await_level(applied.index, level).await?;
+        }
+        Ok(applied)
+    }
+
+    async fn wait_committed(self: &Arc<Self>, token: CommitToken) -> Result<Applied> {
         let known = {
             let locals = self.locals.0.lock().expect("nothing panics while it holds this lock");
             locals.get(&token).cloned()

@@ -142,5 +142,6 @@ fn member(info: MemberInfo, leader: Option<NodeId>) -> pb::Member {
         voter: info.role == MemberRole::Voter,
         leader: Some(info.id) == leader,
         incarnation: Bytes::copy_from_slice(&info.incarnation),
+        site: info.site,
     }
 }

@@ -161,6 +161,7 @@ struct MemberRow {
     voter: bool,
     leader: bool,
     incarnation: String,
+    site: String,
 }
 
 impl From<pb::Member> for MemberRow {
@@ -173,6 +174,7 @@ impl From<pb::Member> for MemberRow {
             voter: member.voter,
             leader: member.leader,
             incarnation: hex(&member.incarnation),
+            site: member.site,
         }
     }
 }
@@ -184,7 +186,8 @@ impl MemberRow {
             (false, true) => "voter",
             (false, false) => "learner",
         };
-        format!("{:<20} {:<16} {:<8} {} {}\n", self.id, self.name, role, self.peer_address, self.client_address)
+        let Self { id, name, peer_address, client_address, site, .. } = self;
+        format!("{}\n", format!("{id:<20} {name:<16} {role:<8} {peer_address} {client_address} {site}").trim_end())
     }
 }
 

@@ -139,6 +139,7 @@ mod tests {
             peer_address: PeerAddress(String::new()),
             client_address: String::new(),
             incarnation: [0; 16],
+            site: String::new(),
             role: MemberRole::Voter,
         });
         let node = NodeStatus {

@@ -178,6 +178,7 @@ fn node_options(settings: &ServeSettings, advertise: Option<String>, model: &Mod
     let mut options = NodeOptions::new(&settings.name, &settings.data)
         .listen(settings.listen_peer.to_string())
         .client_address(advertise.unwrap_or_default())
+        .site(&settings.site)
         .heartbeat(settings.heartbeat)
         .election_timeout(settings.election_timeout)
         .storage(storage);

@@ -1,6 +1,7 @@
 //! `mainstay.v1.Store`: what the etcd API has no word for.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mainstay::{BranchInfo, CheckpointInfo, CommitToken, Durability, LogIndex, ReadLevel, Store as StoreHandle};
 use tonic::{Request, Response, Status};
@@ -90,6 +91,7 @@ impl Store for StoreService {
         let durability = match request.durability() {
             pb::Durability::Local => Durability::Local,
             pb::Durability::All => Durability::All,
+            pb::Durability::Site => Durability::Site(request.site),
             pb::Durability::Unspecified | pb::Durability::Quorum => Durability::Quorum,
         };
         let token = CommitToken { term: request.term, index: LogIndex(request.index) };
@@ -104,6 +106,7 @@ impl Store for StoreService {
             pb::ReadLevel::Lease => ReadLevel::Lease,
             pb::ReadLevel::AtLeast => ReadLevel::AtLeast(LogIndex(request.index)),
             pb::ReadLevel::Local => ReadLevel::Local,
+            pb::ReadLevel::Stale => ReadLevel::Stale(Duration::from_millis(request.lag_max_ms)),
             pb::ReadLevel::Unspecified | pb::ReadLevel::Linearizable => ReadLevel::Linearizable,
         };
         let reached = self.context.node_or_status()?.replica().read_barrier(level).await;

@@ -64,6 +64,11 @@ pub struct Settings {
     #[arg(long, env = "MAINSTAY_LISTEN_METRICS", value_name = "HOST:PORT", help_heading = "Ports")]
     pub listen_metrics: Option<String>,
 
+    /// Where this process stands, such as a zone: writes at durability `site:NAME` wait for one member there. Told to the
+    /// cluster when the process becomes a member [default: none]
+    #[arg(long, env = "MAINSTAY_SITE", value_name = "NAME", help_heading = "Identity")]
+    pub site: Option<String>,
+
     /// Where clients reach this process [default: --listen]
     #[arg(long, env = "MAINSTAY_ADVERTISE", value_name = "HOST:PORT", help_heading = "Ports")]
     pub advertise: Option<String>,
@@ -170,6 +175,8 @@ pub struct ServeSettings {
     pub data: PathBuf,
     /// Names and peer addresses.
     pub peers: BTreeMap<String, String>,
+    /// Where the process stands; empty for nowhere in particular.
+    pub site: String,
     /// Client port.
     pub listen: Option<SocketAddr>,
     /// Peer port.
@@ -238,7 +245,7 @@ macro_rules! first_of {
 impl Settings {
     /// These where set, else those of `lower`.
     fn over(self, lower: Self) -> Self {
-        first_of!(self, lower: name, data, peers, listen, listen_peer, listen_admin, listen_metrics, advertise,
+        first_of!(self, lower: name, data, peers, site, listen, listen_peer, listen_admin, listen_metrics, advertise,
             advertise_peer, insecure_listen_anywhere, memory, wal, memtable, background_tasks, backend, heartbeat,
             election_timeout, log_level, log_to, log_format)
     }
@@ -249,6 +256,10 @@ impl Settings {
             return Err(Failure::usage(format!(
                 "name is 1 to 255 bytes without '=', ',', '/' and spaces name='{name}'"
             )));
+        }
+        let site = self.site.unwrap_or_default();
+        if site.len() > 255 || site.contains(char::is_whitespace) {
+            return Err(Failure::usage(format!("site is at most 255 bytes without spaces site='{site}'")));
         }
         let data = self.data.ok_or_else(|| missing("data", "a directory or a block device"))?;
         let peers = parse_peers(self.peers.as_deref().unwrap_or_default())?;
@@ -293,6 +304,7 @@ impl Settings {
             name,
             data,
             peers,
+            site,
             memory_bytes,
             wal_bytes,
             memtable_bytes,

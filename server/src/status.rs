@@ -475,6 +475,7 @@ mod tests {
             peer_address: mainstay::PeerAddress("b:2380".into()),
             client_address: "b:2379".into(),
             incarnation: [0; 16],
+            site: String::new(),
             role: MemberRole::Voter,
         };
         let node = NodeStatus {

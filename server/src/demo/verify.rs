@@ -51,7 +51,7 @@ pub(super) async fn all(
     let mut checked = Checked::default();
     for at in 0..cluster.len() {
         let mut store = cluster.store_client(at).await?;
-        let barrier = pb::BarrierRequest { level: pb::ReadLevel::Linearizable.into(), index: 0 };
+        let barrier = pb::BarrierRequest { level: pb::ReadLevel::Linearizable.into(), ..Default::default() };
         store.barrier(barrier).await.map_err(refused)?;
         let mut kv = KvClient::new(cluster.channel(at).await?).max_decoding_message_size(64 << 20);
 

@@ -41,6 +41,7 @@ impl MemoryBackend {
             peer_address: PeerAddress("127.0.0.1:2380".into()),
             client_address: "127.0.0.1:2379".into(),
             incarnation: [1; 16],
+            site: String::new(),
             role: MemberRole::Voter,
         };
         let status = NodeStatus {
@@ -182,6 +183,7 @@ impl Backend for MemoryBackend {
             peer_address: address,
             client_address: String::new(),
             incarnation: [2; 16],
+            site: String::new(),
             role: if voter { MemberRole::Voter } else { MemberRole::Learner },
         };
         state.status.members.push(member.clone());

@@ -353,6 +353,7 @@ impl Cluster {
         let options = NodeOptions {
             name: member.name.clone(),
             client_address: format!("{}:2379", member.name),
+            site: String::new(),
             peers,
             heartbeat: Duration::from_millis(100),
             election_timeout: Duration::from_millis(300),
