@@ -13,7 +13,8 @@
 use bytes::Bytes;
 
 use crate::codec::{Decoder, TABLE_BYTES_MIN, check_name, put_bytes, put_table, put_varint, take_table};
-use crate::{BranchId, Error, ErrorKind, JobId, KeyspaceId, Result, TableId};
+use crate::once::not_once;
+use crate::{BranchId, ClientToken, Error, ErrorKind, JobId, KeyspaceId, Result, TableId};
 
 /// Longest message of a refusal in bytes.
 const REFUSAL_BYTES_MAX: usize = 4096;
@@ -79,6 +80,14 @@ pub enum CommandBody {
     DropClone {
         /// Its name.
         name: String,
+    },
+    /// A batch or a command of the state machine that applies once, however often it is proposed: the request of that token.
+    /// The answer is that of the first time.
+    Once {
+        /// Which request of which client.
+        token: ClientToken,
+        /// `Batch` or `Custom`.
+        body: Box<CommandBody>,
     },
     /// A command of the embedder's state machine, on one branch.
     Custom {
@@ -191,10 +200,11 @@ const KIND_CREATE_CLONE: u8 = 8;
 const KIND_DROP_CLONE: u8 = 9;
 const KIND_CUSTOM: u8 = 10;
 const KIND_BATCHES: u8 = 11;
+const KIND_ONCE: u8 = 12;
 
 /// The kinds as docs/format.md has them.
 #[cfg(test)]
-pub(crate) const KINDS: [(u8, &str); 11] = [
+pub(crate) const KINDS: [(u8, &str); 12] = [
     (KIND_BATCH, "Batch"),
     (KIND_CREATE_KEYSPACE, "CreateKeyspace"),
     (KIND_DROP_KEYSPACE, "DropKeyspace"),
@@ -206,6 +216,7 @@ pub(crate) const KINDS: [(u8, &str); 11] = [
     (KIND_DROP_CLONE, "DropClone"),
     (KIND_CUSTOM, "Custom"),
     (KIND_BATCHES, "Batches"),
+    (KIND_ONCE, "Once"),
 ];
 
 const OP_PUT: u8 = 1;
@@ -281,6 +292,7 @@ impl Command {
             CommandBody::DropClone { .. } => KIND_DROP_CLONE,
             CommandBody::Custom { .. } => KIND_CUSTOM,
             CommandBody::Batches(_) => KIND_BATCHES,
+            CommandBody::Once { .. } => KIND_ONCE,
         };
         out.push(kind);
         out.extend_from_slice(&self.time_ms.to_le_bytes());
@@ -308,9 +320,21 @@ impl Command {
                 put_name(&mut out, name)?;
                 put_name(&mut out, checkpoint)?;
             }
-            CommandBody::Custom { branch, command } => {
-                put_varint(&mut out, branch.0);
-                out.extend_from_slice(command);
+            CommandBody::Custom { branch, command } => encode_custom(&mut out, *branch, command),
+            CommandBody::Once { token, body } => {
+                out.extend_from_slice(&token.client);
+                put_varint(&mut out, token.sequence);
+                match &**body {
+                    CommandBody::Batch(batch) => {
+                        out.push(KIND_BATCH);
+                        encode_batch(&mut out, batch)?;
+                    }
+                    CommandBody::Custom { branch, command } => {
+                        out.push(KIND_CUSTOM);
+                        encode_custom(&mut out, *branch, command);
+                    }
+                    _ => return Err(not_once()),
+                }
             }
             CommandBody::Batches(batches) => {
                 put_varint(&mut out, batches.len() as u64);
@@ -374,6 +398,18 @@ impl Command {
                 CommandBody::Batches((0..count).map(|_| decode_batch(&mut from)).collect::<Result<_>>()?)
             }
             KIND_CUSTOM => CommandBody::Custom { branch: BranchId(from.varint()?), command: from.rest() },
+            KIND_ONCE => {
+                let token = ClientToken { client: from.array()?, sequence: from.varint()? };
+                let body = match from.u8()? {
+                    KIND_BATCH => CommandBody::Batch(decode_batch(&mut from)?),
+                    KIND_CUSTOM => CommandBody::Custom { branch: BranchId(from.varint()?), command: from.rest() },
+                    kind => {
+                        let message = format!("a command of this kind is not applied once kind={kind}");
+                        return Err(Error::new(ErrorKind::Foreign, message));
+                    }
+                };
+                CommandBody::Once { token, body: Box::new(body) }
+            }
             kind => return Err(Error::new(ErrorKind::Foreign, format!("a command of an unknown kind kind={kind}"))),
         };
         from.end()?;
@@ -383,12 +419,19 @@ impl Command {
     /// About the bytes of the encoding; saves growing the buffer.
     fn encoded_bytes(&self) -> usize {
         let body = match &self.body {
+            CommandBody::Once { body, .. } => return Self::bytes_of(body) + 64,
+            body => Self::bytes_of(body),
+        };
+        body + 32
+    }
+
+    fn bytes_of(body: &CommandBody) -> usize {
+        match body {
             CommandBody::Batch(batch) => batch.encoded_bytes(),
             CommandBody::Batches(batches) => batches.iter().map(WriteBatch::encoded_bytes).sum(),
             CommandBody::Custom { command, .. } => command.len(),
             _ => 64,
-        };
-        body + 32
+        }
     }
 }
 
@@ -411,6 +454,11 @@ fn encode_batch(out: &mut Vec<u8>, batch: &WriteBatch) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn encode_custom(out: &mut Vec<u8>, branch: BranchId, command: &[u8]) {
+    put_varint(out, branch.0);
+    out.extend_from_slice(command);
 }
 
 fn decode_batch(from: &mut Decoder) -> Result<WriteBatch> {

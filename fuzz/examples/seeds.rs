@@ -80,6 +80,13 @@ fn commands() -> Vec<(&'static str, CommandBody)> {
                 WriteBatch { branch: BranchId(3), ops: vec![put("key", "other")] },
             ]),
         ),
+        (
+            "once",
+            CommandBody::Once {
+                token: mainstay_engine::ClientToken { client: [7; 16], sequence: 9 },
+                body: Box::new(CommandBody::Custom { branch: BranchId(3), command: Bytes::from_static(b"custom") }),
+            },
+        ),
         ("custom", CommandBody::Custom { branch: BranchId(3), command: Bytes::from_static(b"custom") }),
     ]
 }

@@ -58,16 +58,27 @@ fn body() -> impl Strategy<Value = CommandBody> {
     ]
 }
 
+/// Any body, and those that may be asked for once also with a token.
+fn any_body() -> impl Strategy<Value = CommandBody> {
+    (body(), any::<([u8; 16], u64, bool)>()).prop_map(|(body, (client, sequence, once))| {
+        if once && matches!(body, CommandBody::Batch(_) | CommandBody::Custom { .. }) {
+            CommandBody::Once { token: ClientToken { client, sequence }, body: Box::new(body) }
+        } else {
+            body
+        }
+    })
+}
+
 proptest! {
     #[test]
-    fn every_command_comes_back(time_ms in any::<u64>(), body in body()) {
+    fn every_command_comes_back(time_ms in any::<u64>(), body in any_body()) {
         let command = Command { time_ms, body };
         let bytes = command.encode().expect("within the limits");
         prop_assert_eq!(Command::decode(&bytes).expect("encoded above"), command);
     }
 
     #[test]
-    fn bytes_of_any_content_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), kind in 0..12_u8) {
+    fn bytes_of_any_content_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), kind in 0..13_u8) {
         let mut bytes = bytes;
         if let Some(first) = bytes.first_mut() {
             *first = COMMAND_VERSION;
@@ -82,7 +93,7 @@ proptest! {
 
     /// A flipped byte or a cut gives another command or an error, never a panic.
     #[test]
-    fn damage_never_panics(body in body(), at in any::<prop::sample::Index>(), flip in 1..=255_u8, cut in any::<bool>()) {
+    fn damage_never_panics(body in any_body(), at in any::<prop::sample::Index>(), flip in 1..=255_u8, cut in any::<bool>()) {
         let mut bytes = Command { time_ms: 1, body }.encode().expect("within the limits").to_vec();
         let at = at.index(bytes.len());
         if cut {

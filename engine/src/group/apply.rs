@@ -4,7 +4,7 @@
 //! 1. What an entry does depends on the entries before it alone: not on which jobs have finished here, nor on where a restart
 //!    began its replay.
 //! 2. Everything an entry writes becomes readable in one step, when the applied index reaches it.
-//! 3. No I/O, but for reads of the embedder's state machine.
+//! 3. No I/O, but for reads of the embedder's state machine and of the answers to clients that ask for it.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,8 +16,9 @@ use super::{Applied, GroupShared};
 use crate::command::{WriteOp, encode_refusals};
 use crate::manifest::{Effects, ManifestOp};
 use crate::memtable::Memtable;
+use crate::once::{apply_once, no_state_machine, not_once};
 use crate::state_machine::Apply;
-use crate::{BranchId, Command, CommandBody, Error, ErrorKind, KeyspaceId, LogIndex, Result};
+use crate::{BranchId, ClientToken, Command, CommandBody, Error, ErrorKind, KeyspaceId, LogIndex, MAIN, Result};
 
 /// What a mutation counts besides its key and value when the bytes since the last rotation are summed.
 pub(super) const OP_OVERHEAD_BYTES: u64 = 32;
@@ -39,6 +40,7 @@ impl GroupShared {
             CommandBody::Custom { branch, command: custom } => {
                 self.apply_custom(index, command.time_ms, *branch, custom.clone()).await?
             }
+            CommandBody::Once { token, body } => self.apply_token(index, command.time_ms, *token, body).await?,
             body => {
                 let mut core = self.lock();
                 let mut entry = self.enter(&mut core, index);
@@ -194,7 +196,9 @@ impl GroupShared {
                 self.rotate(core, entry);
                 Ok(Bytes::new())
             }
-            CommandBody::Custom { .. } => unreachable!("custom commands take their own way"),
+            CommandBody::Custom { .. } | CommandBody::Once { .. } => {
+                unreachable!("what reads the store takes its own way")
+            }
         }
     }
 
@@ -246,7 +250,7 @@ impl GroupShared {
         let prepared = self.prepare_custom(index, time_ms, branch);
         let answer = match (prepared, &self.state_machine) {
             (Err(error), _) => Err(error),
-            (Ok(_), None) => Err(Error::new(ErrorKind::Unsupported, "the group has no state machine for its commands")),
+            (Ok(_), None) => Err(no_state_machine()),
             (Ok(mut apply), Some(state_machine)) => {
                 let answer = state_machine.apply(&mut apply, command).await;
                 if let Some(error) = apply.broken() {
@@ -257,6 +261,44 @@ impl GroupShared {
                 answer.map(|response| (response, apply))
             }
         };
+        Ok(self.finish_apply(index, branch, answer))
+    }
+
+    async fn apply_token(
+        self: &Arc<Self>,
+        index: LogIndex,
+        time_ms: u64,
+        token: ClientToken,
+        body: &CommandBody,
+    ) -> Result<Result<Bytes>> {
+        let branch = match body {
+            CommandBody::Batch(batch) => Ok(batch.branch),
+            CommandBody::Custom { branch, .. } => Ok(*branch),
+            _ => Err(not_once()),
+        };
+        let prepared = branch.and_then(|branch| Ok((branch, self.prepare_custom(index, time_ms, branch)?)));
+        let (branch, answer) = match prepared {
+            Err(error) => (MAIN, Err(error)),
+            Ok((branch, mut apply)) => {
+                let answer = apply_once(&mut apply, token, body, self.state_machine.as_ref()).await;
+                if let Some(error) = apply.broken() {
+                    // As in `apply_custom`.
+                    self.fail(error.clone());
+                    return Err(error.clone());
+                }
+                (branch, answer.map(|response| (response, apply)))
+            }
+        };
+        Ok(self.finish_apply(index, branch, answer))
+    }
+
+    /// Writes what was decided, or nothing, and makes the entry readable.
+    fn finish_apply(
+        self: &Arc<Self>,
+        index: LogIndex,
+        branch: BranchId,
+        answer: Result<(Bytes, Apply)>,
+    ) -> Result<Bytes> {
         let mut core = self.lock();
         let mut entry = self.enter(&mut core, index);
         // The manifest has made them already, and readers, the next entry among them, have to find them from here on.
@@ -271,7 +313,7 @@ impl GroupShared {
             Ok(response)
         });
         self.leave(&mut core, entry);
-        Ok(response)
+        response
     }
 
     fn prepare_custom(&self, index: LogIndex, time_ms: u64, branch: BranchId) -> Result<Apply> {

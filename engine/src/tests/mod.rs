@@ -9,6 +9,7 @@ mod heal;
 mod hostile;
 mod lifecycle;
 mod model;
+mod once;
 mod replicas;
 mod space;
 mod state_machine;
