@@ -121,8 +121,8 @@ pub use batch::{Batch, Commit};
 pub use error::{Error, ErrorKind, Result};
 pub use keyspace::Keyspace;
 pub use mainstay_engine::{
-    Apply, BranchInfo, CheckpointInfo, EngineStatus, Error as ApplyError, GroupStatus, KeyspaceId, LogIndex,
-    StateMachine, Value,
+    Apply, BranchInfo, CLIENTS_KEYSPACE, CheckpointInfo, ClientToken, EngineStatus, Error as ApplyError, GroupStatus,
+    KeyspaceId, LogIndex, StateMachine, Value,
 };
 pub use mainstay_io::{BackendChoice, BoxFuture, Target};
 pub use mainstay_replication::{

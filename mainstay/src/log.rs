@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use mainstay_engine::{Applied, Command, CommandBody, Engine, Group, LocalLog};
+use mainstay_engine::{Applied, ClientToken, Command, CommandBody, Engine, Group, LocalLog};
 use mainstay_io::{BoxFuture, Environment};
 use mainstay_replication as replication;
 use tokio::runtime::{Handle, Runtime};
@@ -129,6 +129,26 @@ impl Log {
         Ok((applied, token))
     }
 
+    /// As [`Log::write`] for a request that applies once.
+    pub(crate) async fn write_once(
+        &self,
+        client: ClientToken,
+        body: CommandBody,
+        durability: Durability,
+    ) -> Result<(Applied, CommitToken)> {
+        let applied = match self {
+            Self::Alone(_) => {
+                let body = CommandBody::Once { token: client, body: Box::new(body) };
+                return Box::pin(self.write(body, durability)).await;
+            }
+            Self::Replicated(replicated) => {
+                Box::pin(replicated.node.write_once(client, replication::Write { body, durability })).await?
+            }
+        };
+        let token = CommitToken { term: 0, index: applied.index };
+        Ok((applied, token))
+    }
+
     /// Waits until what was answered at `Local` holds at `durability`.
     pub(crate) async fn wait_durable(&self, token: CommitToken, durability: Durability) -> Result<()> {
         match self {
@@ -137,7 +157,7 @@ impl Log {
                 Ok(())
             }
             Self::Replicated(replicated) => {
-                replicated.node.wait(token, durability).await?.response?;
+                Box::pin(replicated.node.wait(token, durability)).await?.response?;
                 Ok(())
             }
         }

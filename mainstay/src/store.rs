@@ -6,7 +6,8 @@ use std::sync::atomic::AtomicBool;
 
 use bytes::Bytes;
 use mainstay_engine::{
-    BranchId, BranchInfo, CheckpointInfo, CommandBody, EngineStatus, GroupStatus, LocalLog, MAIN, WriteBatch,
+    BranchId, BranchInfo, CheckpointInfo, ClientToken, CommandBody, EngineStatus, GroupStatus, LocalLog, MAIN,
+    WriteBatch,
 };
 use mainstay_io::{BoxFuture, Media};
 use mainstay_wal::GroupId;
@@ -178,6 +179,30 @@ impl Store {
     async fn commit_inner(&self, batch: Batch, durability: Durability) -> Result<Commit> {
         let body = CommandBody::Batch(WriteBatch { branch: self.branch.id, ops: batch.ops });
         let (applied, token) = self.log.write(body, durability).await?;
+        applied.response?;
+        Ok(Commit { token })
+    }
+
+    /// Applies a batch once, however often it is given with the same token: after an error, after a restart of the caller, through
+    /// this replica or another. The index that is answered may be that of a repetition. A token whose client was silent for 24
+    /// hours may be forgotten.
+    ///
+    /// # Errors
+    /// As [`Store::commit`]; after `Indeterminate` and `Unavailable` give the same batch with the same token again. `Invalid` when a
+    /// later request of this client was answered, `Unsupported` at [`Durability::Local`] where there are other replicas.
+    pub fn commit_once(&self, token: ClientToken, batch: Batch) -> Result<Commit> {
+        self.log.wait(self.commit_once_inner(token, batch))
+    }
+
+    /// As [`Store::commit_once`], without blocking the thread.
+    pub fn commit_once_async(&self, token: ClientToken, batch: Batch) -> BoxFuture<Result<Commit>> {
+        let this = self.clone();
+        self.log.bind(async move { this.commit_once_inner(token, batch).await })
+    }
+
+    async fn commit_once_inner(&self, client: ClientToken, batch: Batch) -> Result<Commit> {
+        let body = CommandBody::Batch(WriteBatch { branch: self.branch.id, ops: batch.ops });
+        let (applied, token) = self.log.write_once(client, body, self.durability.clone()).await?;
         applied.response?;
         Ok(Commit { token })
     }

@@ -1,6 +1,6 @@
 //! The store of one node through the facade.
 
-use mainstay::{Batch, Entry, ErrorKind, ReadLevel, Result, Store, StoreBuilder};
+use mainstay::{Batch, ClientToken, Entry, ErrorKind, ReadLevel, Result, Store, StoreBuilder};
 
 fn builder() -> StoreBuilder {
     Store::builder().wal_bytes(8 << 20).memory_bytes(32 << 20)
@@ -219,5 +219,32 @@ fn limits_and_levels_are_typed_errors() {
     let commit = data.insert("a", "1").expect("written");
     let later = store.with_read_level(ReadLevel::AtLeast(commit.index())).keyspace("data").expect("there");
     assert!(later.contains_key("a").expect("readable"));
+    store.close().expect("closes");
+}
+
+#[test]
+fn a_batch_with_a_token_applies_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let token = |sequence| ClientToken { client: [5; 16], sequence };
+    let one = |keyspace: &mainstay::Keyspace, value: &str| {
+        let mut batch = Batch::new();
+        batch.insert(keyspace, "k", value);
+        batch
+    };
+    let store = builder().open(&path).expect("opens");
+    let numbers = store.keyspace("numbers").expect("made");
+    store.commit_once(token(1), one(&numbers, "1")).expect("written");
+    numbers.insert("k", "between").expect("written");
+    store.commit_once(token(1), one(&numbers, "1")).expect("answered");
+    store.close().expect("closes");
+    let store = builder().open(&path).expect("opens");
+    let numbers = store.keyspace("numbers").expect("there");
+    store.commit_once(token(1), one(&numbers, "1")).expect("answered");
+    assert_eq!(numbers.get("k").expect("readable").as_deref(), Some(&b"between"[..]));
+    store.commit_once(token(2), one(&numbers, "2")).expect("written");
+    assert_eq!(numbers.get("k").expect("readable").as_deref(), Some(&b"2"[..]));
+    let late = store.commit_once(token(1), one(&numbers, "1")).expect_err("a later one was answered");
+    assert_eq!(late.kind(), ErrorKind::Invalid);
     store.close().expect("closes");
 }

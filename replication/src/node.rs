@@ -19,7 +19,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use mainstay_engine::{
-    Applied, CommandBody, Engine, Group, GroupSettings, GroupStatus, Identity, LogIndex, OwnerRecord, Snapshot,
+    Applied, ClientToken, CommandBody, Engine, Group, GroupSettings, GroupStatus, Identity, LogIndex, OwnerRecord,
+    Snapshot,
 };
 use mainstay_io::{BoxFuture, Environment, LatencyCounts};
 use mainstay_wal::GroupId;
@@ -572,6 +573,19 @@ impl<R: Runtime> Node<R> {
     /// Not cancel safe: a dropped future may leave the command in the log.
     pub async fn write(&self, write: Write) -> Result<Applied> {
         self.inner.write(write).await
+    }
+
+    /// As [`Node::write`] for a `Batch` or a `Custom` command that applies once, however often it is proposed with this token: by
+    /// this node, which proposes it again while its fate is unknown, and by its caller after an error, through this node or
+    /// another. The answer is that of the first time. A client that is silent for 24 hours may be forgotten.
+    ///
+    /// # Errors
+    /// As [`Node::write`]; after `Indeterminate` the same token may be tried again. `Invalid` in [`Applied::response`] when a later
+    /// request of the client was answered.
+    /// # Cancel safety
+    /// Not cancel safe: a dropped future may leave the command in the log.
+    pub async fn write_once(&self, token: ClientToken, write: Write) -> Result<Applied> {
+        self.inner.write_once(token, write).await
     }
 
     /// Proposes a command and answers when the leader alone has it durable. Only on the leader.

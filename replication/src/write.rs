@@ -9,6 +9,8 @@
 //! - R4. `Durability::Local` has a function and a receipt of its own (pitfall 15), so that nobody takes a write that may
 //!   vanish for one that may not. Durability beyond the quorum waits after the commit and is never part of it (pitfall
 //!   13): a site that is away must not keep the cluster from changing its members.
+//! - R5. A request with a client token may be proposed again when its fate is unknown: the state decides whether it was
+//!   applied before.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -17,7 +19,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
-use mainstay_engine::{Applied, Command, CommandBody};
+use mainstay_engine::{Applied, ClientToken, Command, CommandBody};
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
 use openraft::raft::ClientWriteResponse;
@@ -34,6 +36,8 @@ use crate::{CommitToken, Durability, Envelope, Error, ErrorKind, NodeId, Result,
 pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The same for a write that came from another node, which waits for the answer.
 pub(crate) const FORWARDED_TIMEOUT: Duration = Duration::from_secs(8);
+/// How long the request of a client token is proposed again while its fate is unknown.
+const ONCE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Pause before a write that met no leader tries again.
 pub(crate) const RETRY_PAUSE: Duration = Duration::from_millis(10);
 /// Bytes of a command before its batches, at most.
@@ -97,7 +101,7 @@ impl<R: Runtime> Inner<R> {
         };
         // What was refused at apply has changed nothing that could be lost.
         if let (Some(level), Ok(_)) = (&level, &applied.response) {
-            self.await_level(applied.index, level).await?;
+            self.await_level(applied.index, level).boxed().await?;
         }
         Ok(applied)
     }
@@ -224,9 +228,24 @@ impl<R: Runtime> Inner<R> {
             self.wait_committed(token).await?
         };
         if let Some(level) = &level {
-            self.await_level(applied.index, level).await?;
+            self.await_level(applied.index, level).boxed().await?;
         }
         Ok(applied)
+    }
+
+    /// Proposes the request of a token until it is known to be applied, or until the time is over (R5).
+    pub(crate) async fn write_once(self: &Arc<Self>, token: ClientToken, write: Write) -> Result<Applied> {
+        let deadline = R::Instant::now() + ONCE_TIMEOUT;
+        let Write { body, durability } = write;
+        let body = CommandBody::Once { token, body: Box::new(body) };
+        loop {
+            let result = self.write(Write { body: body.clone(), durability: durability.clone() }).boxed().await;
+            match result {
+                Err(e) if e.kind() == ErrorKind::Indeterminate && R::Instant::now() + RETRY_PAUSE < deadline => {}
+                other => return other,
+            }
+            R::sleep(RETRY_PAUSE).await;
+        }
     }
 
     async fn wait_committed(self: &Arc<Self>, token: CommitToken) -> Result<Applied> {

@@ -78,7 +78,7 @@ proptest! {
     }
 
     #[test]
-    fn bytes_of_any_content_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), kind in 0..13_u8) {
+    fn bytes_of_any_content_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), kind in 0..14_u8) {
         let mut bytes = bytes;
         if let Some(first) = bytes.first_mut() {
             *first = COMMAND_VERSION;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use mainstay_engine::LogIndex;
+use mainstay_engine::{ClientToken, LogIndex};
 use mainstay_io::sim::SimClock;
 use mainstay_io::{BoxFuture, Clock};
 
@@ -376,6 +376,72 @@ fn reads_keep_their_promise_on_every_role_across_a_cut() {
             }
             check(&cluster, i, &[(ReadLevel::Lease, Some("3")), (ReadLevel::Stale(MOMENT), Some("3"))]).await;
         }
+        cluster.finish().await;
+    });
+}
+
+/// A counter of a state machine would show it; here the second write between shows it: a request whose answer was lost is
+/// proposed again by its client, through another node, behind a failover, and does not undo what came after it.
+#[test]
+fn a_request_with_a_token_applies_once_through_failovers() {
+    run(async {
+        let (mut cluster, islands) = three().await;
+        let client = [9; 16];
+        for round in 1..=4_u64 {
+            let leader = cluster.leader().await;
+            let (other, third) = ((leader + 1) % 3, (leader + 2) % 3);
+            let token = ClientToken { client, sequence: round };
+            let request = |value: &str| Write { body: put("k", value.to_owned()), durability: Durability::Quorum };
+            // The client hears nothing: its node is cut off in the middle, on one side of the commit or the other.
+            let node = cluster.node(leader);
+            let first = node.write_once(token, request(&format!("first {round}")));
+            let address = cluster.cells[leader].address.clone();
+            let cut = async {
+                for _ in 0..(round - 1) * 400 {
+                    tokio::task::yield_now().await;
+                }
+                islands.cut(&address);
+            };
+            let heard =
+                futures_util::future::join(tokio::time::timeout(Duration::from_millis(300), first), cut).await.0;
+            // Tried again elsewhere until it is answered.
+            let again = loop {
+                match cluster.node(other).write_once(token, request(&format!("first {round}"))).await {
+                    Ok(applied) => break applied,
+                    Err(error) => {
+                        assert!(matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Indeterminate), "{error}")
+                    }
+                }
+            };
+            again.response.expect("applied once");
+            cluster.put(third, "k", format!("second {round}")).await.expect("written");
+            println!("round {round}: the first answer was {}", if heard.is_ok() { "heard" } else { "lost" });
+            islands.mend();
+            // And once more, through who was cut off, and after all lost power.
+            if round % 2 == 0 {
+                for i in 0..3 {
+                    cluster.kill(i).await;
+                }
+                cluster.start_all().await;
+            }
+            let applied = loop {
+                match cluster.node(leader).write_once(token, request(&format!("first {round}"))).await {
+                    Ok(applied) => break applied,
+                    Err(error) => {
+                        assert!(matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Indeterminate), "{error}")
+                    }
+                }
+            };
+            applied.response.expect("the same answer");
+            for i in 0..3 {
+                let value = cluster.get(i, "k", ReadLevel::Linearizable).await.expect("read");
+                assert_eq!(value.as_deref(), Some(format!("second {round}").as_bytes()), "node={i} round={round}");
+            }
+        }
+        let old = ClientToken { client, sequence: 1 };
+        let write = Write { body: put("k", "old"), durability: Durability::Quorum };
+        let refused = cluster.node(0).write_once(old, write).await.expect("logged").response.expect_err("too late");
+        assert_eq!(refused.kind(), mainstay_engine::ErrorKind::Invalid);
         cluster.finish().await;
     });
 }

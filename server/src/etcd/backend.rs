@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use mainstay::Node;
-use mainstay_engine::{BranchId, CommandBody, EngineStatus, LogIndex};
+use mainstay_engine::{BranchId, ClientToken, CommandBody, EngineStatus, LogIndex};
 use mainstay_io::BoxFuture;
 use mainstay_replication::{
     CommitToken, Durability, MemberInfo, NodeId, NodeStatus, PeerAddress, ReadLevel, Result, Write,
@@ -28,6 +28,15 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// Proposes a command of the model and waits for the model's answer.
     fn propose(
         &self,
+        branch: BranchId,
+        command: Bytes,
+        durability: Durability,
+    ) -> impl Future<Output = Result<Bytes>> + Send;
+
+    /// As [`Backend::propose`] for a request that applies once, whose answer is that of the first time.
+    fn propose_once(
+        &self,
+        token: ClientToken,
         branch: BranchId,
         command: Bytes,
         durability: Durability,
@@ -104,6 +113,18 @@ impl Backend for NodeBackend {
     async fn propose(&self, branch: BranchId, command: Bytes, durability: Durability) -> Result<Bytes> {
         let body = CommandBody::Custom { branch, command };
         let applied = self.node.replica().write(Write { body, durability }).await?;
+        Ok(applied.response?)
+    }
+
+    async fn propose_once(
+        &self,
+        token: ClientToken,
+        branch: BranchId,
+        command: Bytes,
+        durability: Durability,
+    ) -> Result<Bytes> {
+        let body = CommandBody::Custom { branch, command };
+        let applied = self.node.replica().write_once(token, Write { body, durability }).await?;
         Ok(applied.response?)
     }
 

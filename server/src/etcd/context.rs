@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use mainstay_engine::{BranchId, LogIndex, MAIN};
+use mainstay_engine::{BranchId, ClientToken, LogIndex, MAIN};
 use mainstay_replication::{Durability, ReadLevel};
 use tonic::Status;
 use tonic::metadata::MetadataMap;
@@ -15,6 +15,8 @@ use super::service::Core;
 pub const BRANCH_KEY: &str = "mainstay-branch";
 /// What the answer to a write promises.
 pub const DURABILITY_KEY: &str = "mainstay-durability";
+/// Which request of which client a write is, so that it applies once however often it is sent.
+pub const CLIENT_TOKEN_KEY: &str = "mainstay-client-token";
 /// What a read promises.
 pub const READ_LEVEL_KEY: &str = "mainstay-read-level";
 /// In the answer to a write at `local`: term and index of its entry.
@@ -28,13 +30,15 @@ pub(super) struct Context {
     pub(super) branch: BranchId,
     pub(super) durability: Durability,
     pub(super) read_level: Option<ReadLevel>,
+    pub(super) token: Option<ClientToken>,
     pub(super) needs_leader: bool,
 }
 
 impl Context {
     /// Reads the metadata of a request.
     pub(super) fn of<B: Backend>(core: &Core<B>, metadata: &MetadataMap) -> Result<Self, Status> {
-        let mut context = Self { branch: MAIN, durability: Durability::Quorum, read_level: None, needs_leader: false };
+        let mut context =
+            Self { branch: MAIN, durability: Durability::Quorum, read_level: None, token: None, needs_leader: false };
         if metadata.is_empty() {
             return Ok(context);
         }
@@ -49,6 +53,9 @@ impl Context {
         }
         if let Some(level) = text(metadata, READ_LEVEL_KEY)? {
             context.read_level = Some(parse_read_level(level).ok_or_else(|| unknown(READ_LEVEL_KEY, level))?);
+        }
+        if let Some(token) = text(metadata, CLIENT_TOKEN_KEY)? {
+            context.token = Some(parse_client_token(token).ok_or_else(|| unknown(CLIENT_TOKEN_KEY, token))?);
         }
         context.needs_leader = text(metadata, HAS_LEADER_KEY)? == Some("true");
         if context.needs_leader && core.facts().leader.is_none() {
@@ -83,6 +90,16 @@ pub fn parse_read_level(text: &str) -> Option<ReadLevel> {
     })
 }
 
+/// `CLIENT-SEQUENCE`: 32 hexadecimal digits and a decimal number.
+fn parse_client_token(text: &str) -> Option<ClientToken> {
+    let (client, sequence) = text.split_once('-')?;
+    if client.len() != 32 || !client.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return None;
+    }
+    let client = u128::from_str_radix(client, 16).ok()?.to_be_bytes();
+    Some(ClientToken { client, sequence: sequence.parse().ok()? })
+}
+
 fn text<'a>(metadata: &'a MetadataMap, key: &str) -> Result<Option<&'a str>, Status> {
     metadata.get(key).map(|value| value.to_str().map_err(|_| unknown(key, "?"))).transpose()
 }
@@ -104,5 +121,16 @@ mod tests {
         assert_eq!(parse_read_level("at-least:7"), Some(ReadLevel::AtLeast(LogIndex(7))));
         assert_eq!(parse_read_level("stale:20"), Some(ReadLevel::Stale(Duration::from_millis(20))));
         assert_eq!(parse_read_level("stale:soon"), None);
+        let token = parse_client_token("000102030405060708090a0b0c0d0e0f-17").expect("a token");
+        assert_eq!((token.client[1], token.client[15], token.sequence), (1, 15, 17));
+        for bad in [
+            "17",
+            "0011-17",
+            "000102030405060708090a0b0c0d0e0g-17",
+            "000102030405060708090a0b0c0d0e0f-",
+            "+00102030405060708090a0b0c0d0e0f-1",
+        ] {
+            assert_eq!(parse_client_token(bad), None, "{bad}");
+        }
     }
 }

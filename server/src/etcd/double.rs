@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use mainstay_engine::{BranchId, EngineStatus, LogIndex, MAIN};
+use mainstay_engine::{BranchId, ClientToken, EngineStatus, LogIndex, MAIN};
 use mainstay_replication::{
     CommitToken, Durability, Error, ErrorKind, MemberInfo, MemberRole, NodeId, NodeStatus, PeerAddress, ReadLevel,
     Result,
@@ -31,6 +31,7 @@ struct State {
     handler: Option<ForwardHandler>,
     /// Entries of which the answer took part.
     entries: u64,
+    answered: BTreeMap<ClientToken, Bytes>,
 }
 
 impl MemoryBackend {
@@ -54,7 +55,7 @@ impl MemoryBackend {
             ..NodeStatus::default()
         };
         let branches = BTreeMap::from([(MAIN, ("main".to_owned(), MemoryStore::default()))]);
-        let state = State { branches, index: 0, status, handler: None, entries: 0 };
+        let state = State { branches, index: 0, status, handler: None, entries: 0, answered: BTreeMap::new() };
         Self { model, state: Arc::new(Mutex::new(state)), changed: Arc::default(), applier: Arc::default() }
     }
 
@@ -121,6 +122,22 @@ impl Backend for MemoryBackend {
             *old = store;
         }
         self.model.publish(index);
+        Ok(answer)
+    }
+
+    async fn propose_once(
+        &self,
+        token: ClientToken,
+        branch: BranchId,
+        command: Bytes,
+        durability: Durability,
+    ) -> Result<Bytes> {
+        let known = self.state().answered.get(&token).cloned();
+        if let Some(answer) = known {
+            return Ok(answer);
+        }
+        let answer = self.propose(branch, command, durability).await?;
+        self.state().answered.insert(token, answer.clone());
         Ok(answer)
     }
 

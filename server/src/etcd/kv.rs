@@ -61,7 +61,7 @@ impl<B: Backend> Kv for KvService<B> {
         let put = request.into_inner();
         check_put(&put)?;
         let blind = !put.prev_kv && put.lease == 0 && !put.ignore_value && !put.ignore_lease;
-        if context.durability == Durability::Local && blind {
+        if context.durability == Durability::Local && context.token.is_none() && blind {
             return Box::pin(self.put_local(&context, put)).await;
         }
         let mut response: pb::PutResponse = core.write(&context, &command::Request::Put(put)).await?;

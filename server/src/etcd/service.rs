@@ -135,6 +135,7 @@ impl<B: Backend> Core<B> {
             return Err(Refusal::RequestTooLarge.into());
         }
         let message = match context.durability {
+            _ if context.token.is_some() => Box::pin(self.write_once(context, request)).await?,
             Durability::Quorum => self.proposer.propose(context.branch, request).await?,
             Durability::Local => {
                 return Err(Status::failed_precondition(
@@ -146,13 +147,17 @@ impl<B: Backend> Core<B> {
                 let command = encode_command(context.branch, request);
                 // Boxed, so that the common way does not carry the room for this one in every request.
                 let answer = Box::pin(self.backend.propose(context.branch, command, stronger.clone())).await;
-                let answer = answer.map_err(|error| status_of(&error))?;
-                let items =
-                    super::model::command::decode_answer(answer).map_err(|e| Status::internal(e.to_string()))?;
-                items.into_iter().next().ok_or_else(|| Status::internal("an answer without an item"))??
+                only_item(answer)?
             }
         };
         M::decode(message).map_err(|error| Status::internal(format!("an answer does not decode: {error}")))
+    }
+
+    /// Proposes a request that applies once. It goes alone, since its answer is kept for it.
+    async fn write_once(&self, context: &Context, request: &Request) -> Result<Bytes, Status> {
+        let Some(token) = context.token else { return Err(Status::internal("no token")) };
+        let command = encode_command(context.branch, request);
+        only_item(self.backend.propose_once(token, context.branch, command, context.durability.clone()).await)
     }
 
     /// Proposes a request of the server's own on the main way.
@@ -192,6 +197,12 @@ impl<B: Backend> Core<B> {
 
 /// The generated service of keys and values over a backend.
 pub type KvServer<B = NodeBackend> = pb::kv_server::KvServer<KvService<B>>;
+
+fn only_item(answer: mainstay_replication::Result<Bytes>) -> Result<Bytes, Status> {
+    let answer = answer.map_err(|error| status_of(&error))?;
+    let items = super::model::command::decode_answer(answer).map_err(|e| Status::internal(e.to_string()))?;
+    Ok(items.into_iter().next().ok_or_else(|| Status::internal("an answer without an item"))??)
+}
 
 /// The etcd v3 API of a node. Cloning gives another handle.
 #[derive(Clone)]

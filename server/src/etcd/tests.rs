@@ -10,7 +10,7 @@ use tonic::{Code, Request, Status};
 
 use super::double::MemoryBackend;
 use super::service::{Etcd, EtcdSettings};
-use super::{BRANCH_KEY, COMMIT_TOKEN_KEY, DURABILITY_KEY, Model, READ_LEVEL_KEY, Refusal};
+use super::{BRANCH_KEY, CLIENT_TOKEN_KEY, COMMIT_TOKEN_KEY, DURABILITY_KEY, Model, READ_LEVEL_KEY, Refusal};
 use crate::proto::etcdserverpb as pb;
 use crate::proto::etcdserverpb::cluster_client::ClusterClient;
 use crate::proto::etcdserverpb::kv_client::KvClient;
@@ -514,6 +514,16 @@ async fn metadata_chooses_branch_durability_and_level() {
     let prev = pb::PutRequest { prev_kv: true, ..put };
     let local = bench.kv().put(with(prev, DURABILITY_KEY, "local")).await.expect_err("cannot be known yet");
     assert_eq!(local.code(), Code::FailedPrecondition);
+    // The same request twice, another one between: the answer is the same, and nothing is undone.
+    const TOKEN: &str = "000102030405060708090a0b0c0d0e0f-1";
+    let once = pb::PutRequest { key: "once".into(), value: "1".into(), ..Default::default() };
+    let first = bench.kv().put(with(once.clone(), CLIENT_TOKEN_KEY, TOKEN)).await.expect("put").into_inner();
+    bench.put("once", "2").await;
+    let again = bench.kv().put(with(once.clone(), CLIENT_TOKEN_KEY, TOKEN)).await.expect("put").into_inner();
+    assert_eq!(first.header.expect("header").revision, again.header.expect("header").revision);
+    assert_eq!(bench.get("once").await, Some("2".into()));
+    let odd = bench.kv().put(with(once, CLIENT_TOKEN_KEY, "1")).await.expect_err("no token");
+    assert_eq!(odd.code(), Code::InvalidArgument);
     bench.kv().range(with(range.clone(), READ_LEVEL_KEY, "local")).await.expect("range");
     let stale = bench.kv().range(with(range, READ_LEVEL_KEY, "stale:5")).await.expect_err("not offered");
     assert_eq!(stale.code(), Code::FailedPrecondition);
