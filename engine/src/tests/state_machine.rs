@@ -136,6 +136,8 @@ fn a_read_error_of_one_replica_is_never_an_answer() {
     store.close();
 
     let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
+    // A read that fails is tried once more, and then the block is damaged.
+    media.extents_disk().fail_next(mainstay_io::sim::IoKind::Read);
     media.extents_disk().fail_next(mainstay_io::sim::IoKind::Read);
     let error = store.propose(custom("add k 1")).expect_err("the replica leaves service instead of answering");
     assert_eq!(error.kind(), ErrorKind::Io, "{error}");
