@@ -461,7 +461,15 @@ impl<R: Runtime> Inner<R> {
             let message = format!("the volume belongs to another cluster or id node={}", current.node);
             return Err(Error::new(ErrorKind::Foreign, message));
         }
-        self.engine.set_identity(identity).await?;
+        if let Err(error) = self.engine.set_identity(identity).await {
+            // A failed durable write is final: without a start anew this volume never gets an identity.
+            if matches!(error.kind(), ErrorKind::Io | ErrorKind::Closed) && !self.closing.is_set() {
+                tracing::error!(%error, "the node leaves service");
+                self.set_phase(Phase::Failed(error.to_string()));
+                self.progress.close();
+            }
+            return Err(error.into());
+        }
         self.run().await?;
         self.transport.serve(self.hello(), Arc::new(Service(Arc::downgrade(self))));
         Ok(())

@@ -614,6 +614,24 @@ fn a_failed_log_write_takes_the_node_out_of_service() {
     });
 }
 
+#[test]
+fn a_volume_that_fails_before_it_has_an_identity_takes_the_node_out_of_service() {
+    run(async {
+        let mut cluster = Cluster::blank(3).await;
+        cluster.start_all().await;
+        cluster.cells[2].media.superblock_disk().fail_next(IoKind::DurableWrite);
+        let error = cluster.node(0).init(&cluster.names()).await.expect_err("one volume takes nothing");
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        let status = cluster.until(2, |s| s.role == "failed").await;
+        assert!(status.failure.is_some());
+        cluster.kill(2).await;
+        cluster.start(2).await;
+        cluster.node(0).init(&cluster.names()).await.expect("the same again");
+        cluster.put(0, "k", "v").await.expect("written");
+        cluster.finish().await;
+    });
+}
+
 /// Appends that are under way together, and what a bad connection makes of them.
 #[derive(Default)]
 struct Wire {
