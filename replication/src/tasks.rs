@@ -104,12 +104,15 @@ impl<R: Runtime> Inner<R> {
     /// Leaves service when the volume has failed, and sees that a full ring is cut: a node that starts with one appends
     /// nothing, and without appends nobody else would ask for it.
     async fn look_after_volume(&self, relieved: &mut R::Instant) {
-        if let Some(error) = self.group.failure()
-            && self.phase() == Phase::Member
+        let failure = self.group.failure().map(|e| e.to_string());
+        // A write that nobody waited for may have ended the log of a node at rest.
+        let failure = failure.or_else(|| Some(self.engine.wal().failure()?.to_string()));
+        if let Some(reason) = failure
+            && matches!(self.phase(), Phase::Waiting | Phase::Recovering(_) | Phase::Member)
             && !self.closing.is_set()
         {
-            tracing::error!(%error, "the node leaves service");
-            self.set_phase(Phase::Failed(error.to_string()));
+            tracing::error!(%reason, "the node leaves service");
+            self.set_phase(Phase::Failed(reason));
             self.progress.close();
             let running = self.running.read().expect("nothing panics while it holds this lock").clone();
             if let Some(running) = running {

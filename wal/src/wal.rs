@@ -312,6 +312,14 @@ impl Wal {
         self.shared.durable()
     }
 
+    /// Why the log takes nothing any more, if its device failed. Also what nobody waited for ends it.
+    pub fn failure(&self) -> Option<Error> {
+        match &self.shared.lock().ended {
+            Some(Err(cause)) => Some(cause.as_closed()),
+            _ => None,
+        }
+    }
+
     /// Counts since open.
     pub fn stats(&self) -> WalStats {
         let counts = &self.shared.counts;

@@ -615,6 +615,26 @@ fn a_failed_log_write_takes_the_node_out_of_service() {
 }
 
 #[test]
+fn a_log_that_fails_at_rest_takes_the_node_out_of_service() {
+    run(async {
+        let cluster = Cluster::born(3).await;
+        let index = cluster.put(0, "k", "v").await.expect("written");
+        for i in 0..3 {
+            cluster.until(i, |s| s.group.applied >= index).await;
+        }
+        // What is written next is the record that proves the log, for which nobody waits.
+        let leader = cluster.leader().await;
+        cluster.cells[leader].media.wal_disk().fail_next(IoKind::DurableWrite);
+        let status = cluster.until(leader, |s| s.role == "failed").await;
+        assert!(status.failure.is_some());
+        let other = (leader + 1) % 3;
+        cluster.until(other, |s| s.leader.is_some_and(|id| id != status.id)).await;
+        cluster.put(other, "k", "w").await.expect("the others go on");
+        cluster.finish().await;
+    });
+}
+
+#[test]
 fn a_volume_that_fails_before_it_has_an_identity_takes_the_node_out_of_service() {
     run(async {
         let mut cluster = Cluster::blank(3).await;
