@@ -328,9 +328,13 @@ impl Cluster {
         let media = member.disk.open().map_err(|e| (e, None))?;
         if !member.slot().formatted {
             // A power cut in the middle of a format leaves something that must be forced.
-            Engine::format(media.clone(), &environment, self.settings.wal_bytes, true)
-                .await
-                .map_err(|e| (format!("format: {e}"), None))?;
+            Engine::format(media.clone(), &environment, self.settings.wal_bytes, true).await.map_err(|e| {
+                if e.kind() == ErrorKind::OutOfSpace {
+                    // The fault has filled the disk of a spare machine: it says so and changes nothing.
+                    self.excuse(i);
+                }
+                (format!("format: {:?}: {e}", e.kind()), None)
+            })?;
             member.slot().formatted = true;
         }
         let mut found = Vec::new();
@@ -412,7 +416,10 @@ impl Cluster {
             // Whoever leads until the end has its log to itself.
             let local = slot.local.take();
             let status = slot.node.as_ref().map(|node| node.status());
-            slot.promised = local.filter(|token| status.is_some_and(|s| s.role == "leader" && s.term == token.term));
+            // What is committed a quorum keeps, with or without this disk.
+            slot.promised = local.filter(|token| {
+                status.is_some_and(|s| s.role == "leader" && s.term == token.term && s.committed < token.index)
+            });
             (slot.node.take(), slot.engine.take())
         };
         self.log(|| format!("kill {} life={}", member.name, group.0));
