@@ -3,6 +3,7 @@
 //! Only this crate names openraft, and not in its public API. docs/replication.md says what each [`Durability`] and
 //! [`ReadLevel`] promises and what happens on failures.
 
+mod batching;
 mod durability;
 mod entry_index;
 mod error;
@@ -37,6 +38,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub use batching::{Batching, UnderWay, yield_once};
 pub use durability::{Durability, ReadLevel};
 pub use error::{Error, ErrorKind, Result};
 pub use log_store::LogHealStatus;

@@ -4,8 +4,9 @@
 //! between `Node::write` and the proposal of an entry
 //! # Invariants
 //! - P1. A batch goes into one entry, alone or with others, and is applied as if it had come alone: all or nothing by itself.
-//! - P2. There is no timer: a batch that finds fewer than [`IN_FLIGHT_MAX`] entries under way goes at once; what arrives
-//!   while they are forms the next entry.
+//! - P2. There is no timer: a batch that finds no entry under way goes at once. What arrives while one is forms the next entry,
+//!   which goes behind it as soon as it is as large, or when the first is done. So few writers wait for nobody, and many
+//!   make few large entries: two groups that take turns, never many small ones.
 //! - P3. Whoever waits is answered: a driver that ends early, because the node closes, answers for what it leaves.
 //! - P4. What waits is bounded by [`WAITING_BYTES_MAX`]; beyond it writers wait for room.
 //!
@@ -23,12 +24,11 @@ use mainstay_engine::{Applied, Command, EncodedBatch, WriteBatch, decode_refusal
 use openraft_rt::Instant;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
+use crate::batching::{Batching, UnderWay, yield_once};
 use crate::node::Inner;
 use crate::write::WRITE_TIMEOUT;
 use crate::{Error, ErrorKind, Result, Runtime};
 
-/// Entries of batches under way at the same time: one that is being replicated, and the next behind it.
-const IN_FLIGHT_MAX: usize = 2;
 /// Batches in one entry.
 const ENTRY_BATCHES_MAX: usize = 1024;
 /// Bytes at which an entry takes no further batch.
@@ -46,7 +46,7 @@ pub(crate) struct Proposals<R: Runtime> {
 
 struct Queue<R: Runtime> {
     waiting: VecDeque<Waiting<R>>,
-    in_flight: usize,
+    batching: Batching,
 }
 
 struct Waiting<R: Runtime> {
@@ -59,7 +59,7 @@ struct Waiting<R: Runtime> {
 
 impl<R: Runtime> Default for Proposals<R> {
     fn default() -> Self {
-        let queue = Mutex::new(Queue { waiting: VecDeque::new(), in_flight: 0 });
+        let queue = Mutex::new(Queue { waiting: VecDeque::new(), batching: Batching::default() });
         Self { queue, room: Arc::new(Semaphore::new(WAITING_BYTES_MAX)) }
     }
 }
@@ -88,19 +88,16 @@ impl<R: Runtime> Queue<R> {
 /// The right to have an entry under way.
 struct Driver<R: Runtime> {
     inner: Arc<Inner<R>>,
-    /// Counted in [`Queue::in_flight`].
-    is_counted: bool,
+    entry: Option<UnderWay>,
 }
 
 impl<R: Runtime> Drop for Driver<R> {
     fn drop(&mut self) {
-        if !self.is_counted {
-            return;
-        }
+        let Some(entry) = self.entry.take() else { return };
         // Dropped before its end: the node closes.
         let mut queue = self.inner.proposals.lock();
-        queue.in_flight -= 1;
-        let left = if queue.in_flight == 0 { std::mem::take(&mut queue.waiting) } else { VecDeque::new() };
+        queue.batching.end(entry);
+        let left = if queue.batching.is_idle() { std::mem::take(&mut queue.waiting) } else { VecDeque::new() };
         drop(queue);
         for waiting in left {
             let _ = waiting.reply.send(Err(Error::new(ErrorKind::Closed, "the node is closed")));
@@ -123,15 +120,14 @@ impl<R: Runtime> Inner<R> {
             }
         };
         let (reply, answer) = oneshot::channel();
-        let drives = {
+        let entry = {
             let mut queue = self.proposals.lock();
             queue.waiting.push_back(Waiting { batch, deadline, reply, _room: room });
-            let drives = queue.in_flight < IN_FLIGHT_MAX;
-            queue.in_flight += usize::from(drives);
-            drives
+            let waiting = queue.waiting.len();
+            queue.batching.begin(waiting)
         };
-        if drives {
-            let driver = Driver { inner: self.clone(), is_counted: true };
+        if entry.is_some() {
+            let driver = Driver { inner: self.clone(), entry };
             self.spawn(async move { driver.run().await });
         }
         match answer.await {
@@ -143,20 +139,29 @@ impl<R: Runtime> Inner<R> {
 }
 
 impl<R: Runtime> Driver<R> {
-    /// Proposes entries until nothing waits.
+    /// Proposes entries until no other is worth it.
     async fn run(mut self) {
         loop {
             let taken = {
                 let mut queue = self.inner.proposals.lock();
                 let taken = queue.take();
-                if taken.is_empty() {
-                    queue.in_flight -= 1;
-                    self.is_counted = false;
-                    return;
+                if let Some(entry) = &mut self.entry {
+                    queue.batching.fill(entry, taken.len());
                 }
                 taken
             };
             self.propose_all(taken).await;
+            // Those who were just answered are ready to run, and may want to write again.
+            yield_once().await;
+            let mut queue = self.inner.proposals.lock();
+            if let Some(entry) = self.entry.take() {
+                queue.batching.end(entry);
+            }
+            let waiting = queue.waiting.len();
+            self.entry = queue.batching.begin(waiting);
+            if self.entry.is_none() {
+                return;
+            }
         }
     }
 

@@ -1,8 +1,8 @@
 //! Puts requests that wait together into one entry of the log.
 //!
-//! A request that finds few entries under way goes at once; while [`IN_FLIGHT_MAX`] are, the requests that arrive form the
-//! next entry. There is no timer: an idle server adds no wait, a busy one writes few large entries. Each request keeps its
-//! own revision and its own answer.
+//! A request that finds no entry under way goes at once; while one is, the requests that arrive form the next entry, which goes
+//! when [`Batching`] says so. There is no timer: an idle server adds no wait, a busy one writes few large entries. Each request
+//! keeps its own revision and its own answer.
 //!
 //! # Cancel safety
 //! A request whose caller went away is proposed nevertheless.
@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 use mainstay_engine::BranchId;
-use mainstay_replication::Durability;
+use mainstay_replication::{Batching, Durability, UnderWay, yield_once};
 use tokio::sync::oneshot;
 use tonic::Status;
 
@@ -20,8 +20,6 @@ use super::backend::Backend;
 use super::error::{Refusal, status_of};
 use super::model::command::{Request, begin_command, decode_answer};
 
-/// Entries of a branch under way at the same time: one that is being replicated, and the next that goes behind it.
-const IN_FLIGHT_MAX: usize = 2;
 /// Requests in one entry.
 const BATCH_REQUESTS_MAX: usize = 512;
 /// Bytes at which an entry takes no further request.
@@ -43,7 +41,7 @@ struct Queue {
     waiting: VecDeque<Batch>,
     waiting_requests: usize,
     waiting_bytes: usize,
-    in_flight: usize,
+    batching: Batching,
 }
 
 struct Batch {
@@ -78,11 +76,18 @@ impl Queue {
         Ok(answer)
     }
 
-    fn pop(&mut self) -> Option<Batch> {
-        let batch = self.waiting.pop_front()?;
+    /// The next entry, if it is worth one now.
+    fn begin(&mut self) -> Option<(Batch, UnderWay)> {
+        let mut entry = self.batching.begin(self.waiting_requests)?;
+        let batch = self.waiting.pop_front();
+        self.batching.fill(&mut entry, batch.as_ref().map_or(0, |batch| batch.replies.len()));
+        let Some(batch) = batch else {
+            self.batching.end(entry);
+            return None;
+        };
         self.waiting_requests -= batch.replies.len();
         self.waiting_bytes = self.waiting_bytes.saturating_sub(batch.command.len());
-        Some(batch)
+        Some((batch, entry))
     }
 }
 
@@ -97,19 +102,16 @@ impl<B: Backend> Proposer<B> {
             let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
             let queue = queues.entry(branch).or_default();
             let answer = queue.push(branch, request)?;
-            if queue.in_flight < IN_FLIGHT_MAX
-                && let Some(batch) = queue.pop()
-            {
-                queue.in_flight += 1;
-                tokio::spawn(self.clone().drive(branch, batch));
+            if let Some((batch, entry)) = queue.begin() {
+                tokio::spawn(self.clone().drive(branch, batch, entry));
             }
             answer
         };
         answer.await.unwrap_or_else(|_| Err(Refusal::Stopped.into()))
     }
 
-    /// Proposes batches until none waits.
-    async fn drive(self, branch: BranchId, mut batch: Batch) {
+    /// Proposes batches until no other is worth it.
+    async fn drive(self, branch: BranchId, mut batch: Batch, mut entry: UnderWay) {
         loop {
             let outcome = self.backend.propose(branch, batch.command.freeze(), Durability::Quorum).await;
             match outcome.and_then(|answer| Ok(decode_answer(answer)?)) {
@@ -127,13 +129,15 @@ impl<B: Backend> Proposer<B> {
                     }
                 }
             }
+            // Those who were just answered are ready to run, and may want more.
+            yield_once().await;
             let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(queue) = queues.get_mut(&branch) else { return };
-            match queue.pop() {
-                Some(next) => batch = next,
+            queue.batching.end(entry);
+            match queue.begin() {
+                Some(next) => (batch, entry) = next,
                 None => {
-                    queue.in_flight -= 1;
-                    if queue.in_flight == 0 {
+                    if queue.batching.is_idle() {
                         queues.remove(&branch);
                     }
                     return;
