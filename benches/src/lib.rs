@@ -6,4 +6,5 @@
 
 pub mod log;
 pub mod peers;
+pub mod served;
 pub mod work;

@@ -6,7 +6,6 @@
 //! Without it only Mainstay's side is printed. CPU time is read from `/proc`, over all three processes of a side.
 
 use std::io::{BufRead, BufReader, Write};
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
@@ -14,19 +13,15 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use mainstay::{Keyspace, Node, NodeOptions};
+use mainstay_benches::served::{NAMES, Outcome, START_MAX, Served, end, free_ports, log_file, runtime};
 use mainstay_benches::work::{histogram, key, value};
 use mainstay_server::bench::{Report, measure};
 use mainstay_server::cli::BenchArgs;
-
-type Outcome<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 /// As the server has it; who embeds the library brings their own.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-const NAMES: [&str; 3] = ["a", "b", "c"];
-/// Longest wait for a cluster to be born and to have a leader.
-const START_MAX: Duration = Duration::from_secs(30);
 const KEYS: u64 = 100_000;
 
 #[derive(Parser)]
@@ -76,10 +71,6 @@ fn main() -> std::process::ExitCode {
     }
 }
 
-fn runtime() -> Outcome<tokio::runtime::Runtime> {
-    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
-}
-
 /// As `mainstay bench` runs: on one thread.
 fn client_runtime() -> Outcome<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
@@ -93,7 +84,7 @@ fn run(options: Options) -> Outcome<()> {
             "server" => {
                 sides.push(Box::new(Served::mainstay(&folder.path().join("server"), options.mainstay.as_deref())?))
             }
-            "etcd" if Command::new("etcd").arg("--version").output().is_err() => {
+            "etcd" if !Served::has_etcd() => {
                 eprintln!("etcd is not on this machine: its side is left out");
             }
             "etcd" => sides.push(Box::new(Served::etcd(&folder.path().join("etcd"))?)),
@@ -181,112 +172,6 @@ trait Side {
     fn drive(&mut self, clients: u32, options: &Options) -> Outcome<(Report, f64)>;
 }
 
-/// Ports of the loopback interface that were free a moment ago.
-fn free_ports(count: usize) -> Outcome<Vec<u16>> {
-    let bound: Vec<TcpListener> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<Result<_, _>>()?;
-    Ok(bound.iter().map(|l| l.local_addr().map(|a| a.port())).collect::<Result<_, _>>()?)
-}
-
-fn log_file(dir: &Path, name: &str) -> Outcome<std::fs::File> {
-    Ok(std::fs::File::create(dir.join(format!("{name}.log")))?)
-}
-
-/// Three processes that answer the etcd API.
-struct Served {
-    name: &'static str,
-    processes: Vec<Child>,
-    clients: Vec<u16>,
-}
-
-impl Served {
-    fn mainstay(dir: &Path, program: Option<&Path>) -> Outcome<Self> {
-        let program = match program {
-            Some(program) => program.to_owned(),
-            None => std::env::current_exe()?,
-        };
-        std::fs::create_dir_all(dir)?;
-        let (clients, peers, admin) = (free_ports(3)?, free_ports(3)?, free_ports(3)?);
-        let list: Vec<String> = NAMES.iter().zip(&peers).map(|(n, p)| format!("{n}=127.0.0.1:{p}")).collect();
-        let mut processes = Vec::new();
-        for (at, name) in NAMES.iter().enumerate() {
-            let mut command = Command::new(&program);
-            command.args(["serve", "--name", name, "--peers", &list.join(",")]).arg("--data").arg(dir.join(name));
-            command.args(["--listen", &format!("127.0.0.1:{}", clients[at])]);
-            command.args(["--listen-peer", &format!("127.0.0.1:{}", peers[at])]);
-            command.args(["--listen-admin", &format!("127.0.0.1:{}", admin[at]), "--listen-metrics", "none"]);
-            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log_file(dir, name)?);
-            processes.push(command.spawn()?);
-        }
-        let served = Self { name: "server", processes, clients };
-        let admin = format!("127.0.0.1:{}", admin[0]);
-        runtime()?.block_on(async {
-            let deadline = Instant::now() + START_MAX;
-            loop {
-                let asked = async {
-                    let channel = mainstay_server::client::connect(&admin, Duration::from_secs(5))
-                        .await
-                        .map_err(|e| e.to_string())?;
-                    let mut client = mainstay_server::proto::mainstay::v1::admin_client::AdminClient::new(channel);
-                    let members = NAMES.map(str::to_owned).into();
-                    let request = mainstay_server::proto::mainstay::v1::InitRequest { members };
-                    client.init(request).await.map_err(|e| e.to_string())?;
-                    Outcome::Ok(())
-                };
-                match asked.await {
-                    Ok(()) => return Ok(()),
-                    Err(e) if Instant::now() > deadline => return Err(e),
-                    Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
-                }
-            }
-        })?;
-        Ok(served)
-    }
-
-    fn etcd(dir: &Path) -> Outcome<Self> {
-        std::fs::create_dir_all(dir)?;
-        let (clients, peers) = (free_ports(3)?, free_ports(3)?);
-        let list: Vec<String> = NAMES.iter().zip(&peers).map(|(n, p)| format!("{n}=http://127.0.0.1:{p}")).collect();
-        let mut processes = Vec::new();
-        for (at, name) in NAMES.iter().enumerate() {
-            let client = format!("http://127.0.0.1:{}", clients[at]);
-            let peer = format!("http://127.0.0.1:{}", peers[at]);
-            let mut command = Command::new("etcd");
-            command.args(["--name", name, "--initial-cluster", &list.join(",")]).arg("--data-dir").arg(dir.join(name));
-            command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
-            command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
-            command.args(["--quota-backend-bytes", "8589934592"]);
-            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log_file(dir, name)?);
-            processes.push(command.spawn()?);
-        }
-        Ok(Self { name: "etcd", processes, clients })
-    }
-
-    /// The port of the member that leads, asked in etcd's own protocol of both.
-    async fn leader(&self) -> Outcome<u16> {
-        use mainstay_server::proto::etcdserverpb::{StatusRequest, maintenance_client::MaintenanceClient};
-        let deadline = Instant::now() + START_MAX;
-        loop {
-            for port in &self.clients {
-                let address = format!("127.0.0.1:{port}");
-                let Ok(channel) = mainstay_server::client::connect(&address, Duration::from_secs(5)).await else {
-                    continue;
-                };
-                let asked = MaintenanceClient::new(channel).status(StatusRequest {}).await;
-                if let Ok(status) = asked.map(tonic::Response::into_inner)
-                    && status.leader != 0
-                    && status.header.is_some_and(|header| header.member_id == status.leader)
-                {
-                    return Ok(*port);
-                }
-            }
-            if Instant::now() > deadline {
-                return Err(format!("{} has no leader", self.name).into());
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    }
-}
-
 #[derive(Parser)]
 struct BenchLine {
     #[command(flatten)]
@@ -295,17 +180,17 @@ struct BenchLine {
 
 impl Side for Served {
     fn name(&self) -> &'static str {
-        self.name
+        Served::name(self)
     }
 
     fn processes(&self) -> std::slice::Iter<'_, Child> {
-        self.processes.iter()
+        Served::processes(self)
     }
 
     fn drive(&mut self, clients: u32, options: &Options) -> Outcome<(Report, f64)> {
         let before = process_seconds("self");
         let report: Outcome<Report> = client_runtime()?.block_on(async {
-            let leader = self.leader().await?;
+            let leader = self.client_port(self.leader().await?);
             let connections = options.connections.unwrap_or(clients.div_ceil(16));
             let line = format!(
                 "bench --workload put --clients {clients} --connections {connections} --duration {}s --value {} --keys {KEYS} --endpoints 127.0.0.1:{leader}",
@@ -315,19 +200,6 @@ impl Side for Served {
             measure(args).await.map_err(|failure| failure.to_string().into())
         });
         Ok((report?, process_seconds("self") - before))
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        end(&mut self.processes);
-    }
-}
-
-fn end(processes: &mut [Child]) {
-    for process in processes {
-        let _ = process.kill();
-        let _ = process.wait();
     }
 }
 
