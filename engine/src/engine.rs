@@ -409,6 +409,11 @@ impl Engine {
 }
 
 impl Engine {
+    /// True while there was no space for tables when it was last asked for: writes are refused, reads go on.
+    pub fn is_full(&self) -> bool {
+        self.shared.space_is_short()
+    }
+
     /// For an owner whose records find no space in the log: asks for the log to be cut if more than half of it is used. It
     /// happens in the background.
     pub fn relieve_log(&self) {

@@ -60,11 +60,45 @@ impl LatencyCounts {
     pub fn total(&self) -> u64 {
         self.counts.iter().sum()
     }
+
+    /// What was counted since `earlier` was taken of the same histogram.
+    pub fn since(&self, earlier: &Self) -> Self {
+        let counts = std::array::from_fn(|i| self.counts[i].saturating_sub(earlier.counts[i]));
+        Self { counts, sum: self.sum.saturating_sub(earlier.sum) }
+    }
+
+    /// A bound that half of the durations do not exceed: that of the bucket in which the median lies, twice that of the last
+    /// bucket that has one for those beyond. `None` when nothing was counted.
+    pub fn median_bound(&self) -> Option<Duration> {
+        let half = self.total().div_ceil(2);
+        let mut below = 0;
+        let bucket = self.counts.iter().position(|count| {
+            below += count;
+            half > 0 && below >= half
+        })?;
+        latency_bound(bucket).or_else(|| latency_bound(LATENCY_BUCKETS - 1).map(|bound| bound * 2))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_median_of_a_part_of_the_time_is_bounded_by_its_bucket() {
+        let histogram = LatencyHistogram::default();
+        let record = |micros: &[u64]| {
+            let before = histogram.counts();
+            micros.iter().for_each(|micros| histogram.record(Duration::from_micros(*micros)));
+            histogram.counts().since(&before).median_bound()
+        };
+        assert_eq!(record(&[]), None);
+        assert_eq!(record(&[100]), Some(Duration::from_micros(128)));
+        assert_eq!(record(&[10, 10, 5000]), Some(Duration::from_micros(16)));
+        assert_eq!(record(&[10, 5000, 5000]), Some(Duration::from_micros(8192)), "what was before does not count");
+        assert_eq!(record(&[10, 5000]), Some(Duration::from_micros(16)), "the lower of two");
+        assert_eq!(record(&[u64::MAX / 2000]), latency_bound(LATENCY_BUCKETS - 1).map(|bound| bound * 2));
+    }
 
     #[test]
     fn a_duration_falls_into_the_first_bucket_that_holds_it() {

@@ -4,6 +4,7 @@
 //! [`ReadLevel`] promises and what happens on failures.
 
 mod batching;
+mod disk;
 mod durability;
 mod entry_index;
 mod error;
@@ -39,6 +40,7 @@ mod write;
 mod tests;
 
 pub use batching::{Batching, UnderWay, yield_once};
+pub use disk::DiskHealth;
 pub use durability::{Durability, ReadLevel};
 pub use error::{Error, ErrorKind, Result};
 pub use log_store::LogHealStatus;

@@ -567,7 +567,7 @@ impl<R: Runtime> Inner<R> {
 }
 
 /// Entries that a member lacks, as the leader sees it; `None` before it has heard from it.
-fn lag_of<R: Runtime>(metrics: &openraft::RaftMetrics<TypeConfig<R>>, id: u64) -> Option<u64> {
+pub(crate) fn lag_of<R: Runtime>(metrics: &openraft::RaftMetrics<TypeConfig<R>>, id: u64) -> Option<u64> {
     let matched = metrics.replication.as_ref()?.get(&id)?.as_ref()?;
     Some(metrics.last_log_index?.saturating_sub(matched.index))
 }

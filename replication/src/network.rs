@@ -54,6 +54,7 @@ pub(crate) mod method {
     pub(crate) const LOG_GIVE: u8 = 20;
     pub(crate) const LOG_ENDS: u8 = 21;
     pub(crate) const DIGESTS: u8 = 22;
+    pub(crate) const DISK: u8 = 23;
 }
 
 /// Whether requests of this method rest on reaching a peer in the order in which they were sent. A connection keeps the

@@ -38,7 +38,8 @@ use crate::service::{InstallJob, Service};
 use crate::state_machine::StateMachine;
 use crate::types::{Raft, TypeConfig};
 use crate::{
-    Durability, Error, ErrorKind, Hello, NodeId, PeerAddress, ReadLevel, Result, Runtime, TokioRuntime, Transport,
+    DiskHealth, Durability, Error, ErrorKind, Hello, NodeId, PeerAddress, ReadLevel, Result, Runtime, TokioRuntime,
+    Transport,
 };
 
 /// The group that a node replicates.
@@ -150,6 +151,10 @@ pub struct NodeStatus {
     pub failure: Option<String>,
     /// Damage found and mended in the log.
     pub log_heal: LogHealStatus,
+    /// What it finds of its own volume, looked at twice a second.
+    pub disk: DiskHealth,
+    /// Times that it told another voter to lead because its own disk was worse.
+    pub disk_hand_overs: u64,
 }
 
 /// Answers application requests that other nodes forwarded.
@@ -252,6 +257,10 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) fresh: Mutex<Option<(R::Instant, LogIndex)>>,
     /// The order in which the appends of each peer arrived.
     pub(crate) turns: crate::turns::Turns,
+    /// How the disk of this node did lately.
+    pub(crate) disk: Mutex<crate::disk::Looks>,
+    /// Times that this node told another to lead because of its disk.
+    pub(crate) disk_hand_overs: AtomicU64,
 }
 
 /// A node. Cloning gives another handle. Once the last handle is dropped the node stops as a crash would stop it; see
@@ -543,6 +552,8 @@ impl<R: Runtime> Node<R> {
             levels: crate::levels::Levels::default(),
             fresh: Mutex::new(None),
             turns: crate::turns::Turns::default(),
+            disk: Mutex::default(),
+            disk_hand_overs: AtomicU64::new(0),
         });
         inner.start_owner_task();
         inner.start_entry_healing();

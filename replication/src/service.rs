@@ -190,6 +190,10 @@ impl<R: Runtime> Inner<R> {
                 reader.end()?;
                 Ok(encode_result(Ok(self.group.output_digests(job)), write_digests))
             }
+            method::DISK => {
+                self.cluster_peer(&from)?;
+                Ok(encode_result(Ok(self.disk_health()), |w, health| health.write(w)))
+            }
             method::LOG_ENDS => {
                 self.cluster_peer(&from)?;
                 Ok(encode_result(Ok(self.ends()), |w, ends| ends.write(w)))
@@ -402,6 +406,7 @@ pub(crate) fn decode_any(bytes: &Bytes) {
     let _ = read_transfer_request::<R>(bytes);
     let _ = decode_result(bytes, read_offer);
     let _ = decode_result(bytes, Level::read);
+    let _ = decode_result(bytes, crate::DiskHealth::read);
     let _ = decode_result(bytes, read_given);
     let _ = decode_result(bytes, read_digests);
     let _ = read_lost(bytes);

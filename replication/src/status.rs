@@ -17,6 +17,8 @@ impl<R: Runtime> Inner<R> {
             group: self.group.status(),
             log_heal: self.log.heal_status(),
             replayed: self.replayed,
+            disk: self.disk_health(),
+            disk_hand_overs: self.disk_hand_overs.load(std::sync::atomic::Ordering::Relaxed),
             ..NodeStatus::default()
         };
         let running = self.running.read().expect("nothing panics while it holds this lock").clone();

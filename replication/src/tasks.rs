@@ -12,6 +12,7 @@ use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
 use openraft_rt::{Instant, Select3};
 
+use crate::disk::HandOver;
 use crate::node::{Inner, Phase, Running, Write};
 use crate::types::Payload;
 use crate::{Durability, ErrorKind, Result, Runtime};
@@ -22,7 +23,7 @@ const HOUSEKEEPING: Duration = Duration::from_millis(100);
 const PURGE_STEP_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pause before a proposal of ours is tried again.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
-/// How often a leader looks for members to replace.
+/// How often a node looks at its disk, and a leader for members to replace.
 const RECONCILE: Duration = Duration::from_millis(500);
 /// How long a member is without a leader before it asks whether it is one still.
 const ORPHAN: Duration = Duration::from_secs(3);
@@ -285,10 +286,15 @@ impl<R: Runtime> Inner<R> {
 
     async fn look_after_members(self: &Arc<Self>, running: &Arc<Running<R>>) {
         let mut aside = false;
+        let mut hand_over = HandOver::new();
         loop {
             R::sleep(RECONCILE).await;
+            self.look_at_disk();
             if self.phase() == Phase::Member {
                 aside = self.stand_aside(running, aside).await;
+            }
+            if self.phase() == Phase::Member && !aside {
+                self.mind_disk(running, &mut hand_over).await;
             }
             let leads = running.metrics.borrow_watched().state == ServerState::Leader;
             if leads {

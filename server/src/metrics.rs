@@ -201,6 +201,12 @@ const ROWS: &[Row] = &[
     ("raft_lag_max", "On the leader: entries that the slowest member lacks", Kind::Gauge, |s| {
         s.raft.members.iter().filter_map(|member| member.lag).max().unwrap_or(0)
     }),
+    (
+        "raft_disk_hand_overs",
+        "Times that it told another voter to lead because its own disk was worse",
+        Kind::Counter,
+        |s| s.raft.disk_hand_overs,
+    ),
     ("engine_flushed_index", "Entries up to here are in tables", Kind::Gauge, |s| s.engine.flushed),
     ("engine_frozen_generations", "Memtables that wait for their flush", Kind::Gauge, |s| s.engine.frozen_generations),
     ("engine_tables", "Tables", Kind::Gauge, |s| s.engine.tables),

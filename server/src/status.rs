@@ -51,6 +51,9 @@ pub struct DiskSection {
     pub extent_bytes: u64,
     /// Why the volume takes no writes.
     pub read_only: Option<String>,
+    /// What half of the latest writes of the log do not exceed, in microseconds, or how long the oldest has been without an answer;
+    /// nothing while there are few.
+    pub write_latency_micros: Option<u64>,
 }
 
 /// Counts of the log.
@@ -112,6 +115,8 @@ pub struct RaftSection {
     pub members: Vec<MemberSection>,
     /// Why it left service.
     pub failure: Option<String>,
+    /// Times that it told another voter to lead because its own disk was full, failing, or slow against the others'.
+    pub disk_hand_overs: u64,
 }
 
 /// Counts of the engine.
@@ -250,6 +255,10 @@ impl Status {
                 fallback_reason: engine.fallback_reason.clone(),
                 extent_bytes: engine.extent_bytes,
                 read_only: engine.read_only.clone(),
+                write_latency_micros: node
+                    .disk
+                    .write_latency
+                    .map(|latency| u64::try_from(latency.as_micros()).unwrap_or(u64::MAX)),
             },
             log: LogSection {
                 used_bytes: engine.wal_used_bytes,
@@ -282,6 +291,7 @@ impl Status {
                     })
                     .collect(),
                 failure: node.failure.clone(),
+                disk_hand_overs: node.disk_hand_overs,
             },
             engine: EngineSection {
                 flushed: node.group.flushed.0,

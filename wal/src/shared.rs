@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use mainstay_io::LatencyHistogram;
 
@@ -60,6 +61,19 @@ pub(crate) struct Counts {
     pub(crate) payload_bytes: AtomicU64,
     pub(crate) written_bytes: AtomicU64,
     pub(crate) write_latency: LatencyHistogram,
+    /// When the oldest write began that the device has not answered, in nanoseconds of the clock and one more; 0 for none.
+    oldest_write: AtomicU64,
+}
+
+impl Counts {
+    pub(crate) fn set_oldest_write(&self, begun: Option<Duration>) {
+        let nanos = begun.map_or(0, |begun| u64::try_from(begun.as_nanos()).unwrap_or(u64::MAX - 1) + 1);
+        self.oldest_write.store(nanos, Ordering::Relaxed);
+    }
+
+    pub(crate) fn oldest_write(&self) -> Option<Duration> {
+        self.oldest_write.load(Ordering::Relaxed).checked_sub(1).map(Duration::from_nanos)
+    }
 }
 
 pub(crate) struct Shared {

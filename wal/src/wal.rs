@@ -10,9 +10,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::Bytes;
-use mainstay_io::{AlignedBuf, BLOCK_BYTES, Environment, IoClass, LatencyCounts, Op, Zone};
+use mainstay_io::{AlignedBuf, BLOCK_BYTES, Clock, Environment, IoClass, LatencyCounts, Op, Zone};
 
 use crate::batch::{HEADER_BYTES, Header, RECORD_HEADER_BYTES, RawRecord, salvage, take_record, take_records};
 use crate::recovery::{Expect, Step, cut, walk};
@@ -107,6 +108,9 @@ pub struct WalStats {
     pub ring_bytes: u64,
     /// Time of each device write, from its submission until it is durable.
     pub write_latency: LatencyCounts,
+    /// How long the device has had the oldest write that it has not answered: a device that answers nothing adds nothing to
+    /// `write_latency`.
+    pub oldest_write: Option<Duration>,
 }
 
 /// The log. Cloning gives another handle. When the last is dropped without [`Wal::close`], what is queued is still written,
@@ -115,6 +119,7 @@ pub struct WalStats {
 pub struct Wal {
     shared: Arc<Shared>,
     zone: Zone,
+    clock: Arc<dyn Clock>,
     _closer: Arc<Closer>,
 }
 
@@ -206,7 +211,8 @@ impl Wal {
         };
         let writer = Writer::new(shared.clone(), environment.clock.clone(), zone.clone(), settings);
         zone.device().run_resident("mainstay-wal", Box::pin(writer));
-        Ok((Wal { _closer: Arc::new(Closer(shared.clone())), shared, zone }, recovery))
+        let clock = environment.clock;
+        Ok((Wal { _closer: Arc::new(Closer(shared.clone())), shared, zone, clock }, recovery))
     }
 
     /// Queues a record; order of calls is order in the log. Never blocks; `on_durable` tells the outcome.
@@ -331,6 +337,7 @@ impl Wal {
             used_bytes: self.shared.tail.load(Ordering::Acquire).saturating_sub(self.shared.start().0),
             ring_bytes: self.shared.ring.bytes(),
             write_latency: counts.write_latency.counts(),
+            oldest_write: counts.oldest_write().map(|begun| self.clock.now().saturating_sub(begun)),
         }
     }
 

@@ -276,6 +276,7 @@ impl Writer {
             return;
         }
         tracing::error!(error = %cause, "the log is closed by a failure");
+        self.shared.counts.set_oldest_write(None);
         let queued = self.shared.end(Err(cause.clone()));
         for batch in std::mem::take(&mut self.in_flight) {
             for (answer, _) in batch.answers {
@@ -310,6 +311,8 @@ impl Future for Writer {
             let answered = !done.is_empty();
             this.answer(&mut done);
             if submitted || answered {
+                let oldest = this.in_flight.iter().find(|batch| batch.write.is_some());
+                this.shared.counts.set_oldest_write(oldest.map(|batch| batch.begun));
                 continue;
             }
             if this.finish() {

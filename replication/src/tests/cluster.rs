@@ -126,7 +126,11 @@ impl Cluster {
             scrub_bytes_per_second: 0,
             log_holes: true,
         };
-        let engine = Engine::open(media, environment(), settings, &mut |record| {
+        let environment = match &self.clock {
+            Some(clock) => Environment { clock: clock.clone(), ..environment() },
+            None => environment(),
+        };
+        let engine = Engine::open(media, environment.clone(), settings, &mut |record| {
             found.push(record);
             Ok(())
         })
@@ -146,10 +150,7 @@ impl Cluster {
                 state_machine: None,
             },
             entry_cache_bytes: self.entry_cache_bytes,
-            environment: match &self.clock {
-                Some(clock) => Environment { clock: clock.clone(), ..environment() },
-                None => environment(),
-            },
+            environment,
         };
         let node = Node::start(engine, found, options, (self.wrap)(transport.clone())).await?;
         self.cells[i].life = Some((node, transport));
@@ -238,7 +239,7 @@ pub(super) async fn pause() {
     tokio::time::sleep(Duration::from_millis(5)).await;
 }
 
-async fn format_volume(media: &SimMedia) {
+pub(super) async fn format_volume(media: &SimMedia) {
     let opened = media.open().expect("nobody has it open");
     Engine::format(opened, &environment(), WAL_BYTES, false).await.expect("formats");
 }

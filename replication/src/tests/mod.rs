@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods, reason = "tests over real sockets run on tokio, and their disks on threads")]
 
 mod cluster;
+mod disk;
 mod guarantees;
 mod heal;
 mod log;
@@ -26,7 +27,7 @@ use crate::{Error, ErrorKind, Result};
 pub(crate) const GROUP: GroupId = GroupId(1);
 pub(crate) const RING_BYTES: u64 = 16 << 20;
 
-struct Threads;
+pub(crate) struct Threads;
 
 impl Spawner for Threads {
     fn spawn(&self, name: &str, task: BoxFuture<()>) -> TaskHandle {

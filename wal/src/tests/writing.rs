@@ -46,12 +46,14 @@ fn batches_are_acknowledged_in_order_whatever_the_order_of_completions() {
     bench.device.complete(1, true);
     bench.device.turn();
     assert!(outcomes.iter().all(|o| o.get().is_none()));
+    assert!(bench.wal.stats().oldest_write.is_some(), "the first has no answer yet");
     assert_eq!(bench.wal.durable(), Lsn(0));
     bench.device.complete(0, true);
     bench.device.turn();
     assert!(outcomes.iter().all(|o| matches!(o.get(), Some(Ok(_)))));
     assert_eq!(bench.wal.durable(), Lsn(3 * 4096));
     assert_eq!(bench.wal.stats().write_latency.total(), 3, "each write is timed by itself");
+    assert_eq!(bench.wal.stats().oldest_write, None);
 }
 
 #[test]
