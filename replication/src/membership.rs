@@ -543,8 +543,14 @@ impl<R: Runtime> Inner<R> {
         if self.removed.lock().expect("nothing panics while it holds this lock").contains(&id.0) {
             return true;
         }
-        // Ids of `init` were all in the first membership: one that is not there any more was removed.
-        id.0 <= INIT_IDS && !self.members().is_empty() && self.member(id).is_none()
+        // Ids of `init` were all in the first membership: one that is not there any more was removed. Any other is named after an
+        // entry, and a change of the membership behind that entry made it a member.
+        let running = self.running.read().expect("nothing panics while it holds this lock").clone();
+        let at = match running {
+            Some(running) => Self::metrics_of(&running, |m| *m.membership_config.log_id()),
+            None => *self.log.membership().log_id(),
+        };
+        at.is_some_and(|at| id.0 <= INIT_IDS || id.0 - INIT_IDS < at.index) && self.member(id).is_none()
     }
 
     /// Puts caught-up volumes in the place of wiped ones of the same name.

@@ -257,6 +257,8 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) fresh: Mutex<Option<(R::Instant, LogIndex)>>,
     /// The order in which the appends of each peer arrived.
     pub(crate) turns: crate::turns::Turns,
+    /// When a leader was last heard: openraft keeps the name of one that is silent until there is another.
+    pub(crate) heard: Mutex<Option<R::Instant>>,
     /// How the disk of this node did lately.
     pub(crate) disk: Mutex<crate::disk::Looks>,
     /// Times that this node told another to lead because of its disk.
@@ -552,6 +554,7 @@ impl<R: Runtime> Node<R> {
             levels: crate::levels::Levels::default(),
             fresh: Mutex::new(None),
             turns: crate::turns::Turns::default(),
+            heard: Mutex::new(None),
             disk: Mutex::default(),
             disk_hand_overs: AtomicU64::new(0),
         });

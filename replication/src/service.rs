@@ -105,6 +105,7 @@ impl<R: Runtime> Inner<R> {
             method::APPEND | method::APPEND_IN_TURN => {
                 let running = self.raft_peer(&from)?;
                 let request = read_append::<R>(&body)?;
+                *self.heard.lock().expect("nothing panics while it holds this lock") = Some(R::Instant::now());
                 let mut turn = turn;
                 if let Some(turn) = &mut turn {
                     turn.wait().await;

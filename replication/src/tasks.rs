@@ -222,6 +222,7 @@ impl<R: Runtime> Inner<R> {
     fn leave(&self, running: &Running<R>) {
         tracing::warn!(id = running.id, "this node was removed from its cluster");
         running.raft.runtime_config().elect(false);
+        running.raft.runtime_config().heartbeat(false);
         self.set_phase(Phase::Removed);
     }
 
@@ -318,8 +319,15 @@ impl<R: Runtime> Inner<R> {
             if self.phase() != Phase::Member {
                 continue;
             }
+            // A leader that somebody does not hear may lead a cluster that was taken up again without it.
+            if self.leader_of(running) == Some(running.id) {
+                if !self.is_heard_by_all(running) && self.is_given_up(running).await {
+                    self.leave(running);
+                }
+                continue;
+            }
             // One that never heard of a membership may be one that `init` or a leader is about to reach.
-            if !initialized || (led && !self.is_silent(running)) {
+            if !initialized || (led && !self.is_silent()) {
                 since = now;
                 continue;
             }
@@ -333,11 +341,18 @@ impl<R: Runtime> Inner<R> {
         }
     }
 
-    /// True while the leader that this node knows has said nothing: openraft keeps its name until the next election, and
-    /// a learner never elects.
-    fn is_silent(&self, running: &Running<R>) -> bool {
+    /// True when every voter has acknowledged a message of this leader within the last [`ORPHAN`].
+    fn is_heard_by_all(&self, running: &Running<R>) -> bool {
         let m = running.metrics.borrow_watched();
-        m.state == ServerState::Learner
+        let Some(heartbeats) = &m.heartbeat else { return true };
+        let heard = |id| heartbeats.get(&id).is_some_and(|at| at.as_ref().is_some_and(|at| at.elapsed() < ORPHAN));
+        m.membership_config.voter_ids().all(|id| id == running.id || heard(id))
+    }
+
+    /// True while the leader that this node knows has said nothing for [`ORPHAN`]: openraft keeps its name until there is another.
+    fn is_silent(&self) -> bool {
+        let heard = *self.heard.lock().expect("nothing panics while it holds this lock");
+        heard.is_none_or(|at| at.elapsed() > ORPHAN)
     }
 
     /// Entries that a restart would apply again.

@@ -13,7 +13,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::settings::{Backend, ServeArgs};
 use crate::units::{ByteSize, Span};
-use crate::{bench, client, offline, prestop, serve, settings};
+use crate::{bench, client, offline, prestop, recover, serve, settings};
 
 /// Runs and operates replicas of an ordered key-value store that speaks the etcd v3 API.
 ///
@@ -60,6 +60,11 @@ pub enum Command {
     /// Show the parts of a volume offline
     #[command(subcommand)]
     Inspect(InspectCommand),
+    /// Take up a cluster that has lost its majority for good from one volume, offline: first --plan, then --apply
+    ///
+    /// All members but the one of --data are given up for good. Say --plan first, with every volume that can still be read; it shows which
+    /// entries may be lost. --apply carries out that very plan, named by its digest.
+    Recover(RecoverArgs),
 }
 
 /// Where commands that talk to the client port connect.
@@ -327,6 +332,30 @@ pub struct OfflineArgs {
     pub json: bool,
 }
 
+/// `mainstay recover`.
+#[derive(Args, Clone, Debug)]
+#[command(group(clap::ArgGroup::new("step").required(true).args(["plan", "apply"])))]
+pub struct RecoverArgs {
+    /// The volume that goes on: a directory, or a block device
+    #[arg(long, env = "MAINSTAY_DATA", value_name = "DIR|DEVICE")]
+    pub data: PathBuf,
+    /// A volume of another member that can still be read, to compare; may be said several times
+    #[arg(long, value_name = "DIR|DEVICE")]
+    pub other: Vec<PathBuf>,
+    /// Show what would be done and what may be lost; writes nothing
+    #[arg(long)]
+    pub plan: bool,
+    /// Make the volume the only member of its cluster
+    #[arg(long, requires = "confirm")]
+    pub apply: bool,
+    /// The digest of the plan, as --plan showed it for the same volumes
+    #[arg(long, value_name = "DIGEST", requires = "apply", conflicts_with = "plan")]
+    pub confirm: Option<String>,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `mainstay inspect`.
 #[derive(Subcommand, Debug)]
 pub enum InspectCommand {
@@ -428,6 +457,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Format(args) => offline::format(&args),
         Command::Verify(args) => offline::verify(&args),
         Command::Inspect(command) => offline::inspect(&command),
+        Command::Recover(args) => mainstay_io::block_on(recover::run(args)),
         Command::Init(args) => block_on(client::init(args)),
         Command::Status(args) => block_on(client::status(args)),
         Command::Member(command) => block_on(client::member(command)),

@@ -23,5 +23,6 @@ mod logs;
 mod metrics;
 mod offline;
 mod prestop;
+mod recover;
 mod serve;
 mod service;

@@ -125,6 +125,22 @@ impl LogStore {
         Self::wait(rx).await
     }
 
+    /// Votes for this node in a new term and appends an entry of that term, durably, in this order. Nothing else runs on the log.
+    pub(crate) async fn vote_and_append(&self, vote: Vote, entry: Entry) -> std::io::Result<()> {
+        self.check()?;
+        let (voted, appended) = {
+            let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
+            self.state().index.set_vote(vote);
+            let voted = self.queue_critical(record::VOTE, record::encode_vote(&vote), |_, _| ());
+            self.state().index.push(entry.clone());
+            let id = entry.log_id;
+            let body = record::encode_entry(&entry);
+            (voted, self.queue_critical(record::ENTRY, body, move |s, pos| s.index.durable(id, pos)))
+        };
+        Self::wait(voted).await?;
+        Self::wait(appended).await
+    }
+
     /// The least term that this node may have voted in, when the vote itself is gone.
     pub(crate) fn least_vote(&self) -> Option<u64> {
         self.state().index.least_vote()

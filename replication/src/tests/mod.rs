@@ -8,6 +8,7 @@ mod heal;
 mod log;
 mod machine;
 mod pipeline;
+mod recover;
 mod suite;
 mod tcp;
 mod wire;
