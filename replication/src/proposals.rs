@@ -71,18 +71,26 @@ impl<R: Runtime> Proposals<R> {
 }
 
 impl<R: Runtime> Queue<R> {
-    /// The batches of the next entry; one at least if any waits.
-    fn take(&mut self) -> Vec<Waiting<R>> {
-        let (mut count, mut bytes) = (0, 0);
-        for waiting in &self.waiting {
-            bytes += waiting.batch.bytes();
-            if count == ENTRY_BATCHES_MAX || count > 0 && bytes > ENTRY_BYTES_MAX {
-                break;
-            }
-            count += 1;
-        }
+    /// The batches of the next entry, whose record holds `bytes_max` of them; one at least if any waits.
+    fn take(&mut self, bytes_max: usize) -> Vec<Waiting<R>> {
+        let count = count_together(self.waiting.iter().map(|waiting| waiting.batch.bytes()), bytes_max);
         self.waiting.drain(..count).collect()
     }
+}
+
+/// How many batches of these sizes, from the first on, one entry takes. Each of them fits into a record by itself; what they
+/// are together must too, or the log refuses the entry and the node leaves service.
+fn count_together(sizes: impl Iterator<Item = usize>, bytes_max: usize) -> usize {
+    let bytes_max = bytes_max.min(ENTRY_BYTES_MAX);
+    let (mut count, mut bytes) = (0, 0_usize);
+    for size in sizes.take(ENTRY_BATCHES_MAX) {
+        bytes = bytes.saturating_add(size);
+        if count > 0 && bytes > bytes_max {
+            break;
+        }
+        count += 1;
+    }
+    count
 }
 
 /// The right to have an entry under way.
@@ -141,10 +149,11 @@ impl<R: Runtime> Inner<R> {
 impl<R: Runtime> Driver<R> {
     /// Proposes entries until no other is worth it.
     async fn run(mut self) {
+        let bytes_max = self.inner.command_bytes_max();
         loop {
             let taken = {
                 let mut queue = self.inner.proposals.lock();
-                let taken = queue.take();
+                let taken = queue.take(bytes_max);
                 if let Some(entry) = &mut self.entry {
                     queue.batching.fill(entry, taken.len());
                 }
@@ -219,6 +228,21 @@ mod tests {
     use mainstay_engine::LogIndex;
 
     use super::*;
+
+    #[test]
+    fn an_entry_takes_what_a_record_holds() {
+        let check = |sizes: &[usize], bytes_max, expect| {
+            assert_eq!(count_together(sizes.iter().copied(), bytes_max), expect, "{sizes:?} {bytes_max}");
+        };
+        check(&[], 100, 0);
+        check(&[100], 100, 1);
+        check(&[60, 40, 1], 100, 2);
+        check(&[60, 41], 100, 1);
+        // By itself it was found short enough for a record before, however long an entry may be otherwise.
+        check(&[ENTRY_BYTES_MAX + 1, 1], 2 * ENTRY_BYTES_MAX, 1);
+        check(&[ENTRY_BYTES_MAX / 2; 3], 2 * ENTRY_BYTES_MAX, 2);
+        check(&[1; ENTRY_BATCHES_MAX + 1], ENTRY_BYTES_MAX, ENTRY_BATCHES_MAX);
+    }
 
     #[test]
     fn an_entry_answers_for_each_of_its_batches() {

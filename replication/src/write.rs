@@ -76,11 +76,16 @@ impl<R: Runtime> Inner<R> {
         Ok(bytes)
     }
 
+    /// Bytes of a command without its head that a record of this log can hold: a small ring has small records.
+    pub(crate) fn command_bytes_max(&self) -> usize {
+        let max = self.engine.wal().record_bytes_max().saturating_sub(crate::record::ENTRY_HEADER_BYTES);
+        max.saturating_sub(COMMAND_HEAD_BYTES_MAX)
+    }
+
     /// Refuses what no record of the log can hold. `bytes` may lack the head of a command, which the limit leaves room
     /// for.
     pub(crate) fn check_length(&self, bytes: usize) -> Result<()> {
-        let max = self.engine.wal().record_bytes_max().saturating_sub(crate::record::ENTRY_HEADER_BYTES);
-        let max = max.saturating_sub(COMMAND_HEAD_BYTES_MAX);
+        let max = self.command_bytes_max();
         if bytes > max {
             let message = format!("the command is too long for the log bytes={bytes} max={max}");
             return Err(Error::new(ErrorKind::Invalid, message));

@@ -752,3 +752,25 @@ fn appends_are_under_way_together_and_a_broken_connection_loses_nothing() {
         cluster.finish().await;
     });
 }
+
+/// Writes that wait behind each other go into one entry. On a ring of 2 MiB a record holds half a MiB: the entry held up to one MiB
+/// of them, the log refused it, and the node left service.
+#[test]
+fn writes_that_share_an_entry_fit_into_a_record_of_a_small_ring() {
+    run(async {
+        let mut cluster = Cluster::blank(1).await;
+        let media = media(77);
+        let opened = media.open().expect("nobody has it open");
+        Engine::format(opened, &environment(), 2 << 20, false).await.expect("formats");
+        cluster.cells[0].media = media;
+        cluster.start_all().await;
+        cluster.node(0).init(&cluster.names()).await.expect("born");
+        let keys: Vec<String> = (0..64).map(|i| format!("k{i}")).collect();
+        let writes = keys.iter().map(|key| cluster.put(0, key, vec![7; 40_000]));
+        for written in futures_util::future::join_all(writes).await {
+            written.expect("written");
+        }
+        assert_eq!(cluster.node(0).status().failure, None);
+        cluster.finish().await;
+    });
+}
