@@ -414,8 +414,9 @@ impl Group {
         let checkpoint =
             found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no such checkpoint name={name}")))?;
         let names = Names { keyspaces: checkpoint.keyspaces.iter().cloned().collect() };
-        let views = checkpoint_views(&core, &checkpoint.versions);
+        let views = checkpoint_views(&core, &checkpoint);
         let index = if mainstay_io::mutant!(CheckpointMoves) { applied } else { checkpoint.index };
+        let index = if mainstay_io::mutant!(CheckpointInUse) { applied } else { index };
         Ok(Snapshot::new(index, Arc::new(views), Arc::new(names)))
     }
 

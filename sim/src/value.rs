@@ -4,11 +4,15 @@ use bytes::Bytes;
 
 use crate::rt::SimRng;
 
+/// Values from here on are long ones.
+pub(crate) const LONG: u64 = 1 << 40;
+
 /// The bytes that stand for a value: its number and a tail whose length and content follow from it, so that a mix of two
 /// values is seen.
 pub(crate) fn encode(value: u64) -> Bytes {
     let mut rng = SimRng::new(value);
     let length = match rng.below(100) {
+        _ if value >= LONG => rng.range(4_000, 12_000),
         0..50 => rng.range(0, 64),
         50..90 => rng.range(64, 1024),
         90..99 => rng.range(1024, 6000),

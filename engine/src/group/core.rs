@@ -252,12 +252,16 @@ fn published(
     Published { view: Arc::new(view), version: version.cloned() }
 }
 
-/// The views of a checkpoint, made when it is opened.
-pub(super) fn checkpoint_views(core: &Core, versions: &crate::manifest::Versions) -> Views {
+/// The views of a checkpoint, made when it is opened. The memtables in use are not among them: the entry that made it rotated.
+pub(super) fn checkpoint_views(core: &Core, checkpoint: &crate::manifest::Checkpoint) -> Views {
     let view = |(&keyspace, version): (&KeyspaceId, &Arc<Version>)| {
         let frozen = version.frozen.iter().map(|f| (f.generation, f.branch, keyspace));
-        let memtables = frozen.filter_map(|key| core.memtables.get(&key).cloned()).collect();
+        let memtables = if mainstay_io::mutant!(CheckpointInUse) {
+            memtables(core, checkpoint.branch, keyspace, Some(version))
+        } else {
+            frozen.filter_map(|key| core.memtables.get(&key).cloned()).collect()
+        };
         (keyspace, published(core, Some(version), memtables, None))
     };
-    versions.iter().map(view).collect()
+    checkpoint.versions.iter().map(view).collect()
 }

@@ -1,7 +1,7 @@
 //! The nodes of a world: disks, lives, power.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -31,6 +31,20 @@ pub(crate) enum Called<T> {
     Answered(T),
 }
 
+impl<T> Called<T> {
+    /// The same, with another answer.
+    pub(crate) fn map<U>(self, change: impl FnOnce(T) -> U) -> Called<U> {
+        match self {
+            Self::Down => Called::Down,
+            Self::Lost => Called::Lost,
+            Self::Answered(answer) => Called::Answered(change(answer)),
+        }
+    }
+}
+
+/// In [`Cluster::flood`]: clients write as they always do.
+pub(crate) const NO_FLOOD: usize = usize::MAX;
+
 /// The nodes.
 pub(crate) struct Cluster {
     pub(crate) executor: Arc<Executor>,
@@ -40,6 +54,8 @@ pub(crate) struct Cluster {
     members: Vec<Member>,
     /// A change of the membership is under way.
     pub(crate) changing: AtomicBool,
+    /// The node that hears nobody while clients write much through the others; [`NO_FLOOD`] if there is none.
+    pub(crate) flood: AtomicUsize,
     /// The world ends: nobody starts anything more.
     pub(crate) ending: AtomicBool,
     /// What went wrong that no fault explains. The run has failed if there is any.
@@ -119,6 +135,7 @@ impl Cluster {
             application,
             members,
             changing: AtomicBool::new(false),
+            flood: AtomicUsize::new(NO_FLOOD),
             ending: AtomicBool::new(false),
             problems: Mutex::default(),
         })

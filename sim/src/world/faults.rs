@@ -14,7 +14,7 @@ use std::time::Duration;
 use mainstay_io::sim::{DiskImage, IoKind};
 use mainstay_replication::MemberRole;
 
-use super::cluster::{Called, Cluster};
+use super::cluster::{Called, Cluster, NO_FLOOD};
 use crate::disk::Zone;
 use crate::rt::{Group, SimRng};
 
@@ -36,6 +36,8 @@ pub enum Fault {
     Partial,
     /// A node is cut off.
     Isolated,
+    /// A node, mostly the leader, hears nobody, and all hear it; clients write much through the others.
+    Deaf,
     /// A node runs nothing for a while.
     Pause,
     /// A disk is slow.
@@ -94,7 +96,7 @@ pub const HEALS_ITSELF: bool = false;
 
 impl Fault {
     /// Every kind.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Crash,
         Self::LeaderCrash,
         Self::Blackout,
@@ -102,6 +104,7 @@ impl Fault {
         Self::OneWay,
         Self::Partial,
         Self::Isolated,
+        Self::Deaf,
         Self::Pause,
         Self::SlowDisk,
         Self::Transfer,
@@ -129,6 +132,7 @@ impl Fault {
             Self::OneWay => "one-way",
             Self::Partial => "partial",
             Self::Isolated => "isolated",
+            Self::Deaf => "deaf",
             Self::Pause => "pause",
             Self::SlowDisk => "slow-disk",
             Self::Transfer => "transfer",
@@ -159,6 +163,7 @@ impl Fault {
             Self::OneWay | Self::Partial | Self::Isolated | Self::Membership => 5,
             Self::Pause | Self::SlowDisk | Self::Rot | Self::FullDisk => 4,
             Self::Blackout
+            | Self::Deaf
             | Self::Restart
             | Self::Transfer
             | Self::ReadError
@@ -266,6 +271,19 @@ impl Faults {
                 let links: Vec<_> = others.flat_map(|i| [(node, i), (i, node)]).collect();
                 self.cut(&links);
             }
+            Fault::Deaf => {
+                // What it sends before it notices is committed by the next leader, and, as clients write much meanwhile, may be
+                // behind a snapshot when it hears again.
+                let node = if self.rng.chance(800) { self.cluster.leader().unwrap_or(node) } else { node };
+                let others = (0..self.cluster.size()).filter(|i| *i != node);
+                let links: Vec<_> = others.map(|i| (i, node)).collect();
+                let length = self.micros(1_000_000, 4_000_000);
+                self.cluster.flood.store(node, Ordering::Relaxed);
+                later(&self.cluster, length.as_micros() as u64, |cluster| {
+                    cluster.flood.store(NO_FLOOD, Ordering::Relaxed);
+                });
+                self.cut_for(&links, length);
+            }
             Fault::Pause => {
                 let length = self.micros(1_000, 2_000_000);
                 self.cluster.log(|| format!("pause n{node} {length:?}"));
@@ -299,13 +317,18 @@ impl Faults {
     }
 
     fn cut(&mut self, links: &[(usize, usize)]) {
+        let length = self.micros(50_000, 4_000_000);
+        self.cut_for(links, length);
+    }
+
+    fn cut_for(&self, links: &[(usize, usize)], length: Duration) {
         let cluster = &self.cluster;
         cluster.log(|| format!("cut {links:?}"));
         for (from, to) in links {
             cluster.net.cut(cluster.address(*from), cluster.address(*to));
         }
         let links = links.to_vec();
-        later(cluster, self.rng.range(50_000, 4_000_000), move |cluster| {
+        later(cluster, length.as_micros() as u64, move |cluster| {
             cluster.log(|| format!("mend {links:?}"));
             for (from, to) in &links {
                 cluster.net.mend(cluster.address(*from), cluster.address(*to));

@@ -11,6 +11,7 @@ use mainstay_replication::{Durability, MemberRole, ReadLevel, Write};
 
 use super::cluster::{Called, Cluster};
 use super::faults::HEALS_ITSELF;
+use super::inserts::Inserts;
 use super::workload::{Client, Notes, read_registers};
 use crate::application::{Application, Session};
 use crate::check;
@@ -235,6 +236,7 @@ pub(crate) async fn judge(
     notes: &Arc<Notes>,
     watcher: &mut Watcher,
     clients: &mut [Client],
+    inserts: &Inserts,
     application: &dyn Application,
     rng: &mut SimRng,
 ) -> Result<(), String> {
@@ -255,6 +257,7 @@ pub(crate) async fn judge(
         }
     }
     for &i in &members {
+        inserts.check(cluster, i).await?;
         read_registers(cluster, notes, i).await?;
         for client in clients.iter_mut() {
             if !client.check_all(i).await {

@@ -2,6 +2,7 @@
 
 mod cluster;
 mod faults;
+mod inserts;
 mod judge;
 mod operator;
 mod workload;
@@ -21,6 +22,7 @@ use crate::rt::{Executor, Group, SimRng};
 use crate::transactions::Transactions;
 pub(crate) use cluster::{Called, Cluster};
 pub use faults::{Fault, FaultStats, HEALS_ITSELF, LEFT_OUT};
+use inserts::Inserts;
 use judge::Watcher;
 pub(crate) use workload::Notes;
 use workload::{Client, OWNED};
@@ -222,6 +224,9 @@ async fn live(
                 let client = Client::new(id, &cluster, &notes, application, rng.fork(), keyspace);
                 running.push(background(executor, "client", client.run()));
             }
+            let inserts = Arc::new(Inserts::default());
+            let inserting = inserts.clone().run(cluster.clone(), notes.clone(), rng.fork());
+            let inserting = background(executor, "inserts", inserting);
             let until = executor.now() + settings.length;
             summary.faults = faults::run(cluster.clone(), rng.fork(), until).await;
             faults::calm(&cluster);
@@ -232,9 +237,10 @@ async fn live(
             for ended in running {
                 clients.push(ended.await.expect("a client of the world is never killed"));
             }
+            inserting.await.expect("inserts are never killed");
             let mut watcher = watching.await.expect("the watcher is never killed");
             faults::calm(&cluster);
-            let judged = judge::judge(&cluster, &notes, &mut watcher, &mut clients, &**application, &mut rng);
+            let judged = judge::judge(&cluster, &notes, &mut watcher, &mut clients, &inserts, &**application, &mut rng);
             if let Err(e) = judged.await {
                 cluster.problem(e);
             }

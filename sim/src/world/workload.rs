@@ -136,6 +136,8 @@ impl Possible {
 struct Copy {
     name: String,
     clone: Option<String>,
+    /// The entry that made the checkpoint: what it shows ends there.
+    index: LogIndex,
     keys: BTreeMap<Bytes, Possible>,
 }
 
@@ -153,6 +155,8 @@ pub(crate) struct Client {
     session: Session,
     /// The highest index at which a write of this client was acknowledged.
     acknowledged: LogIndex,
+    /// The index of the last write that was acknowledged.
+    last: LogIndex,
     /// The last operation had no effect.
     refused: bool,
 }
@@ -181,6 +185,7 @@ impl Client {
             application: application.clone(),
             session,
             acknowledged: LogIndex(0),
+            last: LogIndex(0),
             refused: false,
         }
     }
@@ -231,6 +236,7 @@ impl Client {
         match called {
             Called::Answered(Ok(Applied { index, response: Ok(_) })) => {
                 self.acknowledged = self.acknowledged.max(index);
+                self.last = index;
                 self.notes.count("writes");
                 outcome
             }
@@ -456,7 +462,7 @@ impl Client {
         let body = CommandBody::CreateCheckpoint { name: name.clone(), branch: MAIN };
         if let Outcome::Done(_) = self.write(node, body).await {
             self.notes.count("checkpoints");
-            self.copies.push(Copy { name, clone: None, keys: self.owned.clone() });
+            self.copies.push(Copy { name, clone: None, index: self.last, keys: self.owned.clone() });
         }
     }
 
@@ -489,7 +495,8 @@ impl Client {
     async fn check_copy(&mut self, node: usize, at: usize, keys: Vec<Bytes>) {
         let (name, clone) = (self.copies[at].name.clone(), self.copies[at].clone.clone());
         let place = clone.clone().unwrap_or(name.clone());
-        let keyspace = self.keyspace;
+        let (keyspace, index) = (self.keyspace, self.copies[at].index);
+        let mut shown = None;
         let values = match clone {
             Some(clone) => self.read(node, &clone, ReadLevel::Linearizable, keyspace, keys.clone()).await,
             None => {
@@ -505,10 +512,14 @@ impl Client {
                             for key in keys {
                                 values.push(snapshot.get(keyspace, &key).await.map_err(Error::from)?);
                             }
-                            Ok::<_, Error>(values)
+                            Ok::<_, Error>((snapshot.index(), values))
                         })
                     })
                     .await;
+                if let Called::Answered(Ok((seen, _))) = &called {
+                    shown = Some(*seen);
+                }
+                let called = called.map(|answer| answer.map(|(_, values)| values));
                 if let Called::Answered(Err(e)) = &called
                     && e.kind() == ErrorKind::NotFound
                 {
@@ -520,6 +531,9 @@ impl Client {
         if let Some(values) = values {
             self.notes.count("copies read");
             self.compare(node, &place, &self.copies[at].keys, keys.into_iter().zip(values));
+        }
+        if let Some(shown) = shown.filter(|shown| *shown != index) {
+            self.cluster.problem(format!("n{node} shows {place} as of {shown}, and it was made at {index}"));
         }
     }
 
