@@ -12,8 +12,11 @@
 //!   seen acknowledged, so its conflict says that requests overtook each other and not that the peer's log went back,
 //!   which openraft would take for the loss of a disk.
 //! - A5. The news of a commit is not sent while other requests are under way: the next entries carry it, and so does their
-//!   answer. Without any it goes once all before it are answered. It is never taken for acknowledged by an answer to what
-//!   was sent before it: openraft counts leases from there.
+//!   answer. Without any it goes once all before it are answered.
+//! - A6. openraft takes an answer for one to every request that it has handed out and that ends with the same entry, and
+//!   counts leases and confirms reads from when it handed out the last of them. So an answer waits until the news behind it,
+//!   which end with the same entry, are answered too: a leader that was stopped would else take what a peer said before for an
+//!   answer to what it asks now.
 //!
 //! # Why not
 //! One request at a time costs a write that comes just too late a second round trip, and leaves disk and network of the
@@ -105,23 +108,41 @@ impl<'s, R: Runtime, S> Pipeline<'s, R, S> {
         }
     }
 
-    /// The answer to the first request that was sent, and how many that it carries stand before it.
+    /// The answer that counts for the first request, and how many requests stand before the one that it is an answer to.
     fn first_answer(&mut self, cx: &mut Context<'_>) -> Poll<(usize, Answer<R>)> {
-        let sent = self.under_way.iter().position(|request| request.rpc.is_none());
+        let last = self.under_way[0].last;
+        // Those that openraft takes for answered together (A6); they are counted from the last of them.
+        let newest = self.under_way.iter().take_while(|request| request.last == last).count() - 1;
+        for at in 0..newest {
+            if self.under_way[at].rpc.is_some() {
+                continue;
+            }
+            match std::task::ready!(self.poll_answer(at, cx)) {
+                Ok(AppendEntriesResponse::Success) => {
+                    self.under_way[at].answer = Some(Ok(AppendEntriesResponse::Success));
+                }
+                other => return Poll::Ready((at, other)),
+            }
+        }
+        let sent = (newest..self.under_way.len()).find(|at| self.under_way[*at].rpc.is_none());
         let at = sent.unwrap_or_else(|| {
-            // Nothing is under way: the newest of them goes by itself.
-            let newest = self.under_way.len() - 1;
+            // Nothing carries them: the newest goes by itself.
             self.begin(newest, cx);
             newest
         });
+        self.poll_answer(at, cx).map(|answer| (at, answer))
+    }
+
+    /// The answer to a request that was sent.
+    fn poll_answer(&mut self, at: usize, cx: &mut Context<'_>) -> Poll<Answer<R>> {
         let request = &mut self.under_way[at];
         if let Some(answer) = request.answer.take() {
-            return Poll::Ready((at, answer));
+            return Poll::Ready(answer);
         }
         let call = request.call.as_mut().expect("what was sent and is not answered has a call");
         let answer = std::task::ready!(call.poll_unpin(cx));
         request.call = None;
-        Poll::Ready((at, answer))
+        Poll::Ready(answer)
     }
 
     fn end(&mut self) {
@@ -177,6 +198,12 @@ where
         // Those behind the first that was sent are looked at when their turn comes (A1).
         let (at, answer) = std::task::ready!(this.first_answer(cx));
         let done = this.under_way.pop_front().expect("it is not empty");
+        if at > 0 && done.rpc.is_none() && !matches!(answer, Ok(AppendEntriesResponse::Success) | Err(_)) {
+            // It has been acknowledged itself: a conflict of what came behind it is none of its own (A4).
+            this.end();
+            let message = "a peer took back what it had acknowledged, or answered out of turn";
+            return Poll::Ready(Some(Err(RPCError::Network(NetworkError::from_string(message)))));
+        }
         if at > 0 && matches!(answer, Ok(AppendEntriesResponse::Success)) {
             // Carried by a later one, which is answered next.
             this.under_way[at - 1].answer = Some(answer);
