@@ -9,8 +9,14 @@
 
 pub mod ledger;
 pub mod loopback;
+pub mod netns;
+pub mod proxy;
+pub mod registers;
 pub mod server;
 
 pub use ledger::Ledger;
 pub use loopback::LoopDevice;
+pub use netns::Network;
+pub use proxy::{Damage, Proxy};
+pub use registers::{Level, Registers};
 pub use server::{Cluster, Server, WAIT_MAX, binary, until};

@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 
 use tonic::transport::{Channel, Endpoint};
 
+use crate::netns::Network;
+use crate::proxy::Proxy;
+
 /// Longest wait for anything that a test waits for.
 pub const WAIT_MAX: Duration = Duration::from_secs(60);
 
@@ -53,11 +56,15 @@ pub struct Server {
     pub data: PathBuf,
     /// Its client port.
     pub client: String,
-    /// Its peer port.
+    /// Where peers reach it.
     pub peer: String,
+    /// Its peer port: the same, unless something stands before it.
+    listen_peer: String,
     /// Its admin port.
     pub admin: String,
     arguments: Vec<String>,
+    /// The network namespace that it runs in, if any.
+    namespace: Option<String>,
     log: PathBuf,
     process: Option<Child>,
 }
@@ -66,13 +73,16 @@ impl Server {
     /// Describes a server; [`Server::start`] runs it. Ports are free ones of loopback.
     pub fn new(name: &str, data: &Path, log: &Path) -> Self {
         let address = || format!("127.0.0.1:{}", free_port());
+        let peer = address();
         Self {
             name: name.into(),
             data: data.into(),
             client: address(),
-            peer: address(),
+            listen_peer: peer.clone(),
+            peer,
             admin: address(),
             arguments: Vec::new(),
+            namespace: None,
             log: log.into(),
             process: None,
         }
@@ -88,11 +98,20 @@ impl Server {
     pub fn start(&mut self) {
         assert!(self.process.is_none(), "{} runs already", self.name);
         let log = std::fs::File::options().create(true).append(true).open(&self.log).expect("the log can be written");
-        let process = Command::new(binary())
+        let mut command = match &self.namespace {
+            None => Command::new(binary()),
+            Some(namespace) => {
+                // It takes the place of `ip`, under the same process id.
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", namespace]).arg(binary());
+                command
+            }
+        };
+        let process = command
             .arg("serve")
             .args(["--name", &self.name, "--data"])
             .arg(&self.data)
-            .args(["--listen", &self.client, "--listen-peer", &self.peer, "--listen-admin", &self.admin])
+            .args(["--listen", &self.client, "--listen-peer", &self.listen_peer, "--listen-admin", &self.admin])
             .args(["--listen-metrics", "none"])
             .args(&self.arguments)
             .env_clear()
@@ -103,6 +122,22 @@ impl Server {
             .spawn()
             .expect("the server starts");
         self.process = Some(process);
+    }
+
+    /// SIGSTOP: the process runs nothing until [`Server::resume`], while the kernel keeps its connections.
+    pub fn pause(&self) {
+        self.signal(rustix::process::Signal::STOP);
+    }
+
+    /// SIGCONT.
+    pub fn resume(&self) {
+        self.signal(rustix::process::Signal::CONT);
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let process = self.process.as_ref().expect("the server runs");
+        let id = rustix::process::Pid::from_child(process);
+        rustix::process::kill_process(id, signal).expect("a child can be signalled");
     }
 
     /// True while the process runs.
@@ -189,23 +224,72 @@ impl Cluster {
     /// Starts three servers with these further flags and gives birth to the cluster.
     pub fn start(arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder can be made");
-        let mut cluster = Self::describe(folder, &["a", "b", "c"], arguments);
-        cluster.servers.iter_mut().for_each(Server::start);
-        cluster.init();
-        cluster
+        Self::describe(folder, &["a", "b", "c"], arguments).born()
     }
 
     /// Describes servers over `folder` without starting them.
     pub fn describe(folder: tempfile::TempDir, names: &[&str], arguments: &[&str]) -> Self {
-        let mut servers: Vec<_> = names
+        let servers: Vec<_> = names
             .iter()
             .map(|name| Server::new(name, &folder.path().join(name), &folder.path().join(format!("{name}.log"))))
             .collect();
+        Self::assemble(folder, servers, arguments)
+    }
+
+    /// Starts three servers, each in its namespace of `network`, and gives birth to the cluster.
+    pub fn start_in(network: &Network, arguments: &[&str]) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder can be made");
+        let mut cluster = Self::describe(folder, &["a", "b", "c"], &[]);
+        for (i, server) in cluster.servers.iter_mut().enumerate() {
+            server.client = format!("{}:2379", network.client_address(i));
+            server.admin = format!("{}:2381", network.client_address(i));
+            server.peer = format!("{}:2380", network.peer_address(i));
+            server.listen_peer.clone_from(&server.peer);
+            server.namespace = Some(network.namespace(i));
+            server.arguments = vec!["--insecure-listen-anywhere".to_owned()];
+        }
+        Self::assemble(cluster.folder, cluster.servers, arguments).born()
+    }
+
+    /// Starts three servers whose peers reach them through a proxy each, and gives birth to the cluster.
+    pub fn start_behind_proxies(arguments: &[&str]) -> (Self, Vec<Proxy>) {
+        let folder = tempfile::tempdir().expect("a temporary folder can be made");
+        let mut cluster = Self::describe(folder, &["a", "b", "c"], &[]);
+        let proxies: Vec<_> = cluster.servers.iter().map(|server| Proxy::start(&server.listen_peer)).collect();
+        for (server, proxy) in cluster.servers.iter_mut().zip(&proxies) {
+            server.peer = proxy.address();
+            server.arguments.clear();
+        }
+        (Self::assemble(cluster.folder, cluster.servers, arguments).born(), proxies)
+    }
+
+    fn born(mut self) -> Self {
+        self.servers.iter_mut().for_each(Server::start);
+        self.init();
+        self
+    }
+
+    /// Tells every server where its peers are.
+    fn assemble(folder: tempfile::TempDir, mut servers: Vec<Server>, arguments: &[&str]) -> Self {
         let peers: Vec<_> = servers.iter().map(|server| format!("{}={}", server.name, server.peer)).collect();
         for server in &mut servers {
             server.arguments(["--peers", &peers.join(",")]).arguments(arguments.iter().copied());
         }
         Self { servers, folder }
+    }
+
+    /// Which server leads, as one of `among` says that it leads itself.
+    pub fn leader_among(&self, among: &[usize]) -> usize {
+        let mut leader = None;
+        until("one of these servers leads", || {
+            let leads = |i: &&usize| {
+                let status = self.servers[**i].status();
+                status.is_some_and(|status| role(&status).as_deref() == Some("leader"))
+            };
+            leader = among.iter().find(leads).copied();
+            leader.is_some()
+        });
+        leader.expect("the wait ended with a leader")
     }
 
     /// Gives birth to the cluster over all servers.
