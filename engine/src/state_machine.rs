@@ -1,8 +1,9 @@
 //! The embedder's own commands, decided at apply.
 
 use std::collections::BTreeMap;
-use std::ops::{Bound, RangeBounds};
+use std::ops::Bound;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 
@@ -32,6 +33,9 @@ pub trait StateMachine: Send + Sync + 'static {
     }
 }
 
+/// Reads of a command until others may run: a tenth of a millisecond of what is cached.
+const READS_AT_ONCE: u64 = 64;
+
 /// The view that a state machine has of the store while it applies one entry: everything applied before, its own
 /// writes on top.
 pub struct Apply {
@@ -47,6 +51,8 @@ pub struct Apply {
     writes: BTreeMap<(KeyspaceId, Bytes), Option<Bytes>>,
     /// What the store could not read for it.
     broken: OnceLock<Error>,
+    /// So far.
+    reads: AtomicU64,
 }
 
 impl Apply {
@@ -58,7 +64,8 @@ impl Apply {
         next_keyspace: KeyspaceId,
     ) -> Self {
         let (created, writes) = (Vec::new(), BTreeMap::new());
-        Self { index, time_ms, before, made, next_keyspace, created, writes, broken: OnceLock::new() }
+        let (broken, reads) = (OnceLock::new(), AtomicU64::new(0));
+        Self { index, time_ms, before, made, next_keyspace, created, writes, broken, reads }
     }
 
     /// Why nothing that was decided here may count: this replica could not read what all others can. An answer that came of
@@ -76,6 +83,14 @@ impl Apply {
             let _ = self.broken.set(error.clone());
         }
         result
+    }
+
+    /// Lets others run after every [`READS_AT_ONCE`] reads: what is cached is read without a wait, and a command may read a
+    /// million keys.
+    async fn pause(&self) {
+        if self.reads.fetch_add(1, Ordering::Relaxed) % READS_AT_ONCE == READS_AT_ONCE - 1 {
+            mainstay_io::yield_once().await;
+        }
     }
 
     /// The keyspaces to make, and the mutations in order of keys.
@@ -123,6 +138,7 @@ impl Apply {
     /// # Errors
     /// `NotFound` for an unknown keyspace, `Io`, `Corrupt`.
     pub async fn get(&self, keyspace: KeyspaceId, key: &[u8]) -> Result<Option<Bytes>> {
+        self.pause().await;
         if let Some(value) = self.writes.get(&(keyspace, Bytes::copy_from_slice(key))) {
             return Ok(value.clone());
         }
@@ -153,6 +169,7 @@ impl Apply {
         let mut scan = (!self.is_new(keyspace)).then(|| self.before.range(keyspace, lower.clone(), upper.clone()));
         let mut stored = None;
         while found.len() < limit {
+            self.pause().await;
             if stored.is_none()
                 && let Some(open) = &mut scan
             {
@@ -229,13 +246,23 @@ impl Apply {
         upper: &'a Bound<Bytes>,
         reverse: bool,
     ) -> Box<dyn Iterator<Item = (&'a Bytes, &'a Option<Bytes>)> + Send + 'a> {
-        let inside = move |(k, key): &(KeyspaceId, Bytes)| {
-            *k == keyspace && RangeBounds::<Bytes>::contains(&(lower.as_ref(), upper.as_ref()), key)
+        // The bounds hold a key, or the caller would not be here: no range begins behind its end.
+        let at = |key: &Bytes| (keyspace, key.clone());
+        let from = match lower {
+            Bound::Included(key) => Bound::Included(at(key)),
+            Bound::Excluded(key) => Bound::Excluded(at(key)),
+            Bound::Unbounded => Bound::Included((keyspace, Bytes::new())),
         };
-        let all = self.writes.range((keyspace, Bytes::new())..);
-        let all = all.take_while(move |((k, _), _)| *k == keyspace).filter(move |(at, _)| inside(at));
-        let all: Vec<_> = all.map(|((_, key), value)| (key, value)).collect();
-        if reverse { Box::new(all.into_iter().rev()) } else { Box::new(all.into_iter()) }
+        let to = match upper {
+            Bound::Included(key) => Bound::Included(at(key)),
+            Bound::Excluded(key) => Bound::Excluded(at(key)),
+            Bound::Unbounded => match keyspace.0.checked_add(1) {
+                Some(next) => Bound::Excluded((KeyspaceId(next), Bytes::new())),
+                None => Bound::Unbounded,
+            },
+        };
+        let all = self.writes.range((from, to)).map(|((_, key), value)| (key, value));
+        if reverse { Box::new(all.rev()) } else { Box::new(all) }
     }
 }
 

@@ -55,5 +55,5 @@ pub use env::{BoxFuture, Clock, Environment, Random, Spawner, TaskHandle};
 pub use error::{Error, ErrorKind, Result};
 pub use histogram::{LATENCY_BUCKETS, LatencyCounts, LatencyHistogram, latency_bound};
 pub use media::{BackendChoice, Media, MediaOptions, SUPERBLOCK_ZONE_BYTES, Target, create_media, open_media};
-pub use op::{Completer, Op, block_on};
+pub use op::{Completer, Op, block_on, yield_once};
 pub use zone::Zone;

@@ -159,6 +159,23 @@ pub fn block_on<F: Future>(future: F) -> F::Output {
     output
 }
 
+/// Lets the other tasks of the thread run, once, if they are ready. Work that takes long without waiting for anything calls it
+/// between its steps: a task that a runtime has bound to the thread waits until then.
+///
+/// # Cancel safety
+/// Cancel safe.
+pub async fn yield_once() {
+    let mut yielded = false;
+    std::future::poll_fn(|cx| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

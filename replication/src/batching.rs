@@ -11,8 +11,6 @@
 //! the next entry as soon as anything waits: the requests of many writers then fall apart into many small entries, each of
 //!   which costs every replica the wakes of several threads, and stay so
 
-use std::task::Poll;
-
 /// Entries of one queue under way at the same time: one that is being replicated, and the next behind it.
 const ENTRIES_MAX: usize = 2;
 
@@ -68,19 +66,6 @@ impl Batching {
     pub fn is_idle(&self) -> bool {
         self.entries == 0
     }
-}
-
-/// Lets the tasks run that are ready, once: those that were just answered may have the next request.
-pub async fn yield_once() {
-    let mut yielded = false;
-    std::future::poll_fn(|cx| {
-        if std::mem::replace(&mut yielded, true) {
-            return Poll::Ready(());
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }
 
 #[cfg(test)]

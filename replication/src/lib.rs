@@ -40,7 +40,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-pub use batching::{Batching, UnderWay, yield_once};
+pub use batching::{Batching, UnderWay};
 pub use disk::DiskHealth;
 pub use durability::{Durability, ReadLevel};
 pub use error::{Error, ErrorKind, Result};

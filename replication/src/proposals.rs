@@ -21,10 +21,11 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use mainstay_engine::{Applied, Command, EncodedBatch, WriteBatch, decode_refusals};
+use mainstay_io::yield_once;
 use openraft_rt::Instant;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use crate::batching::{Batching, UnderWay, yield_once};
+use crate::batching::{Batching, UnderWay};
 use crate::node::Inner;
 use crate::write::WRITE_TIMEOUT;
 use crate::{Error, ErrorKind, Result, Runtime};

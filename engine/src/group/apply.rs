@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
+use mainstay_io::yield_once;
 
 use super::core::{Core, Edit};
 use super::{Applied, GroupShared};
@@ -22,6 +23,8 @@ use crate::{BranchId, ClientToken, Command, CommandBody, Error, ErrorKind, Keysp
 
 /// What a mutation counts besides its key and value when the bytes since the last rotation are summed.
 pub(super) const OP_OVERHEAD_BYTES: u64 = 32;
+/// Mutations of a command that are written before others get the thread: some milliseconds.
+const WRITES_AT_ONCE: usize = 2048;
 
 /// What an entry has done so far.
 struct Entry {
@@ -261,7 +264,7 @@ impl GroupShared {
                 answer.map(|response| (response, apply))
             }
         };
-        Ok(self.finish_apply(index, branch, answer))
+        Ok(self.finish_apply(index, branch, answer).await)
     }
 
     async fn apply_token(
@@ -289,31 +292,50 @@ impl GroupShared {
                 (branch, answer.map(|response| (response, apply)))
             }
         };
-        Ok(self.finish_apply(index, branch, answer))
+        Ok(self.finish_apply(index, branch, answer).await)
     }
 
-    /// Writes what was decided, or nothing, and makes the entry readable.
-    fn finish_apply(
+    /// Writes what was decided, or nothing, and makes the entry readable. Between some thousand mutations others get the core
+    /// and the thread: nothing of the entry is readable before its end, and nobody but the applier changes the generation.
+    async fn finish_apply(
         self: &Arc<Self>,
         index: LogIndex,
         branch: BranchId,
         answer: Result<(Bytes, Apply)>,
     ) -> Result<Bytes> {
-        let mut core = self.lock();
-        let mut entry = self.enter(&mut core, index);
-        // The manifest has made them already, and readers, the next entry among them, have to find them from here on.
-        entry.publish |= entry.replayed && core.logical.keyspaces.values().any(|k| k.created == index);
-        let response = answer.and_then(|(response, apply)| {
-            let (created, ops) = apply.into_parts();
-            for (name, id) in created {
-                let effects = self.op(&mut core, &mut entry, ManifestOp::CreateKeyspace { name })?;
-                assert!(entry.replayed || effects.keyspace == Some(id), "keyspaces are numbered as they were promised");
+        let (mut entry, response) = {
+            let mut core = self.lock();
+            let mut entry = self.enter(&mut core, index);
+            // The manifest has made them already, and readers, the next entry among them, have to find them from here on.
+            entry.publish |= entry.replayed && core.logical.keyspaces.values().any(|k| k.created == index);
+            let response = answer.and_then(|(response, apply)| {
+                let (created, ops) = apply.into_parts();
+                for (name, id) in created {
+                    let effects = self.op(&mut core, &mut entry, ManifestOp::CreateKeyspace { name })?;
+                    assert!(
+                        entry.replayed || effects.keyspace == Some(id),
+                        "keyspaces are numbered as they were promised"
+                    );
+                }
+                Ok((response, ops))
+            });
+            if let Ok((_, ops)) = &response
+                && ops.len() <= WRITES_AT_ONCE
+            {
+                self.write(&mut core, &mut entry, branch, ops);
+                self.leave(&mut core, entry);
+                return response.map(|(response, _)| response);
             }
-            self.write(&mut core, &mut entry, branch, &ops);
-            Ok(response)
-        });
-        self.leave(&mut core, entry);
-        response
+            (entry, response)
+        };
+        if let Ok((_, ops)) = &response {
+            for some in ops.chunks(WRITES_AT_ONCE) {
+                self.write(&mut self.lock(), &mut entry, branch, some);
+                yield_once().await;
+            }
+        }
+        self.leave(&mut self.lock(), entry);
+        response.map(|(response, _)| response)
     }
 
     fn prepare_custom(&self, index: LogIndex, time_ms: u64, branch: BranchId) -> Result<Apply> {

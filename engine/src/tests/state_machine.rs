@@ -4,14 +4,15 @@ use std::ops::Bound;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Waker};
 
 use bytes::Bytes;
 
 use super::harness::*;
-use crate::{Apply, CommandBody, Error, ErrorKind, LogIndex, MAIN, Result, StateMachine};
+use crate::{Apply, Command, CommandBody, Error, ErrorKind, LogIndex, MAIN, Result, StateMachine};
 
-/// `add key n` adds to a counter in the keyspace `counters`, `sum` adds all, `swap a b` exchanges two, `fail` writes and
-/// fails.
+/// `add key n` adds to a counter in the keyspace `counters`, `sum` adds all, `swap a b` exchanges two, `many n`
+/// writes and reads n counters, `fail` writes and fails.
 #[derive(Default)]
 struct Counters {
     applied: AtomicU64,
@@ -49,6 +50,13 @@ impl StateMachine for Counters {
                     assert!(pairs.iter().all(|(key, _)| key != "gone"));
                     assert!(pairs.is_sorted_by(|p, q| p.0 > q.0));
                     Ok(pairs.len().to_string().into())
+                }
+                ["many", n] => {
+                    for i in 0..n.parse::<u64>().expect("a number") {
+                        apply.put(counters, format!("many{i:08}"), "1")?;
+                        assert_eq!(number(apply, counters, &format!("many{i:08}")).await?, 1);
+                    }
+                    Ok(Bytes::new())
                 }
                 ["sum"] => {
                     let pairs = apply.range(counters, Bound::Unbounded, Bound::Unbounded, false, usize::MAX).await?;
@@ -113,6 +121,29 @@ fn commands_decide_the_same_before_and_after_a_crash() {
     assert!(answer(&store, "sum").expect("summed").starts_with("44850 at "));
     assert_eq!(store.group().status().divergences, 0);
     store.close();
+}
+
+/// A delete of a large range of the etcd API held the thread of consensus for seconds: the leader lost its followers.
+#[test]
+fn a_large_command_lets_others_run() {
+    let media = media();
+    let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
+    answer(&store, "add k 1").expect("counted");
+    let index = LogIndex(store.group().applied().0 + 1);
+    let command = Command { time_ms: 1000, body: custom("many 10000") };
+    let (mut pauses, mut context) = (0, Context::from_waker(Waker::noop()));
+    {
+        let mut apply = std::pin::pin!(store.group().apply(index, &command));
+        while apply.as_mut().poll(&mut context).is_pending() {
+            pauses += 1;
+            // Nobody holds what a status needs, and nothing of the entry can be seen.
+            assert!(store.group().status().applied < index);
+        }
+    }
+    assert!(pauses >= 10_000 / 64 + 10_000 / 2048, "{pauses}");
+    assert_eq!(store.group().applied(), index);
+    let id = store.group().keyspace("counters").expect("made by the first command");
+    assert_eq!(all(&store.group().snapshot(MAIN).expect("main"), id).len(), 10_001);
 }
 
 #[test]

@@ -12,7 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 use mainstay_engine::BranchId;
-use mainstay_replication::{Batching, Durability, UnderWay, yield_once};
+use mainstay_io::yield_once;
+use mainstay_replication::{Batching, Durability, UnderWay};
 use tokio::sync::oneshot;
 use tonic::Status;
 

@@ -30,6 +30,8 @@ pub const LEASE_TTL_MIN: i64 = 2;
 pub const LEASE_TTL_MAX: i64 = 9_000_000_000;
 /// Revision records that one entry collects, at most: bounds the batch of the entry.
 pub(super) const COLLECT_RECORDS_MAX: usize = if cfg!(test) { 3 } else { 2_000 };
+/// Keys that a delete of a range removes before others get the thread.
+const DELETES_AT_ONCE: usize = 256;
 /// Operations on one level of a transaction and the levels below it, at most. Applying refuses what is beyond twice this,
 /// so that the setting of a service may be raised without a change of the log.
 pub(super) const TXN_OPS_LIMIT: usize = 100_000;
@@ -259,7 +261,10 @@ impl<'a, S: Store> Execution<'a, S> {
             }
         }
         let mut response = pb::DeleteRangeResponse { deleted: found.len() as i64, ..Default::default() };
-        for (key, meta) in found {
+        for (n, (key, meta)) in found.into_iter().enumerate() {
+            if n % DELETES_AT_ONCE == DELETES_AT_ONCE - 1 {
+                mainstay_io::yield_once().await;
+            }
             if delete.prev_kv {
                 response.prev_kvs.push(key_value(self.store, &meta).await?);
             }
