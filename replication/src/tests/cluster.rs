@@ -765,7 +765,7 @@ fn writes_that_share_an_entry_fit_into_a_record_of_a_small_ring() {
         cluster.cells[0].media = media;
         cluster.start_all().await;
         cluster.node(0).init(&cluster.names()).await.expect("born");
-        let keys: Vec<String> = (0..64).map(|i| format!("k{i}")).collect();
+        let keys: Vec<String> = (0..24).map(|i| format!("k{i}")).collect();
         let writes = keys.iter().map(|key| cluster.put(0, key, vec![7; 40_000]));
         for written in futures_util::future::join_all(writes).await {
             written.expect("written");
