@@ -27,8 +27,8 @@ usage: cargo xtask COMMAND
   tidy        layers, module headers, file lengths, links in docs, words that do not belong here
 ";
 
-/// Seeds of the simulation in `test`; each runs twice.
-const SIM_SEEDS: &str = "50";
+/// Seeds of the simulation in `test`; each runs twice, one seed on each processor at a time.
+const SIM_SEEDS: &str = "200";
 /// Seeds with disks that lie: some must fail, or the simulation sees nothing.
 const LYING_SEEDS: &str = "16";
 /// What compiles planted bugs in.
