@@ -7,6 +7,7 @@ mod guarantees;
 mod heal;
 mod log;
 mod machine;
+mod members;
 mod pipeline;
 mod recover;
 mod suite;

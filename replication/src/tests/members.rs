@@ -1,0 +1,73 @@
+//! The members change while a client writes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use super::cluster::*;
+use crate::{Durability, MemberRole, Node, NodeId, ReadLevel, Write};
+
+/// Writes one key after another at whatever member answers, until `stop`; gives the keys that were acknowledged.
+async fn write_on(members: Vec<Node>, stop: Arc<AtomicBool>) -> Vec<String> {
+    let mut acknowledged = Vec::new();
+    let mut at = 0;
+    for n in 0u64.. {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let key = format!("k{n:06}");
+        let write = Write { body: put(&key, "v"), durability: Durability::Quorum };
+        match members[at % members.len()].write(write).await {
+            Ok(applied) if applied.response.is_ok() => acknowledged.push(key),
+            _ => at += 1,
+        }
+    }
+    acknowledged
+}
+
+async fn voters(cluster: &Cluster, seen_from: usize, count: usize) {
+    let counted = |s: &crate::NodeStatus| s.members.iter().filter(|m| m.role == MemberRole::Voter).count();
+    let status = cluster.until(seen_from, |s| s.members.len() == count && counted(s) == count).await;
+    assert_eq!(status.members.len(), count);
+}
+
+#[test]
+fn one_grows_to_three_and_five_and_shrinks_to_three_under_load() {
+    run(async {
+        let mut cluster = Cluster::blank(5).await;
+        cluster.start_all().await;
+        cluster.node(0).init(&["n0".into()]).await.expect("born alone");
+        let stop = Arc::new(AtomicBool::new(false));
+        let members = (0..5).map(|i| cluster.node(i)).collect();
+        let writer = tokio::spawn(write_on(members, stop.clone()));
+        for i in 1..5 {
+            let address = cluster.cells[i].address.clone();
+            let member = cluster.node(0).add_member(&format!("n{i}"), address, true).await.expect("added");
+            assert_eq!(member.role, MemberRole::Voter, "it was promoted when it had caught up");
+            voters(&cluster, 0, i + 1).await;
+        }
+        // The leader is one of those that go.
+        let leader = cluster.leader().await;
+        let other = (leader + 1) % 5;
+        let stays: Vec<usize> = (0..5).filter(|i| *i != leader && *i != other).collect();
+        let ids: Vec<NodeId> = [other, leader].iter().map(|i| cluster.node(*i).status().id).collect();
+        for id in ids {
+            cluster.node(stays[0]).remove_member(id).await.expect("removed");
+        }
+        voters(&cluster, stays[0], 3).await;
+        for gone in [leader, other] {
+            cluster.until(gone, |s| s.role == "removed").await;
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        stop.store(true, Ordering::Relaxed);
+        let acknowledged = writer.await.expect("the writer ends");
+        assert!(acknowledged.len() > 100, "{} writes were acknowledged", acknowledged.len());
+        for i in stays {
+            for key in &acknowledged {
+                let value = cluster.get(i, key, ReadLevel::Linearizable).await.expect("read");
+                assert_eq!(value.as_deref(), Some(b"v".as_ref()), "{key} at n{i}");
+            }
+        }
+        cluster.finish().await;
+    });
+}
