@@ -75,6 +75,10 @@ impl EngineShared {
     }
 
     fn set_full(&self, full: bool) {
+        if full && !self.space_is_short() {
+            // Asked for while there was space, an attempt is taken by no worker: who asks from now on wakes one.
+            self.retry.store(false, Ordering::Release);
+        }
         if self.full.swap(full, Ordering::AcqRel) == full {
             return;
         }
@@ -106,6 +110,13 @@ impl EngineShared {
     pub(crate) fn want_pages(&self) {
         self.pages_wanted.store(true, Ordering::Release);
         self.upkeep.notify_one();
+    }
+
+    /// Leaves the volume as upkeep does that found no space for pages, when an attempt was asked for shortly before.
+    #[cfg(test)]
+    pub(crate) fn find_full(&self) {
+        self.retry.store(true, Ordering::Release);
+        self.set_full(true);
     }
 
     /// Asks for a purge when half of the ring is used and the log has grown since the last one.
