@@ -174,26 +174,22 @@ impl<R: Runtime> Inner<R> {
     }
 
     /// Follows openraft's state: announces changes, and leaves service when it stops.
+    ///
+    /// By the metrics of role and membership alone, here and in [`Inner::lead`]: those with the progress of the log change at
+    /// each step of an entry, and each change wakes all who wait for one.
     async fn watch(self: &Arc<Self>, running: &Arc<Running<R>>) {
-        let mut metrics = running.metrics.clone();
+        let mut metrics = running.raft.server_metrics();
         let mut last = None;
         let mut known: BTreeSet<u64> = BTreeSet::new();
         loop {
-            let (now, failure, committed, voter_once) = {
+            let (now, committed, voter_once) = {
                 let m = metrics.borrow_and_update();
                 let committed: BTreeSet<u64> =
                     m.committed_membership_config.membership().nodes().map(|(id, _)| *id).collect();
-                let now = (m.state, m.current_term, m.current_leader, *m.membership_config.log_id());
+                let now = (m.state, m.vote, m.current_leader, *m.membership_config.log_id());
                 let inside = m.membership_config.get_node(&running.id).is_some();
-                (now, m.running_state.as_ref().err().map(ToString::to_string), committed, inside)
+                (now, committed, inside)
             };
-            if let Some(reason) = failure {
-                if !self.closing.is_set() {
-                    self.set_phase(Phase::Failed(self.log.failure().unwrap_or(reason)));
-                    self.progress.close();
-                }
-                return;
-            }
             if !committed.is_empty() {
                 let gone: Vec<u64> = known.difference(&committed).copied().collect();
                 if gone.contains(&running.id) && !voter_once {
@@ -209,7 +205,9 @@ impl<R: Runtime> Inner<R> {
             }
             if metrics.changed().await.is_err() {
                 if !self.closing.is_set() {
-                    let reason = self.log.failure().unwrap_or_else(|| "raft stopped".into());
+                    let stopped =
+                        Self::metrics_of(running, |m| m.running_state.as_ref().err().map(ToString::to_string));
+                    let reason = self.log.failure().or(stopped).unwrap_or_else(|| "raft stopped".into());
                     self.set_phase(Phase::Failed(reason));
                     self.progress.close();
                 }
@@ -228,16 +226,15 @@ impl<R: Runtime> Inner<R> {
 
     /// While it leads: proposes what its jobs produced.
     async fn lead(&self, running: &Arc<Running<R>>) {
-        let mut metrics = running.metrics.clone();
+        let mut metrics = running.raft.server_metrics();
         loop {
             let Ok(leading) = metrics.wait_until(|m| m.state == ServerState::Leader).await else { return };
-            let term = leading.current_term;
+            let vote = leading.vote;
             // What finished while another led, or was lost with it.
             self.group.offer_installs();
             loop {
                 let mut ended = metrics.clone();
-                let ended =
-                    std::pin::pin!(ended.wait_until(|m| m.state != ServerState::Leader || m.current_term != term));
+                let ended = std::pin::pin!(ended.wait_until(|m| m.state != ServerState::Leader || m.vote != vote));
                 let next = std::pin::pin!(self.group.next_install());
                 let command = match R::select2(ended, next).await {
                     openraft_rt::Select2::First(Ok(_)) => break,
