@@ -28,6 +28,9 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use crc_fast::{CrcAlgorithm, Digest};
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
+use mainstay_io::BoxFuture;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, BufWriter};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
@@ -114,6 +117,18 @@ fn decode_header(header: &[u8; HEADER_BYTES]) -> Result<(Kind, u8, u64, usize, u
         return Err(Error::new(ErrorKind::Corrupt, format!("frame is too long bytes={length}")));
     }
     Ok((kind, method, u64::from_le_bytes(*number), length, u64::from_le_bytes(*crc)))
+}
+
+/// What a handler answers, as it is sent.
+fn answer_frame(number: u64, answer: Result<Envelope>) -> Frame {
+    let refusal = |error: &Error| Frame { kind: Kind::Refusal, method: 0, number, body: encode_error(error) };
+    match answer {
+        Ok(answer) if answer.body.len() <= FRAME_BYTES_MAX => {
+            Frame { kind: Kind::Answer, method: answer.method, number, body: answer.body }
+        }
+        Ok(_) => refusal(&Error::new(ErrorKind::Internal, "the answer is longer than a frame")),
+        Err(error) => refusal(&error),
+    }
 }
 
 async fn write_frame(out: &mut BufWriter<OwnedWriteHalf>, frame: &Frame) -> std::io::Result<()> {
@@ -380,15 +395,35 @@ impl TcpTransport {
         self.learn(&hello);
 
         let (answers, mut outgoing) = mpsc::channel::<Frame>(IN_WORK_MAX);
+        let (waits, mut begun) = mpsc::channel::<BoxFuture<Frame>>(IN_WORK_MAX);
         let writer = async move {
-            while let Some(frame) = outgoing.recv().await {
+            // Appends in turn wait here for the log, and not in a task each: their answers wake the task that writes them.
+            let mut in_turn = FuturesUnordered::new();
+            loop {
+                let frame = tokio::select! {
+                    Some(frame) = in_turn.next() => frame,
+                    frame = outgoing.recv() => match frame {
+                        Some(frame) => frame,
+                        None => return Ok::<(), Error>(()),
+                    },
+                    Some(wait) = begun.recv() => {
+                        in_turn.push(wait);
+                        continue;
+                    }
+                };
                 write_frame(&mut write, &frame).await.map_err(lost)?;
-                while let Ok(frame) = outgoing.try_recv() {
+                loop {
+                    while let Ok(wait) = begun.try_recv() {
+                        in_turn.push(wait);
+                    }
+                    let Some(frame) = outgoing.try_recv().ok().or_else(|| in_turn.next().now_or_never().flatten())
+                    else {
+                        break;
+                    };
                     write_frame(&mut write, &frame).await.map_err(lost)?;
                 }
                 write.flush().await.map_err(lost)?;
             }
-            Ok::<(), Error>(())
         };
         let in_work = Arc::new(Semaphore::new(IN_WORK_MAX));
         let this = self.clone();
@@ -402,22 +437,21 @@ impl TcpTransport {
                 let Some(service) = this.service() else { return Err(unavailable("nothing is served any more")) };
                 // Called here and not in the task: the handler sees requests in the order of the connection.
                 let work = service.handler.handle(hello.clone(), Envelope { method: frame.method, body: frame.body });
-                let answers = answers.clone();
                 let number = frame.number;
-                this.spawn(async move {
-                    let frame = match work.await {
-                        Ok(answer) if answer.body.len() <= FRAME_BYTES_MAX => {
-                            Frame { kind: Kind::Answer, method: answer.method, number, body: answer.body }
-                        }
-                        Ok(_) => {
-                            let error = Error::new(ErrorKind::Internal, "the answer is longer than a frame");
-                            Frame { kind: Kind::Refusal, method: 0, number, body: encode_error(&error) }
-                        }
-                        Err(error) => Frame { kind: Kind::Refusal, method: 0, number, body: encode_error(&error) },
-                    };
-                    // The connection may have ended meanwhile.
-                    let _ = answers.send(frame).await;
+                let answer = async move {
+                    let frame = answer_frame(number, work.await);
                     drop(permit);
+                    frame
+                };
+                if crate::network::keeps_order(frame.method) {
+                    // The writer ends only with the connection.
+                    let _ = waits.send(Box::pin(answer)).await;
+                    continue;
+                }
+                let answers = answers.clone();
+                this.spawn(async move {
+                    // The connection may have ended meanwhile.
+                    let _ = answers.send(answer.await).await;
                 });
             }
         };
@@ -606,7 +640,7 @@ impl TcpTransport {
             }
         };
         // A wish to give up the former connection does not concern this one.
-        let _ = futures_util::FutureExt::now_or_never(peer.give_up.notified());
+        let _ = peer.give_up.notified().now_or_never();
         let mut services = self.inner.service.subscribe();
         let replaced = services.wait_for(|s| s.as_ref().is_none_or(|s| s.epoch != service.epoch));
         tokio::select! {
