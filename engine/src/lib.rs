@@ -15,6 +15,7 @@ mod manifest;
 mod memory;
 mod memtable;
 mod once;
+mod own_writes;
 mod read;
 mod snapshot;
 mod state_machine;

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 
 use crate::command::{WriteOp, check_key};
+use crate::own_writes::OwnWrites;
 use crate::{Error, ErrorKind, KeyspaceId, LogIndex, Result, Snapshot};
 
 /// Answers `Custom` commands. It runs on every replica, in log order, and must be deterministic: it may read the store
@@ -47,8 +48,7 @@ pub struct Apply {
     next_keyspace: KeyspaceId,
     /// Keyspaces to be made, in order.
     created: Vec<(String, KeyspaceId)>,
-    /// `None` removes.
-    writes: BTreeMap<(KeyspaceId, Bytes), Option<Bytes>>,
+    writes: OwnWrites,
     /// What the store could not read for it.
     broken: OnceLock<Error>,
     /// So far.
@@ -63,7 +63,7 @@ impl Apply {
         made: BTreeMap<String, KeyspaceId>,
         next_keyspace: KeyspaceId,
     ) -> Self {
-        let (created, writes) = (Vec::new(), BTreeMap::new());
+        let (created, writes) = (Vec::new(), OwnWrites::new(index.0 ^ time_ms.rotate_left(32)));
         let (broken, reads) = (OnceLock::new(), AtomicU64::new(0));
         Self { index, time_ms, before, made, next_keyspace, created, writes, broken, reads }
     }
@@ -93,13 +93,9 @@ impl Apply {
         }
     }
 
-    /// The keyspaces to make, and the mutations in order of keys.
+    /// The keyspaces to make, and the mutations, one a key.
     pub(crate) fn into_parts(self) -> (Vec<(String, KeyspaceId)>, Vec<WriteOp>) {
-        let op = |((keyspace, key), value)| match value {
-            Some(value) => WriteOp::Put { keyspace, key, value },
-            None => WriteOp::Delete { keyspace, key },
-        };
-        (self.created, self.writes.into_iter().map(op).collect())
+        (self.created, self.writes.into_ops())
     }
 
     /// The index of the entry.
@@ -139,7 +135,7 @@ impl Apply {
     /// `NotFound` for an unknown keyspace, `Io`, `Corrupt`.
     pub async fn get(&self, keyspace: KeyspaceId, key: &[u8]) -> Result<Option<Bytes>> {
         self.pause().await;
-        if let Some(value) = self.writes.get(&(keyspace, Bytes::copy_from_slice(key))) {
+        if let Some(value) = self.writes.get(keyspace, key) {
             return Ok(value.clone());
         }
         if self.is_new(keyspace) {
@@ -210,7 +206,7 @@ impl Apply {
         op.check()?;
         self.check_keyspace(keyspace)?;
         if let WriteOp::Put { keyspace, key, value } = op {
-            self.writes.insert((keyspace, key), Some(value));
+            self.writes.write(keyspace, key, Some(value));
         }
         Ok(())
     }
@@ -223,7 +219,7 @@ impl Apply {
         let key = key.into();
         check_key(&key)?;
         self.check_keyspace(keyspace)?;
-        self.writes.insert((keyspace, key), None);
+        self.writes.write(keyspace, key, None);
         Ok(())
     }
 
@@ -261,7 +257,7 @@ impl Apply {
                 None => Bound::Unbounded,
             },
         };
-        let all = self.writes.range((from, to)).map(|((_, key), value)| (key, value));
+        let all = self.writes.range(from, to);
         if reverse { Box::new(all.rev()) } else { Box::new(all) }
     }
 }

@@ -26,6 +26,9 @@ pub(super) const OP_OVERHEAD_BYTES: u64 = 32;
 /// Mutations of a command that are written before others get the thread: some milliseconds.
 const WRITES_AT_ONCE: usize = 2048;
 
+/// Keyspaces whose memtables a command keeps at hand while it writes.
+const MET_MAX: usize = 16;
+
 /// What an entry has done so far.
 struct Entry {
     index: LogIndex,
@@ -223,20 +226,23 @@ impl GroupShared {
 
     /// Writes checked mutations into the memtables in use.
     fn write(&self, core: &mut Core, entry: &mut Entry, branch: BranchId, ops: &[WriteOp]) {
-        let mut at: Option<(KeyspaceId, Arc<Memtable>)> = None;
+        // Those of the keyspaces met so far: a command writes to a few in turns.
+        let mut met: Vec<(KeyspaceId, Arc<Memtable>)> = Vec::new();
         for op in ops {
             let keyspace = op.keyspace();
-            let memtable = match &at {
-                Some((known, memtable)) if *known == keyspace => memtable,
-                _ => {
-                    let key = (core.active, branch, keyspace);
-                    let memtable = core.memtables.entry(key).or_insert_with(|| {
-                        entry.publish = true;
-                        Arc::new(Memtable::new(&self.engine.budget))
-                    });
-                    &at.insert((keyspace, memtable.clone())).1
+            let place = met.iter().position(|(known, _)| *known == keyspace).unwrap_or_else(|| {
+                let key = (core.active, branch, keyspace);
+                let memtable = core.memtables.entry(key).or_insert_with(|| {
+                    entry.publish = true;
+                    Arc::new(Memtable::new(&self.engine.budget))
+                });
+                if met.len() == MET_MAX {
+                    met.clear();
                 }
-            };
+                met.push((keyspace, memtable.clone()));
+                met.len() - 1
+            });
+            let memtable = &met[place].1;
             memtable.insert(op.key(), entry.index, op.value());
             let bytes = op.key().len() + op.value().map_or(0, Bytes::len);
             core.written += bytes as u64 + OP_OVERHEAD_BYTES;
