@@ -13,7 +13,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::record::KeyMeta;
 
 /// Bytes of keys and states that a branch keeps.
-const METAS_BYTES_MAX: u64 = 8 << 20;
+const METAS_BYTES_MAX: u64 = 32 << 20;
 /// What a key costs beside its bytes.
 const OVERHEAD_BYTES: u64 = 104;
 /// Longer keys are looked up.
@@ -110,7 +110,7 @@ mod tests {
         let long = vec![b'k'; KEY_BYTES_MAX + 1];
         metas.set(&long, meta(2));
         assert_eq!(metas.get(&long), None);
-        for n in 0..200_000_u64 {
+        for n in 0..600_000_u64 {
             metas.set(&n.to_be_bytes(), meta(5));
         }
         let weight = metas.0.as_ref().map_or(0, Cache::weight);
