@@ -16,6 +16,7 @@ pub mod units;
 mod admin;
 pub mod bench;
 pub mod client;
+mod connections;
 mod context;
 pub mod demo;
 mod front;

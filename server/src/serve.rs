@@ -28,20 +28,10 @@ use crate::etcd::{Etcd, EtcdSettings, KvServer, Model, NodeBackend};
 use crate::front::Front;
 use crate::metrics::Metrics;
 use crate::settings::ServeSettings;
-use crate::{admin, logs, metrics, service};
+use crate::{admin, connections, logs, metrics, service};
 
-/// Requests in flight on one connection.
-const STREAMS_MAX: u32 = 4096;
 /// Bytes of a request or an answer: the largest value, its key and room for what stands around them.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 20 << 20;
-/// An idle connection is asked whether it lives.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// A connection that does not answer is closed.
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Bytes on the way on one connection before the reader has taken them.
-const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
-/// Bytes on the way on one request.
-const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 /// Longest wait for a leader to take over when this process stops.
 const HAND_OVER_MAX: Duration = Duration::from_secs(5);
 /// Longest wait for running requests when this process stops. Watches have no end of their own.
@@ -79,27 +69,20 @@ impl Port {
         Ok(Self { name, listener: Some(listener), address: Some(address) })
     }
 
-    /// Serves until `stop` changes. HTTP/1 is for probes and scrapers: clients speak gRPC alone.
-    async fn serve<S>(self, service: S, with_http1: bool, mut stop: watch::Receiver<bool>) -> Result<(), Failure>
+    /// The listener, for what serves it.
+    fn take(&mut self) -> Result<Option<TcpListener>, Failure> {
+        Ok(self.listener.take().map(TcpListener::from_std).transpose()?)
+    }
+
+    /// Serves probes and scrapers, which speak HTTP/1 or HTTP/2, until `stop` changes.
+    async fn serve_health<S>(mut self, service: S, mut stop: watch::Receiver<bool>) -> Result<(), Failure>
     where
         S: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send> + Clone + Send + 'static,
     {
-        let Some(listener) = self.listener else { return Ok(()) };
-        let listener = TcpListener::from_std(listener)?;
-        let incoming = futures_util::StreamExt::inspect(TcpListenerStream::new(listener), |stream| {
-            if let Ok(stream) = stream {
-                // Answers are small and waited for.
-                let _ = stream.set_nodelay(true);
-            }
-        });
+        let Some(listener) = self.take()? else { return Ok(()) };
         Server::builder()
-            .accept_http1(with_http1)
-            .max_concurrent_streams(STREAMS_MAX)
-            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .serve_with_incoming_shutdown(service, incoming, async move {
+            .accept_http1(true)
+            .serve_with_incoming_shutdown(service, TcpListenerStream::new(listener), async move {
                 // An error means that the sender is gone, which is a stop as well.
                 let _ = stop.wait_for(|stop| *stop).await;
             })
@@ -111,7 +94,7 @@ impl Port {
 async fn serve(settings: ServeSettings) -> Result<(), Failure> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let client = Port::bind("clients", settings.listen)?;
+    let mut client = Port::bind("clients", settings.listen)?;
     let admin_port = Port::bind("admin", settings.listen_admin)?;
     let metrics_port = Port::bind("metrics", settings.listen_metrics)?;
     let advertise = settings.advertise.clone().or(client.address.map(|address| address.to_string()));
@@ -137,7 +120,12 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
         let (stop_clients, stopped_clients) = watch::channel(false);
         let etcd = Etcd::start(NodeBackend::new(node.clone(), model.clone()), model.clone(), EtcdSettings::default());
         let front = front(&context, &metrics, &etcd);
-        let clients = tokio::spawn(client.serve(front, false, stopped_clients));
+        let listener = client.take()?;
+        let clients = tokio::spawn(async move {
+            if let Some(listener) = listener {
+                connections::serve(listener, front, stopped_clients).await;
+            }
+        });
         let watching = tokio::spawn(log_changes(node.clone()));
         let [clients_at, admin_at, metrics_at] = ports;
         tracing::info!(
@@ -215,8 +203,8 @@ fn start_health(
     let (ended, end) = tokio::sync::oneshot::channel();
     std::thread::Builder::new().name("mainstay-admin".into()).spawn(move || {
         runtime.block_on(async {
-            let admin = admin_port.serve(Routes::from(admin_routes).prepare(), true, stopped.clone());
-            let metrics = metrics_port.serve(Routes::from(metrics_routes).prepare(), true, stopped);
+            let admin = admin_port.serve_health(Routes::from(admin_routes).prepare(), stopped.clone());
+            let metrics = metrics_port.serve_health(Routes::from(metrics_routes).prepare(), stopped);
             let (admin, metrics) = futures_util::join!(admin, metrics);
             for failure in [admin.err(), metrics.err()].into_iter().flatten() {
                 tracing::error!(error = %failure, "a port is not served any more");
