@@ -414,6 +414,12 @@ impl Engine {
         self.shared.space_is_short()
     }
 
+    /// Has the log cut when half of its ring is used. For the owner of a log whose entries come from elsewhere: nothing else looks
+    /// at it while they are appended.
+    pub fn check_log(&self) {
+        self.shared.check_log();
+    }
+
     /// For an owner whose records find no space in the log: asks for the log to be cut if more than half of it is used. It
     /// happens in the background.
     pub fn relieve_log(&self) {

@@ -448,6 +448,20 @@ impl Group {
         }
     }
 
+    /// Resolves when the log or the memory of this replica asks for a rotation: at once while [`Group::next_install`] has one that
+    /// was not taken. Where this replica does not lead, it is to ask the leader: a log whose disk is faster writes more and
+    /// smaller batches of the same entries, so it fills up sooner. Cancel safe.
+    pub async fn rotation_wanted(&self) {
+        loop {
+            let mut changed = pin!(self.0.offers.notified());
+            changed.as_mut().enable();
+            if self.0.wants_rotation() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
     /// Makes all finished, uninstalled jobs appear in [`Group::next_install`] again: a new leader calls it.
     pub fn offer_installs(&self) {
         self.0.offer_again();

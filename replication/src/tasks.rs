@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use mainstay_engine::{CommandBody, LogIndex};
+use mainstay_engine::{Command, CommandBody, LogIndex};
 use mainstay_wal::Lsn;
 use openraft::ServerState;
 use openraft::async_runtime::WatchReceiver;
@@ -23,6 +23,8 @@ const HOUSEKEEPING: Duration = Duration::from_millis(100);
 const PURGE_STEP_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pause before a proposal of ours is tried again.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
+/// Pause between two rotations that a follower asks for.
+const ROTATION_PAUSE: Duration = Duration::from_millis(50);
 /// How often a node looks at its disk, and a leader for members to replace.
 const RECONCILE: Duration = Duration::from_millis(500);
 /// How long a member is without a leader before it asks whether it is one still.
@@ -121,6 +123,7 @@ impl<R: Runtime> Inner<R> {
                 let _ = running.raft.shutdown().await;
             }
         }
+        self.engine.check_log();
         if self.log.is_stalled() && R::Instant::now() >= *relieved + RELIEVE {
             *relieved = R::Instant::now();
             self.engine.relieve_log();
@@ -160,6 +163,8 @@ impl<R: Runtime> Inner<R> {
         self.spawn(async move { this.watch(&r).await });
         let (this, r) = (self.clone(), running.clone());
         self.spawn(async move { this.lead(&r).await });
+        let (this, r) = (self.clone(), running.clone());
+        self.spawn(async move { this.ask_for_rotations(&r).await });
         let (this, r) = (self.clone(), running.clone());
         self.spawn(async move { this.look_after_members(&r).await });
         let (this, r) = (self.clone(), running.clone());
@@ -262,6 +267,25 @@ impl<R: Runtime> Inner<R> {
                     R::sleep(RETRY_PAUSE).await;
                 }
             }
+        }
+    }
+
+    /// While another leads: asks it for the rotations without which the log here cannot be cut.
+    async fn ask_for_rotations(self: &Arc<Self>, running: &Arc<Running<R>>) {
+        loop {
+            self.group.rotation_wanted().await;
+            if self.leader_of(running) != Some(running.id) {
+                let command = Command { time_ms: self.now_ms(), body: CommandBody::Rotate };
+                let asked = match command.encode() {
+                    Ok(command) => self.propose(command, false).await.map(|_| ()),
+                    Err(error) => Err(error.into()),
+                };
+                if let Err(error) = asked {
+                    tracing::debug!(%error, "the leader was asked in vain for a rotation");
+                }
+            }
+            // The rotation takes the wish away when it is applied here, or the task of the leader takes it.
+            R::sleep(ROTATION_PAUSE).await;
         }
     }
 

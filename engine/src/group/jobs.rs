@@ -189,6 +189,11 @@ impl GroupShared {
             self.offers.notify_waiters();
         }
     }
+
+    /// A rotation was asked for, and nobody has proposed it here.
+    pub(crate) fn wants_rotation(&self) -> bool {
+        self.lock().rotate == Some(false)
+    }
 }
 
 fn eligible(core: &Core, job: JobId, now: Duration) -> bool {

@@ -84,7 +84,7 @@ impl Cluster {
     async fn add_cell(&mut self, i: usize) {
         let name = format!("n{i}");
         let media = media(i as u64);
-        format_volume(&media).await;
+        format_volume(&media, WAL_BYTES).await;
         let transport = TcpTransport::bind("127.0.0.1:0", None).await.expect("loopback");
         let address = transport.local_address();
         transport.close().await;
@@ -179,7 +179,7 @@ impl Cluster {
         self.kill(i).await;
         self.crashes += 1;
         self.cells[i].media = media(1000 + self.crashes);
-        format_volume(&self.cells[i].media).await;
+        format_volume(&self.cells[i].media, WAL_BYTES).await;
     }
 
     async fn stop(&mut self, i: usize) {
@@ -239,9 +239,9 @@ pub(super) async fn pause() {
     tokio::time::sleep(Duration::from_millis(5)).await;
 }
 
-pub(super) async fn format_volume(media: &SimMedia) {
+pub(super) async fn format_volume(media: &SimMedia, wal_bytes: u64) {
     let opened = media.open().expect("nobody has it open");
-    Engine::format(opened, &environment(), WAL_BYTES, false).await.expect("formats");
+    Engine::format(opened, &environment(), wal_bytes, false).await.expect("formats");
 }
 
 pub(super) fn put(key: &str, value: impl Into<Bytes>) -> CommandBody {
