@@ -1,5 +1,5 @@
 //! The one harness of the tests that run real processes on real files: servers on loopback, clients that remember what
-//! was acknowledged, loop devices.
+//! was acknowledged, loop devices, devices with errors.
 //!
 //! # Invariants
 //! 1. Every process that a test starts is ended by its id when its [`Server`] is dropped, also when the test panics.
@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod faulty_device;
 pub mod ledger;
 pub mod loopback;
 pub mod netns;
@@ -14,6 +15,7 @@ pub mod proxy;
 pub mod registers;
 pub mod server;
 
+pub use faulty_device::{FaultyDevice, Request};
 pub use ledger::Ledger;
 pub use loopback::LoopDevice;
 pub use netns::Network;

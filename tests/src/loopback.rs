@@ -13,20 +13,22 @@ impl LoopDevice {
     pub fn attach(file: &Path, bytes: u64) -> Option<Self> {
         let made = std::fs::File::create(file).and_then(|made| made.set_len(bytes));
         made.expect("a file can be made");
+        Self::over(file).inspect_err(|reason| eprintln!("no loop device here: {reason}")).ok()
+    }
+
+    /// Attaches `file` as it is.
+    ///
+    /// # Errors
+    /// Why the machine cannot.
+    pub fn over(file: &Path) -> Result<Self, String> {
         let output = Command::new("losetup").args(["--find", "--show", "--direct-io=on"]).arg(file).output();
         match output {
             Ok(output) if output.status.success() => {
                 let path = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-                Some(Self { path: path.into() })
+                Ok(Self { path: path.into() })
             }
-            Ok(output) => {
-                eprintln!("no loop device here: {}", String::from_utf8_lossy(&output.stderr).trim());
-                None
-            }
-            Err(error) => {
-                eprintln!("no loop device here: {error}");
-                None
-            }
+            Ok(output) => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
+            Err(error) => Err(error.to_string()),
         }
     }
 

@@ -227,6 +227,14 @@ impl Cluster {
         Self::describe(folder, &["a", "b", "c"], arguments).born()
     }
 
+    /// Starts three servers, the volume of one of which is `device`, and gives birth to the cluster.
+    pub fn start_with_device(server: usize, device: &Path, arguments: &[&str]) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder can be made");
+        let mut cluster = Self::describe(folder, &["a", "b", "c"], arguments);
+        cluster.servers[server].data = device.to_owned();
+        cluster.born()
+    }
+
     /// Describes servers over `folder` without starting them.
     pub fn describe(folder: tempfile::TempDir, names: &[&str], arguments: &[&str]) -> Self {
         let servers: Vec<_> = names
@@ -290,6 +298,19 @@ impl Cluster {
             leader.is_some()
         });
         leader.expect("the wait ended with a leader")
+    }
+
+    /// Hands leadership to this server, again until it says that it leads.
+    pub fn transfer_to(&self, to: usize) {
+        until("leadership is handed over", || {
+            let from = self.leader();
+            if from != to {
+                // A refusal, or an election that another won, is seen by the next look.
+                let from = &self.servers[from];
+                from.run(&["transfer-leader", "--to", &self.servers[to].name, "--admin", &from.admin]);
+            }
+            from == to
+        });
     }
 
     /// Gives birth to the cluster over all servers.

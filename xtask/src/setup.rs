@@ -27,6 +27,9 @@ const TOOLS: &[Tool] = &[
     Tool { program: "losetup", package: "util-linux", needed_by: "volumes on block devices", only_with: None },
     Tool { program: "mkfs.ext4", package: "e2fsprogs", needed_by: "full file systems", only_with: None },
     Tool { program: "tc", package: "iproute2", needed_by: "partitions of real processes", only_with: None },
+    Tool { program: "nbdkit", package: "nbdkit", needed_by: "devices with errors", only_with: None },
+    Tool { program: "nbdfuse", package: "libnbd-bin", needed_by: "devices with errors", only_with: None },
+    Tool { program: "fusermount3", package: "fuse3", needed_by: "devices with errors", only_with: None },
     Tool { program: "etcdctl", package: "etcd-client", needed_by: "the etcd API", only_with: None },
     Tool { program: "python3", package: "python3", needed_by: "deploy checks", only_with: Some("deploy") },
 ];
