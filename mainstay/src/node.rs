@@ -21,6 +21,7 @@ pub struct NodeOptions {
     advertise: Option<String>,
     client_address: String,
     site: String,
+    priority: u8,
     peers: BTreeMap<String, PeerAddress>,
     heartbeat: Duration,
     election_timeout: Duration,
@@ -40,6 +41,7 @@ impl NodeOptions {
             advertise: None,
             client_address: String::new(),
             site: String::new(),
+            priority: 0,
             peers: BTreeMap::new(),
             heartbeat: Duration::from_millis(100),
             election_timeout: Duration::from_millis(300),
@@ -71,6 +73,14 @@ impl NodeOptions {
     /// when the node becomes a member; [`Node::set_member_site`] changes it later.
     pub fn site(mut self, site: impl Into<String>) -> Self {
         self.site = site.into();
+        self
+    }
+
+    /// Who of those that may lead shall: leadership goes by itself to the voter of the highest priority that is caught up and
+    /// whose disk is well. Default 0. Told to the cluster when the node becomes a member; [`Node::set_member_priority`]
+    /// changes it later.
+    pub fn priority(mut self, priority: u8) -> Self {
+        self.priority = priority;
         self
     }
 
@@ -158,6 +168,7 @@ impl Node {
             name: options.name,
             client_address: options.client_address,
             site: options.site,
+            priority: options.priority,
             peers,
             heartbeat: options.heartbeat,
             election_timeout: options.election_timeout,
@@ -231,12 +242,18 @@ impl Node {
         self.bind(move |inner| async move { inner.node.set_member_site(id, &site).await })
     }
 
+    /// Changes the priority of a member; see [`NodeOptions::priority`].
+    pub fn set_member_priority(&self, id: NodeId, priority: u8) -> BoxFuture<Result<()>> {
+        self.bind(move |inner| async move { inner.node.set_member_priority(id, priority).await })
+    }
+
     /// Removes a member. Its volume never takes part again; wiped, it can be added anew.
     pub fn remove_member(&self, id: NodeId) -> BoxFuture<Result<()>> {
         self.bind(|inner| async move { inner.node.remove_member(id).await })
     }
 
-    /// Hands leadership to `to`, or to the most caught-up voter, and returns the new leader.
+    /// Hands leadership to `to`, or to the most caught-up voter, and returns the new leader. It leads for a minute at least before
+    /// a voter with a higher priority does.
     pub fn transfer_leader(&self, to: Option<NodeId>) -> BoxFuture<Result<NodeId>> {
         self.bind(|inner| async move { inner.node.transfer_leader(to).await })
     }

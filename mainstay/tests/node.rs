@@ -9,12 +9,17 @@ fn options(name: &str, path: &std::path::Path) -> NodeOptions {
 #[test]
 fn one_node_without_tokio_serves_the_blocking_interface() {
     let folder = tempfile::tempdir().expect("a folder");
-    let node = Node::start_blocking(options("one", folder.path()).site("here")).expect("starts");
+    let node = Node::start_blocking(options("one", folder.path()).site("here").priority(3)).expect("starts");
     assert_eq!(node.status().role, "waiting");
     let early = node.store().keyspace("data").err().expect("no cluster yet");
     assert!(early.is_retryable() || matches!(early.kind(), ErrorKind::Unavailable), "{early}");
     let cluster = node.block_on(node.init(["one"])).expect("a cluster");
     assert_eq!(node.block_on(node.init(["one"])).expect("the same again"), cluster);
+    let priorities = || node.status().members.iter().map(|m| (m.id, m.priority)).collect::<Vec<_>>();
+    let id = node.status().id;
+    assert_eq!(priorities(), [(id, 3)], "told at birth");
+    node.block_on(node.set_member_priority(id, 200)).expect("changed");
+    assert_eq!(priorities(), [(id, 200)]);
     let store = node.store();
     let data = store.keyspace("data").expect("made");
     let commit = data.insert("a", "1").expect("written");

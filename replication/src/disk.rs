@@ -34,11 +34,11 @@ const WRITES_MIN: u64 = 8;
 /// A disk that answers faster is not slow, however fast the others are.
 const SLOW_MIN: Duration = Duration::from_millis(4);
 /// A disk that answers slower is slow, whatever the others say: they may have nothing to write because of it.
-const STUCK: Duration = Duration::from_secs(1);
+pub(crate) const STUCK: Duration = Duration::from_secs(1);
 /// How many times the median of the group a slow disk takes.
-const SLOW_FACTOR: u32 = 8;
+pub(crate) const SLOW_FACTOR: u32 = 8;
 /// Entries that a successor may lack: it fetches them before it calls the election.
-const LAG_MAX: u64 = 1024;
+pub(crate) const LAG_MAX: u64 = 1024;
 /// Looks in a row that have to find the disk of the leader wrong.
 const LOOKS_MIN: u32 = 2;
 /// How long a node leads before it hands over for its disk, and the pause between two attempts.
@@ -71,16 +71,16 @@ pub(crate) enum Reason {
 
 /// Another voter, as the leader knows it.
 #[derive(Clone, Copy, Debug)]
-struct Other {
-    id: u64,
+pub(crate) struct Other {
+    pub(crate) id: u64,
     /// Entries that it lacks; `None` for one that has not answered.
-    lag: Option<u64>,
+    pub(crate) lag: Option<u64>,
     /// `None` for one that does not say.
-    health: Option<DiskHealth>,
+    pub(crate) health: Option<DiskHealth>,
 }
 
 impl DiskHealth {
-    fn is_broken(&self) -> bool {
+    pub(crate) fn is_broken(&self) -> bool {
         self.full || self.stalled || self.failing
     }
 
@@ -107,16 +107,21 @@ impl DiskHealth {
 }
 
 /// The median of the latencies that are known; the lower of two.
-fn median(own: &DiskHealth, others: &[Other]) -> Option<Duration> {
+pub(crate) fn median(own: &DiskHealth, others: &[Other]) -> Option<Duration> {
     let said = others.iter().filter_map(|other| other.health?.write_latency);
     let mut all: Vec<Duration> = own.write_latency.into_iter().chain(said).collect();
     all.sort_unstable();
     all.get(all.len().saturating_sub(1) / 2).copied()
 }
 
+/// Whether a write takes `factor` times as long as elsewhere, and long enough to be minded.
+pub(crate) fn is_slow(latency: Duration, than: Duration, factor: u32) -> bool {
+    latency >= SLOW_MIN && latency >= than.saturating_mul(factor)
+}
+
 /// Who shall lead in the place of a leader whose disk is `own`, and why; `None` when it stays.
 fn successor(own: &DiskHealth, others: &[Other]) -> Option<(u64, Reason)> {
-    let slow = |latency: Duration, than: Duration| latency >= SLOW_MIN && latency >= than.saturating_mul(SLOW_FACTOR);
+    let slow = |latency: Duration, than: Duration| is_slow(latency, than, SLOW_FACTOR);
     let median = median(own, others);
     let reason = match own {
         DiskHealth { full: true, .. } => Reason::Full,
@@ -227,7 +232,8 @@ impl<R: Runtime> Inner<R> {
         state.not_before = R::Instant::now() + LED_MIN;
     }
 
-    async fn ask_disks(&self, running: &Running<R>) -> Vec<Other> {
+    /// Asks the other voters how their disks do.
+    pub(crate) async fn ask_disks(&self, running: &Running<R>) -> Vec<Other> {
         let voters: Vec<(u64, Option<u64>)> = {
             let members = self.members();
             let voters = members.iter().filter(|m| m.role == MemberRole::Voter && m.id.0 != running.id);

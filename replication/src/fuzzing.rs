@@ -86,6 +86,7 @@ fn members() -> Membership {
         client_address: format!("{name}:2"),
         incarnation: [7; 16],
         site: "here".into(),
+        priority: 9,
     };
     let nodes: BTreeMap<u64, Member> = [(1, member("a")), (2, member("b")), (70, member("c"))].into();
     Membership::new(vec![BTreeSet::from([1, 2]), BTreeSet::from([1, 70])], nodes).expect("every voter has a node")

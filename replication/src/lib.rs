@@ -20,6 +20,7 @@ mod membership;
 mod network;
 mod node;
 mod pipeline;
+mod priority;
 mod progress;
 mod proposals;
 mod read;

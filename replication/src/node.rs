@@ -59,6 +59,9 @@ pub struct NodeOptions {
     /// The label of the place where it stands (a zone, a region), for [`Durability::Site`]: at most 255 bytes, empty for
     /// none. Told to the cluster when the node becomes a member; [`Node::set_member_site`] changes it later.
     pub site: String,
+    /// Who of those that may lead shall: leadership goes by itself to the voter of the highest priority that is caught up and
+    /// well. Default 0. Told to the cluster when the node becomes a member; [`Node::set_member_priority`] changes it later.
+    pub priority: u8,
     /// Names and addresses of the other processes, for discovery before and after `init`.
     pub peers: BTreeMap<String, PeerAddress>,
     /// Heartbeat interval. Default 100 ms.
@@ -117,6 +120,8 @@ pub struct MemberInfo {
     pub incarnation: [u8; 16],
     /// The label of the place where it stands, for [`Durability::Site`]; empty for none.
     pub site: String,
+    /// Leadership goes by itself to the voter with the largest one that is caught up and well; 0 for one without.
+    pub priority: u8,
     /// Its role.
     pub role: MemberRole,
 }
@@ -155,6 +160,8 @@ pub struct NodeStatus {
     pub disk: DiskHealth,
     /// Times that it told another voter to lead because its own disk was worse.
     pub disk_hand_overs: u64,
+    /// Times that it handed leadership to a voter with a higher priority.
+    pub priority_hand_overs: u64,
 }
 
 /// Answers application requests that other nodes forwarded.
@@ -263,6 +270,12 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) disk: Mutex<crate::disk::Looks>,
     /// Times that this node told another to lead because of its disk.
     pub(crate) disk_hand_overs: AtomicU64,
+    /// Times that this node handed leadership to a voter with a higher priority.
+    pub(crate) priority_hand_overs: AtomicU64,
+    /// When a leader last asked this node to lead in its place.
+    pub(crate) asked_to_lead: Mutex<Option<R::Instant>>,
+    /// Leadership is handed over by wish of an operator or by priority, one at a time.
+    pub(crate) handing_over: Semaphore,
 }
 
 /// A node. Cloning gives another handle. Once the last handle is dropped the node stops as a crash would stop it; see
@@ -393,6 +406,7 @@ impl<R: Runtime> Inner<R> {
             peer_address: self.transport.local_address().0,
             client_address: self.options.client_address.clone(),
             site: self.options.site.clone(),
+            priority: self.options.priority,
             incarnation: self.engine.incarnation(),
         }
     }
@@ -557,6 +571,9 @@ impl<R: Runtime> Node<R> {
             heard: Mutex::new(None),
             disk: Mutex::default(),
             disk_hand_overs: AtomicU64::new(0),
+            priority_hand_overs: AtomicU64::new(0),
+            asked_to_lead: Mutex::new(None),
+            handing_over: Semaphore::new(1),
         });
         inner.start_owner_task();
         inner.start_entry_healing();
@@ -686,12 +703,18 @@ impl<R: Runtime> Node<R> {
         self.inner.set_member_site(id, site).await
     }
 
+    /// Changes the priority of a member; see [`NodeOptions::priority`].
+    pub async fn set_member_priority(&self, id: NodeId, priority: u8) -> Result<()> {
+        self.inner.set_member_priority(id, priority).await
+    }
+
     /// Removes a member. Its id is never used again; its node goes idle.
     pub async fn remove_member(&self, id: NodeId) -> Result<()> {
         self.inner.remove_member(id).await
     }
 
-    /// Hands leadership to `to`, or to the most caught-up voter. Returns once this node sees another leader.
+    /// Hands leadership to `to`, or to the most caught-up voter. Returns once this node sees another leader, which keeps
+    /// leadership for a minute at least before it gives it to a voter with a higher priority.
     pub async fn transfer_leader(&self, to: Option<NodeId>) -> Result<NodeId> {
         self.inner.transfer_leader(to).await
     }

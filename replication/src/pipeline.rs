@@ -150,6 +150,10 @@ impl<'s, R: Runtime, S> Pipeline<'s, R, S> {
         self.under_way.clear();
     }
 
+    #[allow(
+        clippy::result_large_err,
+        reason = "openraft's error may name a member with all that is said of it; it is rare"
+    )]
     fn judge(&mut self, done: UnderWay<R>, answer: Answer<R>) -> Result<Matched<R>, RPCError<TypeConfig<R>>> {
         self.bytes -= done.bytes;
         let first = self.answered == 0;

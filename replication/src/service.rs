@@ -144,6 +144,10 @@ impl<R: Runtime> Inner<R> {
             method::TRANSFER => {
                 let running = self.raft_peer(&from)?;
                 let transfer = read_transfer_request::<R>(&body)?;
+                if *transfer.to_node_id() == running.id {
+                    *self.asked_to_lead.lock().expect("nothing panics while it holds this lock") =
+                        Some(R::Instant::now());
+                }
                 let answer = running.raft.handle_transfer_leader(transfer).await.map_err(|e| raft_error(&e));
                 Ok(encode_result(answer, |w, a| write_transfer_response::<R>(w, &a)))
             }
@@ -193,6 +197,11 @@ impl<R: Runtime> Inner<R> {
             }
             method::DISK => {
                 self.cluster_peer(&from)?;
+                // Who asks looks for one to lead: a node that takes no part yet, or stands aside, does not offer itself.
+                self.running()?;
+                if self.group.is_diverged() {
+                    return Err(Error::new(ErrorKind::Unavailable, "this replica mends its tables and leads nobody"));
+                }
                 Ok(encode_result(Ok(self.disk_health()), |w, health| health.write(w)))
             }
             method::LOG_ENDS => {

@@ -14,6 +14,7 @@ use openraft_rt::{Instant, Select3};
 
 use crate::disk::HandOver;
 use crate::node::{Inner, Phase, Running, Write};
+use crate::priority::Preference;
 use crate::types::Payload;
 use crate::{Durability, ErrorKind, Result, Runtime};
 
@@ -309,6 +310,7 @@ impl<R: Runtime> Inner<R> {
     async fn look_after_members(self: &Arc<Self>, running: &Arc<Running<R>>) {
         let mut aside = false;
         let mut hand_over = HandOver::new();
+        let mut preference = Preference::new();
         loop {
             R::sleep(RECONCILE).await;
             self.look_at_disk();
@@ -317,6 +319,7 @@ impl<R: Runtime> Inner<R> {
             }
             if self.phase() == Phase::Member && !aside {
                 self.mind_disk(running, &mut hand_over).await;
+                self.mind_priority(running, &mut preference).await;
             }
             let leads = running.metrics.borrow_watched().state == ServerState::Leader;
             if leads {

@@ -49,6 +49,8 @@ pub(crate) struct Member {
     pub(crate) incarnation: [u8; 16],
     /// Where it stands; empty for nowhere in particular.
     pub(crate) site: String,
+    /// Who of those that may lead shall: the larger one.
+    pub(crate) priority: u8,
 }
 
 impl Member {
@@ -60,6 +62,7 @@ impl Member {
             client_address: self.client_address.clone(),
             incarnation: self.incarnation,
             site: self.site.clone(),
+            priority: self.priority,
             role,
         }
     }
@@ -73,6 +76,7 @@ impl From<&MemberInfo> for Member {
             client_address: info.client_address.clone(),
             incarnation: info.incarnation,
             site: info.site.clone(),
+            priority: info.priority,
         }
     }
 }

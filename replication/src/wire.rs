@@ -40,7 +40,11 @@ const KIND_INTERNAL: u8 = 255;
 /// Longest name or address.
 pub(crate) const NAME_BYTES_MAX: usize = 255;
 /// Set in the length of a member's name: a site follows. Members without one are written as before there were sites.
-const SITE_FLAG: u16 = 0x8000;
+pub(crate) const SITE_FLAG: u16 = 0x8000;
+/// Set in the same length: a priority other than 0 follows, behind the site if there is one.
+pub(crate) const PRIORITY_FLAG: u16 = 0x4000;
+// No length of a name sets a flag.
+const _: () = assert!(NAME_BYTES_MAX < PRIORITY_FLAG as usize && PRIORITY_FLAG < SITE_FLAG);
 /// Nodes of a membership, learners included.
 pub(crate) const MEMBERS_MAX: usize = 64;
 /// Voter sets of a membership: one, or the two of a joint configuration; a few more are read.
@@ -168,11 +172,16 @@ impl Reader {
 
     pub(crate) fn member(&mut self) -> Result<Member> {
         let length = self.u16()?;
-        let name = self.string_of(length & !SITE_FLAG)?;
+        let name = self.string_of(length & !(SITE_FLAG | PRIORITY_FLAG))?;
         let (peer_address, client_address) = (self.string()?, self.string()?);
         let incarnation = self.id()?;
         let site = if length & SITE_FLAG == 0 { String::new() } else { self.string()? };
-        Ok(Member { name, peer_address, client_address, incarnation, site })
+        let priority = match length & PRIORITY_FLAG {
+            0 => 0,
+            // Without a priority there is no flag, so that a member has one form only.
+            _ => Some(self.u8()?).filter(|priority| *priority > 0).ok_or_else(|| corrupt("priority"))?,
+        };
+        Ok(Member { name, peer_address, client_address, incarnation, site, priority })
     }
 
     pub(crate) fn membership(&mut self) -> Result<Membership> {
@@ -381,11 +390,15 @@ impl Writer {
     }
 
     pub(crate) fn member(&mut self, value: &Member) -> &mut Self {
-        let flag = if value.site.is_empty() { 0 } else { SITE_FLAG };
-        self.string_with(&value.name, flag).string(&value.peer_address).string(&value.client_address);
+        let site = if value.site.is_empty() { 0 } else { SITE_FLAG };
+        let priority = if value.priority == 0 { 0 } else { PRIORITY_FLAG };
+        self.string_with(&value.name, site | priority).string(&value.peer_address).string(&value.client_address);
         self.id(&value.incarnation);
-        if flag != 0 {
+        if site != 0 {
             self.string(&value.site);
+        }
+        if priority != 0 {
+            self.u8(value.priority);
         }
         self
     }

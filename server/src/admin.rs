@@ -143,5 +143,6 @@ fn member(info: MemberInfo, leader: Option<NodeId>) -> pb::Member {
         leader: Some(info.id) == leader,
         incarnation: Bytes::copy_from_slice(&info.incarnation),
         site: info.site,
+        priority: info.priority.into(),
     }
 }

@@ -162,6 +162,7 @@ struct MemberRow {
     leader: bool,
     incarnation: String,
     site: String,
+    priority: u32,
 }
 
 impl From<pb::Member> for MemberRow {
@@ -175,6 +176,7 @@ impl From<pb::Member> for MemberRow {
             leader: member.leader,
             incarnation: hex(&member.incarnation),
             site: member.site,
+            priority: member.priority,
         }
     }
 }
@@ -187,7 +189,10 @@ impl MemberRow {
             (false, false) => "learner",
         };
         let Self { id, name, peer_address, client_address, site, .. } = self;
-        format!("{}\n", format!("{id:<20} {name:<16} {role:<8} {peer_address} {client_address} {site}").trim_end())
+        // Without a priority a line is as it was before there were any.
+        let priority = if self.priority == 0 { String::new() } else { format!("priority={}", self.priority) };
+        let line = format!("{id:<20} {name:<16} {role:<8} {peer_address} {client_address} {site}");
+        format!("{}\n", format!("{} {priority}", line.trim_end()).trim_end())
     }
 }
 

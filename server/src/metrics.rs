@@ -207,6 +207,12 @@ const ROWS: &[Row] = &[
         Kind::Counter,
         |s| s.raft.disk_hand_overs,
     ),
+    (
+        "raft_priority_hand_overs",
+        "Times that it handed leadership to a voter with a higher priority",
+        Kind::Counter,
+        |s| s.raft.priority_hand_overs,
+    ),
     ("engine_flushed_index", "Entries up to here are in tables", Kind::Gauge, |s| s.engine.flushed),
     ("engine_frozen_generations", "Memtables that wait for their flush", Kind::Gauge, |s| s.engine.frozen_generations),
     ("engine_tables", "Tables", Kind::Gauge, |s| s.engine.tables),

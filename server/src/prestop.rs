@@ -140,6 +140,7 @@ mod tests {
             client_address: String::new(),
             incarnation: [0; 16],
             site: String::new(),
+            priority: 0,
             role: MemberRole::Voter,
         });
         let node = NodeStatus {

@@ -167,6 +167,7 @@ fn node_options(settings: &ServeSettings, advertise: Option<String>, model: &Mod
         .listen(settings.listen_peer.to_string())
         .client_address(advertise.unwrap_or_default())
         .site(&settings.site)
+        .priority(settings.priority)
         .heartbeat(settings.heartbeat)
         .election_timeout(settings.election_timeout)
         .storage(storage);

@@ -69,6 +69,11 @@ pub struct Settings {
     #[arg(long, env = "MAINSTAY_SITE", value_name = "NAME", help_heading = "Identity")]
     pub site: Option<String>,
 
+    /// Which process shall lead: leadership goes by itself to the voter of the highest priority that is caught up and whose disk is
+    /// well. 0 to 255. Told to the cluster when the process becomes a member [default: 0]
+    #[arg(long, env = "MAINSTAY_PRIORITY", value_name = "NUMBER", help_heading = "Identity")]
+    pub priority: Option<u8>,
+
     /// Where clients reach this process [default: --listen]
     #[arg(long, env = "MAINSTAY_ADVERTISE", value_name = "HOST:PORT", help_heading = "Ports")]
     pub advertise: Option<String>,
@@ -177,6 +182,8 @@ pub struct ServeSettings {
     pub peers: BTreeMap<String, String>,
     /// Where the process stands; empty for nowhere in particular.
     pub site: String,
+    /// The voter with the highest one shall lead.
+    pub priority: u8,
     /// Client port.
     pub listen: Option<SocketAddr>,
     /// Peer port.
@@ -245,7 +252,7 @@ macro_rules! first_of {
 impl Settings {
     /// These where set, else those of `lower`.
     fn over(self, lower: Self) -> Self {
-        first_of!(self, lower: name, data, peers, site, listen, listen_peer, listen_admin, listen_metrics, advertise,
+        first_of!(self, lower: name, data, peers, site, priority, listen, listen_peer, listen_admin, listen_metrics, advertise,
             advertise_peer, insecure_listen_anywhere, memory, wal, memtable, background_tasks, backend, heartbeat,
             election_timeout, log_level, log_to, log_format)
     }
@@ -305,6 +312,7 @@ impl Settings {
             data,
             peers,
             site,
+            priority: self.priority.unwrap_or(0),
             memory_bytes,
             wal_bytes,
             memtable_bytes,
@@ -424,12 +432,13 @@ mod tests {
     #[test]
     fn what_is_above_wins_and_what_is_below_fills() {
         let upper = Settings { heartbeat: Some(Span(Duration::from_millis(50))), ..Settings::default() };
-        let lower =
-            parse_file("heartbeat = '75ms'\nwal = '32MiB'\nmemory = 33554432", Path::new("file")).expect("valid");
+        let lower = parse_file("heartbeat = '75ms'\nwal = '32MiB'\nmemory = 33554432\npriority = 7", Path::new("file"))
+            .expect("valid");
         let found = upper.over(lower).over(minimal()).check().expect("valid");
         assert_eq!(found.heartbeat, Duration::from_millis(50));
         assert_eq!(found.wal_bytes, 32 << 20);
         assert_eq!(found.memory_bytes, 32 << 20);
+        assert_eq!(found.priority, 7);
         assert_eq!(found.name, "a");
         assert_eq!(found.listen, Some("127.0.0.1:2379".parse().expect("an address")));
     }

@@ -86,6 +86,8 @@ pub struct MemberSection {
     pub peer_address: String,
     /// Where it listens for clients.
     pub client_address: String,
+    /// The voter with the highest one shall lead.
+    pub priority: u8,
     /// Entries that it lacks, known to the leader only.
     pub lag: Option<u64>,
 }
@@ -117,6 +119,8 @@ pub struct RaftSection {
     pub failure: Option<String>,
     /// Times that it told another voter to lead because its own disk was full, failing, or slow against the others'.
     pub disk_hand_overs: u64,
+    /// Times that it handed leadership to a voter with a higher priority.
+    pub priority_hand_overs: u64,
 }
 
 /// Counts of the engine.
@@ -287,11 +291,13 @@ impl Status {
                         voter: m.role == MemberRole::Voter,
                         peer_address: m.peer_address.0.clone(),
                         client_address: m.client_address.clone(),
+                        priority: m.priority,
                         lag: node.lag.get(&m.id.0).copied(),
                     })
                     .collect(),
                 failure: node.failure.clone(),
                 disk_hand_overs: node.disk_hand_overs,
+                priority_hand_overs: node.priority_hand_overs,
             },
             engine: EngineSection {
                 flushed: node.group.flushed.0,
@@ -345,8 +351,10 @@ impl Status {
                 (false, false) => "learner",
             };
             let lag = member.lag.map(|lag| format!(" lag={lag}")).unwrap_or_default();
-            text +=
-                &format!("  member  {:<8} {} id={} peer={}{lag}\n", role, member.name, member.id, member.peer_address);
+            let priority = Some(member.priority).filter(|priority| *priority > 0);
+            let priority = priority.map(|priority| format!(" priority={priority}")).unwrap_or_default();
+            let MemberSection { id, name, peer_address, .. } = member;
+            text += &format!("  member  {role:<8} {name} id={id} peer={peer_address}{priority}{lag}\n");
         }
         text
     }
@@ -486,6 +494,7 @@ mod tests {
             client_address: "b:2379".into(),
             incarnation: [0; 16],
             site: String::new(),
+            priority: 0,
             role: MemberRole::Voter,
         };
         let node = NodeStatus {

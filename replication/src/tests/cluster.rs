@@ -37,6 +37,8 @@ pub(super) struct Cluster {
     peers: BTreeMap<String, PeerAddress>,
     pub(super) memtable_bytes: u64,
     pub(super) entry_cache_bytes: u64,
+    /// Of the members in order; 0 for those behind its end.
+    pub(super) priorities: Vec<u8>,
     crashes: u64,
     pub(super) wrap: Wrap,
     /// In the place of the clock of a test.
@@ -71,6 +73,7 @@ impl Cluster {
             peers: BTreeMap::new(),
             memtable_bytes: 4 << 20,
             entry_cache_bytes: 1 << 20,
+            priorities: Vec::new(),
             crashes: 0,
             wrap: Arc::new(|transport| Arc::new(transport)),
             clock: None,
@@ -139,6 +142,7 @@ impl Cluster {
             name: cell.name.clone(),
             client_address: format!("client-of-{}", cell.name),
             site: format!("site-{i}"),
+            priority: self.priorities.get(i).copied().unwrap_or(0),
             peers: self.peers.clone(),
             heartbeat: Duration::from_millis(100),
             election_timeout: Duration::from_millis(300),

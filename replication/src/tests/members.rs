@@ -8,7 +8,7 @@ use super::cluster::*;
 use crate::{Durability, MemberRole, Node, NodeId, ReadLevel, Write};
 
 /// Writes one key after another at whatever member answers, until `stop`; gives the keys that were acknowledged.
-async fn write_on(members: Vec<Node>, stop: Arc<AtomicBool>) -> Vec<String> {
+pub(super) async fn write_on(members: Vec<Node>, stop: Arc<AtomicBool>) -> Vec<String> {
     let mut acknowledged = Vec::new();
     let mut at = 0;
     for n in 0u64.. {

@@ -9,6 +9,7 @@ mod log;
 mod machine;
 mod members;
 mod pipeline;
+mod priority;
 mod recover;
 mod suite;
 mod tcp;

@@ -18,6 +18,8 @@ fn members() -> Membership {
         incarnation: [7; 16],
         // One of them has a site, and is written in another way.
         site: if name == "b" { "north".into() } else { String::new() },
+        // And another a priority.
+        priority: if name == "c" { 200 } else { 0 },
     };
     let nodes: BTreeMap<u64, Member> = [(1, member("a")), (2, member("b")), (70, member("c"))].into();
     Membership::new(vec![BTreeSet::from([1, 2]), BTreeSet::from([1, 70])], nodes).expect("every voter has a node")
@@ -86,6 +88,52 @@ fn records_have_the_documented_bytes() {
     let vote = record::encode_vote(&Vote::new_committed(7, 3)).concat();
     let expect = [&[1][..], &7_u64.to_le_bytes(), &3_u64.to_le_bytes(), &[1]].concat();
     assert_eq!(vote, expect);
+}
+
+/// docs/format.md, "Raft records", says these bytes. Without a site and a priority they are those of the first release.
+#[test]
+fn members_have_the_documented_bytes() {
+    use crate::wire::{PRIORITY_FLAG, Reader, SITE_FLAG, VERSION, Writer};
+
+    let row = documented("| part | bytes |").into_iter().find(|row| row[0] == "member").expect("it is documented");
+    assert!(
+        row[1].contains(&format!("bit 15 ({SITE_FLAG:#x}) set in the length of the name, the site follows")),
+        "{row:?}"
+    );
+    assert!(row[1].contains(&format!("bit 14 ({PRIORITY_FLAG:#x}) set, the priority is next (1)")), "{row:?}");
+    let read = |bytes: Vec<u8>| {
+        let mut reader = Reader::open(&Bytes::from([vec![VERSION], bytes].concat()))?;
+        let member = reader.member()?;
+        reader.end()?;
+        Ok::<_, crate::Error>(member)
+    };
+    let check = |site: &str, priority: u8, flags: u8, tail: &[u8]| {
+        let mut expect = vec![1, flags, b'n', 3, 0];
+        expect.extend_from_slice(b"p:1");
+        expect.extend_from_slice(&[3, 0]);
+        expect.extend_from_slice(b"c:2");
+        expect.extend_from_slice(&[7; 16]);
+        expect.extend_from_slice(tail);
+        let member = Member {
+            name: "n".into(),
+            peer_address: "p:1".into(),
+            client_address: "c:2".into(),
+            incarnation: [7; 16],
+            site: site.into(),
+            priority,
+        };
+        let mut writer = Writer::new();
+        writer.member(&member);
+        assert_eq!(writer.finish().get(1..), Some(expect.as_slice()), "site={site} priority={priority}");
+        assert_eq!(read(expect).expect("ours"), member);
+    };
+    check("", 0, 0, &[]);
+    check("x", 0, 0x80, &[1, 0, b'x']);
+    check("", 200, 0x40, &[200]);
+    check("x", 255, 0xc0, &[1, 0, b'x', 255]);
+    // The bit without a priority.
+    let zero = [&[1, 0x40, b'n', 0, 0, 0, 0][..], &[7; 16], &[0]].concat();
+    assert_eq!(read(zero).expect_err("never written").kind(), ErrorKind::Corrupt);
 }
 
 #[test]

@@ -43,6 +43,7 @@ impl MemoryBackend {
             client_address: "127.0.0.1:2379".into(),
             incarnation: [1; 16],
             site: String::new(),
+            priority: 0,
             role: MemberRole::Voter,
         };
         let status = NodeStatus {
@@ -201,6 +202,7 @@ impl Backend for MemoryBackend {
             client_address: String::new(),
             incarnation: [2; 16],
             site: String::new(),
+            priority: 0,
             role: if voter { MemberRole::Voter } else { MemberRole::Learner },
         };
         state.status.members.push(member.clone());

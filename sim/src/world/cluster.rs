@@ -375,6 +375,7 @@ impl Cluster {
             name: member.name.clone(),
             client_address: format!("{}:2379", member.name),
             site: String::new(),
+            priority: 0,
             peers,
             heartbeat: Duration::from_millis(100),
             election_timeout: Duration::from_millis(300),
