@@ -69,6 +69,8 @@ struct Member {
     wall: Arc<WallClock>,
     /// How much faster than the world its clock runs, in parts of a million.
     rate: i64,
+    /// Told to the cluster when it becomes a member.
+    priority: u8,
     slot: Mutex<Slot>,
 }
 
@@ -118,6 +120,9 @@ impl Cluster {
         rng: &mut SimRng,
     ) -> Arc<Self> {
         let drift = settings.clock_drift;
+        // A stream of its own: the rest of a seed is what it is without priorities.
+        let mut ranks = rng.clone().fork();
+        let ranked = ranks.chance(300);
         let members = (0..settings.nodes + settings.spares)
             .map(|i| Member {
                 name: format!("n{i}"),
@@ -125,6 +130,7 @@ impl Cluster {
                 disk: Disk::new(executor, settings, rng.u64()),
                 wall: WallClock::ahead(Duration::from_millis(rng.below(2_000))),
                 rate: rng.below(2 * drift + 1) as i64 - drift as i64,
+                priority: if ranked { ranks.below(3) as u8 } else { 0 },
                 slot: Mutex::default(),
             })
             .collect();
@@ -375,7 +381,7 @@ impl Cluster {
             name: member.name.clone(),
             client_address: format!("{}:2379", member.name),
             site: String::new(),
-            priority: 0,
+            priority: member.priority,
             peers,
             heartbeat: Duration::from_millis(100),
             election_timeout: Duration::from_millis(300),
