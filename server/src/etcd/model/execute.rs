@@ -377,7 +377,8 @@ impl<'a, S: Store> Execution<'a, S> {
     /// Removes up to [`COLLECT_RECORDS_MAX`] records' worth of what the compaction made unreadable, and keeps the place.
     ///
     /// A record at or before the compacted revision names the one that it superseded, which nobody can read any more; and a
-    /// delete before it has itself nothing to say. Deletes at the compacted revision stay for watchers that begin there.
+    /// delete before it has itself nothing to say. All changes of the compacted revision stay for watchers that begin there, until
+    /// the next compaction.
     async fn collect(&mut self) -> StoreResult<pb::CompactionResponse> {
         let mut compaction = self.tip.compaction;
         if compaction.collected < compaction.revision {
@@ -391,7 +392,8 @@ impl<'a, S: Store> Execution<'a, S> {
             for (key, value) in page {
                 let rev = Rev::decode(&key)?;
                 let record = RevRecord::decode(&value)?;
-                if let Some(previous) = record.previous {
+                // A state that the compacted revision itself began and ended is one of its changes: see above.
+                if let Some(previous) = record.previous.filter(|previous| previous.main < compaction.revision) {
                     self.store.delete(Space::Revs, Bytes::copy_from_slice(&previous.encode()))?;
                     if previous.main != rev.main {
                         self.store.delete(Space::History, history_key(&record.key, rev.main))?;

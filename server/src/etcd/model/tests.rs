@@ -533,6 +533,36 @@ proptest! {
     }
 }
 
+/// A key that one transaction put and deleted: of the two changes the compaction of their own revision took away the put, so a
+/// watcher that began there was told of a delete alone.
+#[test]
+fn a_compaction_keeps_every_change_of_its_own_revision() {
+    let put = |key: &'static str| pb::PutRequest { key: key.into(), ..Default::default() };
+    let delete = pb::DeleteRangeRequest { key: "a".into(), range_end: "\0".into(), ..Default::default() };
+    let op = |request| pb::RequestOp { request: Some(request) };
+    let both =
+        vec![op(request_op::Request::RequestPut(put("ab"))), op(request_op::Request::RequestDeleteRange(delete))];
+    let mut subject = Subject::new();
+    subject.run(&[Request::Put(put("b"))]);
+    subject.run(&[Request::Txn(pb::TxnRequest { success: both, ..Default::default() })]);
+    let told = |subject: &Subject| {
+        let changes =
+            subject.view().changes(Rev::first(3), usize::MAX).now_or_never().expect("memory").expect("memory");
+        changes.into_iter().map(|(rev, record)| (rev.main, record.key, record.deleted)).collect::<Vec<_>>()
+    };
+    let expect = [(3, Bytes::from("ab"), false), (3, Bytes::from("ab"), true), (3, Bytes::from("b"), true)];
+    assert_eq!(told(&subject), expect);
+    subject.run(&[Request::Compact(pb::CompactionRequest { revision: 3, physical: false })]);
+    assert_eq!(told(&subject), expect);
+    // They are garbage of the next one.
+    subject.run(&[Request::Put(put("b"))]);
+    subject.run(&[Request::Compact(pb::CompactionRequest { revision: 4, physical: false })]);
+    while subject.view().tip().compaction.collected < 4 {
+        subject.run(&[Request::Collect]);
+    }
+    assert_eq!(told(&subject), [(4, Bytes::from("b"), false)]);
+}
+
 #[test]
 fn a_lease_without_an_id_gets_one_of_its_own() {
     let mut subject = Subject::new();
