@@ -15,7 +15,7 @@ use mainstay_engine::Identity;
 use openraft::ChangeMembers;
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
-use openraft_rt::Instant;
+use openraft_rt::{Instant, Select2};
 
 use crate::network::method;
 use crate::node::{INIT_IDS, Inner, Phase, Running};
@@ -381,8 +381,20 @@ impl<R: Runtime> Inner<R> {
     ) -> Result<()> {
         let deadline = R::Instant::now() + CHANGE_TIMEOUT;
         loop {
-            let attempt = running.raft.change_membership(change.clone(), retain);
-            let error = match R::timeout_at(deadline, attempt).await {
+            let attempt = R::timeout_at(deadline, running.raft.change_membership(change.clone(), retain));
+            let answer = match R::select2(std::pin::pin!(attempt), std::pin::pin!(self.removed_here())).await {
+                Select2::First(answer) => answer,
+                // The others have elected one of them before this leader heard that its last change is committed, and tell it
+                // nothing any more.
+                Select2::Second(()) if removes(&change, running.id) => return Ok(()),
+                Select2::Second(()) => {
+                    return Err(Error::new(
+                        ErrorKind::Indeterminate,
+                        "this node was removed before the change was done",
+                    ));
+                }
+            };
+            let error = match answer {
                 Ok(Ok(_)) => return Ok(()),
                 Ok(Err(error)) => error,
                 Err(_) => {
@@ -402,6 +414,18 @@ impl<R: Runtime> Inner<R> {
                 return Err(change_error(&error));
             }
             R::sleep(RETRY_PAUSE).await;
+        }
+    }
+
+    /// Resolves when this node finds that it is no member any more.
+    async fn removed_here(&self) {
+        loop {
+            let mut changed = std::pin::pin!(self.changed.notified());
+            changed.as_mut().enable();
+            if self.phase() == Phase::Removed {
+                return;
+            }
+            changed.await;
         }
     }
 
@@ -611,6 +635,11 @@ fn change_error<R: Runtime>(error: &RaftError<TypeConfig<R>, ClientWriteError<Ty
 /// Decodes arbitrary bytes as a request to change the membership, for the fuzzer.
 pub(crate) fn decode_any(bytes: &Bytes) {
     let _ = Change::decode(bytes);
+}
+
+/// Whether the change ends the part of a node.
+fn removes(change: &ChangeMembers<u64, Member>, id: u64) -> bool {
+    matches!(change, ChangeMembers::RemoveVoters(ids) | ChangeMembers::RemoveNodes(ids) if ids.contains(&id))
 }
 
 #[cfg(test)]
