@@ -45,7 +45,7 @@ pub(super) struct Cluster {
     pub(super) clock: Option<Arc<dyn Clock>>,
 }
 
-fn media(seed: u64) -> SimMedia {
+pub(super) fn media(seed: u64) -> SimMedia {
     SimMedia::new(SimOptions { seed, capacity: 1 << 30, ..SimOptions::default() })
 }
 
