@@ -9,8 +9,8 @@
 //! W2. `sorted` is unset, or holds every key that was written.
 //!
 //! # Why not
-//! a `BTreeMap` from the start: of the commands of a server few scan, and a put that finds its place by comparing keys cost
-//! a third of what a command costs before its writes reach the memtable.
+//! a `BTreeMap` from the start: of the commands of a server few scan, and each write of each replica would find its place by
+//! comparing keys.
 
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, Hash, Hasher};

@@ -30,7 +30,8 @@ use tonic::body::Body;
 use tonic::codegen::Service;
 use tonic::codegen::http::{HeaderMap, Request, Response};
 
-use crate::front::Front;
+use crate::etcd::KvServer;
+use crate::front::{Counted, Front};
 
 /// Requests in flight on one connection.
 const STREAMS_MAX: u32 = 4096;
@@ -48,15 +49,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const TIMEOUT_DIGITS_MAX: usize = 8;
 
 /// Serves connections until `stop` is true, and then until the last has ended. Dropped, it cuts them off.
-pub(crate) async fn serve<K>(listener: TcpListener, front: Front<K>, mut stop: watch::Receiver<bool>)
-where
-    Front<K>: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send + Unpin>
-        + Clone
-        + Send
-        + Sync
-        + 'static,
-    K: Send + Sync + 'static,
-{
+pub(crate) async fn serve(listener: TcpListener, front: Front<KvServer>, stop: watch::Receiver<bool>) {
     let mut connections = JoinSet::new();
     let mut stopping = stop.clone();
     loop {
@@ -77,19 +70,10 @@ where
         }
     }
     drop(listener);
-    let _ = stop.wait_for(|stop| *stop).await;
     while connections.join_next().await.is_some() {}
 }
 
-async fn serve_connection<K>(stream: TcpStream, front: Front<K>, mut stop: watch::Receiver<bool>)
-where
-    Front<K>: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send + Unpin>
-        + Clone
-        + Send
-        + Sync
-        + 'static,
-    K: Send + Sync + 'static,
-{
+async fn serve_connection(stream: TcpStream, front: Front<KvServer>, mut stop: watch::Receiver<bool>) {
     // Answers are small and waited for.
     let _ = stream.set_nodelay(true);
     let mut http = http2::Builder::new(TokioExecutor::new());
@@ -118,16 +102,12 @@ where
 }
 
 /// The requests of one connection.
-struct Requests<K>(Front<K>);
+struct Requests(Front<KvServer>);
 
-impl<K> hyper::service::Service<Request<Incoming>> for Requests<K>
-where
-    Front<K>: Service<Request<Body>, Response = Response<Body>, Error = Infallible> + Clone,
-    <Front<K> as Service<Request<Body>>>::Future: Unpin,
-{
+impl hyper::service::Service<Request<Incoming>> for Requests {
     type Response = Response<Body>;
     type Error = Infallible;
-    type Future = Limited<<Front<K> as Service<Request<Body>>>::Future>;
+    type Future = Limited;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let limit = time_limit(request.headers()).map(|limit| Box::pin(tokio::time::sleep(limit)));
@@ -136,16 +116,13 @@ where
 }
 
 /// An answer on its way, for as long as its client waits.
-struct Limited<F> {
-    answering: F,
+struct Limited {
+    answering: Counted,
     limit: Option<Pin<Box<Sleep>>>,
 }
 
-impl<F> Future for Limited<F>
-where
-    F: Future<Output = Result<Response<Body>, Infallible>> + Unpin,
-{
-    type Output = F::Output;
+impl Future for Limited {
+    type Output = Result<Response<Body>, Infallible>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         if let Poll::Ready(answer) = Pin::new(&mut self.answering).poll(context) {

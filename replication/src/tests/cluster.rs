@@ -12,14 +12,16 @@ use mainstay_engine::{
 use mainstay_io::sim::{IoKind, SimMedia, SimOptions};
 use mainstay_io::{BoxFuture, Clock, Environment};
 
+use super::disturb::{Disturb, Outbound, disturbed};
 use super::environment;
 use crate::{
-    Durability, Envelope, Error, ErrorKind, Handler, Hello, MemberRole, Node, NodeId, NodeOptions, NodeStatus,
-    PeerAddress, ReadLevel, Result, TcpTransport, Transport, Write,
+    Durability, Envelope, Error, ErrorKind, Hello, MemberRole, Node, NodeId, NodeOptions, NodeStatus, PeerAddress,
+    ReadLevel, Result, TcpTransport, Transport, Write,
 };
 
 pub(super) const DEFAULT: KeyspaceId = KeyspaceId(0);
 pub(super) const WAL_BYTES: u64 = 8 << 20;
+const MEMTABLE_BYTES: u64 = 4 << 20;
 
 /// Between a node and its sockets; the identity unless a test wants to disturb.
 pub(super) type Wrap = Arc<dyn Fn(TcpTransport) -> Arc<dyn Transport> + Send + Sync>;
@@ -71,7 +73,7 @@ impl Cluster {
         let mut this = Self {
             cells: Vec::new(),
             peers: BTreeMap::new(),
-            memtable_bytes: 4 << 20,
+            memtable_bytes: MEMTABLE_BYTES,
             entry_cache_bytes: 1 << 20,
             priorities: Vec::new(),
             crashes: 0,
@@ -106,7 +108,13 @@ impl Cluster {
     }
 
     pub(super) async fn born(count: usize) -> Self {
+        Self::born_with(count, MEMTABLE_BYTES).await
+    }
+
+    /// As [`Cluster::born`], with memtables of so many bytes.
+    pub(super) async fn born_with(count: usize, memtable_bytes: u64) -> Self {
         let mut this = Self::blank(count).await;
+        this.memtable_bytes = memtable_bytes;
         this.start_all().await;
         this.node(0).init(&this.names()).await.expect("born");
         this
@@ -667,31 +675,20 @@ struct Wire {
 }
 
 /// A connection with some delay on which appends are lost, or their answers.
-struct BadWire {
-    tcp: TcpTransport,
-    wire: Arc<Wire>,
-}
+#[derive(Clone)]
+struct BadWire(Arc<Wire>);
 
-impl Transport for BadWire {
-    fn serve(&self, hello: Hello, handler: Arc<dyn Handler>) {
-        self.tcp.serve(hello, handler);
-    }
-
-    fn call(
-        &self,
-        address: PeerAddress,
-        expect: Option<NodeId>,
-        request: Envelope,
-        timeout: Duration,
-    ) -> BoxFuture<Result<Envelope>> {
-        if request.method != crate::network::method::APPEND_IN_TURN {
-            return self.tcp.call(address, expect, request, timeout);
+impl Disturb for BadWire {
+    fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
+        let append = outbound.request.method == crate::network::method::APPEND_IN_TURN;
+        let call = outbound.send(tcp);
+        if !append {
+            return call;
         }
-        let wire = self.wire.clone();
+        let wire = self.0.clone();
         let n = wire.appends.fetch_add(1, Ordering::Relaxed);
         let now = wire.under_way.fetch_add(1, Ordering::Relaxed) + 1;
         wire.under_way_max.fetch_max(now, Ordering::Relaxed);
-        let call = self.tcp.call(address, expect, request, timeout);
         Box::pin(async move {
             let answer = if n % 11 == 7 {
                 Err(Error::new(ErrorKind::Unavailable, "the request was lost"))
@@ -706,14 +703,6 @@ impl Transport for BadWire {
             answer
         })
     }
-
-    fn local_address(&self) -> PeerAddress {
-        self.tcp.local_address()
-    }
-
-    fn close(&self) -> BoxFuture<()> {
-        self.tcp.close()
-    }
 }
 
 /// With one append at a time at most two are under way, one for each follower.
@@ -724,8 +713,7 @@ fn appends_are_under_way_together_and_a_broken_connection_loses_nothing() {
     run(async {
         let wire = Arc::new(Wire::default());
         let mut cluster = Cluster::blank(3).await;
-        let shared = wire.clone();
-        cluster.wrap = Arc::new(move |tcp| Arc::new(BadWire { tcp, wire: shared.clone() }));
+        cluster.wrap = disturbed(BadWire(wire.clone()));
         cluster.start_all().await;
         cluster.node(0).init(&cluster.names()).await.expect("born");
         let leader = cluster.leader().await;

@@ -176,10 +176,7 @@ fn a_leader_stays_when_all_disks_are_slow() {
 #[test]
 fn a_leader_on_a_full_disk_hands_over_and_writes_go_on() {
     run(async {
-        let mut cluster = Cluster::blank(3).await;
-        cluster.memtable_bytes = 256 << 10;
-        cluster.start_all().await;
-        cluster.node(0).init(&cluster.names()).await.expect("born");
+        let cluster = Cluster::born_with(3, 256 << 10).await;
         let sick = cluster.leader().await;
         let id = cluster.node(sick).status().id;
         let other = (sick + 1) % 3;
@@ -205,10 +202,7 @@ fn a_leader_on_a_full_disk_hands_over_and_writes_go_on() {
 #[test]
 fn a_leader_stays_when_all_disks_are_full() {
     run(async {
-        let mut cluster = Cluster::blank(3).await;
-        cluster.memtable_bytes = 256 << 10;
-        cluster.start_all().await;
-        cluster.node(0).init(&cluster.names()).await.expect("born");
+        let cluster = Cluster::born_with(3, 256 << 10).await;
         let leader = cluster.leader().await;
         for cell in &cluster.cells {
             let disk = cell.media.extents_disk();

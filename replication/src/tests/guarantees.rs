@@ -10,9 +10,9 @@ use mainstay_io::sim::SimClock;
 use mainstay_io::{BoxFuture, Clock};
 
 use super::cluster::{Cluster, pause, put, run};
+use super::disturb::{Disturb, Outbound, disturbed};
 use crate::{
-    CommitToken, Durability, Envelope, Error, ErrorKind, Handler, Hello, NodeId, PeerAddress, ReadLevel, Result,
-    TcpTransport, Transport, Write,
+    CommitToken, Durability, Envelope, Error, ErrorKind, PeerAddress, ReadLevel, Result, TcpTransport, Transport, Write,
 };
 
 /// Nodes that nobody reaches and that reach nobody, by address.
@@ -34,25 +34,10 @@ impl Islands {
     }
 }
 
-struct Cuttable {
-    tcp: TcpTransport,
-    islands: Islands,
-}
-
-impl Transport for Cuttable {
-    fn serve(&self, hello: Hello, handler: Arc<dyn Handler>) {
-        self.tcp.serve(hello, handler);
-    }
-
-    fn call(
-        &self,
-        address: PeerAddress,
-        expect: Option<NodeId>,
-        request: Envelope,
-        timeout: Duration,
-    ) -> BoxFuture<Result<Envelope>> {
-        let (islands, from, to) = (self.islands.clone(), self.tcp.local_address(), address.clone());
-        let call = self.tcp.call(address, expect, request, timeout);
+impl Disturb for Islands {
+    fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
+        let (islands, from, to) = (self.clone(), tcp.local_address(), outbound.address.clone());
+        let call = outbound.send(tcp);
         Box::pin(async move {
             if islands.between(&from, &to) {
                 return Err(Error::new(ErrorKind::Unavailable, "cut off"));
@@ -64,21 +49,12 @@ impl Transport for Cuttable {
             answer
         })
     }
-
-    fn local_address(&self) -> PeerAddress {
-        self.tcp.local_address()
-    }
-
-    fn close(&self) -> BoxFuture<()> {
-        self.tcp.close()
-    }
 }
 
 async fn cuttable(count: usize) -> (Cluster, Islands) {
     let islands = Islands::default();
     let mut cluster = Cluster::blank(count).await;
-    let shared = islands.clone();
-    cluster.wrap = Arc::new(move |tcp| Arc::new(Cuttable { tcp, islands: shared.clone() }));
+    cluster.wrap = disturbed(islands.clone());
     (cluster, islands)
 }
 

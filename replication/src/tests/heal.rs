@@ -216,10 +216,7 @@ fn an_entry_that_rots_while_the_node_runs_is_read_from_another_member() {
 #[test]
 fn a_damaged_table_is_served_by_another_member_and_made_anew() {
     run(async {
-        let mut cluster = Cluster::blank(3).await;
-        cluster.memtable_bytes = 8 << 10;
-        cluster.start_all().await;
-        cluster.node(0).init(&cluster.names()).await.expect("born");
+        let cluster = Cluster::born_with(3, 8 << 10).await;
         let last = written(&cluster, 60).await;
         let rotate = Write { body: CommandBody::Rotate, durability: Durability::Quorum };
         cluster.node(0).write(rotate).await.expect("rotates");

@@ -3,6 +3,7 @@
 
 mod cluster;
 mod disk;
+mod disturb;
 mod guarantees;
 mod heal;
 mod log;

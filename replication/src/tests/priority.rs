@@ -7,52 +7,27 @@ use std::time::Duration;
 use mainstay_io::BoxFuture;
 
 use super::cluster::*;
+use super::disturb::{Disturb, Outbound, disturbed};
 use super::members::write_on;
 use crate::network::{method, read_append};
-use crate::{
-    Envelope, Error, ErrorKind, Handler, Hello, Node, NodeId, PeerAddress, ReadLevel, Result, TcpTransport,
-    TokioRuntime, Transport,
-};
+use crate::{Envelope, Error, ErrorKind, Node, NodeId, PeerAddress, ReadLevel, Result, TcpTransport, TokioRuntime};
 
 /// Where no entries arrive, while everything else does.
 #[derive(Clone, Default)]
 struct Held(Arc<Mutex<Option<PeerAddress>>>);
-
-struct Behind {
-    tcp: TcpTransport,
-    held: Held,
-}
 
 fn has_entries(request: &Envelope) -> bool {
     let append = matches!(request.method, method::APPEND | method::APPEND_IN_TURN);
     append && read_append::<TokioRuntime>(&request.body).is_ok_and(|append| !append.entries.is_empty())
 }
 
-impl Transport for Behind {
-    fn serve(&self, hello: Hello, handler: Arc<dyn Handler>) {
-        self.tcp.serve(hello, handler);
-    }
-
-    fn call(
-        &self,
-        address: PeerAddress,
-        expect: Option<NodeId>,
-        request: Envelope,
-        timeout: Duration,
-    ) -> BoxFuture<Result<Envelope>> {
-        let held = self.held.0.lock().expect("not poisoned").as_ref() == Some(&address);
-        if held && has_entries(&request) {
+impl Disturb for Held {
+    fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
+        let held = self.0.lock().expect("not poisoned").as_ref() == Some(&outbound.address);
+        if held && has_entries(&outbound.request) {
             return Box::pin(async { Err(Error::new(ErrorKind::Unavailable, "held")) });
         }
-        self.tcp.call(address, expect, request, timeout)
-    }
-
-    fn local_address(&self) -> PeerAddress {
-        self.tcp.local_address()
-    }
-
-    fn close(&self) -> BoxFuture<()> {
-        self.tcp.close()
+        outbound.send(tcp)
     }
 }
 
@@ -79,6 +54,12 @@ async fn several_looks() {
     tokio::time::sleep(crate::disk::LED_MIN + Duration::from_secs(4)).await;
 }
 
+/// Waits until the writer has had another fifty entries applied.
+async fn goes_on(cluster: &Cluster) {
+    let applied = cluster.node(1).status().group.applied.0;
+    cluster.until(1, |s| s.group.applied.0 >= applied + 50).await;
+}
+
 /// Gives node `i` the priority, by a change of the membership that the leader is asked for.
 async fn prefer(cluster: &Cluster, leader: usize, i: usize, priority: u8) {
     let id = id_of(cluster, i);
@@ -99,14 +80,14 @@ fn leadership_returns_to_the_preferred_one_after_its_crash_and_nothing_is_lost()
         let writer = tokio::spawn(write_on(members, stop.clone()));
         cluster.kill(0).await;
         cluster.until(1, |s| s.leader.is_some_and(|leader| leader != preferred)).await;
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        goes_on(&cluster).await;
         cluster.start(0).await;
         cluster.until(1, |s| s.leader == Some(preferred)).await;
         assert_eq!(cluster.until(0, |s| s.role == "leader").await.leader, Some(preferred));
         while hand_overs(&cluster) == 0 {
             pause().await;
         }
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        goes_on(&cluster).await;
         stop.store(true, Ordering::Relaxed);
         let acknowledged = writer.await.expect("the writer ends");
         assert!(acknowledged.len() > 100, "{} writes were acknowledged", acknowledged.len());
@@ -124,10 +105,7 @@ fn leadership_returns_to_the_preferred_one_after_its_crash_and_nothing_is_lost()
 #[test]
 fn a_preferred_one_on_a_full_disk_leads_once_there_is_space() {
     run(async {
-        let mut cluster = Cluster::blank(3).await;
-        cluster.memtable_bytes = 256 << 10;
-        cluster.start_all().await;
-        cluster.node(0).init(&cluster.names()).await.expect("born");
+        let cluster = Cluster::born_with(3, 256 << 10).await;
         let leader = cluster.leader().await;
         let preferred = (leader + 1) % 3;
         let disk = cluster.cells[preferred].media.extents_disk().clone();
@@ -169,8 +147,7 @@ fn a_preferred_one_that_lags_leads_once_it_has_caught_up() {
             format_volume(&cell.media, 4 * WAL_BYTES).await;
         }
         let held = Held::default();
-        let shared = held.clone();
-        cluster.wrap = Arc::new(move |tcp| Arc::new(Behind { tcp, held: shared.clone() }));
+        cluster.wrap = disturbed(held.clone());
         cluster.start_all().await;
         cluster.node(0).init(&cluster.names()).await.expect("born");
         let leader = cluster.leader().await;

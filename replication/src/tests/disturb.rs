@@ -1,0 +1,64 @@
+//! What a test puts between a node and its sockets.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mainstay_io::BoxFuture;
+
+use super::cluster::Wrap;
+use crate::{Envelope, Handler, Hello, NodeId, PeerAddress, Result, TcpTransport, Transport};
+
+/// A request on its way out.
+pub(super) struct Outbound {
+    pub(super) address: PeerAddress,
+    expect: Option<NodeId>,
+    pub(super) request: Envelope,
+    timeout: Duration,
+}
+
+impl Outbound {
+    /// Lets it go as it is.
+    pub(super) fn send(self, tcp: &TcpTransport) -> BoxFuture<Result<Envelope>> {
+        tcp.call(self.address, self.expect, self.request, self.timeout)
+    }
+}
+
+/// Decides what becomes of requests.
+pub(super) trait Disturb: Clone + Send + Sync + 'static {
+    /// Sends `request` through `tcp`, or does not.
+    fn call(&self, tcp: &TcpTransport, request: Outbound) -> BoxFuture<Result<Envelope>>;
+}
+
+struct Disturbed<D> {
+    tcp: TcpTransport,
+    by: D,
+}
+
+/// For [`super::cluster::Cluster::wrap`].
+pub(super) fn disturbed(by: impl Disturb) -> Wrap {
+    Arc::new(move |tcp| Arc::new(Disturbed { tcp, by: by.clone() }))
+}
+
+impl<D: Disturb> Transport for Disturbed<D> {
+    fn serve(&self, hello: Hello, handler: Arc<dyn Handler>) {
+        self.tcp.serve(hello, handler);
+    }
+
+    fn call(
+        &self,
+        address: PeerAddress,
+        expect: Option<NodeId>,
+        request: Envelope,
+        timeout: Duration,
+    ) -> BoxFuture<Result<Envelope>> {
+        self.by.call(&self.tcp, Outbound { address, expect, request, timeout })
+    }
+
+    fn local_address(&self) -> PeerAddress {
+        self.tcp.local_address()
+    }
+
+    fn close(&self) -> BoxFuture<()> {
+        self.tcp.close()
+    }
+}
