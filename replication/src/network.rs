@@ -25,7 +25,7 @@ use openraft::raft::{
 };
 use openraft_rt::Select2;
 
-use crate::pipeline::{Matched, Pipeline};
+use crate::pipeline::{Hurry, Matched, Pipeline};
 use crate::state_machine::{Offer, SnapshotHandle};
 use crate::types::{Member, RaftSnapshot, SnapshotMeta, TypeConfig, Vote};
 use crate::wire::{Reader, Writer, decode_result};
@@ -77,6 +77,8 @@ pub(crate) struct Network<R> {
     address: PeerAddress,
     me: u64,
     transport: Arc<dyn Transport>,
+    /// See [`crate::pipeline`].
+    pub(crate) hurry: Arc<Hurry>,
     runtime: std::marker::PhantomData<fn() -> R>,
 }
 
@@ -84,6 +86,7 @@ pub(crate) struct Network<R> {
 pub(crate) struct Networks {
     pub(crate) me: u64,
     pub(crate) transport: Arc<dyn Transport>,
+    pub(crate) hurry: Arc<Hurry>,
 }
 
 impl<R: Runtime> RaftNetworkFactory<TypeConfig<R>> for Networks {
@@ -95,6 +98,7 @@ impl<R: Runtime> RaftNetworkFactory<TypeConfig<R>> for Networks {
             address: crate::wire::peer_address(node),
             me: self.me,
             transport: self.transport.clone(),
+            hurry: self.hurry.clone(),
             runtime: std::marker::PhantomData,
         }
     }

@@ -32,6 +32,7 @@ use tokio::sync::{Notify, Semaphore};
 use crate::init::Promise;
 use crate::log_store::{LogHealStatus, LogStore};
 use crate::network::Networks;
+use crate::pipeline::Hurry;
 use crate::progress::{ApplyLag, Progress};
 use crate::read::Rounds;
 use crate::service::{InstallJob, Service};
@@ -257,6 +258,8 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) changing: Semaphore,
     pub(crate) rounds: Rounds,
     pub(crate) lease_rounds: Rounds,
+    /// Of what the followers of this node may have to wait for.
+    pub(crate) hurry: Arc<Hurry>,
     pub(crate) locals: crate::write::Locals,
     pub(crate) proposals: crate::proposals::Proposals<R>,
     pub(crate) levels: crate::levels::Levels,
@@ -460,7 +463,7 @@ impl<R: Runtime> Inner<R> {
         let machine = StateMachine::open(self.group.clone(), self.log.clone(), peers, self.progress.clone())?;
         let machine = machine.with_apply_lag(self.apply_lag.clone());
         self.log.set_apply_lag(self.apply_lag.clone());
-        let networks = Networks { me: id, transport: self.transport.clone() };
+        let networks = Networks { me: id, transport: self.transport.clone(), hurry: self.hurry.clone() };
         let raft = Raft::<R>::new(id, config, networks, self.log.clone(), machine)
             .boxed()
             .await
@@ -563,6 +566,7 @@ impl<R: Runtime> Node<R> {
             changing: Semaphore::new(1),
             rounds: Rounds::default(),
             lease_rounds: Rounds::default(),
+            hurry: Arc::default(),
             locals: crate::write::Locals::default(),
             proposals: crate::proposals::Proposals::default(),
             levels: crate::levels::Levels::default(),

@@ -12,7 +12,8 @@
 //!   seen acknowledged, so its conflict says that requests overtook each other and not that the peer's log went back,
 //!   which openraft would take for the loss of a disk.
 //! - A5. The news of a commit is not sent while other requests are under way: the next entries carry it, and so does their
-//!   answer. Without any it goes once all before it are answered.
+//!   answer. Without any it goes once all before it are answered and [`NEWS_HOLD`] is over, or at once while somebody is in a
+//!   [`Hurry`]. The commit itself never waits: only what a follower knows of it does.
 //! - A6. openraft takes an answer for one to every request that it has handed out and that ends with the same entry, and
 //!   counts leases and confirms reads from when it handed out the last of them. So an answer waits until the news behind it,
 //!   which end with the same entry, are answered too: a leader that was stopped would else take what a peer said before for an
@@ -22,9 +23,13 @@
 //! One request at a time costs a write that comes just too late a second round trip, and leaves disk and network of the
 //! peer idle for as long as the other works. More than a few at a time only makes them smaller: entries that wait are
 //! merged into the next request.
+//! The news at once: writers that were just answered write again, and the entries that come a moment later would have
+//! carried it. Each message by itself wakes a follower and costs its leader an answer.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -32,6 +37,7 @@ use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, Stream, StreamExt};
 use openraft::errors::{NetworkError, RPCError};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, StreamAppendResult};
+use tokio::sync::Notify;
 
 use crate::network::{APPEND_TIMEOUT, Network, encode_append, method, read_append_response, rpc_error};
 use crate::types::{LogId, TypeConfig};
@@ -43,6 +49,34 @@ pub(crate) const APPENDS_MAX: usize = 4;
 /// Bytes of appends under way beyond which no further one begins. Each holds at most `READ_BYTES_MAX` beyond its first
 /// entry.
 pub(crate) const APPEND_BYTES_MAX: usize = 4 << 20;
+
+/// How long the news of a commit waits for entries that carry it. Bounds what a follower's state is behind by it.
+pub(crate) const NEWS_HOLD: Duration = Duration::from_millis(1);
+
+/// Who cannot wait for [`NEWS_HOLD`]: reads that have the leader confirmed, and those of followers.
+#[derive(Default)]
+pub(crate) struct Hurry {
+    count: AtomicUsize,
+    begun: Notify,
+}
+
+/// One in a hurry, until it is dropped.
+pub(crate) struct Hurrying(Arc<Hurry>);
+
+impl Hurry {
+    /// What is held goes now, and nothing is held until the answer is dropped.
+    pub(crate) fn begin(self: &Arc<Self>) -> Hurrying {
+        self.count.fetch_add(1, Ordering::SeqCst);
+        self.begun.notify_waiters();
+        Hurrying(self.clone())
+    }
+}
+
+impl Drop for Hurrying {
+    fn drop(&mut self) {
+        self.0.count.fetch_sub(1, Ordering::SeqCst);
+    }
+}
 
 type Answer<R> = Result<AppendEntriesResponse<TypeConfig<R>>>;
 
@@ -66,20 +100,24 @@ pub(crate) struct Pipeline<'s, R: Runtime, S> {
     under_way: VecDeque<UnderWay<R>>,
     bytes: usize,
     answered: u64,
+    /// Over when the news has waited long enough.
+    hold: Option<BoxFuture<'static, ()>>,
 }
 
 impl<'s, R: Runtime, S> Pipeline<'s, R, S> {
     pub(crate) fn new(network: &'s Network<R>, input: S, idle_timeout: Duration) -> Self {
-        Self { network, input: Some(input), idle_timeout, under_way: VecDeque::new(), bytes: 0, answered: 0 }
+        let under_way = VecDeque::new();
+        Self { network, input: Some(input), idle_timeout, under_way, bytes: 0, answered: 0, hold: None }
     }
 
     /// Sends `rpc`, or keeps it for the next one to carry (A5).
     fn push(&mut self, rpc: AppendEntriesRequest<TypeConfig<R>>, cx: &mut Context<'_>) {
         let prev = rpc.prev_log_id;
         let last = rpc.entries.last().map(|e| e.log_id).or(prev);
-        let carried = rpc.entries.is_empty() && !self.under_way.is_empty();
+        // The first one of a stream is how openraft finds out where the peer's log ends.
+        let is_news = rpc.entries.is_empty() && (self.answered > 0 || !self.under_way.is_empty());
         self.under_way.push_back(UnderWay { prev, last, bytes: 0, rpc: Some(rpc), call: None, answer: None });
-        if !carried {
+        if !is_news {
             self.begin(self.under_way.len() - 1, cx);
         }
     }
@@ -88,6 +126,8 @@ impl<'s, R: Runtime, S> Pipeline<'s, R, S> {
     fn begin(&mut self, at: usize, cx: &mut Context<'_>) {
         let request = &mut self.under_way[at];
         let Some(rpc) = request.rpc.take() else { return };
+        // It carries what was held.
+        self.hold = None;
         let body = encode_append(&rpc);
         request.bytes = body.len();
         self.bytes += request.bytes;
@@ -125,12 +165,39 @@ impl<'s, R: Runtime, S> Pipeline<'s, R, S> {
             }
         }
         let sent = (newest..self.under_way.len()).find(|at| self.under_way[*at].rpc.is_none());
-        let at = sent.unwrap_or_else(|| {
-            // Nothing carries them: the newest goes by itself.
-            self.begin(newest, cx);
-            newest
-        });
+        let at = match sent {
+            Some(at) => at,
+            None => {
+                std::task::ready!(self.poll_hold(newest, cx));
+                // Nothing carries them: the newest goes by itself.
+                self.begin(newest, cx);
+                newest
+            }
+        };
         self.poll_answer(at, cx).map(|answer| (at, answer))
+    }
+
+    /// Whether the news in the requests up to `newest` has waited long enough.
+    fn poll_hold(&mut self, newest: usize, cx: &mut Context<'_>) -> Poll<()> {
+        // The answer to entries waits for the news behind them (A6), and so may their commit; a full queue keeps entries out.
+        let delays = self.under_way.len() == APPENDS_MAX || self.under_way.range(..=newest).any(|r| r.rpc.is_none());
+        if delays || self.input.is_none() || self.network.hurry.count.load(Ordering::SeqCst) > 0 {
+            return Poll::Ready(());
+        }
+        let hurry = &self.network.hurry;
+        let hold = self.hold.get_or_insert_with(|| {
+            let hurry = hurry.clone();
+            async move {
+                let begun = std::pin::pin!(hurry.begun.notified());
+                // Whoever hurries from here on wakes it.
+                if hurry.count.load(Ordering::SeqCst) == 0 {
+                    let over = std::pin::pin!(R::sleep(NEWS_HOLD));
+                    let _ = R::select2(begun, over).await;
+                }
+            }
+            .boxed()
+        });
+        hold.poll_unpin(cx)
     }
 
     /// The answer to a request that was sent.

@@ -19,6 +19,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use mainstay_engine::{Applied, Command, EncodedBatch, WriteBatch, decode_refusals};
 use mainstay_io::yield_once;
@@ -43,6 +44,8 @@ const OVERHEAD_BYTES: usize = 256;
 pub(crate) struct Proposals<R: Runtime> {
     queue: Mutex<Queue<R>>,
     room: Arc<Semaphore>,
+    /// From where the clock of the batching counts.
+    since: R::Instant,
 }
 
 struct Queue<R: Runtime> {
@@ -61,13 +64,17 @@ struct Waiting<R: Runtime> {
 impl<R: Runtime> Default for Proposals<R> {
     fn default() -> Self {
         let queue = Mutex::new(Queue { waiting: VecDeque::new(), batching: Batching::default() });
-        Self { queue, room: Arc::new(Semaphore::new(WAITING_BYTES_MAX)) }
+        Self { queue, room: Arc::new(Semaphore::new(WAITING_BYTES_MAX)), since: R::Instant::now() }
     }
 }
 
 impl<R: Runtime> Proposals<R> {
     fn lock(&self) -> MutexGuard<'_, Queue<R>> {
         self.queue.lock().expect("nothing panics while it holds this lock")
+    }
+
+    fn now(&self) -> Duration {
+        R::Instant::now().saturating_duration_since(self.since)
     }
 }
 
@@ -133,7 +140,7 @@ impl<R: Runtime> Inner<R> {
             let mut queue = self.proposals.lock();
             queue.waiting.push_back(Waiting { batch, deadline, reply, _room: room });
             let waiting = queue.waiting.len();
-            queue.batching.begin(waiting)
+            queue.batching.begin(waiting, self.proposals.now())
         };
         if entry.is_some() {
             let driver = Driver { inner: self.clone(), entry };
@@ -168,7 +175,7 @@ impl<R: Runtime> Driver<R> {
                 queue.batching.end(entry);
             }
             let waiting = queue.waiting.len();
-            self.entry = queue.batching.begin(waiting);
+            self.entry = queue.batching.begin(waiting, self.inner.proposals.now());
             if self.entry.is_none() {
                 return;
             }

@@ -190,6 +190,8 @@ impl<R: Runtime> Inner<R> {
         if self.leader_of(&running) != Some(running.id) {
             return Err(self.not_leader(&running));
         }
+        // The round is an append to each follower, and the news of the commit may be one that a follower waits for.
+        let _hurrying = self.hurry.begin();
         if lease && let Some(index) = self.lease_index(&running).await {
             return Ok(index);
         }

@@ -12,7 +12,7 @@ use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, StreamAppendEr
 use tokio::sync::oneshot;
 
 use crate::network::{Network, Networks, method, read_append, write_append_response};
-use crate::pipeline::{APPEND_BYTES_MAX, APPENDS_MAX, Matched};
+use crate::pipeline::{APPEND_BYTES_MAX, APPENDS_MAX, Matched, NEWS_HOLD};
 use crate::types::{Entry, EntryPayload, LogId, Member, Payload, TypeConfig, Vote, log_id};
 use crate::wire::encode_result;
 use crate::{Envelope, Error, ErrorKind, Handler, Hello, NodeId, PeerAddress, Result, TokioRuntime, Transport};
@@ -85,7 +85,7 @@ fn run<T>(test: impl AsyncFnOnce(Arc<Held>, Network<TokioRuntime>) -> T) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let held = Arc::new(Held::default());
-        let mut networks = Networks { me: 1, transport: held.clone() };
+        let mut networks = Networks { me: 1, transport: held.clone(), hurry: Arc::default() };
         let member = Member::default();
         let network = RaftNetworkFactory::<Config>::new_client(&mut networks, 2, &member).await;
         test(held, network).await
@@ -281,6 +281,100 @@ fn the_news_of_a_commit_rides_on_the_next_entries_and_is_acknowledged_with_them(
         assert_eq!([1, 1, 1, 2], [(); 4].map(|()| matched(answers.next().now_or_never())));
         assert!(answers.next().await.is_none());
         assert_eq!(held.sent(), 2);
+    });
+}
+
+/// A stream that has acknowledged entry 1, and what is sent into it.
+async fn acknowledged<'n>(
+    held: &Held,
+    network: &'n mut Network<TokioRuntime>,
+) -> (futures_util::stream::BoxStream<'n, Answer>, tokio::sync::mpsc::UnboundedSender<Request>) {
+    let (input, requests) = tokio::sync::mpsc::unbounded_channel();
+    let requests = stream::unfold(requests, async |mut requests| Some((requests.recv().await?, requests)));
+    let mut answers = network.stream_append(Box::pin(requests), option()).await.expect("a stream");
+    input.send(request(1, Some(10))).expect("open");
+    assert!(answers.next().now_or_never().is_none());
+    held.answer(0, Response::Success);
+    assert_eq!(matched(answers.next().now_or_never()), 1);
+    (answers, input)
+}
+
+#[test]
+fn the_news_of_a_commit_waits_a_moment_for_entries_that_carry_it() {
+    run(async |held, mut network| {
+        let (mut answers, input) = acknowledged(&held, &mut network).await;
+        input.send(request(1, None)).expect("open");
+        assert!(answers.next().now_or_never().is_none());
+        assert_eq!(held.sent(), 1, "held");
+        input.send(request(2, Some(10))).expect("open");
+        assert!(answers.next().now_or_never().is_none());
+        assert_eq!(held.sent(), 2, "the entries go at once");
+        held.answer(1, Response::Success);
+        assert_eq!([1, 2], [(); 2].map(|()| matched(answers.next().now_or_never())));
+
+        input.send(request(2, None)).expect("open");
+        let since = std::time::Instant::now();
+        let answer = {
+            let answering = std::pin::pin!(answers.next());
+            let answer = tokio::time::timeout(Duration::from_secs(10), async {
+                let mut answering = answering;
+                while held.sent() == 2 {
+                    assert!((&mut answering).now_or_never().is_none());
+                    tokio::time::sleep(Duration::from_micros(100)).await;
+                }
+                held.answer(2, Response::Success);
+                answering.await
+            });
+            answer.await.expect("it goes by itself")
+        };
+        assert_eq!(matched(Some(answer)), 2);
+        assert!(since.elapsed() >= NEWS_HOLD);
+    });
+}
+
+#[test]
+fn the_news_of_a_commit_goes_at_once_when_a_read_waits_for_it() {
+    run(async |held, mut network| {
+        let hurry = network.hurry.clone();
+        let (mut answers, input) = acknowledged(&held, &mut network).await;
+        let reading = hurry.begin();
+        input.send(request(1, None)).expect("open");
+        assert!(answers.next().now_or_never().is_none());
+        assert_eq!(held.sent(), 2, "not held");
+        held.answer(1, Response::Success);
+        assert_eq!(matched(answers.next().now_or_never()), 1);
+        drop(reading);
+
+        input.send(request(1, None)).expect("open");
+        assert!(answers.next().now_or_never().is_none());
+        assert_eq!(held.sent(), 2, "held");
+        drop(hurry.begin());
+        assert!(answers.next().now_or_never().is_none());
+        assert_eq!(held.sent(), 3, "whoever begins to hurry sends what is held");
+    });
+}
+
+/// While something else waits behind it, it may not wait.
+#[test]
+fn news_that_holds_others_up_goes_at_once() {
+    run(async |held, mut network| {
+        let (mut answers, input) = acknowledged(&held, &mut network).await;
+        for _ in 0..APPENDS_MAX {
+            input.send(request(1, None)).expect("open");
+        }
+        assert!(answers.next().now_or_never().is_none());
+        assert_eq!(held.sent(), 2, "entries would find no place behind it");
+        held.answer(1, Response::Success);
+        assert_eq!([1; APPENDS_MAX], [(); APPENDS_MAX].map(|()| matched(answers.next().now_or_never())));
+
+        // The answer to entries counts from the news behind them: the entries are not acknowledged before it is.
+        input.send(request(2, Some(10))).expect("open");
+        input.send(request(2, None)).expect("open");
+        assert!(answers.next().now_or_never().is_none());
+        assert_eq!(held.sent(), 3);
+        held.answer(2, Response::Success);
+        assert!(answers.next().now_or_never().is_none());
+        assert_eq!(held.sent(), 4, "not held");
     });
 }
 

@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use mainstay_engine::BranchId;
@@ -35,6 +36,8 @@ const WAITING_BYTES_MAX: usize = 64 << 20;
 pub(super) struct Proposer<B> {
     backend: B,
     queues: Arc<Mutex<BTreeMap<BranchId, Queue>>>,
+    /// From where the clock of the batching counts.
+    since: Instant,
 }
 
 #[derive(Default)]
@@ -78,8 +81,8 @@ impl Queue {
     }
 
     /// The next entry, if it is worth one now.
-    fn begin(&mut self) -> Option<(Batch, UnderWay)> {
-        let mut entry = self.batching.begin(self.waiting_requests)?;
+    fn begin(&mut self, now: Duration) -> Option<(Batch, UnderWay)> {
+        let mut entry = self.batching.begin(self.waiting_requests, now)?;
         let batch = self.waiting.pop_front();
         self.batching.fill(&mut entry, batch.as_ref().map_or(0, |batch| batch.replies.len()));
         let Some(batch) = batch else {
@@ -94,7 +97,7 @@ impl Queue {
 
 impl<B: Backend> Proposer<B> {
     pub(super) fn new(backend: B) -> Self {
-        Self { backend, queues: Arc::default() }
+        Self { backend, queues: Arc::default(), since: Instant::now() }
     }
 
     /// Proposes a request and waits for its message.
@@ -103,7 +106,7 @@ impl<B: Backend> Proposer<B> {
             let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
             let queue = queues.entry(branch).or_default();
             let answer = queue.push(branch, request)?;
-            if let Some((batch, entry)) = queue.begin() {
+            if let Some((batch, entry)) = queue.begin(self.since.elapsed()) {
                 tokio::spawn(self.clone().drive(branch, batch, entry));
             }
             answer
@@ -135,7 +138,7 @@ impl<B: Backend> Proposer<B> {
             let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(queue) = queues.get_mut(&branch) else { return };
             queue.batching.end(entry);
-            match queue.begin() {
+            match queue.begin(self.since.elapsed()) {
                 Some(next) => (batch, entry) = next,
                 None => {
                     if queue.batching.is_idle() {
