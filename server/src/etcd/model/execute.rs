@@ -176,9 +176,6 @@ impl<'a, S: Store> Execution<'a, S> {
             Some(before) => KeyMeta { modified: rev, version: before.version.saturating_add(1), lease, ..*before },
             None => KeyMeta { create: rev.main, modified: rev, version: 1, lease },
         };
-        if let Some(before) = &before {
-            self.supersede(&put.key, before, rev.main)?;
-        }
         let old_lease = before.as_ref().map_or(0, |before| before.lease);
         if old_lease != lease {
             if old_lease != 0 {
@@ -190,7 +187,7 @@ impl<'a, S: Store> Execution<'a, S> {
         }
         let record = RevRecord {
             deleted: false,
-            previous: before.map(|before| before.modified),
+            previous: before.as_ref().map(|before| before.modified),
             key: put.key.clone(),
             create: meta.create,
             version: meta.version,
@@ -199,20 +196,17 @@ impl<'a, S: Store> Execution<'a, S> {
         };
         self.metas.set(&put.key, meta);
         self.store.put(Space::Keys, put.key, meta.encode())?;
-        self.record(rev, record)?;
+        self.record(rev, record, before.as_ref())?;
         Ok(pb::PutResponse { header: header(rev.main), prev_kv })
     }
 
-    /// Keeps the state that ends at revision `until` for readers of older revisions.
-    fn supersede(&mut self, key: &[u8], before: &KeyMeta, until: i64) -> StoreResult<()> {
-        // A state that begins and ends within one revision is visible to nobody.
-        if before.modified.main == until {
-            return Ok(());
+    /// Writes the record of a change, and keeps the state that it ended for readers of older revisions.
+    fn record(&mut self, rev: Rev, record: RevRecord, before: Option<&KeyMeta>) -> StoreResult<()> {
+        if let Some(before) = before
+            && record.left_history(rev)
+        {
+            self.store.put(Space::History, history_key(&record.key, rev.main), before.encode())?;
         }
-        self.store.put(Space::History, history_key(key, until), before.encode())
-    }
-
-    fn record(&mut self, rev: Rev, record: RevRecord) -> StoreResult<()> {
         self.store.put(Space::Revs, Bytes::copy_from_slice(&rev.encode()), record.encode())?;
         if self.watched {
             self.effects.events.push((rev, record));
@@ -223,7 +217,6 @@ impl<'a, S: Store> Execution<'a, S> {
     /// Deletes one live key.
     fn delete(&mut self, key: Bytes, before: &KeyMeta) -> StoreResult<()> {
         let rev = self.take_rev();
-        self.supersede(&key, before, rev.main)?;
         if before.lease != 0 {
             self.store.delete(Space::LeaseKeys, lease_member_key(before.lease, &key))?;
         }
@@ -238,7 +231,7 @@ impl<'a, S: Store> Execution<'a, S> {
             lease: 0,
             value: Bytes::new(),
         };
-        self.record(rev, record)
+        self.record(rev, record, Some(before))
     }
 
     async fn delete_request(&mut self, delete: pb::DeleteRangeRequest) -> Result<pb::DeleteRangeResponse, Failure> {
@@ -395,9 +388,9 @@ impl<'a, S: Store> Execution<'a, S> {
                 // A state that the compacted revision itself began and ended is one of its changes: see above.
                 if let Some(previous) = record.previous.filter(|previous| previous.main < compaction.revision) {
                     self.store.delete(Space::Revs, Bytes::copy_from_slice(&previous.encode()))?;
-                    if previous.main != rev.main {
-                        self.store.delete(Space::History, history_key(&record.key, rev.main))?;
-                    }
+                }
+                if record.left_history(rev) {
+                    self.store.delete(Space::History, history_key(&record.key, rev.main))?;
                 }
                 if record.deleted && rev.main < compaction.revision {
                     self.store.delete(Space::Revs, key)?;

@@ -1,8 +1,10 @@
 //! Reads keys at one revision.
 //!
 //! # Invariants
-//! A state of a key is visible at revision `r` when `modified <= r`, and `r < until` where a later change superseded it.
-//! Live states are in `etcd.keys`, superseded ones in `etcd.history`, so at most one state of a key is visible at `r`.
+//! A state of a key is visible at revision `r` when `modified <= r`, and `r < until` where a later change superseded it, so
+//! at most one is. Live states are in `etcd.keys`. Of the superseded ones the last of each life and every
+//! [`HISTORY_SPACING`]th are in `etcd.history`; those between are reached from the next later one of their life, each by the
+//! record of the one after it.
 
 use std::future::Future;
 use std::ops::Bound;
@@ -13,6 +15,8 @@ use mainstay_engine::Result as StoreResult;
 
 use super::Tip;
 use super::check::range_of;
+#[cfg(doc)]
+use super::record::HISTORY_SPACING;
 use super::record::{KeyMeta, Rev, RevRecord, corrupt, history_bound, history_key, history_prefix, split_history_key};
 use super::store::{Page, Reader, Space};
 use crate::etcd::error::{Failure, Refusal};
@@ -123,13 +127,28 @@ impl<'a, R: Reader> HistoryAt<'a, R> {
             let mut beyond = history_prefix(&key);
             beyond.put_u64(u64::MAX);
             self.pages.skip_to(beyond.freeze());
-            let meta = KeyMeta::decode(&value)?;
-            if meta.modified.main <= self.revision {
+            if let Some(meta) = state_at(self.pages.reader, KeyMeta::decode(&value)?, self.revision).await? {
                 return Ok(Some((key, meta)));
             }
         }
         Ok(None)
     }
+}
+
+/// The state at `revision` of the life of a key of which `meta` is a state; none when the life began later.
+async fn state_at(reader: &impl Reader, mut meta: KeyMeta, revision: i64) -> StoreResult<Option<KeyMeta>> {
+    if meta.create > revision {
+        return Ok(None);
+    }
+    while meta.modified.main > revision {
+        let previous = record_of(reader, meta.modified).await?.previous.ok_or_else(|| corrupt("life of a key"))?;
+        let record = record_of(reader, previous).await?;
+        if record.deleted || previous >= meta.modified {
+            return Err(corrupt("life of a key"));
+        }
+        meta = KeyMeta { create: record.create, modified: previous, version: record.version, lease: record.lease };
+    }
+    Ok(Some(meta))
 }
 
 /// The keys of a range that are visible at a revision, in order.
@@ -158,22 +177,30 @@ impl<'a, R: Reader> KeysAt<'a, R> {
         while self.next_live.is_none() {
             let Some((key, value)) = self.live.next().await? else { break };
             let meta = KeyMeta::decode(&value)?;
-            if meta.modified.main <= self.revision {
+            if meta.create <= self.revision {
                 self.next_live = Some((key, meta));
             }
         }
-        let Some(history) = &mut self.history else { return Ok(self.next_live.take()) };
-        if self.next_history.is_none() {
+        if let (None, Some(history)) = (&self.next_history, &mut self.history) {
             self.next_history = history.next().await?;
             if self.next_history.is_none() {
                 self.history = None;
             }
         }
-        match (&self.next_live, &self.next_history) {
-            (Some((live, _)), Some((old, _))) if old < live => Ok(self.next_history.take()),
-            (Some(_), _) => Ok(self.next_live.take()),
-            (None, _) => Ok(self.next_history.take()),
+        if let Some((old, _)) = &self.next_history {
+            match &self.next_live {
+                Some((live, _)) if live < old => {}
+                // A state between the revision and the present one: the nearer of the two to begin at.
+                Some((live, _)) if live == old => {
+                    self.next_live = None;
+                    return Ok(self.next_history.take());
+                }
+                _ => return Ok(self.next_history.take()),
+            }
         }
+        let Some((key, meta)) = self.next_live.take() else { return Ok(None) };
+        let meta = state_at(self.live.reader, meta, self.revision).await?;
+        Ok(meta.map(|meta| (key, meta)))
     }
 }
 

@@ -57,6 +57,10 @@ impl Rev {
     }
 }
 
+/// Of the states of one life of a key, `etcd.history` holds every so manieth, and the last one. A put of a key that is there
+/// then writes two records and not three, for up to so many records more that a read at an old revision looks at.
+pub const HISTORY_SPACING: i64 = if cfg!(test) { 3 } else { 16 };
+
 /// What `etcd.keys` holds of a live key, and `etcd.history` of a superseded state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KeyMeta {
@@ -120,6 +124,17 @@ impl RevRecord {
         out.put_slice(&self.key);
         out.put_slice(&self.value);
         out.freeze()
+    }
+
+    /// Whether the change at `rev` put the state that it ended into `etcd.history`.
+    pub(crate) fn left_history(&self, rev: Rev) -> bool {
+        match self.previous {
+            None => false,
+            // Also if the same revision made it: it may have superseded another, which is reached from it.
+            Some(_) if self.deleted => true,
+            // A state that begins and ends within one revision is visible to nobody.
+            Some(previous) => previous.main != rev.main && self.version.saturating_sub(1) % HISTORY_SPACING == 0,
+        }
     }
 
     /// Key and value are slices of `bytes`.

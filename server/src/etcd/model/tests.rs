@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use prost::Message;
 
 use super::command::{Request, begin_command, decode_answer, encode_command};
-use super::record::Rev;
+use super::record::{HISTORY_SPACING, Rev};
 use super::store::{MemoryStore, Space};
 use super::{LEASE_TTL_MIN, Model};
 use crate::etcd::error::{Failure, Refusal};
@@ -615,4 +615,64 @@ fn watchers_get_changes_from_memory_only_while_they_are_whole() {
     subject.run(&[put]);
     assert!(branch.recent(5, 10).is_none());
     assert_eq!(branch.recent(6, 10).expect("6 was watched").len(), 1);
+}
+
+/// Most states of a key have no entry in the history of their own: the nearest later one leads to them. That one may have been
+/// made by the revision that deleted it.
+#[test]
+fn every_state_of_a_key_is_found_from_the_nearest_that_is_kept() {
+    let put = |value: i64| pb::PutRequest { key: "k".into(), value: value.to_string().into(), ..Default::default() };
+    let delete = || pb::DeleteRangeRequest { key: "a".into(), range_end: "\0".into(), ..Default::default() };
+    let op = |request| pb::RequestOp { request: Some(request) };
+    let states = 4 * HISTORY_SPACING + 1;
+    let mut subject = Subject::new();
+    // Two lives of the key: revisions 2 to `states + 1`, and again behind the revision that ends the first.
+    let mut value_at = std::collections::BTreeMap::new();
+    for life in 0..2 {
+        for _ in 0..states {
+            let revision = subject.view().tip().revision + 1;
+            value_at.insert(revision, Some(revision));
+            subject.run(&[Request::Put(put(revision))]);
+        }
+        let revision = subject.view().tip().revision + 1;
+        value_at.insert(revision, None);
+        match life {
+            0 => subject.run(&[Request::DeleteRange(delete())]),
+            _ => {
+                let ops = vec![
+                    op(request_op::Request::RequestPut(put(0))),
+                    op(request_op::Request::RequestDeleteRange(delete())),
+                ];
+                subject.run(&[Request::Txn(pb::TxnRequest { success: ops, ..Default::default() })])
+            }
+        };
+    }
+    subject.run(&[Request::Put(put(1))]);
+    let kept = subject.store.pairs(Space::History).len() as i64;
+    assert_eq!(kept, 2 * (states / HISTORY_SPACING + 1));
+    let check = |subject: &Subject, from: i64| {
+        for (&revision, expect) in value_at.range(from..) {
+            for range_end in ["", "z"] {
+                let read =
+                    pb::RangeRequest { key: "k".into(), range_end: range_end.into(), revision, ..Default::default() };
+                let kvs = subject.range(&read).expect("not compacted").kvs;
+                let found: Vec<_> = kvs.iter().map(|kv| (kv.mod_revision, kv.value.clone())).collect();
+                let expect: Vec<_> = expect.iter().map(|r: &i64| (*r, Bytes::from(r.to_string()))).collect();
+                assert_eq!(found, expect, "at {revision}");
+            }
+        }
+    };
+    check(&subject, 1);
+    let mut compacted = 0;
+    for revision in [HISTORY_SPACING, HISTORY_SPACING + 2, states + 2, states + 4, 2 * states + 2] {
+        subject.run(&[Request::Compact(pb::CompactionRequest { revision, physical: false })]);
+        check(&subject, revision);
+        while subject.view().tip().compaction.collected < revision {
+            subject.run(&[Request::Collect]);
+            check(&subject, revision);
+        }
+        compacted = revision;
+    }
+    let history = subject.store.pairs(Space::History);
+    assert!(history.iter().all(|(key, _)| super::record::split_history_key(key).expect("ours").1 > compacted));
 }
