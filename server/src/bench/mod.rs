@@ -2,33 +2,22 @@
 //!
 //! At a fixed rate a latency counts from the moment the operation was due, so that a stalled server does not hide the
 //! operations that had to wait for it (coordinated omission).
-//!
-//! # Why not
-//! tonic's channel: it puts a queue and a task between the caller and the connection, which cost a third of the client's time.
-//! Where client and servers share a machine that time is taken from what is measured.
+
+mod unary;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures_util::future::BoxFuture;
 use hdrhistogram::Histogram;
-use hyper::client::conn::http2::SendRequest;
-use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpStream;
-use tonic::Request;
-use tonic::body::Body;
-use tonic::codegen::http::Uri;
-use tonic::codegen::{Service, http};
-use tonic::metadata::MetadataValue;
+use tonic::codegen::http::HeaderValue;
 
+use self::unary::Connection;
 use crate::cli::{BenchArgs, Failure, Workload, print};
 use crate::etcd::DURABILITY_KEY;
-use crate::proto::etcdserverpb::kv_client::KvClient;
-use crate::proto::etcdserverpb::{PutRequest, RangeRequest};
+use crate::proto::etcdserverpb::{PutRequest, PutResponse, RangeRequest, RangeResponse};
 
 /// Longest latency that the histogram tells apart, in microseconds.
 const LATENCY_US_MAX: u64 = 600_000_000;
@@ -94,7 +83,7 @@ struct Plan {
     keys: u64,
     value: Bytes,
     serializable: bool,
-    durability: Option<MetadataValue<tonic::metadata::Ascii>>,
+    durability: Option<HeaderValue>,
     start: Instant,
     end: Option<Instant>,
     /// Between two operations of one client.
@@ -217,49 +206,10 @@ impl Numbers {
     }
 }
 
-/// An HTTP/2 connection that requests go out on as they come.
-#[derive(Clone)]
-struct Connection {
-    requests: SendRequest<Body>,
-    origin: Uri,
-}
-
-impl Connection {
-    async fn open(address: &str, timeout: Duration) -> Result<Self, Failure> {
-        let failed = |e: &dyn std::fmt::Display| Failure::other(format!("no connection: {e} address={address}"));
-        let origin = format!("http://{address}").parse().map_err(|e| failed(&e))?;
-        let connecting = async {
-            let stream = TcpStream::connect(address).await.map_err(|e| failed(&e))?;
-            stream.set_nodelay(true)?;
-            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
-                .await
-                .map_err(|e| failed(&e))
-        };
-        let connected = tokio::time::timeout(timeout, connecting).await;
-        let (requests, connection) = connected.map_err(|_| failed(&"no answer in time"))??;
-        // Ends with the last handle; its failure is that of the requests on it.
-        tokio::spawn(connection);
-        Ok(Self { requests, origin })
-    }
-}
-
-impl Service<http::Request<Body>> for Connection {
-    type Response = http::Response<hyper::body::Incoming>;
-    type Error = hyper::Error;
-    type Future = BoxFuture<'static, Result<Self::Response, hyper::Error>>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), hyper::Error>> {
-        self.requests.poll_ready(context)
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        Box::pin(self.requests.send_request(request))
-    }
-}
-
-async fn drive(plan: Arc<Plan>, connection: Connection, client: u32, clients: u32) -> Result<Outcome, Failure> {
-    let origin = connection.origin.clone();
-    let mut kv = KvClient::with_origin(connection, origin);
+async fn drive(plan: Arc<Plan>, mut connection: Connection, client: u32, clients: u32) -> Result<Outcome, Failure> {
+    let metadata: Vec<_> = plan.durability.iter().map(|level| (DURABILITY_KEY, level.clone())).collect();
+    let put = connection.method("/etcdserverpb.KV/Put", &metadata)?;
+    let range = connection.method("/etcdserverpb.KV/Range", &[])?;
     let mut numbers = Numbers(u64::from(client));
     let mut outcome = outcome()?;
     // Clients begin spread over one interval.
@@ -284,23 +234,20 @@ async fn drive(plan: Arc<Plan>, connection: Connection, client: u32, clients: u3
             Workload::Mixed => (number >> 60) < 4,
         };
         let answered = if is_put {
-            let mut request = Request::new(PutRequest { key, value: plan.value.clone(), ..PutRequest::default() });
-            if let Some(durability) = &plan.durability {
-                request.metadata_mut().insert(DURABILITY_KEY, durability.clone());
-            }
-            kv.put(request).await.map(drop)
+            let request = PutRequest { key, value: plan.value.clone(), ..PutRequest::default() };
+            connection.call::<PutResponse>(&put, &request).await.map(drop)
         } else {
-            let serializable = plan.serializable;
-            kv.range(RangeRequest { key, serializable, ..RangeRequest::default() }).await.map(drop)
+            let request = RangeRequest { key, serializable: plan.serializable, ..RangeRequest::default() };
+            connection.call::<RangeResponse>(&range, &request).await.map(drop)
         };
         match answered {
             Ok(()) => {
                 let micros = u64::try_from(begin.elapsed().as_micros()).unwrap_or(LATENCY_US_MAX);
                 outcome.latencies.saturating_record(micros.max(1));
             }
-            Err(status) => {
+            Err(error) => {
                 outcome.errors += 1;
-                outcome.first_error.get_or_insert_with(|| format!("{:?}: {}", status.code(), status.message()));
+                outcome.first_error.get_or_insert(error);
                 // A server that is gone refuses at once: do not spin.
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
