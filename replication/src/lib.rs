@@ -26,6 +26,7 @@ mod proposals;
 mod read;
 mod record;
 mod recover;
+mod room;
 mod runtime;
 mod service;
 mod state_machine;

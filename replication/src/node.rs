@@ -35,6 +35,7 @@ use crate::network::Networks;
 use crate::pipeline::Hurry;
 use crate::progress::{ApplyLag, Progress};
 use crate::read::Rounds;
+use crate::room::Room;
 use crate::service::{InstallJob, Service};
 use crate::state_machine::StateMachine;
 use crate::types::{Raft, TypeConfig};
@@ -260,6 +261,8 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) lease_rounds: Rounds,
     /// Of what the followers of this node may have to wait for.
     pub(crate) hurry: Arc<Hurry>,
+    /// For commands on their way into the log.
+    pub(crate) room: Room,
     pub(crate) locals: crate::write::Locals,
     pub(crate) proposals: crate::proposals::Proposals<R>,
     pub(crate) levels: crate::levels::Levels,
@@ -541,6 +544,7 @@ impl<R: Runtime> Node<R> {
         let damage = log.damage();
         let replayed = log.last().map_or(0, |last| last.index.saturating_sub(group.flushed().0));
         tracing::info!(node = %options.name, flushed = group.flushed().0, entries = replayed, "opened: entries to apply again");
+        let room = Room::new(engine.wal().stats().ring_bytes);
         let apply_lag = Arc::new(ApplyLag::new(options.environment.clock.clone()));
         let inner = Arc::new(Inner {
             options,
@@ -567,6 +571,7 @@ impl<R: Runtime> Node<R> {
             rounds: Rounds::default(),
             lease_rounds: Rounds::default(),
             hurry: Arc::default(),
+            room,
             locals: crate::write::Locals::default(),
             proposals: crate::proposals::Proposals::default(),
             levels: crate::levels::Levels::default(),

@@ -150,19 +150,11 @@ impl<R: Runtime> Inner<R> {
     }
 
     async fn propose_here(&self, running: &Arc<Running<R>>, command: Bytes, deadline: R::Instant) -> Attempt {
-        let admit = async {
-            self.group.admit().await?;
-            // The log's queue has no bound of its own.
-            self.engine.wal().admit().await.map_err(mainstay_engine::Error::from)
+        let _admitted = match R::timeout_at(deadline, self.admit_command(running, &command)).await {
+            Ok(Ok(admitted)) => admitted,
+            Ok(Err(error)) => return Attempt::Done(Err(error)),
+            Err(_) => return Attempt::Done(Err(self.not_admitted(running, &command))),
         };
-        match R::timeout_at(deadline, admit).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return Attempt::Done(Err(error.into())),
-            Err(_) => {
-                let message = "the store takes no more writes: flush or compaction is behind";
-                return Attempt::Done(Err(Error::new(ErrorKind::Unavailable, message)));
-            }
-        }
         let write = running.raft.client_write(Payload::new(command));
         match R::timeout_at(deadline, write).await {
             Ok(result) => classify(result),
@@ -176,7 +168,10 @@ impl<R: Runtime> Inner<R> {
             return Err(self.not_leader(&running));
         }
         let command = self.encode(body)?;
-        self.group.admit().await?;
+        let _admitted = match R::timeout(WRITE_TIMEOUT, self.admit_command(&running, &command)).await {
+            Ok(admitted) => admitted?,
+            Err(_) => return Err(self.not_admitted(&running, &command)),
+        };
         let (waiter, durable) = LocalWaiter::new();
         let payload = Payload { bytes: command, waiter: Some(waiter) };
         let raft = running.raft.clone();

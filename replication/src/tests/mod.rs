@@ -12,6 +12,7 @@ mod members;
 mod pipeline;
 mod priority;
 mod recover;
+mod ring;
 mod suite;
 mod tcp;
 mod wire;

@@ -1,0 +1,117 @@
+//! What becomes of the log's ring while nothing is committed.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use mainstay_engine::ClientToken;
+use mainstay_io::BoxFuture;
+
+use super::cluster::*;
+use super::disturb::{Disturb, Outbound, disturbed};
+use crate::network::{method, read_append};
+use crate::{Durability, Envelope, Error, ErrorKind, ReadLevel, Result, TcpTransport, TokioRuntime, Write};
+
+const VALUE_BYTES: usize = 4 << 10;
+
+/// While it is set no entries arrive anywhere; everything else does.
+#[derive(Clone, Default)]
+struct Held(Arc<AtomicBool>);
+
+impl Disturb for Held {
+    fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
+        let request = &outbound.request;
+        let append = matches!(request.method, method::APPEND | method::APPEND_IN_TURN);
+        let entries = || read_append::<TokioRuntime>(&request.body).is_ok_and(|append| !append.entries.is_empty());
+        if append && self.0.load(Ordering::Acquire) && entries() {
+            return Box::pin(async { Err(Error::new(ErrorKind::Unavailable, "held")) });
+        }
+        outbound.send(tcp)
+    }
+}
+
+/// Three voters that do not get the entries of their leader while it is set, and the leader.
+async fn held_up() -> (Cluster, Held, usize) {
+    let held = Held::default();
+    let mut cluster = Cluster::blank(3).await;
+    cluster.wrap = disturbed(held.clone());
+    cluster.start_all().await;
+    cluster.node(0).init(&cluster.names()).await.expect("born");
+    let leader = cluster.leader().await;
+    cluster.put(leader, "before", "v").await.expect("written");
+    held.0.store(true, Ordering::Release);
+    (cluster, held, leader)
+}
+
+fn used(cluster: &Cluster, i: usize) -> u64 {
+    cluster.node(i).inner.engine.status().wal_used_bytes
+}
+
+/// Entries arrive again: what waited is committed, and the log is cut.
+async fn goes_on(cluster: &Cluster, held: &Held) {
+    held.0.store(false, Ordering::Release);
+    let leader = cluster.leader().await;
+    // Behind what is stuck, if anything is.
+    cluster.put(leader, "after", "v").await.expect("written");
+    for i in cluster.running() {
+        while used(cluster, i) >= WAL_BYTES / 2 {
+            pause().await;
+        }
+    }
+}
+
+/// Twice what the ring holds, all at once, each an entry of its own: once some can be committed, the log has to have room for the
+/// rotation that lets it be cut.
+#[test]
+fn many_writes_at_once_leave_room_in_the_log_for_what_makes_room() {
+    run(async {
+        let (cluster, held, leader) = held_up().await;
+        let writers: Vec<_> = (0..2 * WAL_BYTES / VALUE_BYTES as u64)
+            .map(|n| {
+                let node = cluster.node(leader);
+                let write = Write { body: put(&format!("k{n}"), vec![7; VALUE_BYTES]), durability: Durability::Quorum };
+                let token = ClientToken { client: (u128::from(n) + 1).to_be_bytes(), sequence: 1 };
+                tokio::spawn(async move { node.write_once(token, write).await })
+            })
+            .collect();
+        // Until the log takes no more: what it holds stays the same for a while.
+        let mut before = 0;
+        while before == 0 || used(&cluster, leader) != before {
+            before = used(&cluster, leader);
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        assert!(before < WAL_BYTES / 8, "what is on the way is a part of the ring: {before}");
+        goes_on(&cluster, &held).await;
+        for writer in writers {
+            let applied = writer.await.expect("no panic").expect("written in the end");
+            applied.response.expect("not refused");
+        }
+        cluster.finish().await;
+    });
+}
+
+/// Writes that nobody else has fill the log of a leader without a quorum up to a point; from there on they are refused.
+#[test]
+fn a_leader_without_a_quorum_keeps_room_in_its_log() {
+    run(async {
+        let (cluster, held, leader) = held_up().await;
+        let mut written = 0;
+        let refused = loop {
+            match cluster.node(leader).write_local(put(&format!("k{written}"), vec![7; VALUE_BYTES])).await {
+                Ok(_) => written += 1,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(refused.kind(), ErrorKind::Unavailable, "{refused}");
+        assert!(refused.to_string().contains("no quorum"), "{refused}");
+        let full = used(&cluster, leader);
+        assert!(full > WAL_BYTES / 8 * 5 && full <= WAL_BYTES / 8 * 7, "{full}");
+        goes_on(&cluster, &held).await;
+        let last = format!("k{}", written - 1);
+        assert_eq!(
+            cluster.get(leader, &last, ReadLevel::Linearizable).await.expect("read").map(|v| v.len()),
+            Some(VALUE_BYTES)
+        );
+        cluster.finish().await;
+    });
+}
