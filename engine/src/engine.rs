@@ -41,7 +41,7 @@ const BACKGROUND_TASKS_MAX: usize = 64;
 /// Settings of one replica; may differ between replicas.
 #[derive(Clone, Debug)]
 pub struct EngineSettings {
-    /// Bytes for memtables, block cache, filters and buffers together.
+    /// Bytes for memtables, block cache, filters and buffers together, with what the allocator keeps for them.
     pub memory_bytes: u64,
     /// Background tasks for flush and compaction. Default 1.
     pub background_tasks: usize,
@@ -95,7 +95,7 @@ pub struct EngineStatus {
     pub wal_used_bytes: u64,
     /// See `wal_used_bytes`.
     pub wal_ring_bytes: u64,
-    /// Bytes of the memory budget in use, and the budget.
+    /// Bytes of the memory budget in use, and the budget: the setting without the allocator's share.
     pub memory_used_bytes: u64,
     /// See `memory_used_bytes`.
     pub memory_bytes: u64,
@@ -238,7 +238,7 @@ impl Engine {
             slots.insert(id, Slot::Found(Box::new(found)));
         }
         volume.set_live(live)?;
-        let budget = MemoryBudget::new(settings.memory_bytes);
+        let budget = MemoryBudget::new(crate::memory::countable(settings.memory_bytes));
         let cache = BlockCache::new(&budget);
         let shared = Arc::new(EngineShared {
             // All that is found may be due to be cut.

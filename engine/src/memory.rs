@@ -16,6 +16,9 @@ use crate::cache::BlockCache;
 
 /// The cache keeps at least this share of the total: one part in so many.
 pub(crate) const CACHE_SHARE_MIN: u64 = 4;
+/// What the allocator keeps beyond what it was asked for: pieces between allocations of many sizes, and what it has not given
+/// back yet. One part in so many of what the process is to hold.
+const ALLOCATOR_SHARE: u64 = 6;
 /// The cache is resized when what it may hold has moved by one part of the total in so many.
 const RESIZE_STEP: u64 = 64;
 
@@ -40,6 +43,11 @@ pub(crate) struct MemoryBudget {
     /// What the cache was last told.
     cache_capacity: AtomicU64,
     cache: OnceLock<Weak<BlockCache>>,
+}
+
+/// What may be counted, so that the process holds no more than `resident` bytes for it.
+pub(crate) fn countable(resident: u64) -> u64 {
+    resident - resident / ALLOCATOR_SHARE
 }
 
 impl MemoryBudget {

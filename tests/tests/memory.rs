@@ -3,8 +3,8 @@
 
 use mainstay::{Batch, Store};
 
-/// What a process of this size holds besides the budget: code, stacks, the log's batches in flight, allocator slack.
-const BESIDES_BYTES: u64 = 64 << 20;
+/// What a process of this size holds besides the budget: code, stacks, the log's batches in flight.
+const BESIDES_BYTES: u64 = 48 << 20;
 
 fn peak_resident_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("the kernel tells");
@@ -33,7 +33,7 @@ fn loading_stays_within_the_budget() {
         store.commit(batch).expect("a batch commits");
     }
     let used = store.status().engine.memory_used_bytes;
-    assert!(used <= budget, "accounted {used} of {budget} bytes");
+    assert!(used <= budget - budget / 6, "accounted {used} of {budget} bytes: the rest is the allocator's");
     assert_eq!(keyspace.iter().count() as u64, keys, "everything is there");
     store.close().expect("closing succeeds");
     let peak = peak_resident_bytes();
