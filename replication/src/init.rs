@@ -188,10 +188,16 @@ impl<R: Runtime> Inner<R> {
                 let answer = self.call_address(address, method::PREPARE, body.finish()).await;
                 match answer.and_then(|bytes| decode_result(&bytes, Prepared::read)) {
                     Ok(prepared) => return Ok(prepared),
-                    // It may be starting this moment, as this node did.
-                    Err(e) if e.kind() == ErrorKind::Unavailable && R::Instant::now() < deadline => {}
                     Err(e) => {
-                        return Err(Error::new(e.kind(), format!("member cannot take part name={name}: {e}")));
+                        // The question may be asked again, so a broken connection leaves nothing in doubt.
+                        let kind = match e.kind() {
+                            ErrorKind::Indeterminate => ErrorKind::Unavailable,
+                            kind => kind,
+                        };
+                        // It may be starting this moment, as this node did.
+                        if kind != ErrorKind::Unavailable || R::Instant::now() >= deadline {
+                            return Err(Error::new(kind, format!("member cannot take part name={name}: {e}")));
+                        }
                     }
                 }
                 R::sleep(RETRY_PAUSE).await;
