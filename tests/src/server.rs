@@ -4,6 +4,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use tonic::transport::{Channel, Endpoint};
@@ -13,6 +14,9 @@ use crate::proxy::Proxy;
 
 /// Longest wait for anything that a test waits for.
 pub const WAIT_MAX: Duration = Duration::from_secs(60);
+/// Where servers listen: below the ports that the system gives to connections going out, of which one could take the port of a
+/// server that is stopped and started again.
+const PORTS: std::ops::Range<u16> = 12_000..32_000;
 
 /// The `mainstay` binary of the profile that the tests are built in, built if it is not up to date.
 pub fn binary() -> &'static Path {
@@ -353,6 +357,15 @@ fn role(status: &serde_json::Value) -> Option<String> {
 
 /// A port of loopback that nobody listens on now.
 fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
-    listener.local_addr().expect("a listener has an address").port()
+    static TRIED: AtomicU32 = AtomicU32::new(0);
+    // Processes of tests run side by side: each begins elsewhere.
+    let begin = std::process::id().wrapping_mul(131);
+    for _ in 0..PORTS.len() {
+        let at = begin.wrapping_add(TRIED.fetch_add(1, Ordering::Relaxed)) % PORTS.len() as u32;
+        let port = PORTS.start + at as u16;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+    panic!("loopback has no free port in {PORTS:?}");
 }
