@@ -184,3 +184,15 @@ async fn branch_off(cluster: &Cluster, load: &Load) -> Result<(u64, Changes), Fa
     load.write_clone(&changes, WRITERS).await?;
     Ok((index, changes))
 }
+
+#[cfg(test)]
+mod tests {
+    /// `cargo demo -- --keep`, as the README has it: an alias that ends in `--` itself hands the second one on.
+    #[test]
+    fn what_follows_the_alias_reaches_the_demo() {
+        let config = include_str!("../../../.cargo/config.toml");
+        let config: toml::Table = config.parse().expect("TOML");
+        let alias = config["alias"]["demo"].as_str().expect("a line");
+        assert!(alias.starts_with("run ") && alias.ends_with(" mainstay-demo"), "{alias}");
+    }
+}
