@@ -14,13 +14,13 @@
 //! some thousand writes at once on a small ring, would stand still for ever.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use mainstay_engine::{Command, CommandBody};
 use mainstay_io::BLOCK_BYTES;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::node::{Inner, Running};
+use crate::write::RETRY_PAUSE;
 use crate::{Error, ErrorKind, Result, Runtime};
 
 /// See Q1.
@@ -29,8 +29,6 @@ const ON_THE_WAY_SHARE: u64 = 16;
 const OVERHEAD_BYTES: u64 = 256;
 /// A longer command is no rotation.
 const ROTATION_BYTES_MAX: usize = 32;
-/// Between two looks at a log that is too full.
-const LOOK_PAUSE: Duration = Duration::from_millis(10);
 
 /// The right of a command to its part of the ring, until it is answered.
 pub(crate) type Admitted = Option<OwnedSemaphorePermit>;
@@ -44,9 +42,15 @@ pub(crate) struct Room {
 impl Room {
     /// For a ring of so many bytes.
     pub(crate) fn new(ring_bytes: u64) -> Self {
-        let blocks = (ring_bytes / ON_THE_WAY_SHARE / BLOCK_BYTES as u64).clamp(1, Semaphore::MAX_PERMITS as u64 / 2);
-        let blocks_max = u32::try_from(blocks).unwrap_or(u32::MAX);
+        let blocks = ring_bytes / ON_THE_WAY_SHARE / BLOCK_BYTES as u64;
+        let blocks_max = u32::try_from(blocks).unwrap_or(u32::MAX).max(1);
         Self { blocks: Arc::new(Semaphore::new(blocks_max as usize)), blocks_max }
+    }
+
+    /// Whether nothing more may be on its way now.
+    #[cfg(test)]
+    pub(crate) fn is_taken(&self) -> bool {
+        self.blocks.available_permits() == 0
     }
 
     /// Waits until a command of so many bytes may be on its way beside the others.
@@ -75,7 +79,7 @@ impl<R: Runtime> Inner<R> {
             if !self.is_crowded(running, bytes) {
                 return Ok(Some(permit));
             }
-            R::sleep(LOOK_PAUSE).await;
+            R::sleep(RETRY_PAUSE).await;
         }
     }
 

@@ -339,22 +339,6 @@ async fn drive(node: &Node, clients: u32, time: Duration, value_bytes: usize) ->
         all.add(task.await??)?;
     }
     let seconds = start.elapsed().as_secs_f64();
-    let at = |quantile: f64| all.value_at_quantile(quantile) as f64 / 1e6;
-    let report = Report {
-        workload: "put".into(),
-        clients,
-        value_bytes: value_bytes as u64,
-        ops: all.len(),
-        errors: 0,
-        first_error: None,
-        seconds,
-        ops_per_second: all.len() as f64 / seconds,
-        mean_ms: all.mean() / 1e6,
-        p50_ms: at(0.5),
-        p90_ms: at(0.9),
-        p99_ms: at(0.99),
-        p999_ms: at(0.999),
-        max_ms: all.max() as f64 / 1e6,
-    };
+    let report = Report::new("put".into(), clients, value_bytes as u64, seconds, &all, 1e6);
     Ok(serde_json::to_value(report)?)
 }

@@ -6,7 +6,8 @@ use std::time::Duration;
 use mainstay_io::BoxFuture;
 
 use super::cluster::Wrap;
-use crate::{Envelope, Handler, Hello, NodeId, PeerAddress, Result, TcpTransport, Transport};
+use crate::network::{method, read_append};
+use crate::{Envelope, Handler, Hello, NodeId, PeerAddress, Result, TcpTransport, TokioRuntime, Transport};
 
 /// A request on its way out.
 pub(super) struct Outbound {
@@ -17,6 +18,12 @@ pub(super) struct Outbound {
 }
 
 impl Outbound {
+    /// Whether it is an append that carries entries.
+    pub(super) fn has_entries(&self) -> bool {
+        let append = matches!(self.request.method, method::APPEND | method::APPEND_IN_TURN);
+        append && read_append::<TokioRuntime>(&self.request.body).is_ok_and(|append| !append.entries.is_empty())
+    }
+
     /// Lets it go as it is.
     pub(super) fn send(self, tcp: &TcpTransport) -> BoxFuture<Result<Envelope>> {
         tcp.call(self.address, self.expect, self.request, self.timeout)

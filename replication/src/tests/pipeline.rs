@@ -9,7 +9,7 @@ use futures_util::{FutureExt, StreamExt, stream};
 use openraft::errors::RPCError;
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, StreamAppendError};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 use crate::network::{Network, Networks, method, read_append, write_append_response};
 use crate::pipeline::{APPEND_BYTES_MAX, APPENDS_MAX, Matched, NEWS_HOLD};
@@ -30,7 +30,7 @@ struct Call {
 
 /// Keeps what was sent until the test answers it.
 #[derive(Default)]
-struct Held(Mutex<Vec<Option<Call>>>);
+struct Held(Mutex<Vec<Option<Call>>>, Notify);
 
 impl Held {
     fn sent(&self) -> usize {
@@ -69,6 +69,7 @@ impl Transport for Held {
         assert_eq!(expect, Some(NodeId(2)));
         let (answer, wait) = oneshot::channel();
         self.0.lock().expect("not poisoned").push(Some(Call { request, timeout, answer }));
+        self.1.notify_one();
         Box::pin(async move { wait.await.expect("the test answers or drops the stream") })
     }
 
@@ -314,19 +315,14 @@ fn the_news_of_a_commit_waits_a_moment_for_entries_that_carry_it() {
 
         input.send(request(2, None)).expect("open");
         let since = std::time::Instant::now();
-        let answer = {
-            let answering = std::pin::pin!(answers.next());
-            let answer = tokio::time::timeout(Duration::from_secs(10), async {
-                let mut answering = answering;
-                while held.sent() == 2 {
-                    assert!((&mut answering).now_or_never().is_none());
-                    tokio::time::sleep(Duration::from_micros(100)).await;
-                }
-                held.answer(2, Response::Success);
-                answering.await
-            });
-            answer.await.expect("it goes by itself")
+        let sent = async {
+            while held.sent() == 2 {
+                held.1.notified().await;
+            }
+            held.answer(2, Response::Success);
         };
+        let both = futures_util::future::join(answers.next(), sent);
+        let (answer, ()) = tokio::time::timeout(Duration::from_secs(10), both).await.expect("it goes by itself");
         assert_eq!(matched(Some(answer)), 2);
         assert!(since.elapsed() >= NEWS_HOLD);
     });

@@ -9,22 +9,16 @@ use mainstay_io::BoxFuture;
 use super::cluster::*;
 use super::disturb::{Disturb, Outbound, disturbed};
 use super::members::write_on;
-use crate::network::{method, read_append};
-use crate::{Envelope, Error, ErrorKind, Node, NodeId, PeerAddress, ReadLevel, Result, TcpTransport, TokioRuntime};
+use crate::{Envelope, Error, ErrorKind, Node, NodeId, PeerAddress, ReadLevel, Result, TcpTransport};
 
 /// Where no entries arrive, while everything else does.
 #[derive(Clone, Default)]
 struct Held(Arc<Mutex<Option<PeerAddress>>>);
 
-fn has_entries(request: &Envelope) -> bool {
-    let append = matches!(request.method, method::APPEND | method::APPEND_IN_TURN);
-    append && read_append::<TokioRuntime>(&request.body).is_ok_and(|append| !append.entries.is_empty())
-}
-
 impl Disturb for Held {
     fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
         let held = self.0.lock().expect("not poisoned").as_ref() == Some(&outbound.address);
-        if held && has_entries(&outbound.request) {
+        if held && outbound.has_entries() {
             return Box::pin(async { Err(Error::new(ErrorKind::Unavailable, "held")) });
         }
         outbound.send(tcp)

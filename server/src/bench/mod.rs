@@ -56,6 +56,34 @@ pub struct Report {
 }
 
 impl Report {
+    /// The figures of a run from the latencies of what was answered, of which `per_ms` units are a millisecond.
+    pub fn new(
+        workload: String,
+        clients: u32,
+        value_bytes: u64,
+        seconds: f64,
+        latencies: &Histogram<u64>,
+        per_ms: f64,
+    ) -> Self {
+        let at = |quantile: f64| latencies.value_at_quantile(quantile) as f64 / per_ms;
+        Self {
+            workload,
+            clients,
+            value_bytes,
+            ops: latencies.len(),
+            errors: 0,
+            first_error: None,
+            seconds,
+            ops_per_second: latencies.len() as f64 / seconds,
+            mean_ms: latencies.mean() / per_ms,
+            p50_ms: at(0.5),
+            p90_ms: at(0.9),
+            p99_ms: at(0.99),
+            p999_ms: at(0.999),
+            max_ms: latencies.max() as f64 / per_ms,
+        }
+    }
+
     fn text(&self) -> String {
         let first_error = self.first_error.as_deref().map(|e| format!("\nfirst error: {e}")).unwrap_or_default();
         format!(
@@ -159,24 +187,9 @@ pub async fn measure(args: BenchArgs) -> Result<Report, Failure> {
         all.first_error = all.first_error.or(one.first_error);
     }
     let seconds = start.elapsed().as_secs_f64();
-    let latencies = &all.latencies;
-    let at = |quantile: f64| latencies.value_at_quantile(quantile) as f64 / 1000.0;
-    Ok(Report {
-        workload: format!("{:?}", plan.workload).to_lowercase(),
-        clients,
-        value_bytes: args.value.0,
-        ops: latencies.len(),
-        errors: all.errors,
-        first_error: all.first_error,
-        seconds,
-        ops_per_second: latencies.len() as f64 / seconds,
-        mean_ms: latencies.mean() / 1000.0,
-        p50_ms: at(0.5),
-        p90_ms: at(0.9),
-        p99_ms: at(0.99),
-        p999_ms: at(0.999),
-        max_ms: latencies.max() as f64 / 1000.0,
-    })
+    let workload = format!("{:?}", plan.workload).to_lowercase();
+    let report = Report::new(workload, clients, args.value.0, seconds, &all.latencies, 1e3);
+    Ok(Report { errors: all.errors, first_error: all.first_error, ..report })
 }
 
 fn outcome() -> Result<Outcome, Failure> {
