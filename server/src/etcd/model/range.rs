@@ -3,8 +3,8 @@
 //! # Invariants
 //! A state of a key is visible at revision `r` when `modified <= r`, and `r < until` where a later change superseded it, so
 //! at most one is. Live states are in `etcd.keys`. Of the superseded ones the last of each life and every
-//! [`HISTORY_SPACING`]th are in `etcd.history`; those between are reached from the next later one of their life, each by the
-//! record of the one after it.
+//! [16th](super::record::HISTORY_SPACING) are in `etcd.history`; those between are reached from the next later one of
+//! their life, each by the record of the one after it.
 
 use std::future::Future;
 use std::ops::Bound;
@@ -15,8 +15,6 @@ use mainstay_engine::Result as StoreResult;
 
 use super::Tip;
 use super::check::range_of;
-#[cfg(doc)]
-use super::record::HISTORY_SPACING;
 use super::record::{KeyMeta, Rev, RevRecord, corrupt, history_bound, history_key, history_prefix, split_history_key};
 use super::store::{Page, Reader, Space};
 use crate::etcd::error::{Failure, Refusal};
@@ -140,9 +138,13 @@ async fn state_at(reader: &impl Reader, mut meta: KeyMeta, revision: i64) -> Sto
     if meta.create > revision {
         return Ok(None);
     }
+    if meta.modified.main <= revision {
+        return Ok(Some(meta));
+    }
+    let mut record = record_of(reader, meta.modified).await?;
     while meta.modified.main > revision {
-        let previous = record_of(reader, meta.modified).await?.previous.ok_or_else(|| corrupt("life of a key"))?;
-        let record = record_of(reader, previous).await?;
+        let previous = record.previous.ok_or_else(|| corrupt("life of a key"))?;
+        record = record_of(reader, previous).await?;
         if record.deleted || previous >= meta.modified {
             return Err(corrupt("life of a key"));
         }

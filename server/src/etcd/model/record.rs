@@ -57,7 +57,7 @@ impl Rev {
     }
 }
 
-/// Of the states of one life of a key, `etcd.history` holds every so manieth, and the last one. A put of a key that is there
+/// Of the states of one life of a key, `etcd.history` holds one in so many, and the last one. A put of a key that is there
 /// then writes two records and not three, for up to so many records more that a read at an old revision looks at.
 pub const HISTORY_SPACING: i64 = if cfg!(test) { 3 } else { 16 };
 
