@@ -55,6 +55,8 @@ pub(crate) mod method {
     pub(crate) const LOG_ENDS: u8 = 21;
     pub(crate) const DIGESTS: u8 = 22;
     pub(crate) const DISK: u8 = 23;
+    /// As `OFFER`, of a follower too.
+    pub(crate) const OFFER_OF_ANY: u8 = 24;
 }
 
 /// Whether requests of this method rest on reaching a peer in the order in which they were sent. A connection keeps the

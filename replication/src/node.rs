@@ -250,7 +250,9 @@ pub(crate) struct Inner<R: Runtime> {
     /// Bytes of tables that were fetched from peers.
     pub(crate) fetched_bytes: AtomicU64,
     /// Snapshots pinned for receivers that asked for one, by their id; one each.
-    pub(crate) pinned: Mutex<BTreeMap<u64, crate::state_machine::Exported>>,
+    pub(crate) pinned: Mutex<BTreeMap<u64, crate::service::Pinned<R>>>,
+    /// Who last offered a snapshot, and where it listens.
+    pub(crate) offered_by: Mutex<Option<(NodeId, PeerAddress)>>,
     /// One `init` at a time runs from here.
     pub(crate) initiating: Semaphore,
     /// One identity is taken on at a time.
@@ -565,6 +567,7 @@ impl<R: Runtime> Node<R> {
             removed: Mutex::default(),
             fetched_bytes: AtomicU64::new(0),
             pinned: Mutex::new(BTreeMap::new()),
+            offered_by: Mutex::new(None),
             initiating: Semaphore::new(1),
             adopting: Semaphore::new(1),
             changing: Semaphore::new(1),

@@ -10,10 +10,11 @@
 //! - V4. The appends of a peer's stream come to the core in the order in which they arrived. One that overtakes another
 //!   is refused as a conflict and costs a round trip, never an entry.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -31,7 +32,7 @@ use crate::network::{
     write_offer, write_transfer_response, write_vote_response,
 };
 use crate::node::{Inner, Running};
-use crate::state_machine::{Offer, Peers, SnapshotHandle, TABLE_READ_BYTES_MAX};
+use crate::state_machine::{Exported, Offer, Peers, SnapshotHandle, TABLE_READ_BYTES_MAX};
 use crate::turns::Turn;
 use crate::types::{LogId, RaftSnapshot, Vote};
 use crate::wire::{Reader, Writer, decode_result, encode_result};
@@ -46,6 +47,10 @@ fn closed() -> Error {
 
 /// How long a part of a table may take.
 const TABLE_READ_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a member is asked for a snapshot before the next one is.
+const OFFER_ASK_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a snapshot stays pinned for a receiver that reads none of its tables: some times what it waits for a part.
+const PIN_IDLE: Duration = Duration::from_secs(60);
 
 /// A snapshot on its way in: started by the first offer, joined by its repetitions.
 pub(crate) struct InstallJob {
@@ -157,6 +162,9 @@ impl<R: Runtime> Inner<R> {
                 let vote = reader.vote()?;
                 let offer = read_offer(&mut reader)?;
                 reader.end()?;
+                // It may have become a member behind the end of the log here.
+                *self.offered_by.lock().expect("nothing panics while it holds this lock") =
+                    Some((from.node, from.peer_address));
                 let answer = self.take_offer(&running, vote, offer).await;
                 Ok(encode_result(answer, |w, vote| {
                     w.option(vote, |w, vote| {
@@ -171,6 +179,9 @@ impl<R: Runtime> Inner<R> {
                 let offset = reader.u64()?;
                 let length = reader.u64()?.min(TABLE_READ_BYTES_MAX);
                 reader.end()?;
+                if let Some(pinned) = self.pinned().get_mut(&from.node.0) {
+                    pinned.read = R::Instant::now();
+                }
                 let read = self.group.read_table(id, offset, length).await.map_err(|error| match error.kind() {
                     // Who asks tells a damaged copy from a member that does not answer.
                     ErrorKind::Io => Error::new(ErrorKind::Io, error.to_string()),
@@ -208,9 +219,13 @@ impl<R: Runtime> Inner<R> {
                 self.cluster_peer(&from)?;
                 Ok(encode_result(Ok(self.ends()), |w, ends| ends.write(w)))
             }
-            method::OFFER => {
+            method::OFFER | method::OFFER_OF_ANY => {
                 let running = self.raft_peer(&from)?;
-                let answer = self.make_offer(&running, from.node).await;
+                let answer = if request.method == method::OFFER && self.leader_of(&running) != Some(running.id) {
+                    Err(self.not_leader(&running))
+                } else {
+                    self.make_offer(&running, from.node).await
+                };
                 Ok(encode_result(answer, |w, offer| write_offer(w, &offer)))
             }
             method::WRITE => {
@@ -351,19 +366,36 @@ impl<R: Runtime> Inner<R> {
         result.transpose()
     }
 
-    /// A snapshot of this node for a peer whose install lost its source; pinned until the peer asks for another.
+    /// A snapshot of this node for a peer whose install lost its source; pinned while the peer reads on. What is in tables is
+    /// committed, whoever leads.
     async fn make_offer(self: &Arc<Self>, running: &Arc<Running<R>>, to: NodeId) -> Result<Offer> {
-        if self.leader_of(running) != Some(running.id) {
-            return Err(self.not_leader(running));
+        if self.group.is_diverged() {
+            return Err(Error::new(ErrorKind::Unavailable, "this replica mends its tables"));
         }
         let snapshot = running.raft.get_snapshot().await.map_err(|e| raft_error(&e))?;
         let Some(RaftSnapshot { meta, snapshot: SnapshotHandle::Local(export) }) = snapshot else {
             return Err(Error::new(ErrorKind::Unavailable, "there is no snapshot yet"));
         };
         let manifest = export.manifest.clone();
-        self.pinned.lock().expect("nothing panics while it holds this lock").insert(to.0, export);
+        self.pinned().insert(to.0, Pinned { _export: export, read: R::Instant::now() });
         Ok(Offer { meta, manifest, from: running.id })
     }
+
+    fn pinned(&self) -> MutexGuard<'_, BTreeMap<u64, Pinned<R>>> {
+        self.pinned.lock().expect("nothing panics while it holds this lock")
+    }
+
+    /// Gives up the snapshots whose receivers have stopped to read them.
+    pub(crate) fn unpin_idle(&self) {
+        self.pinned().retain(|_, pinned| pinned.read.elapsed() < PIN_IDLE);
+    }
+}
+
+/// A snapshot that a receiver asked for.
+pub(crate) struct Pinned<R: Runtime> {
+    _export: Exported,
+    /// When it last read a table.
+    read: R::Instant,
 }
 
 /// What openraft says to one who asks a node that stopped or lost its disk.
@@ -388,18 +420,28 @@ impl<R: Runtime> Peers for NodePeers<R> {
         })
     }
 
-    fn offer(&self) -> BoxFuture<Result<Offer>> {
+    /// Of the leader first: its own is the newest.
+    fn offer(&self, least: Option<LogId>) -> BoxFuture<Result<Offer>> {
         let inner = self.0.upgrade();
         Box::pin(async move {
             let inner = inner.ok_or_else(closed)?;
             let running = inner.running()?;
-            let leader = inner
-                .leader_of(&running)
-                .filter(|id| *id != running.id)
-                .ok_or_else(|| Error::new(ErrorKind::Unavailable, "no leader is known"))?;
-            let answer =
-                inner.call_member(NodeId(leader), method::OFFER, Writer::new().finish(), TABLE_READ_TIMEOUT).await?;
-            decode_result(&answer, read_offer)
+            let leader = inner.leader_of(&running);
+            let others = inner.members().into_iter().map(|m| m.id.0).filter(|id| Some(*id) != leader);
+            let mut last = Error::new(ErrorKind::Unavailable, "no other member is known");
+            for id in leader.into_iter().chain(others).filter(|id| *id != running.id) {
+                let call =
+                    inner.call_member(NodeId(id), method::OFFER_OF_ANY, Writer::new().finish(), OFFER_ASK_TIMEOUT);
+                match call.await.and_then(|answer| decode_result(&answer, read_offer)) {
+                    Ok(offer) if offer.meta.last_log_id >= least => return Ok(offer),
+                    Ok(offer) => {
+                        let message = format!("the snapshot of a member is too old id={id} meta={}", offer.meta);
+                        last = Error::new(ErrorKind::Unavailable, message);
+                    }
+                    Err(error) => last = error,
+                }
+            }
+            Err(last)
         })
     }
 

@@ -16,7 +16,8 @@
 //! storing log id and membership with each flush: one more thing to keep in step with the manifest
 //! # Why not
 //! failing an install when the leader goes: openraft takes a failed install as a failed disk and stops. So an
-//!   install asks on, for a newer snapshot from whoever leads then, until it is done or the node closes
+//!   install asks on, for one as new from whoever leads then or any other member, until it is done or the node closes.
+//!   Not from a leader alone: openraft gives no vote while it installs, and there may be no leader without that vote
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -122,8 +123,8 @@ pub(crate) enum SnapshotHandle {
 pub(crate) trait Peers: Send + Sync + 'static {
     /// Bytes of a table held by a node.
     fn read_table(&self, from: u64, id: TableId, offset: u64, length: u64) -> BoxFuture<Result<Bytes>>;
-    /// A snapshot of whoever leads now, pinned there for this node.
-    fn offer(&self) -> BoxFuture<Result<Offer>>;
+    /// A snapshot of another member that reaches `least`, pinned there for this node.
+    fn offer(&self, least: Option<LogId>) -> BoxFuture<Result<Offer>>;
     /// True once the node closes: an install gives up.
     fn is_closing(&self) -> bool;
 }
@@ -293,18 +294,17 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
             {
                 return Err(io_error(format!("a snapshot could not be installed: {error}")));
             }
-            tracing::warn!(from = offer.from, %error, "a snapshot is not complete: asking the leader again");
+            tracing::warn!(from = offer.from, %error, "a snapshot is not complete: asking the members again");
             loop {
                 if self.peers.is_closing() {
                     return Err(io_error("closed during the install of a snapshot"));
                 }
                 R::sleep(INSTALL_RETRY).await;
-                match self.peers.offer().await {
-                    Ok(next) if next.meta.last_log_id >= least => {
+                match self.peers.offer(least).await {
+                    Ok(next) => {
                         offer = next;
                         break;
                     }
-                    Ok(_) => {}
                     Err(error) => tracing::debug!(%error, "no snapshot to be had yet"),
                 }
             }

@@ -324,9 +324,8 @@ impl<R: Runtime> Inner<R> {
             let leads = running.metrics.borrow_watched().state == ServerState::Leader;
             if leads {
                 self.reconcile(running).await;
-            } else {
-                self.pinned.lock().expect("nothing panics while it holds this lock").clear();
             }
+            self.unpin_idle();
         }
     }
 

@@ -267,13 +267,15 @@ impl<R: Runtime> Inner<R> {
         }
     }
 
-    /// Asks the member, at the address that the membership names.
+    /// Asks the member, at the address that the membership names, or that it named itself when it offered a snapshot.
     pub(crate) async fn call_member(&self, id: NodeId, method: u8, body: Bytes, timeout: Duration) -> Result<Bytes> {
-        let member = self
-            .member(id)
+        let offered_by = || self.offered_by.lock().expect("nothing panics while it holds this lock").clone();
+        let known = self.member(id).map(|member| member.peer_address);
+        let address = known
+            .or_else(|| offered_by().filter(|(by, _)| *by == id).map(|(_, address)| address))
             .ok_or_else(|| Error::new(ErrorKind::Unavailable, format!("no address is known id={id}")))?;
         let request = Envelope { method, body };
-        match self.transport.call(member.peer_address, Some(id), request, timeout).await {
+        match self.transport.call(address, Some(id), request, timeout).await {
             Ok(answer) => Ok(answer.body),
             // Another node sits at that address: nothing was handled, and who leads may be found elsewhere.
             Err(e) if e.kind() == ErrorKind::Foreign => Err(Error::new(ErrorKind::Unavailable, e.to_string())),

@@ -10,7 +10,7 @@ use openraft::storage::RaftStateMachine;
 
 use super::{Bench, Double};
 use crate::state_machine::{Exported, Offer, Peers, SnapshotHandle, State, StateMachine};
-use crate::types::{Entry, EntryPayload, SnapshotMeta, StoredMembership, TypeConfig, log_id};
+use crate::types::{Entry, EntryPayload, LogId, SnapshotMeta, StoredMembership, TypeConfig, log_id};
 use crate::{Error, ErrorKind, Result, TokioRuntime};
 
 /// As [`Double`], but the tables of the snapshot at 5 have to be fetched.
@@ -62,7 +62,7 @@ impl Peers for MovedOn {
         Box::pin(async { Err(Error::new(ErrorKind::NotFound, "that table is gone")) })
     }
 
-    fn offer(&self) -> BoxFuture<Result<Offer>> {
+    fn offer(&self, _: Option<LogId>) -> BoxFuture<Result<Offer>> {
         Box::pin(async { Ok(Offer { meta: meta_at(9), manifest: manifest_at(9), from: 2 }) })
     }
 

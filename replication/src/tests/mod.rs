@@ -6,6 +6,7 @@ mod disk;
 mod disturb;
 mod guarantees;
 mod heal;
+mod installs;
 mod log;
 mod machine;
 mod members;
@@ -27,6 +28,7 @@ use mainstay_wal::{GroupId, Lsn, Wal, WalOptions};
 
 use crate::log_store::LogStore;
 use crate::state_machine::{Exported, Offer, Peers, State};
+use crate::types::LogId;
 use crate::{Error, ErrorKind, Result};
 
 pub(crate) const GROUP: GroupId = GroupId(1);
@@ -144,7 +146,7 @@ impl Peers for NoPeers {
         Box::pin(async { Err(Error::new(ErrorKind::Unavailable, "nobody is there")) })
     }
 
-    fn offer(&self) -> BoxFuture<Result<Offer>> {
+    fn offer(&self, _: Option<LogId>) -> BoxFuture<Result<Offer>> {
         Box::pin(async { Err(Error::new(ErrorKind::Unavailable, "nobody is there")) })
     }
 

@@ -1,0 +1,119 @@
+//! Snapshots whose giver goes, or is one that the receiver has never heard of.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use mainstay_io::BoxFuture;
+
+use super::cluster::*;
+use super::disturb::{Disturb, Outbound, disturbed};
+use crate::network::method;
+use crate::{Envelope, Error, ErrorKind, ReadLevel, Result, TcpTransport};
+
+const KEYS: u64 = 3000;
+
+/// While it is set nobody gets a part of a table.
+#[derive(Clone, Default)]
+struct Withheld(Arc<AtomicBool>);
+
+impl Disturb for Withheld {
+    fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
+        if self.0.load(Ordering::Acquire) && outbound.request.method == method::TABLE_READ {
+            return Box::pin(async { Err(Error::new(ErrorKind::Unavailable, "withheld")) });
+        }
+        outbound.send(tcp)
+    }
+}
+
+/// A cluster of the first three of `count` nodes, with logs that keep little, and what withholds tables.
+async fn cluster_of(count: usize) -> (Cluster, Withheld) {
+    let withheld = Withheld::default();
+    let mut cluster = Cluster::blank(count).await;
+    cluster.memtable_bytes = 128 << 10;
+    cluster.entry_cache_bytes = 64 << 10;
+    cluster.wrap = disturbed(withheld.clone());
+    cluster.start_all().await;
+    cluster.node(0).init(&cluster.names()[..3]).await.expect("born");
+    (cluster, withheld)
+}
+
+/// Writes until the leader keeps none of the entries that `cluster.cells[away]`, which is dead, had last.
+async fn leave_behind(cluster: &Cluster, leader: usize, last: u64) {
+    for k in 0..KEYS {
+        cluster.put(leader, &format!("k{k:06}"), vec![(k % 251) as u8; 1000]).await.expect("written");
+    }
+    while cluster.node(leader).inner.log.purged().is_none_or(|id| id.index <= last) {
+        pause().await;
+    }
+}
+
+async fn until_it_installs(cluster: &Cluster, i: usize) {
+    while cluster.node(i).inner.install.lock().expect("not poisoned").is_none() {
+        pause().await;
+    }
+}
+
+async fn reads_all(cluster: &Cluster, i: usize) {
+    for k in 0..KEYS {
+        let value = cluster.get(i, &format!("k{k:06}"), ReadLevel::Local).await.expect("read");
+        assert_eq!(value.as_deref(), Some([(k % 251) as u8; 1000].as_slice()), "k{k:06}");
+    }
+}
+
+/// The vote of the receiver is needed for there to be a leader again, and openraft gives none while it installs.
+#[test]
+fn an_install_whose_leader_is_gone_for_good_ends_with_the_tables_of_another() {
+    run(async {
+        let (mut cluster, withheld) = cluster_of(3).await;
+        let leader = cluster.leader().await;
+        let (away, other) = ((leader + 1) % 3, (leader + 2) % 3);
+        let last = cluster.node(away).status().last_log.0;
+        cluster.kill(away).await;
+        leave_behind(&cluster, leader, last).await;
+        let of_leader = cluster.until(leader, |s| s.group.frozen_generations == 0).await.group.flushed;
+        cluster.until(other, |s| s.group.flushed >= of_leader).await;
+
+        withheld.0.store(true, Ordering::Release);
+        cluster.start(away).await;
+        until_it_installs(&cluster, away).await;
+        cluster.kill(leader).await;
+        withheld.0.store(false, Ordering::Release);
+
+        let next = cluster.leader().await;
+        assert_ne!(next, leader);
+        cluster.put(other, "after", "v").await.expect("written by the two that are left");
+        let value = cluster.get(away, "after", ReadLevel::Linearizable).await.expect("read");
+        assert_eq!(value.as_deref(), Some(b"v".as_ref()));
+        reads_all(&cluster, away).await;
+        cluster.finish().await;
+    });
+}
+
+/// Its membership is behind the end of the receiver's log, and in front of the snapshot's.
+#[test]
+fn an_install_ends_when_the_leader_became_a_member_meanwhile() {
+    run(async {
+        let (mut cluster, withheld) = cluster_of(4).await;
+        let leader = cluster.leader().await;
+        let away = (leader + 1) % 3;
+        let last = cluster.node(away).status().last_log.0;
+        cluster.kill(away).await;
+        leave_behind(&cluster, leader, last).await;
+        let added = cluster.node(leader).add_member("n3", cluster.cells[3].address.clone(), true).await.expect("added");
+        cluster.node(leader).transfer_leader(Some(added.id)).await.expect("handed over");
+        let known = |c: &Cluster| c.node(away).inner.member(added.id).is_some();
+
+        withheld.0.store(true, Ordering::Release);
+        cluster.start(away).await;
+        until_it_installs(&cluster, away).await;
+        assert!(!known(&cluster), "the story is of a giver that is not known");
+        withheld.0.store(false, Ordering::Release);
+
+        cluster.put(3, "after", "v").await.expect("written");
+        let value = cluster.get(away, "after", ReadLevel::Linearizable).await.expect("read");
+        assert_eq!(value.as_deref(), Some(b"v".as_ref()));
+        assert!(known(&cluster));
+        reads_all(&cluster, away).await;
+        cluster.finish().await;
+    });
+}
