@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
-use mainstay_engine::{Applied, Command, Export, Group, LogIndex, TableId, TableSource};
+use mainstay_engine::{Applied, Command, ErrorKind as EngineErrorKind, Export, Group, LogIndex, TableId, TableSource};
 use mainstay_io::BoxFuture;
 use openraft::OptionalSend;
 use openraft::entry::RaftPayload;
@@ -289,9 +289,10 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
                 }
                 Err(error) => error,
             };
-            if source.failed.lock().expect("nothing panics while it holds this lock").is_none()
-                && error.kind() != mainstay_engine::ErrorKind::OutOfSpace
-            {
+            // Not of this volume, though openraft would take it for that: what others sent is damaged, or of another version.
+            let foreign = source.failed.lock().expect("nothing panics while it holds this lock").is_some()
+                || matches!(error.kind(), EngineErrorKind::Corrupt | EngineErrorKind::Foreign);
+            if !foreign && error.kind() != EngineErrorKind::OutOfSpace {
                 return Err(io_error(format!("a snapshot could not be installed: {error}")));
             }
             tracing::warn!(from = offer.from, %error, "a snapshot is not complete: asking the members again");

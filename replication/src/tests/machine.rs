@@ -40,11 +40,17 @@ impl State for Fetching {
 
     async fn import(&self, manifest: Bytes, source: &dyn TableSource) -> mainstay_engine::Result<LogIndex> {
         if manifest == manifest_at(5) {
-            source.read_table(TableId { job: JobId(1), ordinal: 0 }, 0, 1).await?;
+            let bytes = source.read_table(TableId { job: JobId(1), ordinal: 0 }, 0, 1).await?;
+            if bytes != WHOLE {
+                return Err(mainstay_engine::Error::new(mainstay_engine::ErrorKind::Corrupt, "another digest"));
+            }
         }
         self.0.import(manifest, source).await
     }
 }
+
+/// What the table holds.
+const WHOLE: &[u8] = b"1";
 
 fn manifest_at(index: u64) -> Bytes {
     Bytes::copy_from_slice(&index.to_le_bytes())
@@ -69,6 +75,41 @@ impl Peers for MovedOn {
     fn is_closing(&self) -> bool {
         false
     }
+}
+
+/// The sender of the snapshot has the table, damaged, and so has everybody else; its newer one, at 9, needs none.
+struct Rotten;
+
+impl Peers for Rotten {
+    fn read_table(&self, _: u64, _: TableId, _: u64, _: u64) -> BoxFuture<Result<Bytes>> {
+        Box::pin(async { Ok(Bytes::from_static(b"0")) })
+    }
+
+    fn offer(&self, least: Option<LogId>) -> BoxFuture<Result<Offer>> {
+        MovedOn.offer(least)
+    }
+
+    fn is_closing(&self) -> bool {
+        false
+    }
+}
+
+/// openraft takes a failed install for a failed disk, and the node would leave service.
+#[test]
+fn damage_at_others_does_not_end_an_install() {
+    type Config = TypeConfig<TokioRuntime>;
+    type Machine = StateMachine<TokioRuntime, Fetching>;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let bench = Bench::new(1 << 20).await;
+        let peers = Arc::new(Rotten);
+        let mut machine =
+            Machine::open(Fetching::default(), bench.store.clone(), peers, Arc::default()).expect("an empty log");
+        let handle = SnapshotHandle::Remote { manifest: manifest_at(5), from: 2 };
+        RaftStateMachine::<Config>::install_snapshot(&mut machine, &meta_at(5), handle).await.expect("installed");
+        let (applied, _) = RaftStateMachine::<Config>::applied_state(&mut machine).await.expect("known");
+        assert_eq!(applied, Some(log_id(1, 9)), "the newer one");
+    });
 }
 
 /// An install that had to take a newer snapshot than openraft asked for puts the tables at 9 while openraft knows of 5.
