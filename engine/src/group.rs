@@ -498,6 +498,11 @@ impl Group {
         }
     }
 
+    /// Generations frozen and not yet in tables, as [`GroupStatus::frozen_generations`].
+    pub fn frozen_generations(&self) -> usize {
+        self.0.frozen.load(Ordering::Acquire)
+    }
+
     /// Pins the flushed state for a receiver.
     ///
     /// # Errors

@@ -361,6 +361,16 @@ impl EntryIndex {
         (lo > 0).then(|| self.first + lo as u64 - 1)
     }
 
+    /// Bytes of the ring from the entry behind `index` on that are durable.
+    pub(crate) fn bytes_behind(&self, index: u64) -> u64 {
+        let at = index.saturating_add(1).saturating_sub(self.first);
+        let begin = usize::try_from(at).ok().and_then(|at| self.slots.get(at)).filter(|pos| **pos != NOWHERE);
+        let end = self.slots.iter().rev().find(|pos| **pos != NOWHERE);
+        begin.zip(end).map_or(0, |(begin, end)| {
+            (end.batch.0 + u64::from(end.offset) + u64::from(end.length)).saturating_sub(begin.batch.0)
+        })
+    }
+
     /// Takes one record at recovery; see the table above.
     pub(crate) fn recover(&mut self, record: Recovered, pos: RecordPos) {
         match record {

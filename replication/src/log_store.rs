@@ -190,6 +190,11 @@ impl LogStore {
         (ids, memberships)
     }
 
+    /// Bytes of the ring from the entry behind `index` on.
+    pub(crate) fn bytes_behind(&self, index: u64) -> u64 {
+        self.state().index.bytes_behind(index)
+    }
+
     /// Up to where to purge so that `tail_bytes` stay for followers that lag.
     pub(crate) fn purge_target(&self, flushed: LogIndex, tail_bytes: u64) -> Option<u64> {
         self.state().index.purge_for_tail(flushed.0, tail_bytes)

@@ -26,8 +26,9 @@ use openraft::raft::{
 use openraft_rt::Select2;
 
 use crate::pipeline::{Hurry, Matched, Pipeline};
+use crate::room::PeerRooms;
 use crate::state_machine::{Offer, SnapshotHandle};
-use crate::types::{Member, RaftSnapshot, SnapshotMeta, TypeConfig, Vote};
+use crate::types::{LogId, Member, RaftSnapshot, SnapshotMeta, TypeConfig, Vote};
 use crate::wire::{Reader, Writer, decode_result};
 use crate::{Envelope, Error, ErrorKind, NodeId, PeerAddress, Result, Runtime, Transport};
 
@@ -74,24 +75,26 @@ pub(crate) const OFFER_WAIT: Duration = Duration::from_secs(10);
 const OFFER_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Sends Raft's messages to one node.
-pub(crate) struct Network<R> {
+pub(crate) struct Network<R: Runtime> {
     target: u64,
     address: PeerAddress,
     me: u64,
     transport: Arc<dyn Transport>,
     /// See [`crate::pipeline`].
     pub(crate) hurry: Arc<Hurry>,
-    runtime: std::marker::PhantomData<fn() -> R>,
+    /// See [`crate::room`].
+    rooms: Arc<PeerRooms<R>>,
 }
 
 /// Makes a [`Network`] for each node.
-pub(crate) struct Networks {
+pub(crate) struct Networks<R: Runtime> {
     pub(crate) me: u64,
     pub(crate) transport: Arc<dyn Transport>,
     pub(crate) hurry: Arc<Hurry>,
+    pub(crate) rooms: Arc<PeerRooms<R>>,
 }
 
-impl<R: Runtime> RaftNetworkFactory<TypeConfig<R>> for Networks {
+impl<R: Runtime> RaftNetworkFactory<TypeConfig<R>> for Networks<R> {
     type Network = Network<R>;
 
     async fn new_client(&mut self, target: u64, node: &Member) -> Network<R> {
@@ -101,7 +104,7 @@ impl<R: Runtime> RaftNetworkFactory<TypeConfig<R>> for Networks {
             me: self.me,
             transport: self.transport.clone(),
             hurry: self.hurry.clone(),
-            runtime: std::marker::PhantomData,
+            rooms: self.rooms.clone(),
         }
     }
 }
@@ -135,6 +138,25 @@ impl<R: Runtime> Network<R> {
         let request = Envelope { method, body };
         self.transport.call(self.address.clone(), Some(NodeId(self.target)), request, timeout)
     }
+
+    /// As [`Network::send`] for an append that ends with the entry `last`: answers what Raft is told, and notes the rest.
+    pub(crate) fn append(
+        &self,
+        method: u8,
+        body: Bytes,
+        timeout: Duration,
+        last: Option<LogId>,
+    ) -> impl Future<Output = Result<AppendEntriesResponse<TypeConfig<R>>>> + Send + 'static {
+        let answer = self.send(method, body, timeout);
+        let (rooms, target) = (self.rooms.clone(), self.target);
+        async move {
+            let (response, room) = decode_result(&answer.await?.body, read_append_answer)?;
+            if response.is_success() {
+                rooms.note(target, room, last.map_or(0, |id| id.index));
+            }
+            Ok(response)
+        }
+    }
 }
 
 type Answers<'s, R> = futures_util::stream::BoxStream<'s, Result<Matched<R>, RPCError<TypeConfig<R>>>>;
@@ -149,7 +171,8 @@ impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
     ) -> Result<AppendEntriesResponse<TypeConfig<R>>, RPCError<TypeConfig<R>>> {
         let limit = if rpc.entries.is_empty() { option.soft_ttl() } else { APPEND_TIMEOUT };
         let body = encode_append(&rpc);
-        self.call(method::APPEND, body, limit, read_append_response).await.map_err(|e| rpc_error(&e))
+        let last = rpc.entries.last().map(|entry| entry.log_id).or(rpc.prev_log_id);
+        self.append(method::APPEND, body, limit, last).await.map_err(|e| rpc_error(&e))
     }
 
     fn stream_append<'s, S>(
@@ -254,23 +277,28 @@ pub(crate) fn read_append<R: Runtime>(body: &Bytes) -> Result<AppendEntriesReque
     Ok(AppendEntriesRequest { vote, prev_log_id, leader_commit, entries })
 }
 
-pub(crate) fn write_append_response<R: Runtime>(out: &mut Writer, answer: AppendEntriesResponse<TypeConfig<R>>) {
+/// What a peer says to an append, and how many bytes more its log takes before it keeps the rest for what makes room.
+type AppendAnswer<R> = (AppendEntriesResponse<TypeConfig<R>>, u64);
+
+pub(crate) fn write_append_answer<R: Runtime>(out: &mut Writer, (answer, room): AppendAnswer<R>) {
     match answer {
         AppendEntriesResponse::Success => out.u8(0),
         AppendEntriesResponse::PartialSuccess(id) => out.u8(1).option_log_id(id.as_ref()),
         AppendEntriesResponse::Conflict => out.u8(2),
         AppendEntriesResponse::HigherVote(vote) => out.u8(3).vote(&vote),
     };
+    out.u64(room);
 }
 
-pub(crate) fn read_append_response<R: Runtime>(reader: &mut Reader) -> Result<AppendEntriesResponse<TypeConfig<R>>> {
-    Ok(match reader.u8()? {
+pub(crate) fn read_append_answer<R: Runtime>(reader: &mut Reader) -> Result<AppendAnswer<R>> {
+    let answer = match reader.u8()? {
         0 => AppendEntriesResponse::Success,
         1 => AppendEntriesResponse::PartialSuccess(reader.option(Reader::log_id)?),
         2 => AppendEntriesResponse::Conflict,
         3 => AppendEntriesResponse::HigherVote(reader.vote()?),
         _ => return Err(Error::new(ErrorKind::Corrupt, "unknown answer to an append")),
-    })
+    };
+    Ok((answer, reader.u64()?))
 }
 
 fn encode_vote_request<R: Runtime>(rpc: &VoteRequest<TypeConfig<R>>) -> Bytes {
@@ -344,7 +372,7 @@ pub(crate) fn read_offer(reader: &mut Reader) -> Result<Offer> {
 
 /// Decodes arbitrary bytes as every answer to Raft's requests, for the fuzzer.
 pub(crate) fn decode_any<R: Runtime>(bytes: &Bytes) {
-    let _ = decode_result(bytes, read_append_response::<R>);
+    let _ = decode_result(bytes, read_append_answer::<R>);
     let _ = decode_result(bytes, read_vote_response::<R>);
     let _ = decode_result(bytes, read_transfer_response::<R>);
 }

@@ -35,7 +35,7 @@ use crate::network::Networks;
 use crate::pipeline::Hurry;
 use crate::progress::{ApplyLag, Progress};
 use crate::read::Rounds;
-use crate::room::Room;
+use crate::room::{PeerRooms, Room};
 use crate::service::{InstallJob, Service};
 use crate::state_machine::StateMachine;
 use crate::types::{Raft, TypeConfig};
@@ -265,6 +265,8 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) hurry: Arc<Hurry>,
     /// For commands on their way into the log.
     pub(crate) room: Room,
+    /// What the logs of the others take.
+    pub(crate) rooms: Arc<PeerRooms<R>>,
     pub(crate) locals: crate::write::Locals,
     pub(crate) proposals: crate::proposals::Proposals<R>,
     pub(crate) levels: crate::levels::Levels,
@@ -468,7 +470,8 @@ impl<R: Runtime> Inner<R> {
         let machine = StateMachine::open(self.group.clone(), self.log.clone(), peers, self.progress.clone())?;
         let machine = machine.with_apply_lag(self.apply_lag.clone());
         self.log.set_apply_lag(self.apply_lag.clone());
-        let networks = Networks { me: id, transport: self.transport.clone(), hurry: self.hurry.clone() };
+        let (transport, hurry) = (self.transport.clone(), self.hurry.clone());
+        let networks = Networks { me: id, transport, hurry, rooms: self.rooms.clone() };
         let raft = Raft::<R>::new(id, config, networks, self.log.clone(), machine)
             .boxed()
             .await
@@ -575,6 +578,7 @@ impl<R: Runtime> Node<R> {
             lease_rounds: Rounds::default(),
             hurry: Arc::default(),
             room,
+            rooms: Arc::default(),
             locals: crate::write::Locals::default(),
             proposals: crate::proposals::Proposals::default(),
             levels: crate::levels::Levels::default(),

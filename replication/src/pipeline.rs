@@ -39,9 +39,8 @@ use openraft::errors::{NetworkError, RPCError};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, StreamAppendResult};
 use tokio::sync::Notify;
 
-use crate::network::{APPEND_TIMEOUT, Network, encode_append, method, read_append_response, rpc_error};
+use crate::network::{APPEND_TIMEOUT, Network, encode_append, method, rpc_error};
 use crate::types::{LogId, TypeConfig};
-use crate::wire::decode_result;
 use crate::{Result, Runtime};
 
 /// Appends to one peer that may be under way at once.
@@ -139,8 +138,7 @@ impl<'s, R: Runtime, S> Pipeline<'s, R, S> {
         } else {
             (method::APPEND_IN_TURN, APPEND_TIMEOUT)
         };
-        let answer = self.network.send(method, body, timeout);
-        let mut call = async move { decode_result(&answer.await?.body, read_append_response) }.boxed();
+        let mut call = self.network.append(method, body, timeout, request.last).boxed();
         // The first poll queues it at the transport: so the order of requests is that of these calls.
         match call.poll_unpin(cx) {
             Poll::Ready(answer) => request.answer = Some(answer),

@@ -1,22 +1,28 @@
-//! Keeps room in the ring of the log while entries wait for their commit.
+//! Keeps room in the rings of the logs for the entries that let them be cut.
 //!
 //! # Place
 //! before each command that `write` hands to openraft on the leader
 //! # Invariants
 //! - Q1. The commands that were admitted and are not answered yet count for at most a part in [`ON_THE_WAY_SHARE`] of the
 //!   ring, or are one that is longer.
-//! - Q2. While the log holds entries that are not applied, a command is admitted only if the ring is no more than three
-//!   quarters full with it. So a rotation, the entry without which the log cannot be cut, finds room behind whatever was
-//!   admitted; it is never held up here itself.
+//! - Q2. While the log holds entries that are not applied or not in tables though their memtable is frozen, a command is
+//!   admitted only if the ring is no more than three quarters full with it. So a rotation and an install, the entries without
+//!   which the log cannot be cut, find room behind whatever was admitted; they are never held up here themselves.
+//! - Q3. Nor is a command admitted that could take the ring of a follower beyond three quarters, unless a majority bears it
+//!   without that one. A follower says with each answer to an append how much its ring takes; what the leader's log holds
+//!   behind that, and what is on its way, counts as taken. Whom the leader has not heard lately counts for nothing, while
+//!   enough others are heard; rings differ in size, and the same entries fill one more than another.
 //!
 //! # Why not
 //! the log's own refusal: what it refuses waits at its end, and the rotation behind that. A leader without a quorum, or with
-//! some thousand writes at once on a small ring, would stand still for ever.
+//! some thousand writes at once on a small ring, would stand still for ever; so would one whose followers' rings fill first.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 
 use mainstay_engine::{Command, CommandBody};
 use mainstay_io::BLOCK_BYTES;
+use openraft_rt::Instant;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::node::{Inner, Running};
@@ -53,6 +59,11 @@ impl Room {
         self.blocks.available_permits() == 0
     }
 
+    /// Bytes of the commands on their way.
+    fn on_the_way(&self) -> u64 {
+        (u64::from(self.blocks_max) - self.blocks.available_permits() as u64) * BLOCK_BYTES as u64
+    }
+
     /// Waits until a command of so many bytes may be on its way beside the others.
     async fn enter(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
         let blocks = u32::try_from(bytes.div_ceil(BLOCK_BYTES as u64)).unwrap_or(u32::MAX);
@@ -76,29 +87,107 @@ impl<R: Runtime> Inner<R> {
             self.group.admit().await?;
             // The log's queue has no bound of its own.
             self.engine.wal().admit().await.map_err(mainstay_engine::Error::from)?;
-            if !self.is_crowded(running, bytes) {
+            if !self.is_crowded(running, bytes) && !self.are_others_crowded(running) {
                 return Ok(Some(permit));
             }
             R::sleep(RETRY_PAUSE).await;
         }
     }
 
-    /// Whether the ring would be too full with so many bytes more, for entries that are not applied.
-    fn is_crowded(&self, running: &Running<R>, bytes: u64) -> bool {
+    /// Bytes that the ring takes before the rest is for what makes room.
+    pub(crate) fn own_room(&self) -> u64 {
         let stats = self.engine.wal().stats();
-        stats.used_bytes.saturating_add(bytes) > stats.ring_bytes / 4 * 3
-            && Self::metrics_of(running, |m| m.last_log_index > m.last_applied.as_ref().map(|id| id.index))
+        (stats.ring_bytes / 4 * 3).saturating_sub(stats.used_bytes)
+    }
+
+    /// Whether the ring would be too full with so many bytes more (Q2).
+    fn is_crowded(&self, running: &Running<R>, bytes: u64) -> bool {
+        bytes > self.own_room() && (self.group.frozen_generations() > 0 || self.has_unapplied(running))
+    }
+
+    fn has_unapplied(&self, running: &Running<R>) -> bool {
+        Self::metrics_of(running, |m| m.last_log_index > m.last_applied.as_ref().map(|id| id.index))
+    }
+
+    /// Whether too few of the others take what is on its way (Q3).
+    fn are_others_crowded(&self, running: &Running<R>) -> bool {
+        let voters: Vec<u64> = Self::metrics_of(running, |m| m.membership_config.voter_ids().collect());
+        let needed = voters.len() / 2;
+        if needed == 0 {
+            return false;
+        }
+        let heard = 2 * self.options.election_timeout;
+        let rooms = {
+            let said = self.rooms.0.lock().expect("nothing panics while it holds this lock");
+            let others = voters.iter().filter(|id| **id != running.id).map(|id| said.get(id).copied());
+            others.collect::<Vec<_>>()
+        };
+        let rooms = rooms.into_iter().map(|said| match said {
+            None => PeerRoom { left: u64::MAX, fresh: false },
+            Some(said) => PeerRoom {
+                left: said.room.saturating_sub(self.log.bytes_behind(said.last)),
+                fresh: said.at.elapsed() < heard,
+            },
+        });
+        self.room.on_the_way() > taken_by(needed, rooms.collect())
     }
 
     /// Why a command was not admitted in time.
     pub(crate) fn not_admitted(&self, running: &Running<R>, command: &[u8]) -> Error {
-        let message = if self.is_crowded(running, command.len() as u64) {
+        let bytes = command.len() as u64;
+        let message = if bytes > self.own_room() && self.has_unapplied(running) {
             "the log is full of entries that no quorum has acknowledged"
+        } else if self.is_crowded(running, bytes) || self.are_others_crowded(running) {
+            "the logs of too many members are full of entries that are not in tables yet"
         } else {
             "the store takes no more writes: flush or compaction is behind"
         };
         Error::new(ErrorKind::Unavailable, message)
     }
+}
+
+/// What a follower last said of its log.
+#[derive(Clone, Copy)]
+struct Said<I> {
+    /// Bytes that its ring takes.
+    room: u64,
+    /// It had the entries up to here.
+    last: u64,
+    at: I,
+}
+
+/// See Q3. What each other node last said, by its id.
+pub(crate) struct PeerRooms<R: Runtime>(Mutex<BTreeMap<u64, Said<R::Instant>>>);
+
+impl<R: Runtime> Default for PeerRooms<R> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<R: Runtime> PeerRooms<R> {
+    /// Takes what `peer` says, which has the entries up to `last`.
+    pub(crate) fn note(&self, peer: u64, room: u64, last: u64) {
+        let said = Said { room, last, at: R::Instant::now() };
+        self.0.lock().expect("nothing panics while it holds this lock").insert(peer, said);
+    }
+}
+
+/// What is left in the ring of another voter.
+#[derive(Clone, Copy, Debug)]
+struct PeerRoom {
+    left: u64,
+    /// It was heard lately.
+    fresh: bool,
+}
+
+/// What at least `needed` of the others take: of those that are heard, when they are enough.
+fn taken_by(needed: usize, mut others: Vec<PeerRoom>) -> u64 {
+    if others.iter().filter(|other| other.fresh).count() >= needed {
+        others.retain(|other| other.fresh);
+    }
+    others.sort_by_key(|other| std::cmp::Reverse(other.left));
+    needed.checked_sub(1).and_then(|at| others.get(at)).map_or(u64::MAX, |other| other.left)
 }
 
 /// Whether a command is what lets the log be cut.
@@ -127,6 +216,26 @@ mod tests {
         assert!(enter(1).is_none());
         drop(long);
         assert!(Room::new(0).enter(1).now_or_never().is_some(), "one at a time always goes");
+    }
+
+    #[test]
+    fn a_majority_has_to_take_it_of_those_that_are_heard() {
+        let heard = |left| PeerRoom { left, fresh: true };
+        let silent = |left| PeerRoom { left, fresh: false };
+        for (needed, others, expect) in [
+            (0, vec![], u64::MAX),
+            (1, vec![heard(5), heard(7)], 7),
+            (1, vec![heard(0), heard(7)], 7),
+            (2, vec![heard(0), heard(7), heard(3), heard(9)], 7),
+            // It cannot acknowledge anything: the one that can has to have room.
+            (1, vec![heard(0), silent(7)], 0),
+            (2, vec![heard(4), silent(9), heard(3), silent(9)], 3),
+            // Alone: what they took when they were last heard.
+            (1, vec![silent(5), silent(7)], 7),
+            (2, vec![silent(5), heard(2), silent(7), silent(1)], 5),
+        ] {
+            assert_eq!(taken_by(needed, others.clone()), expect, "{needed} of {others:?}");
+        }
     }
 
     #[test]

@@ -28,7 +28,7 @@ use crate::heal::{read_digests, write_digests};
 use crate::levels::Level;
 use crate::log_heal::{read_given, read_lost, write_given};
 use crate::network::{
-    OFFER_WAIT, method, read_append, read_offer, read_transfer_request, read_vote_request, write_append_response,
+    OFFER_WAIT, method, read_append, read_offer, read_transfer_request, read_vote_request, write_append_answer,
     write_offer, write_transfer_response, write_vote_response,
 };
 use crate::node::{Inner, Running};
@@ -131,7 +131,8 @@ impl<R: Runtime> Inner<R> {
                         append.await
                     }
                 };
-                Ok(encode_result(answer.map_err(|e| raft_error(&e)), write_append_response::<R>))
+                let answer = answer.map(|answer| (answer, self.own_room())).map_err(|e| raft_error(&e));
+                Ok(encode_result(answer, write_append_answer::<R>))
             }
             method::VOTE | method::PRE_VOTE => {
                 let running = self.raft_peer(&from)?;

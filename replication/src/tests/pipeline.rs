@@ -11,7 +11,7 @@ use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, StreamAppendError};
 use tokio::sync::{Notify, oneshot};
 
-use crate::network::{Network, Networks, method, read_append, write_append_response};
+use crate::network::{Network, Networks, method, read_append, write_append_answer};
 use crate::pipeline::{APPEND_BYTES_MAX, APPENDS_MAX, Matched, NEWS_HOLD};
 use crate::types::{Entry, EntryPayload, LogId, Member, Payload, TypeConfig, Vote, log_id};
 use crate::wire::encode_result;
@@ -42,7 +42,7 @@ impl Held {
     }
 
     fn answer(&self, i: usize, response: Response) {
-        let body = encode_result(Ok(response), write_append_response::<TokioRuntime>);
+        let body = encode_result(Ok((response, 0)), write_append_answer::<TokioRuntime>);
         let _ = self.take(i).answer.send(Ok(Envelope { method: 0, body }));
     }
 
@@ -86,7 +86,7 @@ fn run<T>(test: impl AsyncFnOnce(Arc<Held>, Network<TokioRuntime>) -> T) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let held = Arc::new(Held::default());
-        let mut networks = Networks { me: 1, transport: held.clone(), hurry: Arc::default() };
+        let mut networks = Networks { me: 1, transport: held.clone(), hurry: Arc::default(), rooms: Arc::default() };
         let member = Member::default();
         let network = RaftNetworkFactory::<Config>::new_client(&mut networks, 2, &member).await;
         test(held, network).await

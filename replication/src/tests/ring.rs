@@ -8,6 +8,7 @@ use mainstay_io::BoxFuture;
 
 use super::cluster::*;
 use super::disturb::{Disturb, Outbound, disturbed};
+use crate::network::method;
 use crate::{Durability, Envelope, Error, ErrorKind, ReadLevel, Result, TcpTransport, Write};
 
 const VALUE_BYTES: usize = 4 << 10;
@@ -105,6 +106,65 @@ fn a_leader_without_a_quorum_keeps_room_in_its_log() {
             cluster.get(leader, &last, ReadLevel::Linearizable).await.expect("read").map(|v| v.len()),
             Some(VALUE_BYTES)
         );
+        cluster.finish().await;
+    });
+}
+
+/// While it is set nobody says which tables it made: each install waits for that.
+#[derive(Clone, Default)]
+struct Undecided(Arc<AtomicBool>);
+
+impl Disturb for Undecided {
+    fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
+        if self.0.load(Ordering::Acquire) && outbound.request.method == method::DIGESTS {
+            return Box::pin(async { Err(Error::new(ErrorKind::Unavailable, "undecided")) });
+        }
+        outbound.send(tcp)
+    }
+}
+
+/// Followers with a quarter of the leader's ring, and installs that take their time: the entries that would fill the rings of the
+/// followers wait before the leader's log, and not in it, where the installs would come behind them.
+#[test]
+fn rings_of_followers_that_are_smaller_keep_room_too() {
+    run(async {
+        let undecided = Undecided::default();
+        let mut cluster = Cluster::blank(3).await;
+        cluster.wrap = disturbed(undecided.clone());
+        cluster.memtable_bytes = 1 << 20;
+        for i in 1..3 {
+            cluster.cells[i].media = media(10 + i as u64);
+            format_volume(&cluster.cells[i].media, WAL_BYTES / 4).await;
+        }
+        cluster.start_all().await;
+        cluster.node(0).init(&cluster.names()).await.expect("born");
+        let first = cluster.node(0).status().id;
+        let leader = cluster.leader().await;
+        if leader != 0 {
+            cluster.node(leader).transfer_leader(Some(first)).await.expect("handed over");
+        }
+        undecided.0.store(true, Ordering::Release);
+        let writers: Vec<_> = (0..64_u64)
+            .map(|w| {
+                let node = cluster.node(0);
+                tokio::spawn(async move {
+                    for n in 0..WAL_BYTES / 2 / VALUE_BYTES as u64 / 64 {
+                        let body = put(&format!("k{w}-{n}"), vec![7; VALUE_BYTES]);
+                        let sequence = n + 1;
+                        let token = ClientToken { client: (u128::from(w) + 1).to_be_bytes(), sequence };
+                        // Held up for longer than a write waits: nothing was appended, so it is tried again.
+                        while let Err(error) =
+                            node.write_once(token, Write { body: body.clone(), durability: Durability::Quorum }).await
+                        {
+                            assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+                        }
+                    }
+                })
+            })
+            .collect();
+        for writer in writers {
+            writer.await.expect("no panic");
+        }
         cluster.finish().await;
     });
 }
