@@ -5,6 +5,8 @@
 //! - M2. A voter is replaced by adding first: the new volume becomes a learner, catches up, and one joint change puts it
 //!   in the place of the old id. Never the other way round, which would leave a smaller quorum meanwhile.
 //! - M3. A wiped volume is let in by its name only when the former bearer of the name does not answer.
+//! - M4. An id is given to the volume that answers then, and the next one not before that. So of the ids of one name the largest
+//!   belongs to the newest volume, whatever request was late.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -341,6 +343,17 @@ impl<R: Runtime> Inner<R> {
         }
         if members.len() >= MEMBERS_MAX {
             return Err(Error::new(ErrorKind::Invalid, format!("a cluster has {MEMBERS_MAX} members at most")));
+        }
+        // The request may be older than the volume that sits there by now.
+        let address = PeerAddress(member.peer_address.clone());
+        let answer = self.call_address(&address, method::WHO, Writer::new().finish()).await;
+        let who = answer.and_then(|bytes| decode_result(&bytes, Who::read)).map_err(|e| {
+            let message = format!("the volume to let in does not answer name={}: {e}", member.name);
+            Error::new(ErrorKind::Unavailable, message)
+        })?;
+        if who.member.incarnation != member.incarnation {
+            let message = format!("another volume is there by now name={}", member.name);
+            return Err(Error::new(ErrorKind::Unavailable, message));
         }
         let reserved = running.raft.write_blank().await.map_err(|e| change_error(&e))?;
         let id = INIT_IDS + reserved.log_id.index;

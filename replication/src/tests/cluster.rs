@@ -187,7 +187,7 @@ impl Cluster {
     }
 
     /// As [`Cluster::kill`], and the disks are gone too.
-    async fn wipe(&mut self, i: usize) {
+    pub(super) async fn wipe(&mut self, i: usize) {
         self.kill(i).await;
         self.crashes += 1;
         self.cells[i].media = media(1000 + self.crashes);

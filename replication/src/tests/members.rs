@@ -71,3 +71,27 @@ fn one_grows_to_three_and_five_and_shrinks_to_three_under_load() {
         cluster.finish().await;
     });
 }
+
+/// A volume that asked to be let in, and was gone before that was decided: its id would be newer than the one of the volume that is
+/// there, which would never get its place back.
+#[test]
+fn a_late_request_of_a_volume_that_is_gone_lets_nobody_in() {
+    run(async {
+        let mut cluster = Cluster::born(3).await;
+        let leader = cluster.leader().await;
+        cluster.put(leader, "k", "v").await.expect("written");
+        let wiped = (leader + 1) % 3;
+        let gone = crate::types::Member { incarnation: [0xee; 16], ..cluster.node(wiped).inner.me() };
+        cluster.wipe(wiped).await;
+        let join = || async { cluster.node(leader).inner.serve_join(gone.clone(), false).await };
+        let error = join().await.expect_err("nobody is there");
+        assert_eq!(error.kind(), crate::ErrorKind::Unavailable, "{error}");
+        assert_eq!(cluster.node(leader).status().members.len(), 3);
+
+        cluster.start(wiped).await;
+        let status = cluster.until(wiped, |s| s.role == "follower").await;
+        voters(&cluster, leader, 3).await;
+        assert!(cluster.node(leader).status().members.iter().any(|m| m.id == status.id));
+        cluster.finish().await;
+    });
+}

@@ -6,13 +6,13 @@
 //! - F2. Every fault ends, at the latest with [`calm`]; then full recovery is demanded.
 //! - F3. A node may fail only in a life in which a fault is the reason; else its failure is a finding.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use mainstay_io::sim::{DiskImage, IoKind};
-use mainstay_replication::MemberRole;
+use mainstay_replication::{MemberInfo, MemberRole, NodeId};
 
 use super::cluster::{Called, Cluster, NO_FLOOD};
 use crate::disk::Zone;
@@ -187,6 +187,8 @@ struct Faults {
     victim: usize,
     /// An older state of its volume.
     copy: Option<Vec<DiskImage>>,
+    /// Ids whose removal was asked for: one that was not answered may yet happen.
+    leaving: BTreeSet<NodeId>,
 }
 
 /// Works until `until`, then leaves everything as it is; [`calm`] mends it.
@@ -213,7 +215,7 @@ pub(crate) async fn run(cluster: Arc<Cluster>, mut rng: SimRng, until: Duration)
     let gap_max = rng.range(100, 1500);
     let victim = rng.below(cluster.settings.nodes as u64) as usize;
     let mut stats = FaultStats::default();
-    let mut faults = Faults { cluster, rng, victim, copy: None };
+    let mut faults = Faults { cluster, rng, victim, copy: None, leaving: BTreeSet::new() };
     loop {
         let gap = Duration::from_micros(faults.rng.range(1000, gap_max * 1000));
         faults.cluster.executor.sleep_until(faults.cluster.executor.now() + gap).await;
@@ -462,7 +464,8 @@ impl Faults {
             // A wiped volume is about to take the place of its former self: until then one voter is counted twice.
             return;
         }
-        let voters: Vec<_> = members.iter().filter(|m| m.role == MemberRole::Voter).cloned().collect();
+        let stays = |m: &&MemberInfo| m.role == MemberRole::Voter && !self.leaving.contains(&m.id);
+        let voters: Vec<_> = members.iter().filter(stays).cloned().collect();
         let learners: Vec<_> = members.iter().filter(|m| m.role == MemberRole::Learner).cloned().collect();
         let spare = (0..cluster.size()).find(|i| {
             cluster.node(*i).is_some_and(|node| node.status().role == "waiting")
@@ -476,9 +479,12 @@ impl Faults {
             // Never below three voters: one of them may be the victim.
             2 if voters.len() > 3 => (None, Some((self.rng.pick(&voters).clone(), false))),
             2 => return,
-            _ if spare.is_some() => (spare, Some((self.rng.pick(&voters).clone(), false))),
+            _ if spare.is_some() && !voters.is_empty() => (spare, Some((self.rng.pick(&voters).clone(), false))),
             _ => return,
         };
+        if let Some((member, false)) = &end {
+            self.leaving.insert(member.id);
+        }
         let replaces = chosen == 3;
         if (add.is_none() && end.is_none()) || cluster.changing.swap(true, Ordering::Relaxed) {
             return;
