@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use clap::Parser;
+use mainstay_server::bench::{Report, measure};
+use mainstay_server::cli::BenchArgs;
 use mainstay_server::proto::etcdserverpb::maintenance_client::MaintenanceClient;
 use mainstay_server::proto::etcdserverpb::{StatusRequest, StatusResponse};
 use mainstay_server::proto::mainstay::v1::InitRequest;
@@ -220,6 +223,21 @@ impl Served {
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
+    }
+
+    /// What `mainstay bench` measures with these arguments at the member that leads.
+    ///
+    /// # Errors
+    /// None leads in time, or the arguments are not those of `mainstay bench`.
+    pub async fn load(&self, arguments: &str) -> Outcome<Report> {
+        #[derive(Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: BenchArgs,
+        }
+        let endpoint = format!("--endpoints 127.0.0.1:{}", self.client_port(self.leader().await?));
+        let words = ["bench"].into_iter().chain(arguments.split(' ')).chain(endpoint.split(' '));
+        measure(Line::try_parse_from(words)?.args).await.map_err(|failure| failure.to_string().into())
     }
 
     async fn status(&self, at: usize) -> Option<StatusResponse> {

@@ -15,8 +15,7 @@ use clap::Parser;
 use mainstay::{Keyspace, Node, NodeOptions};
 use mainstay_benches::served::{NAMES, Outcome, START_MAX, Served, end, free_ports, log_file, runtime};
 use mainstay_benches::work::{histogram, key, value};
-use mainstay_server::bench::{Report, measure};
-use mainstay_server::cli::BenchArgs;
+use mainstay_server::bench::Report;
 
 /// As the server has it; who embeds the library brings their own.
 #[global_allocator]
@@ -172,12 +171,6 @@ trait Side {
     fn drive(&mut self, clients: u32, options: &Options) -> Outcome<(Report, f64)>;
 }
 
-#[derive(Parser)]
-struct BenchLine {
-    #[command(flatten)]
-    args: BenchArgs,
-}
-
 impl Side for Served {
     fn name(&self) -> &'static str {
         Served::name(self)
@@ -190,14 +183,12 @@ impl Side for Served {
     fn drive(&mut self, clients: u32, options: &Options) -> Outcome<(Report, f64)> {
         let before = process_seconds("self");
         let report: Outcome<Report> = client_runtime()?.block_on(async {
-            let leader = self.client_port(self.leader().await?);
             let connections = options.connections.unwrap_or(clients.div_ceil(16));
-            let line = format!(
-                "bench --workload put --clients {clients} --connections {connections} --duration {}s --value {} --keys {KEYS} --endpoints 127.0.0.1:{leader}",
-                options.seconds, options.value_bytes
-            );
-            let args = BenchLine::try_parse_from(line.split(' '))?.args;
-            measure(args).await.map_err(|failure| failure.to_string().into())
+            let (seconds, value) = (options.seconds, options.value_bytes);
+            self.load(&format!(
+                "--workload put --clients {clients} --connections {connections} --duration {seconds}s --value {value} --keys {KEYS}"
+            ))
+            .await
         });
         Ok((report?, process_seconds("self") - before))
     }
