@@ -164,6 +164,8 @@ pub struct NodeStatus {
     pub disk_hand_overs: u64,
     /// Times that it handed leadership to a voter with a higher priority.
     pub priority_hand_overs: u64,
+    /// Bytes of tables that it fetched from other members, for snapshots and for tables that it lost.
+    pub fetched_bytes: u64,
 }
 
 /// Answers application requests that other nodes forwarded.

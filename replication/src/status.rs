@@ -20,6 +20,7 @@ impl<R: Runtime> Inner<R> {
             disk: self.disk_health(),
             disk_hand_overs: self.disk_hand_overs.load(std::sync::atomic::Ordering::Relaxed),
             priority_hand_overs: self.priority_hand_overs.load(std::sync::atomic::Ordering::Relaxed),
+            fetched_bytes: self.fetched_bytes.load(std::sync::atomic::Ordering::Relaxed),
             ..NodeStatus::default()
         };
         let running = self.running.read().expect("nothing panics while it holds this lock").clone();

@@ -213,6 +213,7 @@ const ROWS: &[Row] = &[
         Kind::Counter,
         |s| s.raft.priority_hand_overs,
     ),
+    ("raft_fetched_bytes", "Bytes of tables fetched from other members", Kind::Counter, |s| s.raft.fetched_bytes),
     ("engine_flushed_index", "Entries up to here are in tables", Kind::Gauge, |s| s.engine.flushed),
     ("engine_frozen_generations", "Memtables that wait for their flush", Kind::Gauge, |s| s.engine.frozen_generations),
     ("engine_tables", "Tables", Kind::Gauge, |s| s.engine.tables),

@@ -121,6 +121,8 @@ pub struct RaftSection {
     pub disk_hand_overs: u64,
     /// Times that it handed leadership to a voter with a higher priority.
     pub priority_hand_overs: u64,
+    /// Bytes of tables that it fetched from other members, for snapshots and for tables that it lost.
+    pub fetched_bytes: u64,
 }
 
 /// Counts of the engine.
@@ -298,6 +300,7 @@ impl Status {
                 failure: node.failure.clone(),
                 disk_hand_overs: node.disk_hand_overs,
                 priority_hand_overs: node.priority_hand_overs,
+                fetched_bytes: node.fetched_bytes,
             },
             engine: EngineSection {
                 flushed: node.group.flushed.0,

@@ -468,7 +468,7 @@ fn a_follower_behind_the_log_is_sent_the_tables_it_lacks() {
         cluster.start(away).await;
         let value = cluster.get(away, "k003999", ReadLevel::Linearizable).await.expect("read");
         assert_eq!(value.map(|v| v.len()), Some(1000));
-        let fetched = cluster.node(away).inner.fetched_bytes.load(std::sync::atomic::Ordering::Relaxed);
+        let fetched = cluster.node(away).status().fetched_bytes;
         let total = cluster.node(leader).status().group.table_bytes;
         println!("fetched {fetched} of {total} bytes of tables");
         assert!(0 < fetched && fetched < total, "only what it lacked: {fetched} of {total}");
