@@ -16,6 +16,7 @@ use tonic::{Request, Response as Answer, Status};
 
 use crate::context::{Context, grpc_status};
 use crate::proto::mainstay::v1 as pb;
+use crate::settings::check_site;
 use pb::admin_server::{Admin, AdminServer};
 
 /// The routes of the admin port.
@@ -108,6 +109,30 @@ impl Admin for AdminService {
         let id = NodeId(request.into_inner().id);
         self.context.node_or_status()?.promote_member(id).await.map_err(grpc_status)?;
         Ok(Answer::new(pb::PromoteMemberResponse {}))
+    }
+
+    async fn set_member(
+        &self,
+        request: Request<pb::SetMemberRequest>,
+    ) -> Result<Answer<pb::SetMemberResponse>, Status> {
+        let pb::SetMemberRequest { id, site, priority } = request.into_inner();
+        // All is checked before anything changes: each of the two is an entry of the membership of its own.
+        let invalid = |message: String| Status::invalid_argument(message);
+        let priority = priority.map(u8::try_from).transpose().map_err(|_| invalid("a priority is 0 to 255".into()))?;
+        if let Some(site) = &site {
+            check_site(site).map_err(invalid)?;
+        }
+        if site.is_none() && priority.is_none() {
+            return Err(invalid("nothing to change: give a site or a priority".into()));
+        }
+        let node = self.context.node_or_status()?;
+        if let Some(site) = site {
+            node.set_member_site(NodeId(id), &site).await.map_err(grpc_status)?;
+        }
+        if let Some(priority) = priority {
+            node.set_member_priority(NodeId(id), priority).await.map_err(grpc_status)?;
+        }
+        Ok(Answer::new(pb::SetMemberResponse {}))
     }
 
     async fn remove_member(

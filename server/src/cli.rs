@@ -9,9 +9,9 @@ use std::fmt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
-use crate::settings::{Backend, ServeArgs};
+use crate::settings::{Backend, ServeArgs, check_site};
 use crate::units::{ByteSize, Span};
 use crate::{bench, client, offline, prestop, recover, serve, settings};
 
@@ -116,6 +116,10 @@ fn threads(text: &str) -> Result<usize, String> {
     }
 }
 
+fn site(text: &str) -> Result<String, String> {
+    check_site(text).map(|()| text.to_owned())
+}
+
 /// `mainstay format`.
 #[derive(Args, Debug)]
 pub struct FormatArgs {
@@ -173,6 +177,24 @@ pub enum MemberCommand {
     Promote {
         /// Its name or its id
         member: String,
+        /// Where.
+        #[command(flatten)]
+        admin: AdminArgs,
+    },
+    /// Change the priority of a member, the label of where it stands, or both
+    ///
+    /// --priority and --site of `mainstay serve` are told to the cluster when a process becomes a member; from then on this
+    /// changes them.
+    #[command(group = ArgGroup::new("change").args(["priority", "site"]).required(true).multiple(true))]
+    Set {
+        /// Its name or its id
+        member: String,
+        /// 0 to 255: the voter with the highest one that can lead does
+        #[arg(long, value_name = "NUMBER")]
+        priority: Option<u8>,
+        /// A label such as a zone; '' for nowhere in particular
+        #[arg(long, value_name = "LABEL", value_parser = site)]
+        site: Option<String>,
         /// Where.
         #[command(flatten)]
         admin: AdminArgs,
@@ -334,7 +356,7 @@ pub struct OfflineArgs {
 
 /// `mainstay recover`.
 #[derive(Args, Clone, Debug)]
-#[command(group(clap::ArgGroup::new("step").required(true).args(["plan", "apply"])))]
+#[command(group(ArgGroup::new("step").required(true).args(["plan", "apply"])))]
 pub struct RecoverArgs {
     /// The volume that goes on: a directory, or a block device
     #[arg(long, env = "MAINSTAY_DATA", value_name = "DIR|DEVICE")]

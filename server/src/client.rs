@@ -232,6 +232,16 @@ pub(crate) async fn member(command: MemberCommand) -> Result<(), Failure> {
             client.promote_member(pb::PromoteMemberRequest { id }).await.map_err(refused)?;
             print(admin.json, &serde_json::json!({ "promoted": id }), || format!("promoted {member} id={id}"))
         }
+        MemberCommand::Set { member, priority, site, admin } => {
+            let mut client = admin_client(&admin).await?;
+            let id = member_id(&mut client, &member).await?;
+            let request = pb::SetMemberRequest { id, site: site.clone(), priority: priority.map(u32::from) };
+            client.set_member(request).await.map_err(refused)?;
+            let document = serde_json::json!({ "set": id, "priority": priority, "site": site });
+            let priority = priority.map(|priority| format!(" priority={priority}")).unwrap_or_default();
+            let site = site.map(|site| format!(" site={site}")).unwrap_or_default();
+            print(admin.json, &document, || format!("set {member} id={id}{priority}{site}"))
+        }
         MemberCommand::List { admin } => {
             let rows = members(&mut admin_client(&admin).await?).await?;
             print(admin.json, &rows, || rows.iter().map(MemberRow::text).collect())

@@ -265,9 +265,7 @@ impl Settings {
             )));
         }
         let site = self.site.unwrap_or_default();
-        if site.len() > 255 || site.contains(char::is_whitespace) {
-            return Err(Failure::usage(format!("site is at most 255 bytes without spaces site='{site}'")));
-        }
+        check_site(&site).map_err(Failure::usage)?;
         let data = self.data.ok_or_else(|| missing("data", "a directory or a block device"))?;
         let peers = parse_peers(self.peers.as_deref().unwrap_or_default())?;
         let own = peers.get(&name).cloned();
@@ -339,6 +337,14 @@ fn bounds(setting: &str, value: u64, least: u64, most: u64) -> Result<(), Failur
         return Ok(());
     }
     Err(Failure::usage(format!("{setting} is out of range value={value} least={least} most={most}")))
+}
+
+/// Whether a text may be the label of a site; else what one is.
+pub(crate) fn check_site(site: &str) -> Result<(), String> {
+    if site.len() > 255 || site.contains(char::is_whitespace) {
+        return Err(format!("site is at most 255 bytes without spaces site='{site}'"));
+    }
+    Ok(())
 }
 
 /// `a=host:port,b=host:port`.

@@ -86,6 +86,9 @@ pub struct MemberSection {
     pub peer_address: String,
     /// Where it listens for clients.
     pub client_address: String,
+    /// Where it stands; empty for nowhere in particular, and from a server that does not say it yet.
+    #[serde(default)]
+    pub site: String,
     /// The voter with the highest one shall lead.
     pub priority: u8,
     /// Entries that it lacks, known to the leader only.
@@ -293,6 +296,7 @@ impl Status {
                         voter: m.role == MemberRole::Voter,
                         peer_address: m.peer_address.0.clone(),
                         client_address: m.client_address.clone(),
+                        site: m.site.clone(),
                         priority: m.priority,
                         lag: node.lag.get(&m.id.0).copied(),
                     })
@@ -354,10 +358,12 @@ impl Status {
                 (false, false) => "learner",
             };
             let lag = member.lag.map(|lag| format!(" lag={lag}")).unwrap_or_default();
+            let site = Some(&member.site).filter(|site| !site.is_empty());
+            let site = site.map(|site| format!(" site={site}")).unwrap_or_default();
             let priority = Some(member.priority).filter(|priority| *priority > 0);
             let priority = priority.map(|priority| format!(" priority={priority}")).unwrap_or_default();
             let MemberSection { id, name, peer_address, .. } = member;
-            text += &format!("  member  {role:<8} {name} id={id} peer={peer_address}{priority}{lag}\n");
+            text += &format!("  member  {role:<8} {name} id={id} peer={peer_address}{site}{priority}{lag}\n");
         }
         text
     }

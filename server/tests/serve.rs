@@ -229,6 +229,62 @@ fn the_status_has_the_promised_keys_and_a_line_for_each_layer() {
 }
 
 #[test]
+fn a_member_is_given_a_priority_and_a_site() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let ports = Ports::free();
+    let server = Server::start("a", &folder.path().join("a"), &ports, "");
+    let at = ["--admin", ports.admin()];
+    let on = |args: &[&str]| run(&[args, &at[..]].concat());
+    let with_json = |args: &[&str]| json(&on(&[args, &["--json"]].concat()));
+    with_json(&["init", "--members", "a"]);
+    let check = |priority: u64, site: &str| {
+        let member = with_json(&["member", "list"])[0].take();
+        assert_eq!((&member["priority"], &member["site"]), (&priority.into(), &site.into()), "{member}");
+        let member = with_json(&["status"])[0]["raft"]["members"][0].take();
+        assert_eq!((&member["priority"], &member["site"]), (&priority.into(), &site.into()), "{member}");
+    };
+    check(0, "");
+    let id = with_json(&["member", "list"])[0]["id"].as_u64().expect("an id");
+    let done = with_json(&["member", "set", "a", "--priority", "7", "--site", "north"]);
+    assert_eq!(done, serde_json::json!({ "set": id, "priority": 7, "site": "north" }));
+    check(7, "north");
+    for command in ["member list", "status"] {
+        let output = on(&command.split(' ').collect::<Vec<_>>());
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(text.contains("north") && text.contains("priority=7"), "{command}: {text}");
+    }
+    // One of the two leaves the other as it is.
+    let output = on(&["member", "set", &id.to_string(), "--priority", "255"]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(text, format!("set {id} id={id} priority=255\n"));
+    check(255, "north");
+    with_json(&["member", "set", "a", "--site", ""]);
+    check(255, "");
+
+    let unknown = on(&["member", "set", "b", "--priority", "1"]);
+    let text = String::from_utf8_lossy(&unknown.stderr).into_owned();
+    assert!(unknown.status.code() == Some(1) && text.contains("no such member member=b"), "{text}");
+    runtime().block_on(async {
+        let address = format!("http://{}", ports.admin());
+        let mut admin = pb::admin_client::AdminClient::connect(address).await.expect("connects");
+        let site = |site: &str| Some(site.to_owned());
+        let refused = [
+            (pb::SetMemberRequest { id, site: None, priority: None }, tonic::Code::InvalidArgument),
+            (pb::SetMemberRequest { id, site: site("south"), priority: Some(256) }, tonic::Code::InvalidArgument),
+            (pb::SetMemberRequest { id, site: site("south wing"), priority: Some(1) }, tonic::Code::InvalidArgument),
+            (pb::SetMemberRequest { id: id + 1, site: site("south"), priority: None }, tonic::Code::NotFound),
+            (pb::SetMemberRequest { id: id + 1, site: None, priority: Some(1) }, tonic::Code::NotFound),
+        ];
+        for (request, code) in refused {
+            let status = admin.set_member(request.clone()).await.expect_err("refused");
+            assert_eq!(status.code(), code, "{request:?}: {status}");
+        }
+    });
+    check(255, "");
+    server.stop();
+}
+
+#[test]
 fn three_replicas_serve_checkpoints_and_clones_and_hand_over() {
     let folder = tempfile::tempdir().expect("a folder");
     let names = ["a", "b", "c"];
@@ -285,6 +341,10 @@ fn wrong_calls_exit_with_two_and_failures_with_one() {
     check(&["serve", "--name", "a", "--data", path, "--listen", "0.0.0.0:1"], 2, "--insecure-listen-anywhere");
     check(&["serve", "--name", "a", "--data", path, "--wal", "1GB"], 2, "GB");
     check(&["checkpoint", "create"], 2, "<NAME>");
+    check(&["member", "set", "a"], 2, "--priority");
+    check(&["member", "set", "a", "--priority", "256"], 2, "0..=255");
+    check(&["member", "set", "a", "--priority", "high"], 2, "high");
+    check(&["member", "set", "a", "--site", "north wing"], 2, "without spaces");
     check(&["status", "--admin", "127.0.0.1:1"], 1, "127.0.0.1:1");
     check(&["status", "--admin", "not an address"], 2, "HOST:PORT");
 
