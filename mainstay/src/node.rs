@@ -252,8 +252,8 @@ impl Node {
         self.bind(|inner| async move { inner.node.remove_member(id).await })
     }
 
-    /// Hands leadership to `to`, or to the most caught-up voter, and returns the new leader. It leads for a minute at least before
-    /// a voter with a higher priority does.
+    /// Hands leadership to `to`, or to the voter with the highest priority of those that are caught up, and returns the new leader. It
+    /// leads for a minute at least before a voter with a higher priority does.
     pub fn transfer_leader(&self, to: Option<NodeId>) -> BoxFuture<Result<NodeId>> {
         self.bind(|inner| async move { inner.node.transfer_leader(to).await })
     }

@@ -21,6 +21,7 @@ use openraft_rt::{Instant, Select2};
 
 use crate::network::method;
 use crate::node::{INIT_IDS, Inner, Phase, Running};
+use crate::priority;
 use crate::types::{Member, TypeConfig, members_of};
 use crate::wire::{MEMBERS_MAX, NAME_BYTES_MAX, Reader, Writer, decode_result};
 use crate::{Envelope, Error, ErrorKind, Hello, MemberInfo, MemberRole, NodeId, PeerAddress, Result, Runtime};
@@ -442,28 +443,26 @@ impl<R: Runtime> Inner<R> {
         }
     }
 
-    /// Hands leadership to `to` or to the voter that lacks least, and waits until it is seen.
+    /// Hands leadership to `to`, or to the voter that [`priority::heir`] names, and waits until it is seen.
     pub(crate) async fn hand_over(&self, running: &Arc<Running<R>>, to: Option<u64>) -> Result<u64> {
-        let members = self.members();
-        let voters = members.iter().filter(|m| m.role == MemberRole::Voter && m.id.0 != running.id);
-        let candidates: Vec<u64> = voters.map(|m| m.id.0).collect();
-        let to = match to {
+        let mut heirs = self.heirs(running);
+        match to {
             Some(to) if to == running.id => return Ok(to),
-            Some(to) if candidates.contains(&to) => to,
-            Some(to) => return Err(Error::new(ErrorKind::NotFound, format!("no such voter id={to}"))),
-            None => {
-                let metrics = running.metrics.borrow_watched();
-                let best = candidates.iter().min_by_key(|id| (lag_of(&metrics, **id).unwrap_or(u64::MAX), **id));
-                *best.ok_or_else(|| Error::new(ErrorKind::Invalid, "there is no other voter"))?
+            Some(to) if heirs.iter().all(|heir| heir.id != to) => {
+                return Err(Error::new(ErrorKind::NotFound, format!("no such voter id={to}")));
             }
-        };
+            _ => {}
+        }
         let deadline = R::Instant::now() + TRANSFER_TIMEOUT;
         loop {
+            let to = to.or_else(|| priority::heir(&heirs));
+            let to = to.ok_or_else(|| Error::new(ErrorKind::Invalid, "there is no other voter"))?;
+            heirs.iter_mut().filter(|heir| heir.id == to).for_each(|heir| heir.told += 1);
             running.raft.trigger().transfer_leader(to).await.map_err(|e| crate::service::raft_error(&e))?;
             let mut metrics = running.metrics.clone();
             let me = running.id;
             let moved = metrics.wait_until(move |m| m.current_leader.is_some_and(|l| l != me));
-            // A target that was behind refuses; asked again once it has caught up.
+            // A target that was behind refuses; told again once it has caught up, or another is where any will do.
             let part = (R::Instant::now() + self.options.election_timeout * 2).min(deadline);
             if let Ok(Ok(seen)) = R::timeout_at(part, moved).await {
                 return Ok(seen.current_leader.expect("waited for"));

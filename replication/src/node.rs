@@ -731,8 +731,8 @@ impl<R: Runtime> Node<R> {
         self.inner.remove_member(id).await
     }
 
-    /// Hands leadership to `to`, or to the most caught-up voter. Returns once this node sees another leader, which keeps
-    /// leadership for a minute at least before it gives it to a voter with a higher priority.
+    /// Hands leadership to `to`, or to the voter with the highest priority of those that are caught up. Returns once this node sees
+    /// another leader, which keeps leadership for a minute at least before it gives it to a voter with a higher priority.
     pub async fn transfer_leader(&self, to: Option<NodeId>) -> Result<NodeId> {
         self.inner.transfer_leader(to).await
     }

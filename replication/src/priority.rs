@@ -11,6 +11,8 @@
 //!   or was closed. A failover asks nobody, so there leadership returns sooner.
 //! - P5. A leader that has led for less than [`LED_MIN`], or that tried less than [`PAUSE`] ago, does not try.
 //! - P6. The membership does not change while a hand-over by priority is under way, nor the other way round.
+//! - P7. A leader that goes in any case, since it is closed, was asked to go without a target, or holds other tables, prefers as well, and
+//!   asks nobody: it does not wait for the answer of a slow disk. Who leads then with a bad one leaves it by `disk`.
 //!
 //! # Crash
 //! The time of P4 is in memory of the node that was asked. With its process the wish is over: another is elected, or it is again.
@@ -34,6 +36,11 @@
 //! I    it is near; full, stalled or failing                     broken
 //! J    none of these; its writes are slow against the group     slow
 //! K    none of these; they are not                              fit
+//!
+//! row  another voter, to a leader that goes (P7)                is asked
+//! L    heard of late, and near                                  first: the highest; of equals the one that lacks least
+//! M    heard of late; it lacks more, or nobody knows how much   behind all of L: the one that lacks least
+//! N    not heard of late                                        behind all of M: the one that lacks least
 //! ```
 
 use std::cmp::Reverse;
@@ -45,8 +52,9 @@ use openraft::async_runtime::WatchReceiver;
 use openraft_rt::Instant;
 
 use crate::disk::{self, DiskHealth, LAG_MAX, LED_MIN, Other, SLOW_FACTOR, STUCK, is_slow};
+use crate::membership::lag_of;
 use crate::node::{Inner, Running};
-use crate::{MemberRole, NodeId, Runtime};
+use crate::{MemberInfo, MemberRole, NodeId, Runtime};
 
 /// Pause between two attempts.
 const PAUSE: Duration = Duration::from_secs(10);
@@ -127,6 +135,44 @@ fn preferred(leader: &Leader, candidates: &[Candidate]) -> Option<u64> {
     Some(best.other.id)
 }
 
+/// Another voter, as a leader knows it that goes and asks nobody.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Heir {
+    pub(crate) id: u64,
+    priority: u8,
+    lag: Option<u64>,
+    heard: bool,
+    /// How many times it was told to lead and did not take over in its time.
+    pub(crate) told: u32,
+}
+
+/// How well a leader that goes reaches a voter, best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Reach {
+    Near,
+    Behind,
+    Silent,
+}
+
+/// Rows L to N.
+fn reach(heir: &Heir) -> Reach {
+    match (heir.heard, heir.lag) {
+        (true, Some(lag)) if lag <= LAG_MAX => Reach::Near,
+        (true, _) => Reach::Behind,
+        (false, _) => Reach::Silent,
+    }
+}
+
+/// Who shall lead in the place of a leader that goes (P7): of those that were told least often the one in the first row.
+pub(crate) fn heir(heirs: &[Heir]) -> Option<u64> {
+    let rank = |heir: &&Heir| {
+        let reach = reach(heir);
+        let priority = if reach == Reach::Near { heir.priority } else { 0 };
+        (heir.told, reach, Reverse(priority), heir.lag.unwrap_or(u64::MAX), heir.id)
+    };
+    heirs.iter().min_by_key(rank).map(|heir| heir.id)
+}
+
 /// When a leader looks at priorities that sees `now` that it leads (P4, P5).
 fn rests_until<I: Instant>(now: I, asked: Option<I>) -> I {
     let led = now + LED_MIN;
@@ -197,6 +243,20 @@ impl<R: Runtime> Inner<R> {
             Err(error) => tracing::warn!(%error, to, "leadership was not handed over"),
         }
         state.not_before = R::Instant::now() + PAUSE;
+    }
+
+    /// The other voters, to choose from when this leader goes.
+    pub(crate) fn heirs(&self, running: &Running<R>) -> Vec<Heir> {
+        let members = self.members();
+        let voters = members.iter().filter(|m| m.role == MemberRole::Voter && m.id.0 != running.id);
+        let of = |m: &MemberInfo| Heir {
+            id: m.id.0,
+            priority: m.priority,
+            lag: Self::metrics_of(running, |metrics| lag_of(metrics, m.id.0)),
+            heard: self.hears(running, m.id),
+            told: 0,
+        };
+        voters.map(of).collect()
     }
 
     /// Whether a member has acknowledged a message of this leader lately: one that answers other requests may take no part in Raft.
@@ -345,6 +405,61 @@ mod tests {
         assert_eq!(preferred(&slow, &others), Some(2));
     }
 
+    /// Rows L to N in the same way: no priority lifts a voter out of its row, and within a row each has its own order.
+    #[test]
+    fn exactly_one_row_matches_each_heir() {
+        type Row = (char, fn(&Heir, bool) -> bool, Reach);
+        let table: [Row; 3] = [
+            ('L', |heir, near| heir.heard && near, Reach::Near),
+            ('M', |heir, near| heir.heard && !near, Reach::Behind),
+            ('N', |heir, _| !heir.heard, Reach::Silent),
+        ];
+        let mut seen = std::collections::BTreeSet::new();
+        for heard in [false, true] {
+            for (lag, near) in [(Some(0), true), (Some(LAG_MAX), true), (Some(LAG_MAX + 1), false), (None, false)] {
+                for priority in [0, 255] {
+                    let heir = Heir { id: 2, priority, lag, heard, told: 0 };
+                    let rows: Vec<_> = table.iter().filter(|(_, row, _)| row(&heir, near)).collect();
+                    let [(letter, _, expect)] = rows.as_slice() else {
+                        panic!("{heir:?} is matched by {}", rows.len())
+                    };
+                    assert_eq!(reach(&heir), *expect, "row {letter}: {heir:?}");
+                    seen.insert(*letter);
+                }
+            }
+        }
+        assert_eq!(seen.len(), table.len(), "every row is met: {seen:?}");
+    }
+
+    #[test]
+    fn a_leader_that_goes_tells_the_highest_that_is_near() {
+        let heard = |id, priority, lag| Heir { id, priority, lag, heard: true, told: 0 };
+        let silent = |id, priority, lag| Heir { heard: false, ..heard(id, priority, lag) };
+        let told = |heir: Heir, told| Heir { told, ..heir };
+        let check = |heirs: &[Heir], expect| assert_eq!(heir(heirs), expect, "{heirs:?}");
+        check(&[], None);
+        // L: a priority below that of who goes is as good as any.
+        check(&[heard(2, 0, Some(0)), heard(3, 9, Some(LAG_MAX))], Some(3));
+        check(&[heard(2, 3, Some(9)), heard(3, 9, Some(0)), heard(4, 9, Some(7))], Some(3));
+        check(&[heard(2, 0, Some(7)), heard(3, 0, Some(6))], Some(3));
+        check(&[heard(2, 0, Some(7)), heard(3, 0, Some(7))], Some(2));
+        // L before M and N, whatever the priority.
+        check(&[heard(2, 9, Some(LAG_MAX + 1)), heard(3, 0, Some(LAG_MAX))], Some(3));
+        check(&[heard(2, 9, None), heard(3, 0, Some(LAG_MAX))], Some(3));
+        check(&[silent(2, 9, Some(0)), heard(3, 0, Some(LAG_MAX))], Some(3));
+        // M: who lacks much takes long to catch up, so the least counts.
+        check(&[heard(2, 9, Some(LAG_MAX + 2)), heard(3, 0, Some(LAG_MAX + 1))], Some(3));
+        check(&[heard(2, 9, None), heard(3, 0, Some(u64::MAX - 1))], Some(3));
+        check(&[silent(2, 9, Some(0)), heard(3, 0, None)], Some(3));
+        // N: as when nobody has acknowledged anything yet.
+        check(&[silent(2, 9, Some(7)), silent(3, 0, Some(6))], Some(3));
+        check(&[silent(2, 0, None), silent(3, 9, None)], Some(2));
+        // Who did not take over is told again when all others were told as well.
+        check(&[told(heard(2, 9, Some(0)), 1), heard(3, 0, Some(5)), silent(4, 0, None)], Some(3));
+        check(&[told(heard(2, 9, Some(0)), 1), told(heard(3, 0, Some(5)), 1), silent(4, 0, None)], Some(4));
+        check(&[told(heard(2, 9, Some(0)), 1), told(heard(3, 0, Some(5)), 1)], Some(2));
+    }
+
     #[test]
     fn who_was_asked_to_lead_rests_for_longer_than_who_was_elected() {
         let began = <<crate::TokioRuntime as openraft_rt::AsyncRuntime>::Instant as Instant>::now();
@@ -368,6 +483,6 @@ mod tests {
             .filter(|l| l.as_bytes().get(1..5) == Some(b"    ") && l.starts_with(|c: char| c.is_ascii_uppercase()))
             .filter_map(|l| l.chars().next())
             .collect();
-        assert_eq!(text, "ABCDEFGHIJK");
+        assert_eq!(text, "ABCDEFGHIJKLMN");
     }
 }

@@ -210,7 +210,7 @@ pub enum MemberCommand {
 /// `mainstay transfer-leader`.
 #[derive(Args, Debug)]
 pub struct TransferArgs {
-    /// Name or id of the next leader; without it the most caught-up voter
+    /// Name or id of the next leader; without it the voter with the highest priority that is caught up
     #[arg(long, value_name = "MEMBER")]
     pub to: Option<String>,
     /// Where.

@@ -194,7 +194,7 @@ impl Cluster {
         format_volume(&self.cells[i].media, WAL_BYTES).await;
     }
 
-    async fn stop(&mut self, i: usize) {
+    pub(super) async fn stop(&mut self, i: usize) {
         let (node, _) = self.cells[i].life.take().expect("it runs");
         node.close().await.expect("closes");
     }

@@ -186,3 +186,30 @@ fn a_wish_of_an_operator_stands_against_a_higher_priority() {
         cluster.finish().await;
     });
 }
+
+/// It was the one that lacked least, and of equals the first, whatever the priorities: with an orderly restart leadership went to any
+/// of the others, and came back a minute later.
+#[test]
+fn a_leader_that_goes_hands_over_to_the_preferred_one() {
+    run(async {
+        let mut cluster = Cluster::blank(3).await;
+        cluster.priorities = vec![0, 3, 9];
+        cluster.start_all().await;
+        cluster.node(0).init(&cluster.names()).await.expect("born");
+        let [_, second, preferred] = [0, 1, 2].map(|i| id_of(&cluster, i));
+        cluster.node(0).transfer_leader(Some(preferred)).await.expect("handed over");
+        cluster.put(2, "k", "v").await.expect("written");
+        // Once a leader has heard from both, neither lacks anything and only the priority tells them apart.
+        let all_near =
+            |s: &crate::NodeStatus| s.role == "leader" && s.lag.len() >= 2 && s.lag.values().all(|lag| *lag == 0);
+        cluster.until(2, all_near).await;
+        // Asked to go without a target.
+        assert_eq!(cluster.node(2).transfer_leader(None).await.expect("handed over"), second);
+        let term = cluster.until(1, all_near).await.term;
+        // Closed.
+        cluster.stop(1).await;
+        let next = cluster.until(0, |s| s.leader.is_some_and(|leader| leader != second)).await;
+        assert_eq!((next.leader, next.term), (Some(preferred), term + 1), "one election, by request");
+        cluster.finish().await;
+    });
+}
