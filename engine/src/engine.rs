@@ -95,10 +95,12 @@ pub struct EngineStatus {
     pub wal_used_bytes: u64,
     /// See `wal_used_bytes`.
     pub wal_ring_bytes: u64,
-    /// Bytes of the memory budget in use, and the budget: the setting without the allocator's share.
+    /// Bytes of memory in use, of the setting without the allocator's share.
     pub memory_used_bytes: u64,
-    /// See `memory_used_bytes`.
+    /// The setting: [`EngineSettings::memory_bytes`].
     pub memory_bytes: u64,
+    /// What of the setting is left to the allocator.
+    pub memory_allocator_bytes: u64,
     /// Why the volume takes no writes, if so.
     pub read_only: Option<String>,
     /// Damage found and mended.
@@ -137,6 +139,8 @@ pub(crate) struct EngineShared {
     pub(crate) environment: Environment,
     pub(crate) volume: Volume,
     wal: Wal,
+    /// The setting; the budget is what may be counted of it.
+    memory_bytes: u64,
     pub(crate) budget: Arc<MemoryBudget>,
     pub(crate) cache: Arc<BlockCache>,
     pub(crate) heal: Arc<HealCounts>,
@@ -246,6 +250,7 @@ impl Engine {
             environment,
             volume,
             wal,
+            memory_bytes: settings.memory_bytes,
             budget,
             cache,
             heal: Arc::default(),
@@ -370,7 +375,8 @@ impl Engine {
             wal_used_bytes: wal.used_bytes,
             wal_ring_bytes: wal.ring_bytes,
             memory_used_bytes: shared.budget.used(),
-            memory_bytes: shared.budget.total(),
+            memory_bytes: shared.memory_bytes,
+            memory_allocator_bytes: shared.memory_bytes.saturating_sub(shared.budget.total()),
             read_only: poisoned.map(|error| error.to_string()).or(full),
             heal: shared.heal.status(shared.open_groups().iter().map(|group| group.heal.damaged_count()).sum()),
         }

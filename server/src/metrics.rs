@@ -221,8 +221,16 @@ const ROWS: &[Row] = &[
     ("engine_absent_jobs", "Jobs that others have finished and this replica has not", Kind::Gauge, |s| {
         s.engine.absent_jobs
     }),
-    ("engine_memory_used_bytes", "Bytes of the memory budget in use", Kind::Gauge, |s| s.engine.memory_used_bytes),
-    ("engine_memory_bytes", "The memory budget", Kind::Gauge, |s| s.engine.memory_bytes),
+    (
+        "engine_memory_used_bytes",
+        "Bytes of memory in use, of the setting without the allocator's share",
+        Kind::Gauge,
+        |s| s.engine.memory_used_bytes,
+    ),
+    ("engine_memory_bytes", "The setting --memory", Kind::Gauge, |s| s.engine.memory_bytes),
+    ("engine_memory_allocator_bytes", "What of the setting is left to the allocator", Kind::Gauge, |s| {
+        s.engine.memory_allocator_bytes
+    }),
     ("engine_divergences", "Tables that differed from the leader's", Kind::Counter, |s| s.engine.divergences),
     ("engine_jobs_retrying", "Flushes and compactions that failed and are tried again", Kind::Gauge, |s| {
         s.engine.jobs_retrying

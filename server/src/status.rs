@@ -141,10 +141,13 @@ pub struct EngineSection {
     pub table_bytes: u64,
     /// Jobs that other replicas have finished and this one has not.
     pub absent_jobs: u64,
-    /// Memory in use, of the budget.
+    /// Memory in use, of what the setting leaves without the allocator's share.
     pub memory_used_bytes: u64,
-    /// The budget.
+    /// The setting: `--memory`.
     pub memory_bytes: u64,
+    /// What of the setting is left to the allocator; nothing from a server that does not say it yet.
+    #[serde(default)]
+    pub memory_allocator_bytes: u64,
     /// Digest over all tables, in hexadecimal.
     pub digest: String,
     /// The index it holds for.
@@ -314,6 +317,7 @@ impl Status {
                 absent_jobs: node.group.absent_jobs,
                 memory_used_bytes: engine.memory_used_bytes,
                 memory_bytes: engine.memory_bytes,
+                memory_allocator_bytes: engine.memory_allocator_bytes,
                 digest: format!("{:032x}", node.group.digest),
                 digest_index: node.group.digest_index.0,
                 divergences: node.group.divergences,
@@ -436,11 +440,12 @@ fn raft_verdict(node: &NodeStatus) -> Verdict {
 fn engine_verdict(engine: &EngineStatus, node: &NodeStatus) -> Verdict {
     let group = &node.group;
     let line = format!(
-        "{} tables of {}, memory {} of {}, {} generations wait for their flush",
+        "{} tables of {}, memory {} of {} with {} left to the allocator, {} generations wait for their flush",
         group.tables,
         size(group.table_bytes),
         size(engine.memory_used_bytes),
         size(engine.memory_bytes),
+        size(engine.memory_allocator_bytes),
         group.frozen_generations
     );
     let heal = &engine.heal;
@@ -462,7 +467,7 @@ fn engine_verdict(engine: &EngineStatus, node: &NodeStatus) -> Verdict {
         0 => line,
         _ => format!("{line}, {found} damages found and healed"),
     };
-    let full = engine.memory_used_bytes > engine.memory_bytes;
+    let full = engine.memory_used_bytes.saturating_add(engine.memory_allocator_bytes) > engine.memory_bytes;
     let warn = full || group.frozen_generations > 4 || group.jobs_retrying > 0 || found > 0;
     verdict(if warn { Health::Warn } else { Health::Ok }, line)
 }
@@ -513,7 +518,12 @@ mod tests {
             members: vec![leader],
             ..NodeStatus::default()
         };
-        let engine = EngineStatus { backend: "uring".into(), memory_bytes: 1 << 20, ..EngineStatus::default() };
+        let engine = EngineStatus {
+            backend: "uring".into(),
+            memory_bytes: 6 << 20,
+            memory_allocator_bytes: 1 << 20,
+            ..EngineStatus::default()
+        };
         let wal = mainstay_wal::WalStats::default();
         Sources { member: "a".into(), stopping: false, engine, wal, node, checkpoints: vec![], clones: vec![] }
     }
@@ -546,7 +556,23 @@ mod tests {
         check("engine", Health::Warn, &|s| s.engine.heal.tables_found = 1);
         check("engine", Health::Warn, &|s| s.node.group.jobs_retrying = 1);
         check("engine", Health::Bad, &|s| s.node.group.jobs_failed = 1);
-        check("engine", Health::Warn, &|s| s.engine.memory_used_bytes = 2 << 20);
+        check("engine", Health::Ok, &|s| s.engine.memory_used_bytes = 5 << 20);
+        check("engine", Health::Warn, &|s| s.engine.memory_used_bytes = (5 << 20) + 1);
+    }
+
+    /// The budget without the allocator's share stood where the setting was looked for: 26.7 MiB of `--memory 32MiB`.
+    #[test]
+    fn memory_is_shown_as_it_was_set() {
+        let mut sources = sources();
+        sources.engine.memory_used_bytes = 2 << 20;
+        let status = Status::new(sources);
+        let engine = &status.engine;
+        assert_eq!(
+            (engine.memory_used_bytes, engine.memory_bytes, engine.memory_allocator_bytes),
+            (2 << 20, 6 << 20, 1 << 20)
+        );
+        let line = &status.verdicts.engine.line;
+        assert!(line.contains("memory 2.0 MiB of 6.0 MiB with 1.0 MiB left to the allocator"), "{line}");
     }
 
     #[test]

@@ -33,7 +33,8 @@ fn loading_stays_within_the_budget() {
         store.commit(batch).expect("a batch commits");
     }
     let engine = store.status().engine;
-    let (used, countable) = (engine.memory_used_bytes, engine.memory_bytes);
+    assert_eq!(engine.memory_bytes, budget, "the setting is shown as it was given");
+    let (used, countable) = (engine.memory_used_bytes, budget - engine.memory_allocator_bytes);
     assert!(used <= countable && countable < budget, "accounted {used} of {countable} of {budget} bytes");
     assert_eq!(keyspace.iter().count() as u64, keys, "everything is there");
     store.close().expect("closing succeeds");
