@@ -123,7 +123,7 @@ impl Drop for Closer {
         self.0.end_tasks();
         // The groups hold the engine: without this neither would ever be dropped.
         self.0.groups().clear();
-        *self.0.pin.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.0.pins.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 }
 
@@ -145,7 +145,9 @@ pub(crate) struct EngineShared {
     pub(crate) cache: Arc<BlockCache>,
     pub(crate) heal: Arc<HealCounts>,
     groups: Mutex<BTreeMap<GroupId, Slot>>,
-    pin: Mutex<Option<Arc<dyn OwnerPin>>>,
+    /// The oldest record of each group that nobody has asked for and of which the manifest knows nothing yet.
+    unknown: Mutex<BTreeMap<GroupId, RecordPos>>,
+    pins: Mutex<BTreeMap<GroupId, Arc<dyn OwnerPin>>>,
     tasks: Mutex<Vec<TaskHandle>>,
     /// There may be a job to run.
     pub(crate) work: Notify,
@@ -238,7 +240,7 @@ impl Engine {
             for place in found.places.values() {
                 live.extend(extents_of(place)?);
             }
-            found.oldest = oldest.get(&id).copied();
+            found.oldest = oldest.remove(&id);
             slots.insert(id, Slot::Found(Box::new(found)));
         }
         volume.set_live(live)?;
@@ -255,7 +257,8 @@ impl Engine {
             cache,
             heal: Arc::default(),
             groups: Mutex::new(slots),
-            pin: Mutex::default(),
+            unknown: Mutex::new(oldest),
+            pins: Mutex::default(),
             tasks: Mutex::default(),
             work: Notify::new(),
             upkeep: Notify::new(),
@@ -312,6 +315,7 @@ impl Engine {
         };
         let group = GroupShared::open(id, self.shared.clone(), settings, found)?;
         groups.insert(id, Slot::Open(group.clone()));
+        self.shared.unknown.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         drop(groups);
         self.shared.work.notify_one();
         Ok(Group::new(group))
@@ -348,11 +352,11 @@ impl Engine {
         Err(Error::new(ErrorKind::Invalid, "the volume answers as another node already; format it to use it anew"))
     }
 
-    /// Tells which records of the log the owner still needs: nothing before the returned position of the smallest group
-    /// is kept. The engine calls `pin` when it purges; the owner appends again what it wants to keep from before it
-    /// (votes) before it answers with the oldest position that it needs.
-    pub fn set_owner_pin(&self, pin: Arc<dyn OwnerPin>) {
-        *self.shared.pin.lock().unwrap_or_else(PoisonError::into_inner) = Some(pin);
+    /// Tells which records of a group the owner of its log still needs: what lies before the oldest of all groups is not kept,
+    /// and of a group without a pin everything is. The engine calls `pin` when it purges; the owner appends again what it wants
+    /// to keep from before it (votes) before it answers with the oldest position that it needs.
+    pub fn set_owner_pin(&self, group: GroupId, pin: Arc<dyn OwnerPin>) {
+        self.shared.pins.lock().unwrap_or_else(PoisonError::into_inner).insert(group, pin);
     }
 
     /// Counts and states.
@@ -507,9 +511,9 @@ impl Identity {
     }
 }
 
-/// How the owner of the log takes part in purging it.
+/// How the owner of a group's log takes part in purging the ring.
 pub trait OwnerPin: Send + Sync + 'static {
-    /// The log of `group` is about to be cut: entries up to `flushed` are in tables. Returns the oldest record that the
+    /// The ring is about to be cut: entries of the group up to `flushed` are in tables. Returns the oldest record that the
     /// owner still needs, after it has copied forward what is small and old.
-    fn pin(&self, group: GroupId, flushed: crate::LogIndex) -> mainstay_io::BoxFuture<Result<Option<RecordPos>>>;
+    fn pin(&self, flushed: crate::LogIndex) -> mainstay_io::BoxFuture<Result<Option<RecordPos>>>;
 }

@@ -100,7 +100,7 @@ impl Marks {
 }
 
 impl OwnerPin for Marks {
-    fn pin(&self, _: GroupId, flushed: LogIndex) -> BoxFuture<Result<Option<RecordPos>>> {
+    fn pin(&self, flushed: LogIndex) -> BoxFuture<Result<Option<RecordPos>>> {
         let mut marks = self.lock();
         let needed = flushed.0 < self.issued.load(Ordering::Acquire);
         // The last mark at or before the first entry that is needed; it may name a little more than is.
@@ -143,7 +143,7 @@ impl LocalLog {
         }
         tracing::info!(group = id.0, flushed = group.flushed().0, entries = replayed, "opened: entries applied again");
         marks.issued.store(group.applied().0, Ordering::Release);
-        engine.set_owner_pin(marks.clone());
+        engine.set_owner_pin(id, marks.clone());
         let (to_applier, logged) = mpsc::unbounded_channel();
         let state = State { next: LogIndex(group.applied().0 + 1), to_applier: Some(to_applier) };
         let ending = Arc::new(Ending::default());
@@ -355,7 +355,7 @@ mod tests {
             marks.add(LogIndex(n * 2), pos(n * MARK_BYTES + 4096));
         }
         let pinned = |flushed| {
-            let pin = marks.pin(GroupId(0), LogIndex(flushed));
+            let pin = marks.pin(LogIndex(flushed));
             mainstay_io::block_on(pin).expect("marks answer at once").map(|pos| pos.batch.0 / MARK_BYTES)
         };
         assert_eq!(pinned(0), Some(1));

@@ -136,7 +136,7 @@ impl LogStore {
     pub(crate) fn attach(&self, engine: &Engine) -> mpsc::Receiver<PurgeRequest> {
         let (tx, rx) = mpsc::channel(PURGE_REQUESTS_MAX);
         self.state().purge_requests = Some(tx);
-        engine.set_owner_pin(Arc::new(self.clone()));
+        engine.set_owner_pin(self.inner.group, Arc::new(self.clone()));
         rx
     }
 
@@ -682,12 +682,9 @@ impl<R: Runtime> RaftLogStorage<TypeConfig<R>> for LogStore {
 }
 
 impl OwnerPin for LogStore {
-    fn pin(&self, group: GroupId, flushed: LogIndex) -> BoxFuture<mainstay_engine::Result<Option<RecordPos>>> {
+    fn pin(&self, flushed: LogIndex) -> BoxFuture<mainstay_engine::Result<Option<RecordPos>>> {
         let this = self.clone();
         Box::pin(async move {
-            if group != this.inner.group {
-                return Ok(None);
-            }
             let requests = this.state().purge_requests.clone();
             if let Some(requests) = requests {
                 let (done, wait) = oneshot::channel();

@@ -9,7 +9,7 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
-use mainstay_wal::Lsn;
+use mainstay_wal::{Lsn, RecordPos};
 
 use super::pages::flushed_of;
 use super::{EngineShared, Slot};
@@ -229,11 +229,14 @@ impl EngineShared {
         self.want_pages();
     }
 
-    /// The oldest position that an owner of the log needs, at most `limit`.
+    /// The oldest record of a group that nobody has asked for and that has nothing in tables.
+    fn unknown(&self) -> Option<RecordPos> {
+        self.unknown.lock().unwrap_or_else(PoisonError::into_inner).values().min().copied()
+    }
+
+    /// The oldest position that an owner of a group's log needs, at most `limit`.
     async fn oldest_needed(&self, limit: Lsn) -> Result<Lsn> {
         let start = self.wal().start();
-        let pin = self.pin.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let Some(pin) = pin else { return Ok(start) };
         let mut oldest = limit;
         let slots: Vec<_> = {
             let groups = self.groups();
@@ -241,13 +244,16 @@ impl EngineShared {
                 Slot::Found(found) => Some(found.oldest),
                 Slot::Open(_) => None,
             };
+            oldest = oldest.min(self.unknown().map_or(oldest, |pos| pos.batch));
             groups.iter().map(|(&id, slot)| (id, flushed_of(slot), found(slot))).collect()
         };
         for (id, flushed, found) in slots {
-            let needed = match found {
+            let pin = self.pins.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
+            let needed = match (found, pin) {
                 // Nobody has asked for the group yet: all of it stays.
-                Some(found) => found,
-                None => pin.pin(id, flushed).await?,
+                (Some(found), _) => found,
+                (None, Some(pin)) => pin.pin(flushed).await?,
+                (None, None) => return Ok(start),
             };
             oldest = needed.map_or(oldest, |pos| oldest.min(pos.batch));
         }

@@ -4,6 +4,7 @@
 
 mod crash;
 mod format;
+mod groups;
 mod harness;
 mod heal;
 mod hostile;

@@ -160,11 +160,11 @@ fn an_idle_log_lets_go_of_the_ring() {
         append(store, vec![membership(1, 0, &[1]), normal(1, 1, 100)]).await;
         purge(store, log_id(1, 1)).await;
         append(store, vec![normal(1, 2, 50_000), normal(1, 3, 50_000)]).await;
-        let pinned = store.pin(GROUP, LogIndex(1)).await.expect("open").expect("a log");
+        let pinned = store.pin(LogIndex(1)).await.expect("open").expect("a log");
         assert_eq!(Some(pinned), store_pos(store, 2), "vote and purge stand behind the oldest entry now");
 
         purge(store, log_id(1, 3)).await;
-        let pinned = store.pin(GROUP, LogIndex(3)).await.expect("open").expect("a log");
+        let pinned = store.pin(LogIndex(3)).await.expect("open").expect("a log");
         assert!(pinned.batch.0 > 100_000, "only the copies are left");
         bench.wal.release(pinned.batch);
         let mut bench = bench.crash(1, pinned.batch, 1 << 20).await;
@@ -196,7 +196,7 @@ fn the_state_can_be_named_before_and_after_an_install_whatever_the_crash_left() 
         assert_eq!(bench.store.state_at(LogIndex(90)).expect("anchored"), (Some(log_id(5, 90)), stored.clone()));
         // openraft then purges up to there; copies forward keep the name.
         purge(&mut bench.store, log_id(5, 90)).await;
-        let pinned = bench.store.pin(GROUP, LogIndex(90)).await.expect("open").expect("a log");
+        let pinned = bench.store.pin(LogIndex(90)).await.expect("open").expect("a log");
         let mut bench = bench.crash(4, pinned.batch, 1 << 20).await;
         assert_eq!(bench.store.state_at(LogIndex(90)).expect("anchored"), (Some(log_id(5, 90)), stored));
         append(&mut bench.store, vec![normal(6, 91, 10)]).await;
@@ -229,7 +229,7 @@ fn entries_wait_for_space_in_order_and_votes_go_through() {
         // What a crash finds now is what was acknowledged, in order.
         let upto = durable - 2;
         purge(&mut bench.store, log_id(1, upto)).await;
-        let pinned = bench.store.pin(GROUP, LogIndex(upto)).await.expect("open").expect("a log");
+        let pinned = bench.store.pin(LogIndex(upto)).await.expect("open").expect("a log");
         bench.wal.release(pinned.batch);
         bench.store.resume();
         for wait in waits.drain(..waits.len().min(30)) {
@@ -327,7 +327,7 @@ fn the_ring_is_not_cut_behind_a_purge_that_is_not_durable_yet() {
 
         held.holding.store(true, Ordering::Release);
         let kept = || held.kept.lock().expect("not poisoned").len();
-        let mut pin = store.pin(GROUP, LogIndex(1));
+        let mut pin = store.pin(LogIndex(1));
         assert!(futures_util::poll!(&mut pin).is_pending());
         while kept() < 1 {
             tokio::task::yield_now().await;

@@ -1,0 +1,85 @@
+//! Several groups on one volume: one ring for the entries of all.
+
+use mainstay_io::block_on;
+use mainstay_wal::GroupId;
+
+use super::harness::*;
+use crate::{Command, Engine, GroupSettings, LocalLog, MAIN, OwnerRecord};
+
+const BUSY: GroupId = GROUP;
+const IDLE: GroupId = GroupId(8);
+const VALUE_BYTES: usize = 4 << 10;
+
+fn open(engine: &Engine, group: GroupId, found: &[OwnerRecord]) -> LocalLog {
+    let settings = GroupSettings { memtable_bytes: 256 << 10, ..settings() };
+    block_on(LocalLog::open(engine, group, settings, found.to_vec())).expect("opens")
+}
+
+fn write(log: &LocalLog, key: &str, value: &[u8]) {
+    let applied =
+        block_on(log.propose(Command { time_ms: 1000, body: put(MAIN, key, value) })).expect("the log takes it");
+    applied.response.expect("not refused");
+}
+
+fn read(log: &LocalLog, key: &str) -> Option<bytes::Bytes> {
+    get(&log.group().snapshot(MAIN).expect("main is always there"), key)
+}
+
+/// Its few entries are the oldest of the ring. They are brought into tables, and the ring is cut behind them: what the other group
+/// writes is twice what the ring holds.
+#[test]
+fn an_idle_group_does_not_hold_the_ring() {
+    let media = media();
+    let (engine, found) = engine(&media, engine_settings()).expect("the volume opens");
+    let busy = open(&engine, BUSY, &found);
+    let idle = open(&engine, IDLE, &found);
+    write(&idle, "k", b"of the idle one");
+    // Each takes two blocks of the ring.
+    let count = WAL_BYTES / VALUE_BYTES as u64;
+    for n in 0..count {
+        write(&busy, &format!("k{n}"), &[7; VALUE_BYTES]);
+    }
+    assert_eq!(read(&idle, "k").as_deref(), Some(b"of the idle one".as_slice()));
+    assert_eq!(read(&busy, "k"), None, "the groups have nothing in common but the ring");
+
+    // The power fails, and both are there again.
+    drop((busy, idle, engine));
+    media.crash(7);
+    let (engine, found) = super::harness::engine(&media, engine_settings()).expect("the volume opens");
+    let busy = open(&engine, BUSY, &found);
+    let idle = open(&engine, IDLE, &found);
+    assert_eq!(read(&idle, "k").as_deref(), Some(b"of the idle one".as_slice()));
+    for n in 0..count {
+        assert_eq!(read(&busy, &format!("k{n}")).map(|v| v.len()), Some(VALUE_BYTES), "k{n}");
+    }
+    block_on(busy.close()).expect("closes");
+    block_on(idle.close()).expect("closes");
+    block_on(engine.close()).expect("closes");
+}
+
+/// A group that nobody has opened yet keeps its entries, however much another one writes.
+#[test]
+fn a_group_that_is_not_open_keeps_its_entries() {
+    let media = media();
+    let (engine, found) = engine(&media, engine_settings()).expect("the volume opens");
+    let idle = open(&engine, IDLE, &found);
+    write(&idle, "k", b"of the absent one");
+    drop((idle, engine));
+    media.crash(3);
+
+    let (engine, found) = super::harness::engine(&media, engine_settings()).expect("the volume opens");
+    let busy = open(&engine, BUSY, &found);
+    // More than half of the ring, which asks for a purge.
+    for n in 0..WAL_BYTES / VALUE_BYTES as u64 / 3 {
+        write(&busy, &format!("k{n}"), &[7; VALUE_BYTES]);
+    }
+    block_on(busy.group().shared().idle());
+    drop((busy, engine));
+    media.crash(4);
+
+    let (engine, found) = super::harness::engine(&media, engine_settings()).expect("the volume opens");
+    let idle = open(&engine, IDLE, &found);
+    assert_eq!(read(&idle, "k").as_deref(), Some(b"of the absent one".as_slice()));
+    block_on(idle.close()).expect("closes");
+    block_on(engine.close()).expect("closes");
+}
