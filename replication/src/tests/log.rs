@@ -12,7 +12,7 @@ use openraft::async_runtime::Oneshot;
 use openraft::storage::{IOFlushed, RaftLogReader, RaftLogStorage};
 use openraft_rt::AsyncRuntime;
 
-use super::{Bench, GROUP, RING_BYTES, environment};
+use super::{Bench, RING_BYTES, environment};
 use crate::TokioRuntime;
 use crate::log_store::LogStore;
 use crate::types::{
