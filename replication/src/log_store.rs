@@ -190,6 +190,12 @@ impl LogStore {
         (ids, memberships)
     }
 
+    /// Whether the entry `index` is in the log and not durable yet.
+    pub(crate) fn is_on_its_way(&self, index: u64) -> bool {
+        let state = self.state();
+        (state.index.first()..state.index.next()).contains(&index) && state.index.pos(index).is_none()
+    }
+
     /// Bytes of the ring from the entry behind `index` on.
     pub(crate) fn bytes_behind(&self, index: u64) -> u64 {
         self.state().index.bytes_behind(index)

@@ -49,6 +49,8 @@ fn closed() -> Error {
 const TABLE_READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a member is asked for a snapshot before the next one is.
 const OFFER_ASK_TIMEOUT: Duration = Duration::from_secs(2);
+/// Between two looks whether the log is durable as far as a snapshot goes that is offered.
+const DURABLE_PAUSE: Duration = Duration::from_millis(20);
 /// How long a snapshot stays pinned for a receiver that reads none of its tables: some times what it waits for a part.
 const PIN_IDLE: Duration = Duration::from_secs(60);
 
@@ -339,7 +341,13 @@ impl<R: Runtime> Inner<R> {
                     let job = Arc::new(InstallJob { vote, at, result: Mutex::new(None), done: Notify::new() });
                     *install = Some(job.clone());
                     let (running, job2) = (running.clone(), job.clone());
+                    let this = self.clone();
                     self.spawn(async move {
+                        // openraft answers at once for what it knows to be committed, though it may not be durable here: the
+                        // sender would count on entries that a power cut takes.
+                        while at.is_some_and(|at| this.log.is_on_its_way(at.index)) {
+                            R::sleep(DURABLE_PAUSE).await;
+                        }
                         let data = SnapshotHandle::Remote { manifest: offer.manifest, from: offer.from };
                         let snapshot = RaftSnapshot { meta: offer.meta, snapshot: data };
                         let result = running.raft.install_full_snapshot(vote, snapshot).await;
