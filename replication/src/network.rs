@@ -69,9 +69,6 @@ pub fn keeps_order(method: u8) -> bool {
 /// How long entries may take to be durable at a follower. A follower that vanished is noticed by its heartbeats, which
 /// end the connection.
 pub(crate) const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
-/// An append to a peer that answers nothing else either, for so long, is given up: it would be sent again anyway. A disk that is
-/// slow holds up no heartbeat.
-pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(1);
 /// How long a receiver of a snapshot holds an offer before it says that it still works on it.
 pub(crate) const OFFER_WAIT: Duration = Duration::from_secs(10);
 /// How long a leader waits for that answer.
@@ -150,18 +147,10 @@ impl<R: Runtime> Network<R> {
         timeout: Duration,
         last: Option<LogId>,
     ) -> impl Future<Output = Result<AppendEntriesResponse<TypeConfig<R>>>> + Send + 'static {
-        let mut answer = self.send(method, body, timeout);
+        let answer = self.send(method, body, timeout);
         let (rooms, target) = (self.rooms.clone(), self.target);
         async move {
-            // openraft purges nothing that is under way to a peer, so one that is dead would keep the ring from being cut.
-            let answer = loop {
-                match R::timeout(SILENCE_MAX, &mut answer).await {
-                    Ok(answer) => break answer?,
-                    Err(_) if rooms.was_heard(target, SILENCE_MAX) => {}
-                    Err(_) => return Err(Error::new(ErrorKind::Unavailable, format!("no word from it id={target}"))),
-                }
-            };
-            let (response, room) = decode_result(&answer.body, read_append_answer)?;
+            let (response, room) = decode_result(&answer.await?.body, read_append_answer)?;
             if response.is_success() {
                 rooms.note(target, room, last.map_or(0, |id| id.index));
             }

@@ -19,7 +19,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use mainstay_engine::{Command, CommandBody};
 use mainstay_io::BLOCK_BYTES;
@@ -171,12 +170,6 @@ impl<R: Runtime> PeerRooms<R> {
     pub(crate) fn note(&self, peer: u64, room: u64, last: u64) {
         let said = Said { room, last, at: R::Instant::now() };
         self.0.lock().expect("nothing panics while it holds this lock").insert(peer, said);
-    }
-
-    /// Whether `peer` has said something within the last `within`.
-    pub(crate) fn was_heard(&self, peer: u64, within: Duration) -> bool {
-        let said = self.0.lock().expect("nothing panics while it holds this lock");
-        said.get(&peer).is_some_and(|said| said.at.elapsed() < within)
     }
 }
 

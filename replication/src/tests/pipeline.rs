@@ -11,7 +11,7 @@ use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, StreamAppendError};
 use tokio::sync::{Notify, oneshot};
 
-use crate::network::{APPEND_TIMEOUT, Network, Networks, method, read_append, write_append_answer};
+use crate::network::{Network, Networks, method, read_append, write_append_answer};
 use crate::pipeline::{APPEND_BYTES_MAX, APPENDS_MAX, Matched, NEWS_HOLD};
 use crate::types::{Entry, EntryPayload, LogId, Member, Payload, TypeConfig, Vote, log_id};
 use crate::wire::encode_result;
@@ -397,16 +397,5 @@ fn the_news_of_a_commit_goes_by_itself_when_nothing_carries_it() {
         held.fail(3, ErrorKind::Indeterminate);
         assert!(answers.next().await.expect("told").is_err());
         assert!(answers.next().await.is_none());
-    });
-}
-
-/// What is under way to a peer cannot be purged: one that says nothing at all is given up long before its entries' time is over.
-#[test]
-fn entries_to_a_peer_that_says_nothing_are_given_up() {
-    run(async |held, mut network| {
-        let mut answers = network.stream_append(requests(1..=1), option()).await.expect("a stream");
-        let answer = answers.next().await.expect("the stream goes on").expect_err("nobody has answered");
-        assert!(matches!(answer, RPCError::Unreachable(_)), "{answer}");
-        assert_eq!(held.take(0).timeout, APPEND_TIMEOUT, "a peer that is heard has that long");
     });
 }
