@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mainstay_io::sim::{
-    Faults, IoKind, Latency, Outcome, SimDisk, SimLayout, SimMedia, SimOptions, SimRandom, SimTimeline,
+    Faults, IoKind, Latency, Mishap, Outcome, SimDisk, SimLayout, SimMedia, SimOptions, SimRandom, SimTimeline,
 };
 use mainstay_io::{
     AlignedBuf, AlignedBytes, BlockDevice, BoxFuture, ErrorKind, IoClass, Op, Spawner, TaskHandle, WriteMode,
@@ -267,6 +267,38 @@ fn a_volume_is_wiped_and_restored_from_a_copy() {
         assert!(media.is_blank().expect("readable"));
         media.create_zones(1 << 20).wait().expect("made anew");
     }
+}
+
+#[test]
+fn a_planned_mishap_comes_to_the_next_write_of_its_range_and_to_no_other() {
+    let planned = |mishap| {
+        let disk = SimDisk::new("disk", SimOptions { seed: 7, ..SimOptions::default() });
+        let device = disk.device();
+        for index in 0..8 {
+            write(&*device, index, 1, WriteMode::Durable).wait().expect("written");
+        }
+        disk.plan(mishap, 4 * 4096..6 * 4096);
+        write(&*device, 1, 2, WriteMode::Durable).wait().expect("written");
+        assert!(disk.is_planned(), "that one begins elsewhere");
+        write(&*device, 5, 2, WriteMode::Durable).wait().expect("acknowledged");
+        assert!(!disk.is_planned());
+        write(&*device, 4, 2, WriteMode::Durable).wait().expect("written");
+        let outcomes: Vec<_> = disk.trace().into_iter().skip(8).map(|e| e.outcome).collect();
+        assert_eq!((outcomes[0], outcomes[2]), (Outcome::Done, Outcome::Done));
+        (outcomes[1], disk.image())
+    };
+    let (outcome, image) = planned(Mishap::Lost);
+    assert_eq!((outcome, image.read(5 * 4096, 4096)), (Outcome::Phantom, vec![1; 4096]));
+
+    let (outcome, image) = planned(Mishap::Torn);
+    let sectors: Vec<u8> = image.read(5 * 4096, 4096).chunks(512).map(|sector| sector[0]).collect();
+    assert_eq!(outcome, Outcome::Torn);
+    assert!(sectors.contains(&1) && sectors.contains(&2), "{sectors:?}");
+
+    let (outcome, image) = planned(Mishap::Misdirected);
+    let Outcome::Misdirected(to) = outcome else { panic!("{outcome:?}") };
+    assert_eq!(image.read(to, 4096), vec![2; 4096]);
+    assert!(to == 5 * 4096 || image.read(5 * 4096, 4096) == vec![1; 4096]);
 }
 
 #[test]

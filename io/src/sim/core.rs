@@ -1,13 +1,14 @@
 //! The state of a simulated disk under its lock, and what each operation does to it.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::device::Door;
 use super::env::{SimRandom, decide, mix};
-use super::image::{Block, DiskImage, Unsettled};
+use super::image::{Block, DiskImage, Unsettled, torn};
 use super::medium::Medium;
-use super::{Faults, IoEvent, IoKind, Outcome};
+use super::{Faults, IoEvent, IoKind, Mishap, Outcome};
 use crate::{AlignedBuf, BLOCK_BYTES, Completer, Error, ErrorKind, Result};
 
 /// Events of a disk that [`super::SimDisk::trace`] keeps: the latest.
@@ -22,6 +23,8 @@ pub(super) struct Core {
     pub(super) flights: BTreeMap<u64, Flight>,
     pub(super) next_flight: u64,
     pub(super) fail_next: Vec<IoKind>,
+    /// What becomes of the next write that begins in the range.
+    pub(super) mishap: Option<(Mishap, Range<u64>)>,
     /// The file system was remounted read-only.
     pub(super) read_only: bool,
     pub(super) trace: VecDeque<IoEvent>,
@@ -100,6 +103,7 @@ impl Core {
             Outcome::Phantom => (3, 0),
             Outcome::Rotten(at) => (4, at),
             Outcome::Short => (5, 0),
+            Outcome::Torn => (6, 0),
         };
         self.hash = mix(self.hash ^ decide(event.kind as u64, &[event.offset, event.length, tag, detail]));
         if self.trace.len() == TRACE_EVENTS_MAX {
@@ -135,28 +139,44 @@ impl Core {
             self.medium.write(&landed);
             return (Outcome::Failed(ErrorKind::Media), Err(broken("write", what.offset, what.length)));
         }
-        if random.chance(self.faults.phantom_write) {
-            return (Outcome::Phantom, Ok(()));
-        }
-        if random.chance(self.faults.misdirected_write) {
-            // Somewhere among the data that is already there, where it does harm.
-            let last = self.medium.written(0, self.medium.capacity()).next_back().unwrap_or(0);
-            let room = self.medium.capacity().saturating_sub(what.length);
-            let first = random.below(last / BLOCK_BYTES as u64 + 1).min(room / BLOCK_BYTES as u64);
-            let moved: Vec<_> = (first..).zip(content).map(|(index, (_, block))| (index, block.clone())).collect();
-            if durable {
-                self.medium.write_durable(&moved)
+        let planned = self.mishap.take_if(|(_, range)| range.contains(&what.offset)).map(|(mishap, _)| mishap);
+        let drawn = || {
+            if random.chance(self.faults.phantom_write) {
+                Some(Mishap::Lost)
             } else {
-                self.medium.write(&moved)
+                random.chance(self.faults.misdirected_write).then_some(Mishap::Misdirected)
             }
-            return (Outcome::Misdirected(first * BLOCK_BYTES as u64), Ok(()));
-        }
+        };
+        let outcome = match planned.or_else(drawn) {
+            Some(Mishap::Lost) => Outcome::Phantom,
+            Some(Mishap::Misdirected) => {
+                // Somewhere among the data that is already there, where it does harm.
+                let last = self.medium.written(0, self.medium.capacity()).next_back().unwrap_or(0);
+                let room = self.medium.capacity().saturating_sub(what.length);
+                let first = random.below(last / BLOCK_BYTES as u64 + 1).min(room / BLOCK_BYTES as u64);
+                let moved: Vec<_> = (first..).zip(content).map(|(index, (_, block))| (index, block.clone())).collect();
+                self.land(durable, &moved);
+                Outcome::Misdirected(first * BLOCK_BYTES as u64)
+            }
+            Some(Mishap::Torn) => {
+                let part = torn(content, |index| self.medium.block(index), random.number());
+                self.land(durable, &part);
+                Outcome::Torn
+            }
+            None => {
+                self.land(durable, content);
+                Outcome::Done
+            }
+        };
+        (outcome, Ok(()))
+    }
+
+    fn land(&mut self, durable: bool, content: &[(u64, Block)]) {
         if durable {
-            self.medium.write_durable(content)
+            self.medium.write_durable(content);
         } else {
-            self.medium.write(content)
+            self.medium.write(content);
         }
-        (Outcome::Done, Ok(()))
     }
 
     fn execute_read(&mut self, what: What, buf: &mut AlignedBuf, random: &SimRandom) -> (Outcome, Result<()>) {

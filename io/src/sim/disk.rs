@@ -7,6 +7,7 @@
 //! Lock order: disk, then handle. No waker runs under a lock.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use super::device::{Door, SimDevice};
 use super::env::{SimRandom, SimScheduler, decide};
 use super::image::{CrashImages, DiskImage, Unsettled, after_crash};
 use super::medium::{Medium, blocks};
-use super::{Faults, IoEvent, IoKind, Latency, Outcome, SimOptions};
+use super::{Faults, IoEvent, IoKind, Latency, Mishap, Outcome, SimOptions};
 use crate::gate::closed;
 use crate::transfer::IO_BYTES_MAX;
 use crate::{BLOCK_BYTES, Backend, Completer, Geometry, Op, Result, Spawner};
@@ -72,6 +73,7 @@ impl SimDisk {
             flights: BTreeMap::new(),
             next_flight: 0,
             fail_next: Vec::new(),
+            mishap: None,
             read_only: false,
             trace: VecDeque::new(),
             events: 0,
@@ -145,6 +147,11 @@ impl SimDisk {
         self.0.lock().medium.image()
     }
 
+    /// The content with every completed write in it; blocks that cannot be read are zeroes.
+    pub fn image_as_read(&self) -> DiskImage {
+        self.0.lock().medium.image_as_read()
+    }
+
     /// Puts `image` in the place of the content, as if the disk had been exchanged while the node was down.
     pub fn restart(&self, image: DiskImage) {
         let flights = self.0.lock().restart(image);
@@ -162,6 +169,7 @@ impl SimDisk {
         let mut core = self.0.lock();
         core.faults = Faults::default();
         core.fail_next.clear();
+        core.mishap = None;
         core.read_only = false;
         core.medium.set_space(None);
         core.medium.heal();
@@ -186,6 +194,17 @@ impl SimDisk {
     /// Lets the next operation of `kind` answer `Media`.
     pub fn fail_next(&self, kind: IoKind) {
         self.0.lock().fail_next.push(kind);
+    }
+
+    /// Lets the next write that begins in `range` meet `mishap`, in place of what was planned before. Its record in
+    /// [`SimDisk::trace`] tells when it has come.
+    pub fn plan(&self, mishap: Mishap, range: Range<u64>) {
+        self.0.lock().mishap = Some((mishap, range));
+    }
+
+    /// True while a planned mishap has not come.
+    pub fn is_planned(&self) -> bool {
+        self.0.lock().mishap.is_some()
     }
 
     /// Flips one bit of the byte at `offset`, for good.

@@ -76,6 +76,17 @@ pub struct Faults {
     pub short_io: u32,
 }
 
+/// What becomes of one write that is acknowledged as if it had been done: see [`SimDisk::plan`](super::SimDisk::plan).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mishap {
+    /// It never happens.
+    Lost,
+    /// It lands at another offset, over data of somebody else.
+    Misdirected,
+    /// Some of its 512-byte sectors land, and at least one does not.
+    Torn,
+}
+
 /// The kind of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IoKind {
@@ -104,6 +115,8 @@ pub enum Outcome {
     Misdirected(u64),
     /// Acknowledged, but never written or flushed.
     Phantom,
+    /// Acknowledged, but written in part.
+    Torn,
     /// Read after a bit had flipped at this offset.
     Rotten(u64),
     /// Moved in two parts; this is the first.

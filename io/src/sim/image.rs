@@ -94,6 +94,22 @@ pub(crate) struct Unsettled {
     pub(crate) blocks: Vec<(u64, Block)>,
 }
 
+/// What lands of a write of which `seed` lets some sectors go astray, at least one: the others keep what `before` tells.
+pub(crate) fn torn(content: &[(u64, Block)], before: impl Fn(u64) -> Block, seed: u64) -> Vec<(u64, Block)> {
+    const SECTORS: usize = BLOCK_BYTES / SECTOR_BYTES;
+    let missed = decide(seed, &[0]) % (content.len() * SECTORS).max(1) as u64;
+    let lands = |place: usize| place as u64 != missed && decide(seed, &[place as u64, 1]).is_multiple_of(2);
+    let blocks = content.iter().enumerate().map(|(position, (index, block))| {
+        let mut mixed = before(*index);
+        for sector in (0..SECTORS).filter(|sector| lands(position * SECTORS + sector)) {
+            let range = sector * SECTOR_BYTES..(sector + 1) * SECTOR_BYTES;
+            Arc::make_mut(&mut mixed)[range.clone()].copy_from_slice(&block[range]);
+        }
+        (*index, mixed)
+    });
+    blocks.collect()
+}
+
 /// What `seed` lets a loss of power leave of `durable` and of the writes on top of it.
 pub(crate) fn after_crash(durable: &DiskImage, writes: &[Unsettled], seed: u64) -> DiskImage {
     let mut image = durable.clone();

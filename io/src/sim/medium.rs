@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::image::{Block, DiskImage, Unsettled, flip};
+use super::image::{Block, DiskImage, Unsettled, flip, zero_block};
 use super::ranges::Ranges;
 use crate::{AlignedBuf, AlignedBytes, BLOCK_BYTES};
 
@@ -125,6 +125,11 @@ impl Medium {
         true
     }
 
+    /// A block as a read sees it.
+    pub(crate) fn block(&self, index: u64) -> Block {
+        self.current.get(&index).cloned().unwrap_or_else(zero_block)
+    }
+
     /// Gives the range back. It reads as zeroes, or `stale` as before, and keeps that through a crash.
     pub(crate) fn discard(&mut self, offset: u64, length: u64, stale: bool) {
         let range = blocks(offset, length);
@@ -188,6 +193,13 @@ impl Medium {
         }
         let writes = writes.into_iter().map(|(sequence, blocks)| Unsettled { sequence, blocks }).collect();
         (self.durable.clone(), writes)
+    }
+
+    /// The content with every completed write in it, without the blocks that cannot be read.
+    pub(crate) fn image_as_read(&self) -> DiskImage {
+        let mut image = self.image();
+        image.blocks.retain(|index, _| self.unreadable.covered(*index..index + 1) == 0);
+        image
     }
 
     /// The content with every completed write in it.

@@ -44,7 +44,7 @@ mod timeline;
 pub use device::SimDevice;
 pub use disk::SimDisk;
 pub use env::{SimClock, SimRandom, SimScheduler};
-pub use faults::{Faults, IoEvent, IoKind, Latency, Outcome, SimOptions};
+pub use faults::{Faults, IoEvent, IoKind, Latency, Mishap, Outcome, SimOptions};
 pub use image::{CrashImages, DiskImage};
 pub use media::{SimLayout, SimMedia};
 pub use timeline::SimTimeline;
