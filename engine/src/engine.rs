@@ -18,10 +18,11 @@ pub(crate) use self::pages::{PAGES_VERSION, decode_pages};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use bytes::Bytes;
 use mainstay_io::{Backend, Environment, Media, Spawner, TaskHandle};
-use mainstay_wal::{GroupId, RecordKind, RecordPos, Wal, WalOptions};
+use mainstay_wal::{GroupId, Lsn, RecordKind, RecordPos, Wal, WalOptions};
 use tokio::sync::Notify;
 
 use crate::cache::BlockCache;
@@ -49,6 +50,8 @@ pub struct EngineSettings {
     pub wal_in_flight_max: usize,
     /// Bytes a second that the scrubber reads at most; 0 for no scrubber. See [`SCRUB_BYTES_PER_SECOND`].
     pub scrub_bytes_per_second: u64,
+    /// Pause between two passes of the scrubber. See [`SCRUB_PAUSE`].
+    pub scrub_pause: Duration,
     /// The owner of the log can get damaged records from elsewhere: they are delivered as [`RecordKind::HOLE`]. Without it
     /// the volume does not open then.
     pub log_holes: bool,
@@ -57,6 +60,9 @@ pub struct EngineSettings {
 /// What the scrubber reads a second unless it is told otherwise: 10 GiB in an hour and a half, and less than a hundredth of
 /// what an ordinary disk reads.
 pub const SCRUB_BYTES_PER_SECOND: u64 = 2 << 20;
+
+/// Pause between two passes of the scrubber unless it is told otherwise: a small store is not read over and over.
+pub const SCRUB_PAUSE: Duration = Duration::from_secs(10);
 
 /// Whom this volume answers as; all zero until `init` or `join`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -161,6 +167,8 @@ pub(crate) struct EngineShared {
     purged_at: AtomicU64,
     /// The last purge failed: nobody waits for the next one.
     purge_failed: AtomicBool,
+    /// Bytes of the log are damaged there, and it has not been cut behind them yet.
+    log_damage: Mutex<Option<Lsn>>,
     full: AtomicBool,
     retry: AtomicBool,
     closing: AtomicBool,
@@ -266,6 +274,7 @@ impl Engine {
             pages_wanted: AtomicBool::new(false),
             offer_again: Mutex::default(),
             purge_failed: AtomicBool::new(false),
+            log_damage: Mutex::default(),
             full: AtomicBool::new(false),
             retry: AtomicBool::new(false),
             closing: AtomicBool::new(false),
@@ -283,7 +292,7 @@ impl Engine {
         }
         tasks.push(spawner.spawn("mainstay-mend", Box::pin(shared.clone().mend())));
         if settings.scrub_bytes_per_second > 0 {
-            let scrub = shared.clone().scrub(settings.scrub_bytes_per_second);
+            let scrub = shared.clone().scrub(settings.scrub_bytes_per_second, settings.scrub_pause);
             tasks.push(spawner.spawn("mainstay-scrub", Box::pin(scrub)));
         }
         *shared.tasks.lock().unwrap_or_else(PoisonError::into_inner) = tasks;
@@ -428,6 +437,11 @@ impl Engine {
     /// at it while they are appended.
     pub fn check_log(&self) {
         self.shared.check_log();
+    }
+
+    /// True while bytes of the log are damaged and it waits to be cut behind them: an owner keeps nothing there that tables hold.
+    pub fn log_is_damaged(&self) -> bool {
+        self.shared.log_damage.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     /// For an owner whose records find no space in the log: asks for the log to be cut if more than half of it is used. It

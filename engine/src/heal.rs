@@ -56,6 +56,10 @@ pub struct HealStatus {
     pub superblocks_healed: u64,
     /// Times that damaged manifest pages were written again.
     pub pages_healed: u64,
+    /// Places of the log that the scrubber found damaged.
+    pub log_found: u64,
+    /// Those of them behind which the log was cut: nothing needs them any more.
+    pub log_cut: u64,
     /// Bytes that the scrubber has read.
     pub scrub_bytes: u64,
     /// Whole passes of the scrubber.
@@ -73,6 +77,8 @@ pub(crate) struct HealCounts {
     pub(crate) tables_fetched: AtomicU64,
     pub(crate) superblocks_healed: AtomicU64,
     pub(crate) pages_healed: AtomicU64,
+    pub(crate) log_found: AtomicU64,
+    pub(crate) log_cut: AtomicU64,
     pub(crate) scrub_bytes: AtomicU64,
     pub(crate) scrub_passes: AtomicU64,
     pub(crate) scrub_last_ms: AtomicU64,
@@ -91,6 +97,8 @@ impl HealCounts {
             tables_fetched: get(&self.tables_fetched),
             superblocks_healed: get(&self.superblocks_healed),
             pages_healed: get(&self.pages_healed),
+            log_found: get(&self.log_found),
+            log_cut: get(&self.log_cut),
             scrub_bytes: get(&self.scrub_bytes),
             scrub_passes: get(&self.scrub_passes),
             scrub_last_ms: get(&self.scrub_last_ms),

@@ -35,8 +35,9 @@ pub use command::{
     Command, CommandBody, EncodedBatch, InstallTable, KEY_BYTES_MAX, VALUE_BYTES_MAX, WriteBatch, WriteOp,
     decode_refusals,
 };
-pub use engine::{Engine, EngineSettings, EngineStatus, Identity, OwnerPin, OwnerRecord, SCRUB_BYTES_PER_SECOND};
+pub use engine::{Engine, EngineSettings, EngineStatus, Identity, OwnerPin, OwnerRecord};
 pub use engine::{GroupInfo, Offline, SuperblockInfo, TableInfo, VerifyReport, VersionSetInfo};
+pub use engine::{SCRUB_BYTES_PER_SECOND, SCRUB_PAUSE};
 pub use error::{Error, ErrorKind, Result};
 pub use group::{Applied, Export, Group, GroupSettings, GroupStatus, TableSource};
 pub use heal::{HealStatus, TablePeers};

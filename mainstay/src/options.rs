@@ -189,6 +189,7 @@ impl StoreBuilder {
             background_tasks: self.background_tasks,
             wal_in_flight_max: self.wal_in_flight_max,
             scrub_bytes_per_second: self.scrub_bytes_per_second,
+            scrub_pause: mainstay_engine::SCRUB_PAUSE,
             log_holes,
         };
         let mut found = Vec::new();

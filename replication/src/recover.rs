@@ -239,6 +239,7 @@ pub async fn recover(
         background_tasks: 1,
         wal_in_flight_max: 1,
         scrub_bytes_per_second: 0,
+        scrub_pause: mainstay_engine::SCRUB_PAUSE,
         log_holes: false,
     };
     let mut found = Vec::new();

@@ -147,7 +147,8 @@ impl<R: Runtime> Inner<R> {
             return;
         }
         let ring = self.engine.wal().stats().ring_bytes;
-        let tail = self.options.entry_cache_bytes.min(ring / 4);
+        // What lies behind damage cannot be cut while anything before it is kept.
+        let tail = if self.engine.log_is_damaged() { 0 } else { self.options.entry_cache_bytes.min(ring / 4) };
         let Some(upto) = self.log.purge_target(flushed, tail) else { return };
         if running.raft.trigger().purge_log(upto).await.is_err() {
             return;

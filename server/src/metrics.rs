@@ -253,6 +253,8 @@ const ROWS: &[Row] = &[
     ("heal_pages_healed", "Times that damaged manifest pages were written again", Kind::Counter, |s| {
         s.engine.heal.pages_healed
     }),
+    ("heal_log_found", "Places of the log that the scrubber found damaged", Kind::Counter, |s| s.engine.heal.log_found),
+    ("heal_log_cut", "Damaged places of the log behind which it was cut", Kind::Counter, |s| s.engine.heal.log_cut),
     ("heal_entries_lost", "Entries of the log found missing or damaged", Kind::Counter, |s| s.engine.heal.entries_lost),
     ("heal_entries_healed", "Entries of the log fetched from other members and written again", Kind::Counter, |s| {
         s.engine.heal.entries_healed

@@ -187,6 +187,10 @@ pub struct HealSection {
     pub entries_lost: u64,
     /// Entries of the log that were fetched from other members and written again.
     pub entries_healed: u64,
+    /// Places of the log that the scrubber found damaged.
+    pub log_found: u64,
+    /// Those of them behind which the log was cut: nothing needs them any more.
+    pub log_cut: u64,
     /// Bytes that the scrubber has read.
     pub scrub_bytes: u64,
     /// Whole passes of the scrubber.
@@ -333,6 +337,8 @@ impl Status {
                     pages_healed: engine.heal.pages_healed,
                     entries_lost: node.log_heal.entries_lost,
                     entries_healed: node.log_heal.entries_healed,
+                    log_found: engine.heal.log_found,
+                    log_cut: engine.heal.log_cut,
                     scrub_bytes: engine.heal.scrub_bytes,
                     scrub_passes: engine.heal.scrub_passes,
                     scrub_last_ms: engine.heal.scrub_last_ms,
@@ -461,6 +467,7 @@ fn engine_verdict(engine: &EngineStatus, node: &NodeStatus) -> Verdict {
     let found = heal.tables_found
         + heal.superblocks_healed
         + heal.pages_healed
+        + heal.log_found
         + group.divergences
         + node.log_heal.entries_lost;
     let line = match found {

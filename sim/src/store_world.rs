@@ -167,6 +167,7 @@ impl World<'_> {
             background_tasks: 1,
             wal_in_flight_max: settings.wal_in_flight_max,
             scrub_bytes_per_second: 64 << 20,
+            scrub_pause: mainstay_engine::SCRUB_PAUSE,
             log_holes: false,
         };
         let wal_bytes = settings.wal_bytes;

@@ -7,6 +7,7 @@
 
 mod batch;
 mod cases;
+mod check;
 mod error;
 mod inspect;
 mod record;
@@ -24,6 +25,7 @@ pub mod hooks;
 mod tests;
 
 pub use batch::{RECORD_BYTES_MAX, WAL_FORMAT_VERSION};
+pub use check::Checked;
 pub use error::{Error, ErrorKind, Result};
 pub use inspect::{BatchInfo, RecordInfo, inspect};
 pub use record::{GroupId, Lsn, RecordKind, RecordPos};

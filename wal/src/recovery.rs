@@ -56,17 +56,22 @@ pub(crate) struct Ending {
 }
 
 /// Reads positions of a zone with read-ahead.
-struct Reader {
+pub(crate) struct Reader {
     zone: Zone,
     ring: Ring,
     /// No position at or behind this one can hold a batch.
     limit: Lsn,
+    class: IoClass,
     chunk: Option<(Lsn, AlignedBytes)>,
 }
 
 impl Reader {
+    pub(crate) fn new(zone: Zone, ring: Ring, limit: Lsn, class: IoClass) -> Self {
+        Self { zone, ring, limit, class, chunk: None }
+    }
+
     /// `length` bytes at `lsn`; None when they would pass the lap's end or the limit.
-    async fn read(&mut self, lsn: Lsn, length: u64) -> Result<Option<AlignedBytes>> {
+    pub(crate) async fn read(&mut self, lsn: Lsn, length: u64) -> Result<Option<AlignedBytes>> {
         let rest = self.ring.lap_rest(lsn).min(self.limit.0.saturating_sub(lsn.0));
         if length > rest {
             return Ok(None);
@@ -76,7 +81,7 @@ impl Reader {
         }
         let bytes = length.max(CHUNK_BYTES.min(rest));
         let buf = AlignedBuf::zeroed(usize::try_from(bytes).unwrap_or(usize::MAX));
-        let chunk = match self.zone.read(self.ring.place(lsn), buf, IoClass::Foreground).await {
+        let chunk = match self.zone.read(self.ring.place(lsn), buf, self.class).await {
             Err(error) if error.kind() == mainstay_io::ErrorKind::Media => self.read_blocks(lsn, bytes).await?,
             read => read?.freeze(),
         };
@@ -89,7 +94,7 @@ impl Reader {
         let mut whole = AlignedBuf::zeroed(usize::try_from(bytes).unwrap_or(usize::MAX));
         let mut lsn = lsn;
         for part in whole.chunks_mut(BLOCK_BYTES) {
-            match self.zone.read(self.ring.place(lsn), AlignedBuf::zeroed(BLOCK_BYTES), IoClass::Foreground).await {
+            match self.zone.read(self.ring.place(lsn), AlignedBuf::zeroed(BLOCK_BYTES), self.class).await {
                 Ok(block) => part.copy_from_slice(block.get(..part.len()).unwrap_or_default()),
                 Err(error) if error.kind() == mainstay_io::ErrorKind::Media => {
                     tracing::warn!(lsn = lsn.0, %error, "a block of the log cannot be read");
@@ -108,7 +113,7 @@ impl Reader {
         (end <= chunk.len()).then(|| chunk.slice(begin..end))
     }
 
-    async fn header(&mut self, lsn: Lsn) -> Result<Option<Header>> {
+    pub(crate) async fn header(&mut self, lsn: Lsn) -> Result<Option<Header>> {
         Ok(self.read(lsn, BLOCK).await?.and_then(|block| Header::decode(&block)))
     }
 }
@@ -130,7 +135,7 @@ pub(crate) async fn walk(
         ));
     }
     let limit = Lsn(expect.start.0.saturating_add(ring.bytes()));
-    let mut reader = Reader { zone: zone.clone(), ring, limit, chunk: None };
+    let mut reader = Reader::new(zone.clone(), ring, limit, IoClass::Foreground);
     let mut tail = Tail { end: expect.start, chain: None, epoch: 0 };
     let mut batches = 0_u64;
     loop {

@@ -117,8 +117,9 @@ pub struct WalStats {
 /// then the writer task ends and lets go of the zone.
 #[derive(Clone)]
 pub struct Wal {
-    shared: Arc<Shared>,
-    zone: Zone,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) zone: Zone,
+    pub(crate) volume: [u8; 16],
     clock: Arc<dyn Clock>,
     _closer: Arc<Closer>,
 }
@@ -212,7 +213,7 @@ impl Wal {
         let writer = Writer::new(shared.clone(), environment.clock.clone(), zone.clone(), settings);
         zone.device().run_resident("mainstay-wal", Box::pin(writer));
         let clock = environment.clock;
-        Ok((Wal { _closer: Arc::new(Closer(shared.clone())), shared, zone, clock }, recovery))
+        Ok((Wal { _closer: Arc::new(Closer(shared.clone())), shared, zone, volume: options.volume, clock }, recovery))
     }
 
     /// Queues a record; order of calls is order in the log. Never blocks; `on_durable` tells the outcome.

@@ -3,18 +3,19 @@
 //! # Place
 //! beside `upkeep`; the steps for one group are in `group::mend`
 //! # Invariants
-//! 1. The scrubber reads at most its rate, and every table of every branch, clone and checkpoint, both copies of the
+//! 1. The scrubber reads at most its rate, and the log, every table of every branch, clone and checkpoint, both copies of the
 //!    manifest pages and the four of the superblock in each pass.
 //! 2. A group is mended by one task, one thing after the other; pauses after failures grow.
 
 use std::future::Future;
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 
 use mainstay_io::IoClass;
+use mainstay_wal::Lsn;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::{EngineShared, pages};
@@ -22,8 +23,10 @@ use crate::group::{CHECK_READ_BYTES, GroupShared, digest_of};
 use crate::stored::StoredTable;
 use crate::{ErrorKind, Result};
 
-/// Pause between two passes of the scrubber: a small store is not read over and over.
-const SCRUB_PAUSE: Duration = Duration::from_secs(10);
+/// Between two looks whether the log was cut behind damage.
+const CUT_PAUSE: Duration = Duration::from_millis(100);
+/// Looks before the scrubber goes on with the next pass.
+const CUT_LOOKS_MAX: u32 = 100;
 /// The shortest sleep between two attempts to mend.
 const MEND_PAUSE_MIN: Duration = Duration::from_millis(10);
 
@@ -70,9 +73,9 @@ impl EngineShared {
     }
 
     /// Reads everything again and again until the engine is closed.
-    pub(super) async fn scrub(self: Arc<Self>, bytes_per_second: u64) {
+    pub(super) async fn scrub(self: Arc<Self>, bytes_per_second: u64, pause: Duration) {
         let clock = self.environment.clock.clone();
-        while self.until_closing(clock.sleep(SCRUB_PAUSE)).await.is_some() {
+        while self.until_closing(clock.sleep(pause)).await.is_some() {
             match self.until_closing(self.scrub_pass(bytes_per_second)).await {
                 None => return,
                 Some(Ok(())) => {
@@ -92,6 +95,7 @@ impl EngineShared {
             self.heal.superblocks_healed.fetch_add(copies, Ordering::Relaxed);
         }
         self.scrub_pages().await?;
+        self.scrub_log(bytes_per_second).await?;
         for group in self.open_groups() {
             for stored in group.stored_tables() {
                 self.scrub_table(&group, &stored, bytes_per_second).await?;
@@ -117,6 +121,51 @@ impl EngineShared {
         Ok(())
     }
 
+    async fn scrub_log(&self, bytes_per_second: u64) -> Result<()> {
+        let end = self.wal().durable();
+        let mut at = self.wal().start();
+        while at < end {
+            let checked = self.wal().check(at, CHECK_READ_BYTES).await?;
+            let bytes = checked.next.0.saturating_sub(at.0);
+            self.heal.scrub_bytes.fetch_add(bytes, Ordering::Relaxed);
+            if let Some(damaged) = checked.damaged {
+                self.cut_behind(damaged).await;
+                return Ok(());
+            }
+            at = checked.next;
+            self.pause_for(bytes, bytes_per_second).await;
+        }
+        Ok(())
+    }
+
+    /// Has the log cut behind damage. What lies there is in memory still, or in tables, so nothing has to be fetched: it is flushed, and
+    /// what is small and old is written again, as for every cut. When that takes too long the next pass finds the damage again.
+    async fn cut_behind(&self, damaged: Lsn) {
+        let known = self.log_damage.lock().unwrap_or_else(PoisonError::into_inner).replace(damaged);
+        if known != Some(damaged) {
+            tracing::error!(lsn = damaged.0, "the log is damaged: it is cut behind that");
+            self.heal.log_found.fetch_add(1, Ordering::Relaxed);
+        }
+        for _ in 0..CUT_LOOKS_MAX {
+            if self.wal().start() > damaged {
+                *self.log_damage.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                tracing::info!(lsn = damaged.0, "the log was cut behind damage");
+                self.heal.log_cut.fetch_add(1, Ordering::Relaxed);
+                return;
+            }
+            self.open_groups().iter().filter(|group| group.is_settled()).for_each(|group| group.want_rotation());
+            self.want_pages();
+            self.environment.clock.sleep(CUT_PAUSE).await;
+        }
+        tracing::warn!(lsn = damaged.0, "the log could not be cut behind damage yet");
+    }
+
+    /// Keeps the rate.
+    async fn pause_for(&self, bytes: u64, bytes_per_second: u64) {
+        let nanos = bytes.saturating_mul(1_000_000_000) / bytes_per_second;
+        self.environment.clock.sleep(Duration::from_nanos(nanos)).await;
+    }
+
     async fn scrub_table(&self, group: &GroupShared, stored: &StoredTable, bytes_per_second: u64) -> Result<()> {
         let meta = &stored.meta;
         let mut digest = Xxh3::new();
@@ -131,10 +180,7 @@ impl EngineShared {
             }
             offset += part;
             self.heal.scrub_bytes.fetch_add(part, Ordering::Relaxed);
-            self.environment
-                .clock
-                .sleep(Duration::from_nanos(part.saturating_mul(1_000_000_000) / bytes_per_second))
-                .await;
+            self.pause_for(part, bytes_per_second).await;
         }
         if whole && digest.digest128() == meta.digest {
             group.heal.forget(meta.id);

@@ -35,6 +35,7 @@ pub(super) fn engine_settings() -> EngineSettings {
         background_tasks: 2,
         wal_in_flight_max: 3,
         scrub_bytes_per_second: 0,
+        scrub_pause: crate::SCRUB_PAUSE,
         log_holes: false,
     }
 }

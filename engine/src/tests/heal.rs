@@ -278,6 +278,44 @@ fn the_scrubber_finds_damage_that_nobody_reads() {
     drop(engine);
 }
 
+/// A store alone has nobody to ask, but what rots in its log is in memory still.
+#[test]
+fn the_log_is_cut_behind_rot_that_the_scrubber_finds_in_it() {
+    let media = media();
+    let (engine, clock, found) = scrubbed(&media, 64 << 20);
+    let log = block_on(crate::LocalLog::open(&engine, GROUP, settings(), found)).expect("opens");
+    let write = |n: usize| {
+        let body = put(MAIN, &format!("k{n:03}"), &[7; 100]);
+        block_on(log.propose(Command { time_ms: 1, body })).expect("written").response.expect("taken");
+    };
+    (0..40).for_each(write);
+    let damaged = engine.wal().start().0 + 3 * 4096;
+    media.wal_disk().flip_bit(damaged + 150, 1);
+    (40..60).for_each(write);
+    until(|| {
+        clock.advance(Duration::from_millis(50));
+        heal_of(&engine).log_cut == 1
+    });
+    let heal = heal_of(&engine);
+    assert_eq!((heal.log_found, engine.log_is_damaged()), (1, false));
+    assert!(engine.wal().start().0 > damaged);
+    // The next pass finds nothing, and neither does a restart, which would not start with that damage.
+    let passes = heal.scrub_passes;
+    until(|| {
+        clock.advance(Duration::from_millis(50));
+        heal_of(&engine).scrub_passes >= passes + 2
+    });
+    assert_eq!(heal_of(&engine).log_found, 1);
+    block_on(log.close()).expect("closes");
+    drop((log, engine));
+    media.kill(5);
+    let store = Store::open(&media);
+    for n in 0..60 {
+        assert_eq!(store.get(&format!("k{n:03}")).as_deref(), Some([7; 100].as_slice()), "k{n:03}");
+    }
+    store.close();
+}
+
 #[test]
 fn one_damaged_copy_of_the_manifest_pages_is_written_again_at_open() {
     for copy in 0..2 {

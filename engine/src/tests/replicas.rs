@@ -27,6 +27,7 @@ impl Replica {
             background_tasks,
             wal_in_flight_max: 3,
             scrub_bytes_per_second: 0,
+            scrub_pause: crate::SCRUB_PAUSE,
             log_holes: false,
         };
         let (engine, _) = engine(&media, settings).expect("opens");

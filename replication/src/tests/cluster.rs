@@ -135,6 +135,7 @@ impl Cluster {
             background_tasks: 1,
             wal_in_flight_max: 3,
             scrub_bytes_per_second: 0,
+            scrub_pause: mainstay_engine::SCRUB_PAUSE,
             log_holes: true,
         };
         let environment = match &self.clock {

@@ -366,6 +366,7 @@ impl Cluster {
             background_tasks: 1,
             wal_in_flight_max: self.settings.wal_in_flight_max,
             scrub_bytes_per_second: 64 << 20,
+            scrub_pause: mainstay_engine::SCRUB_PAUSE,
             log_holes: true,
         };
         let mut deliver = |record| {

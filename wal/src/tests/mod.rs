@@ -1,5 +1,6 @@
 //! Tests of the log on a device in memory.
 
+mod check;
 mod device;
 mod faults;
 mod format;
