@@ -93,6 +93,8 @@ pub struct GroupStatus {
     pub digest_index: LogIndex,
     /// Tables whose digest differed from the leader's.
     pub divergences: u64,
+    /// The next entry reads a block that is damaged here and that no other replica has given yet.
+    pub applier_waits: bool,
     /// This replica made other tables than the log says and has not fetched those yet: what it reads may be wrong.
     pub diverged: bool,
     /// Jobs that failed and are tried again.
@@ -128,6 +130,7 @@ pub(crate) struct GroupShared {
     l0_runs: AtomicUsize,
     l0_runs_max: usize,
     divergences: AtomicU64,
+    applier_waits: AtomicBool,
     /// Set while jobs of `Core::diverged` are to be fetched.
     diverged: AtomicBool,
     pub(crate) heal: Arc<GroupHeal>,
@@ -351,6 +354,7 @@ impl GroupShared {
             l0_runs: AtomicUsize::new(0),
             l0_runs_max,
             divergences: AtomicU64::new(0),
+            applier_waits: AtomicBool::new(false),
             diverged: AtomicBool::new(false),
             heal,
             durable: Mutex::new(Durable::new(lineage)),
@@ -614,6 +618,7 @@ impl Group {
             digest,
             digest_index: as_of,
             divergences: self.0.divergences.load(Ordering::Relaxed),
+            applier_waits: self.0.applier_waits.load(Ordering::Relaxed),
             diverged: !core.diverged.is_empty(),
             jobs_retrying: core.stuck.values().filter(|stuck| !stuck.over).count() as u64,
             jobs_failed: core.stuck.values().filter(|stuck| stuck.over).count() as u64,

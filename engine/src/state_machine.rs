@@ -15,8 +15,9 @@ use crate::{Error, ErrorKind, KeyspaceId, LogIndex, Result, Snapshot};
 /// through [`Apply`] and the command, and nothing else. Table digests tell when it is not.
 pub trait StateMachine: Send + Sync + 'static {
     /// Reads and writes through `apply` inside one atomic batch and answers. On `Err` nothing is written and the error
-    /// is the answer. Unless the store could not read for it: then this replica leaves service, whatever was answered, since
-    /// no other replica would answer so.
+    /// is the answer. Unless the store could not read for it: then whatever was answered counts for nothing, since no other
+    /// replica would answer so. `restored` is called; then the entry is applied again when what is damaged here can be had from
+    /// another replica, or this one leaves service.
     fn apply<'a>(
         &'a self,
         apply: &'a mut Apply,

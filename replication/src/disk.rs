@@ -53,7 +53,7 @@ pub struct DiskHealth {
     pub full: bool,
     /// The ring of the log is full: entries wait in memory.
     pub stalled: bool,
-    /// A flush or a compaction failed, and has not succeeded since.
+    /// A flush or a compaction failed, and has not succeeded since; or the next entry cannot be applied for damage.
     pub failing: bool,
     /// What half of the latest writes of the log do not exceed, or how long the oldest has been without an answer if that is
     /// longer. `None` while there are too few.
@@ -197,7 +197,7 @@ impl<R: Runtime> Inner<R> {
         let flags = DiskHealth {
             full: self.engine.is_full(),
             stalled: self.log.is_stalled(),
-            failing: group.jobs_retrying + group.jobs_failed > 0,
+            failing: group.jobs_retrying + group.jobs_failed > 0 || group.applier_waits,
             write_latency: None,
         };
         let mut looks = self.disk.lock().expect("nothing panics while it holds this lock");

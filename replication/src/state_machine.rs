@@ -277,6 +277,44 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
         Ok(RaftSnapshot { meta, snapshot: SnapshotHandle::Local(export) })
     }
 
+    /// Applies a command, however long what it reads cannot be had: damaged here, and not held by those that were asked. No
+    /// answer when the state of another member took the place of this one, with the entry in it.
+    async fn apply_command(&mut self, id: LogId, command: &Command) -> std::io::Result<Option<Applied>> {
+        loop {
+            let error = match self.state.apply(LogIndex(id.index), command).await {
+                Ok(applied) => return Ok(Some(applied)),
+                Err(error) if error.kind() == EngineErrorKind::Unavailable => error,
+                Err(error) => return Err(io_error(error)),
+            };
+            tracing::warn!(index = id.index, %error, "an entry waits for a block that is damaged here");
+            if self.peers.is_closing() {
+                return Err(io_error("closed while an entry waited for a damaged block"));
+            }
+            R::sleep(INSTALL_RETRY).await;
+            match self.peers.offer(Some(id)).await {
+                // With a state beyond the log here openraft would have to be told, and it did not ask.
+                Ok(offer) if offer.meta.last_log_id <= self.log.last() => {
+                    let meta = self.take_over(offer).await?;
+                    self.go_on_from(meta);
+                    return Ok(None);
+                }
+                Ok(_) => {}
+                Err(error) => tracing::debug!(%error, "no state to be had yet that holds the entry"),
+            }
+        }
+    }
+
+    /// The state of a peer took the place of this one.
+    fn go_on_from(&mut self, meta: SnapshotMeta) {
+        let at = meta.last_log_id.expect("begin_install refuses a snapshot of nothing");
+        let mut history = self.history.lock().expect("nothing panics while it holds this lock");
+        history.terms = BTreeMap::from([(at.index, term_of(&at))]);
+        history.memberships = BTreeMap::from([(at.index, meta.last_membership.clone())]);
+        drop(history);
+        self.last_applied = Some(at);
+        self.membership = meta.last_membership;
+    }
+
     async fn take_over(&mut self, mut offer: Offer) -> std::io::Result<SnapshotMeta> {
         let least = offer.meta.last_log_id;
         loop {
@@ -340,8 +378,7 @@ impl<R: Runtime, S: State> RaftStateMachine<TypeConfig<R>> for StateMachine<R, S
                 EntryPayload::Normal(payload) if fresh => {
                     let command = Command::decode(&payload.bytes)
                         .map_err(|e| io_error(format!("a committed command cannot be read index={index}: {e}")))?;
-                    let applied = self.state.apply(index, &command).await.map_err(io_error)?;
-                    Reply(Some(applied))
+                    Reply(self.apply_command(id, &command).await?)
                 }
                 EntryPayload::Normal(_) => Reply(None),
                 EntryPayload::Blank | EntryPayload::Membership(_) => {
@@ -397,14 +434,9 @@ impl<R: Runtime, S: State> RaftStateMachine<TypeConfig<R>> for StateMachine<R, S
         let asked = meta.last_log_id.map_or(0, |id| id.index);
         let meta = self.take_over(offer).await?;
         self.told = self.told.max(asked);
-        let at = meta.last_log_id.expect("begin_install refuses a snapshot of nothing");
-        let mut history = self.history.lock().expect("nothing panics while it holds this lock");
-        history.terms = BTreeMap::from([(at.index, term_of(&at))]);
-        history.memberships = BTreeMap::from([(at.index, meta.last_membership.clone())]);
-        drop(history);
-        self.last_applied = Some(at);
-        self.membership = meta.last_membership;
-        self.progress.advance(at.index);
+        let at = meta.last_log_id.map_or(0, |id| id.index);
+        self.go_on_from(meta);
+        self.progress.advance(at);
         Ok(())
     }
 

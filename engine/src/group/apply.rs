@@ -18,7 +18,7 @@ use crate::command::{WriteOp, encode_refusals};
 use crate::manifest::{Effects, ManifestOp};
 use crate::memtable::Memtable;
 use crate::once::{apply_once, no_state_machine, not_once};
-use crate::state_machine::Apply;
+use crate::state_machine::{Apply, StateMachine};
 use crate::{BranchId, ClientToken, Command, CommandBody, Error, ErrorKind, KeyspaceId, LogIndex, MAIN, Result};
 
 /// What a mutation counts besides its key and value when the bytes since the last rotation are summed.
@@ -55,6 +55,7 @@ impl GroupShared {
                 response
             }
         };
+        self.applier_waits.store(false, Ordering::Relaxed);
         if let Some(state_machine) = &self.state_machine {
             state_machine.applied(index);
         }
@@ -263,9 +264,7 @@ impl GroupShared {
             (Ok(mut apply), Some(state_machine)) => {
                 let answer = state_machine.apply(&mut apply, command).await;
                 if let Some(error) = apply.broken() {
-                    // Not an answer: the others read what this replica could not, and go on differently.
-                    self.fail(error.clone());
-                    return Err(error.clone());
+                    return Err(self.unanswered(state_machine, error));
                 }
                 answer.map(|response| (response, apply))
             }
@@ -291,14 +290,32 @@ impl GroupShared {
             Ok((branch, mut apply)) => {
                 let answer = apply_once(&mut apply, token, body, self.state_machine.as_ref()).await;
                 if let Some(error) = apply.broken() {
-                    // As in `apply_custom`.
-                    self.fail(error.clone());
-                    return Err(error.clone());
+                    return Err(match &self.state_machine {
+                        Some(state_machine) => self.unanswered(state_machine, error),
+                        None => self.unread(error),
+                    });
                 }
                 (branch, answer.map(|response| (response, apply)))
             }
         };
         Ok(self.finish_apply(index, branch, answer).await)
+    }
+
+    /// [`GroupShared::unread`], by a state machine that may hold in memory what it made of the entry.
+    fn unanswered(&self, state_machine: &Arc<dyn StateMachine>, error: &Error) -> Error {
+        state_machine.restored(self.applied());
+        self.unread(error)
+    }
+
+    /// This replica could not read what the others read, so it has no answer. While they may yet give it what it lacks the
+    /// entry is not applied, and may be again; else the group leaves service.
+    fn unread(&self, error: &Error) -> Error {
+        if error.kind() == ErrorKind::Unavailable {
+            self.applier_waits.store(true, Ordering::Relaxed);
+        } else {
+            self.fail(error.clone());
+        }
+        error.clone()
     }
 
     /// Writes what was decided, or nothing, and makes the entry readable. Between some thousand mutations others get the core

@@ -147,7 +147,7 @@ impl GroupShared {
                     self.fail(error.clone());
                 }
                 if current {
-                    let passes = matches!(error.kind(), ErrorKind::Io | ErrorKind::Corrupt);
+                    let passes = matches!(error.kind(), ErrorKind::Io | ErrorKind::Corrupt | ErrorKind::Unavailable);
                     let mut retry = core.stuck.get(&run.job).map(|stuck| stuck.retry).unwrap_or_default();
                     retry.failed(self.engine.environment.clock.now());
                     let over = !passes || retry.attempts >= JOB_ATTEMPTS_MAX;

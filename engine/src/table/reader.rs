@@ -308,6 +308,7 @@ impl Table {
             outcome => return outcome,
         };
         let copies = self.bytes.found_damaged().min(COPIES_ASKED_MAX);
+        let mut damaged: usize = 0;
         for copy in 0..copies {
             let read = self.bytes.read_elsewhere(copy, handle.offset, length).await;
             let read = read.and_then(|bytes| parse(&bytes));
@@ -316,16 +317,24 @@ impl Table {
                     self.bytes.served_elsewhere();
                     return Ok(found);
                 }
-                Err(other) => tracing::debug!(copy, %other, "another copy of a block cannot be had"),
+                Err(other) => {
+                    damaged = damaged.saturating_add(usize::from(is_damage(&other)));
+                    tracing::debug!(copy, %other, "another copy of a block cannot be had");
+                }
             }
         }
         if copies == 0 {
             return Err(error);
         }
         let (digest, offset) = (self.meta.digest, handle.offset);
+        // Who does not answer may later, and who holds the table no more has what took its place: so will this replica.
+        let kind = if damaged == copies { error.kind() } else { ErrorKind::Unavailable };
         Err(Error::new(
-            error.kind(),
-            format!("{error}; {copies} other copies asked digest={digest:032x} offset={offset}"),
+            kind,
+            format!(
+                "{error}; of {copies} other copies {damaged} are damaged, the rest cannot be had now digest={digest:032x} \
+                 offset={offset}"
+            ),
         ))
     }
 

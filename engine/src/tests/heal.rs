@@ -316,6 +316,34 @@ fn the_log_is_cut_behind_rot_that_the_scrubber_finds_in_it() {
     store.close();
 }
 
+/// One of the others does not answer, and one has replaced the table: the replica has to wait, and says so.
+#[test]
+fn damage_that_others_may_yet_make_good_is_no_corruption() {
+    struct Silent;
+    impl TablePeers for Silent {
+        fn count(&self) -> usize {
+            2
+        }
+
+        fn read_table(&self, copy: usize, id: TableId, _: u64, _: u64) -> BoxFuture<Result<Bytes>> {
+            let kind = if copy == 0 { ErrorKind::Unavailable } else { ErrorKind::NotFound };
+            Box::pin(std::future::ready(Err(crate::Error::new(kind, format!("not to be had table={id}")))))
+        }
+    }
+    let leader = Replica::new(64 << 20, 1);
+    let log = lead(&leader, work());
+    let replica = replicas_of(&log, 1).pop().expect("one");
+    let stored = largest(&replica.group);
+    damage_all_of(&replica.media, &stored);
+    replica.group.set_table_peers(Some(Arc::new(Silent)));
+    let read = stored.table.get(&stored.meta.first, crate::LogIndex(u64::MAX));
+    let refused = block_on(read).expect_err("nobody has it now");
+    assert_eq!(refused.kind(), ErrorKind::Unavailable, "{refused}");
+    befriend(&[&replica, &leader]);
+    until(|| heal_of(&replica.engine).tables_damaged == 0);
+    assert_eq!(replica.all(MAIN), leader.all(MAIN));
+}
+
 #[test]
 fn one_damaged_copy_of_the_manifest_pages_is_written_again_at_open() {
     for copy in 0..2 {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Waker};
 
 use bytes::Bytes;
+use mainstay_io::block_on;
 
 use super::harness::*;
 use crate::{Apply, Command, CommandBody, Error, ErrorKind, LogIndex, MAIN, Result, StateMachine};
@@ -181,6 +182,50 @@ fn a_read_error_of_one_replica_is_never_an_answer() {
     let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
     assert_eq!(answer(&store, "add k 10").expect("counted"), "16");
     store.close();
+}
+
+/// What another replica may yet give is waited for: the entry is not applied, and may be again.
+#[test]
+fn an_entry_that_reads_what_may_yet_be_had_is_applied_later() {
+    struct Silent;
+    impl crate::TablePeers for Silent {
+        fn count(&self) -> usize {
+            1
+        }
+
+        fn read_table(
+            &self,
+            _: usize,
+            id: crate::TableId,
+            _: u64,
+            _: u64,
+        ) -> mainstay_io::BoxFuture<crate::Result<Bytes>> {
+            let error = crate::Error::new(ErrorKind::Unavailable, format!("no answer table={id}"));
+            Box::pin(std::future::ready(Err(error)))
+        }
+    }
+    let media = media();
+    let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
+    assert_eq!(answer(&store, "add k 5").expect("counted"), "5");
+    store.settle();
+    store.close();
+
+    let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
+    store.group().set_table_peers(Some(Arc::new(Silent)));
+    let disk = media.extents_disk();
+    disk.set_faults(mainstay_io::sim::Faults { read_error: 1_000_000, ..Default::default() });
+    let index = crate::LogIndex(store.group().applied().0 + 1);
+    let command = Command { time_ms: 1, body: custom("add k 1") };
+    for _ in 0..2 {
+        let error = block_on(store.group().apply(index, &command)).expect_err("not to be read");
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        assert!(store.group().status().applier_waits && store.group().failure().is_none());
+        assert!(store.group().applied() < index);
+    }
+    disk.heal();
+    let applied = block_on(store.group().apply(index, &command)).expect("read");
+    assert_eq!(applied.response.expect("counted"), "6");
+    assert!(!store.group().status().applier_waits);
 }
 
 /// A command made a keyspace and wrote nothing into it. When it was replayed after a crash nobody was shown the keyspace, and the next

@@ -112,6 +112,72 @@ fn damage_at_others_does_not_end_an_install() {
     });
 }
 
+/// As [`Double`], but the entry at 7 reads a block that is damaged here.
+#[derive(Clone, Default)]
+struct Blind(Double);
+
+impl State for Blind {
+    async fn apply(&self, index: LogIndex, command: &Command) -> mainstay_engine::Result<Applied> {
+        if index == LogIndex(7) {
+            return Err(mainstay_engine::Error::new(mainstay_engine::ErrorKind::Unavailable, "damaged here"));
+        }
+        self.0.apply(index, command).await
+    }
+
+    fn skip(&self, index: LogIndex) {
+        self.0.skip(index);
+    }
+
+    fn applied(&self) -> LogIndex {
+        self.0.applied()
+    }
+
+    fn flushed(&self) -> LogIndex {
+        self.0.flushed()
+    }
+
+    fn export(&self) -> mainstay_engine::Result<Exported> {
+        self.0.export()
+    }
+
+    async fn import(&self, manifest: Bytes, source: &dyn TableSource) -> mainstay_engine::Result<LogIndex> {
+        self.0.import(manifest, source).await
+    }
+}
+
+/// The others have compacted away the table that the next entry reads, which is damaged here and nowhere else to be had: the
+/// replica goes on with the state of one of them. It waits for one that holds the entry and that its own log reaches.
+#[test]
+fn an_entry_that_reads_what_nobody_has_any_more_is_taken_over_with_the_state() {
+    type Config = TypeConfig<TokioRuntime>;
+    type Machine = StateMachine<TokioRuntime, Blind>;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let mut bench = Bench::new(1 << 20).await;
+        let body = mainstay_engine::CommandBody::Rotate;
+        let command = Command { time_ms: 1, body }.encode().expect("encodes");
+        let entry = |index| Entry {
+            log_id: log_id(1, index),
+            payload: EntryPayload::Normal(crate::types::Payload::new(command.clone())),
+        };
+        super::log::append(&mut bench.store, (0..12).map(entry).collect()).await;
+        let mut machine =
+            Machine::open(Blind::default(), bench.store.clone(), Arc::new(MovedOn), Arc::default()).expect("opens");
+        let entries = stream::iter((1..=11).map(|index| Ok((entry(index), None))));
+        RaftStateMachine::<Config>::apply(&mut machine, entries).await.expect("applied");
+        let (applied, _) = RaftStateMachine::<Config>::applied_state(&mut machine).await.expect("known");
+        assert_eq!(applied, Some(log_id(1, 11)), "7 to 9 with the state at 9, the rest as ever");
+
+        // Nobody answers, and the node closes.
+        let mut alone = Machine::open(Blind::default(), bench.store.clone(), Arc::new(super::NoPeers), Arc::default())
+            .expect("opens");
+        let entries = stream::iter((1..=11).map(|index| Ok((entry(index), None))));
+        RaftStateMachine::<Config>::apply(&mut alone, entries).await.expect_err("closed while it waited");
+        let (applied, _) = RaftStateMachine::<Config>::applied_state(&mut alone).await.expect("known");
+        assert_eq!(applied, Some(log_id(1, 6)), "and applied nothing that it could not read");
+    });
+}
+
 /// An install that had to take a newer snapshot than openraft asked for puts the tables at 9 while openraft knows of 5.
 /// A snapshot named then would be at 9, beyond what openraft knows to be applied, and stops it in a panic.
 #[test]
