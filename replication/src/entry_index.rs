@@ -25,6 +25,7 @@
 //! | vote | | replaces the vote |
 //! | hole: records that damage has taken | | see below |
 //! | repair of entry `i` | `i` missing | puts it in its place |
+//! | repair of entry `i` | entries from after `i`, `i` not purged | begins the log at `i`: its place was cut off with the hole that it lay in. What lies between is missing |
 //! | seal | | nothing |
 //!
 //! At the end the entries must begin right behind what is purged, or at 0; else the log is `Corrupt`, or damaged if there was a
@@ -416,6 +417,7 @@ impl EntryIndex {
                 self.truncate_after(after.map(|id| id.index));
             }
             Recovered::Repair(entry) => {
+                self.begin_before(entry.log_id.index);
                 if self.missing.contains(&entry.log_id.index) {
                     self.repair(&entry, pos);
                 }
@@ -452,12 +454,7 @@ impl EntryIndex {
                 return;
             }
             // The purge or the entries that belong here lie in a hole.
-            while self.first > from {
-                self.first -= 1;
-                self.slots.push_front(NOWHERE);
-                self.missing.insert(self.first);
-            }
-            self.terms.insert(from, 0);
+            self.lead_back(from);
         }
         if std::mem::take(&mut self.behind_gap) {
             tracing::warn!(first = self.first, purged = ?self.purged, "dropped entries behind a refused one");
@@ -470,8 +467,10 @@ impl EntryIndex {
     pub(crate) fn check(&mut self) -> Result<()> {
         let expect = self.purged.map_or(0, |p| p.index + 1);
         if self.holes {
+            // The log was cut up to what is in tables, and which tables those are was lost with a part of the node's log.
+            let behind = expect > self.decided.saturating_add(1);
             let unnamed = !self.missing.contains(&self.decided) && self.state_at(self.decided).is_err();
-            self.base_lost |= unnamed || (!self.slots.is_empty() && self.first != expect);
+            self.base_lost |= behind || unnamed || (!self.slots.is_empty() && self.first != expect);
             return Ok(());
         }
         if !self.slots.is_empty() && self.first != expect {

@@ -91,6 +91,24 @@ impl EntryIndex {
         }
     }
 
+    /// The log begins at `from` and what lies before its entries is missing.
+    pub(super) fn lead_back(&mut self, from: u64) {
+        while self.first > from {
+            self.first -= 1;
+            self.slots.push_front(NOWHERE);
+            self.missing.insert(self.first);
+        }
+        self.terms.insert(from, 0);
+    }
+
+    /// The entry at `index`, before all others, was written again behind them: the hole that it lay in was cut off.
+    pub(super) fn begin_before(&mut self, index: u64) {
+        let purged = self.purged.is_some_and(|purged| purged.index >= index);
+        if !self.slots.is_empty() && index < self.first && !purged && self.first - index <= MISSING_MAX {
+            self.lead_back(index);
+        }
+    }
+
     /// Recovery has places for all that the cache holds.
     fn empty_cache(&mut self) {
         self.cache.clear();
@@ -182,12 +200,7 @@ impl EntryIndex {
         }
         let from = at.index.saturating_add(1);
         if !self.slots.is_empty() && self.first > from && self.first - from <= MISSING_MAX {
-            while self.first > from {
-                self.first -= 1;
-                self.slots.push_front(NOWHERE);
-                self.missing.insert(self.first);
-            }
-            self.terms.insert(from, 0);
+            self.lead_back(from);
         }
         self.purge(at, membership);
         self.decided = self.decided.max(at.index);
@@ -321,6 +334,45 @@ mod tests {
         assert_eq!(index.first_decrease(), Some(4));
         index.truncate_after(Some(3));
         assert_eq!(index.first_decrease(), None);
+    }
+
+    /// The log is cut behind a hole, and before what was put back: an entry of the hole is the first one, and lies last.
+    #[test]
+    fn what_was_repaired_is_there_when_the_hole_is_cut_off() {
+        let m = StoredMembership::new(Some(log_id(1, 0)), Membership::default());
+        let behind = || vec![R::Entry(entry(1, 12)), R::Entry(entry(1, 13))];
+        let with = |records: Vec<Recovered>| {
+            let mut index = replay([behind(), records].concat());
+            index.check().expect("begins where it was purged");
+            index
+        };
+        let one = with(vec![R::Repair(entry(1, 11)), R::Purge(log_id(1, 10), m.clone())]);
+        assert_eq!((span(&one), one.damage(), one.pos(11)), ((11, 14), None, Some(pos(2))));
+        assert_eq!(one.oldest_pos(), Some(pos(0)));
+        let two = with(vec![R::Repair(entry(1, 10)), R::Repair(entry(1, 11)), R::Purge(log_id(1, 9), m.clone())]);
+        assert_eq!((span(&two), two.damage(), two.log_id(10)), ((10, 14), None, Some(log_id(1, 10))));
+        // It was purged later, or before.
+        let later = with(vec![R::Repair(entry(1, 10)), R::Purge(log_id(1, 12), m.clone())]);
+        assert_eq!((span(&later), later.damage()), ((13, 14), None));
+        let before = [vec![R::Purge(log_id(1, 11), m.clone())], behind(), vec![R::Repair(entry(1, 10))]].concat();
+        assert_eq!(span(&replay(before)), (12, 14));
+        // One of two is lost as well: it is asked for.
+        let half = with(vec![R::Repair(entry(1, 10)), R::Purge(log_id(1, 9), m)]);
+        assert_eq!(missing(&half), [(11, 11, Some(log_id(1, 12)))]);
+    }
+
+    /// Which tables there are was in the hole, and the log has been cut up to them.
+    #[test]
+    fn a_log_that_begins_behind_the_tables_is_damaged_at_its_base() {
+        let m = StoredMembership::new(Some(log_id(1, 0)), Membership::default());
+        let records = || vec![R::Hole, R::Purge(log_id(1, 6), m.clone()), R::Entry(entry(1, 7))];
+        for (flushed, lost) in [(0, true), (5, true), (6, false)] {
+            let mut index = EntryIndex::new(1 << 20, flushed);
+            (0..).zip(records()).for_each(|(n, record)| index.recover(record, pos(n)));
+            index.settle();
+            index.check().expect("with a hole it is no error");
+            assert_eq!(index.damage().is_some_and(|damage| damage.base), lost, "flushed={flushed}");
+        }
     }
 
     #[test]
