@@ -196,6 +196,13 @@ impl LogStore {
         (state.index.first()..state.index.next()).contains(&index) && state.index.pos(index).is_none()
     }
 
+    /// Whether this log has an entry durable and the vote as it is now.
+    pub(crate) fn holds(&self, vote: &Vote, at: LogId) -> bool {
+        let state = self.state();
+        let voted = state.index.vote() == Some(*vote) && state.index.vote_pos.is_some();
+        voted && state.index.log_id(at.index) == Some(at) && state.index.pos(at.index).is_some()
+    }
+
     /// Bytes of the ring from the entry behind `index` on.
     pub(crate) fn bytes_behind(&self, index: u64) -> u64 {
         self.state().index.bytes_behind(index)
@@ -667,10 +674,20 @@ impl<R: Runtime> RaftLogStorage<TypeConfig<R>> for LogStore {
     }
 
     async fn purge(&mut self, upto: LogId) -> std::io::Result<()> {
+        self.purge_to(upto)
+    }
+}
+
+impl LogStore {
+    /// Forgets the entries up to `upto`, unless they are forgotten already.
+    pub(crate) fn purge_to(&self, upto: LogId) -> std::io::Result<()> {
         self.check()?;
         let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
         let membership = {
             let mut state = self.state();
+            if state.index.purged() >= Some(upto) {
+                return Ok(());
+            }
             let membership = state.index.membership_at(upto.index);
             state.index.purge(upto, membership.clone());
             let first = state.index.first();

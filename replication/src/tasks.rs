@@ -156,7 +156,16 @@ impl<R: Runtime> Inner<R> {
         let mut metrics = running.metrics.clone();
         let purged = metrics.wait_until(|m| m.purged.as_ref().is_some_and(|p| p.index >= upto));
         // A follower that is being sent these entries holds the purge up: the next one will do.
-        let _ = R::timeout(PURGE_STEP_TIMEOUT, purged).await;
+        if R::timeout(PURGE_STEP_TIMEOUT, purged).await.is_err() {
+            // openraft carries out one step after the other, and one that waits until an entry is durable holds up the purge that
+            // would make room for that entry. What it has decided to purge it never asks for again.
+            let decided = running.raft.with_raft_state(|state| state.log_ids.purged().copied()).await;
+            if let Ok(Some(upto)) = decided
+                && let Err(error) = self.log.purge_to(upto)
+            {
+                tracing::warn!(%error, "the log was not purged");
+            }
+        }
     }
 
     pub(crate) fn start_tasks(self: &Arc<Self>, running: &Arc<Running<R>>) {

@@ -46,7 +46,7 @@ async fn queue(store: &mut LogStore, entries: Vec<Entry>) -> Receiver<std::io::R
     rx
 }
 
-async fn append(store: &mut LogStore, entries: Vec<Entry>) {
+pub(super) async fn append(store: &mut LogStore, entries: Vec<Entry>) {
     queue(store, entries).await.await.expect("told").expect("durable");
 }
 
@@ -244,6 +244,52 @@ fn entries_wait_for_space_in_order_and_votes_go_through() {
         assert!(after.len() > 2, "space was used again");
         assert_eq!(after[0].index, upto + 1);
         assert_eq!(read_vote(&mut bench.store).await, Some(Vote::new(3, 2)));
+    });
+}
+
+/// What openraft has decided to purge is carried out for it while an entry without room keeps it from doing so; when it comes to it
+/// nothing is left to be done.
+#[test]
+fn a_purge_that_is_carried_out_before_openraft_comes_to_it_makes_room_once() {
+    run(async {
+        let mut bench = Bench::new(64 << 20).await;
+        append(&mut bench.store, vec![membership(1, 0, &[1])]).await;
+        let mut waits = Vec::new();
+        for i in 1..=18 {
+            waits.push(queue(&mut bench.store, vec![normal(1, i, 1 << 20)]).await);
+        }
+        save_vote(&mut bench.store, Vote::new(1, 2)).await;
+        assert!(bench.store.is_stalled());
+        let last = waits.pop().expect("eighteen");
+        bench.store.purge_to(log_id(1, 10)).expect("open");
+        let pinned = bench.store.pin(LogIndex(10)).await.expect("open").expect("a log");
+        bench.wal.release(pinned.batch);
+        bench.store.resume();
+        last.await.expect("told").expect("durable");
+        assert!(!bench.store.is_stalled());
+        for upto in [8, 10] {
+            let records = bench.wal.stats().records;
+            purge(&mut bench.store, log_id(1, upto)).await;
+            save_vote(&mut bench.store, Vote::new(2, upto)).await;
+            assert_eq!(bench.wal.stats().records, records + 1, "the vote alone");
+            assert_eq!(ids(&mut bench.store).await[0], log_id(1, 11));
+        }
+    });
+}
+
+/// Whether an offered snapshot is of no use: the log has its last entry and goes on in the term of who offers it.
+#[test]
+fn a_log_tells_what_it_holds_durably_under_a_vote() {
+    run(async {
+        let mut bench = Bench::new(1 << 20).await;
+        let (vote, other) = (Vote::new_committed(3, 2), Vote::new_committed(4, 1));
+        save_vote(&mut bench.store, vote).await;
+        append(&mut bench.store, vec![membership(1, 0, &[1]), normal(3, 1, 10), normal(3, 2, 10)]).await;
+        assert!(bench.store.holds(&vote, log_id(3, 1)) && bench.store.holds(&vote, log_id(3, 2)));
+        assert!(!bench.store.holds(&other, log_id(3, 1)), "of another leader");
+        assert!(!bench.store.holds(&vote, log_id(2, 1)) && !bench.store.holds(&vote, log_id(3, 3)));
+        purge(&mut bench.store, log_id(3, 1)).await;
+        assert!(!bench.store.holds(&vote, log_id(3, 1)), "it is in a snapshot");
     });
 }
 
