@@ -3,18 +3,25 @@
 //! # Place
 //! between `io::sim`, which knows writes and crashes, and the executor, which knows time and groups
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use mainstay_engine::Offline;
 use mainstay_io::sim::{
-    DiskImage, Faults, IoEvent, IoKind, Latency, Outcome, SimDisk, SimLayout, SimMedia, SimOptions, SimScheduler,
+    DiskImage, Faults, IoEvent, IoKind, Latency, Mishap, Outcome, SimDisk, SimLayout, SimMedia, SimOptions,
+    SimScheduler,
 };
-use mainstay_io::{BoxFuture, Media, SUPERBLOCK_ZONE_BYTES, Spawner, TaskHandle};
+use mainstay_io::{BLOCK_BYTES, BoxFuture, Environment, Media, SUPERBLOCK_ZONE_BYTES, Spawner, TaskHandle};
 
 use crate::rt::{Executor, Group, SimRng};
 use crate::world::Settings;
 
+/// An extent is a number of these (docs/format.md).
+const EXTENT_UNIT_BYTES: u64 = 64 << 10;
+/// Bytes of every disk.
+const CAPACITY: u64 = 1 << 30;
 /// How much longer everything takes on a slow disk.
 const SLOW_FACTOR: u32 = 50;
 /// Errors in a million operations of a disk that fails now and then.
@@ -43,6 +50,12 @@ pub(crate) enum Zone {
     /// Log that a later batch proves to have been durable.
     Wal,
     Extents,
+}
+
+/// What a volume holds that is wrong, and where what counts in its extents lies on the disk.
+pub(crate) struct Survey {
+    pub(crate) damage: Vec<(String, String)>,
+    pub(crate) live: Vec<Range<u64>>,
 }
 
 /// What the disk takes from the machine: time, and a place for the resident task of the log.
@@ -105,7 +118,7 @@ impl Disk {
         };
         let options = SimOptions {
             seed,
-            capacity: 1 << 30,
+            capacity: CAPACITY,
             read_latency: latency(400),
             write_latency: latency(400),
             flush_latency: latency(4000),
@@ -227,25 +240,83 @@ impl Disk {
         self.layout == other.layout
     }
 
-    /// Flips a bit of data at rest. False when there is none.
-    pub(crate) fn rot(&self, zone: Zone) -> bool {
+    /// Where a zone lies.
+    fn zone(&self, zone: Zone) -> (&SimDisk, Range<u64>) {
         let base = match (self.layout, zone) {
             (SimLayout::Directory, _) | (SimLayout::Device, Zone::Superblock) => 0,
             (SimLayout::Device, Zone::Wal) => SUPERBLOCK_ZONE_BYTES,
             (SimLayout::Device, Zone::Extents) => SUPERBLOCK_ZONE_BYTES + self.wal_bytes,
         };
-        let length = match zone {
-            Zone::Superblock => SUPERBLOCK_ZONE_BYTES,
-            Zone::Wal => self.wal_bytes,
-            Zone::Extents => u64::MAX - base,
+        match zone {
+            Zone::Superblock => (self.media.superblock_disk(), base..base + SUPERBLOCK_ZONE_BYTES),
+            Zone::Wal => (self.media.wal_disk(), base..base + self.wal_bytes),
+            Zone::Extents => (self.media.extents_disk(), base..u64::MAX),
+        }
+    }
+
+    /// Lets the next write that begins in the zone meet `mishap`.
+    pub(crate) fn plan(&self, zone: Zone, mishap: Mishap) {
+        let (disk, range) = self.zone(zone);
+        disk.plan(mishap, range);
+    }
+
+    /// True while a mishap has not come.
+    pub(crate) fn is_planned(&self) -> bool {
+        self.media.disks().iter().any(SimDisk::is_planned)
+    }
+
+    /// Every checksum of the volume as it is now, as `mainstay verify` would read them, and where its data lies.
+    pub(crate) async fn survey(&self, environment: &Environment) -> Result<Survey, String> {
+        let options = SimOptions { capacity: CAPACITY, ..SimOptions::default() };
+        let copy = SimMedia::from_images(
+            self.layout,
+            options,
+            self.media.disks().iter().map(SimDisk::image_as_read).collect(),
+        );
+        let media = copy.open().map_err(|e| e.to_string())?;
+        let offline = Offline::open(media, environment).await.map_err(|e| e.to_string())?;
+        let report = offline.verify(&mut |_| ()).await.map_err(|e| e.to_string())?;
+        let (_, extents) = self.zone(Zone::Extents);
+        let place = |&(first, units): &(u64, u64)| {
+            let begin = extents.start + first * EXTENT_UNIT_BYTES;
+            begin..begin + units * EXTENT_UNIT_BYTES
         };
-        let disk = match zone {
-            Zone::Superblock => self.media.superblock_disk(),
-            Zone::Wal => self.media.wal_disk(),
-            Zone::Extents => self.media.extents_disk(),
-        };
+        let mut live: Vec<Range<u64>> = offline.superblock().root_extents.iter().map(place).collect();
+        for group in offline.manifest().await.unwrap_or_default() {
+            live.extend(group.tables.iter().flat_map(|table| &table.extents).map(place));
+        }
+        Ok(Survey { damage: report.damage, live })
+    }
+
+    /// A place within data that counts, block by block. None when there is none.
+    pub(crate) fn place(&self, zone: Zone, live: &[Range<u64>]) -> Option<u64> {
+        let (disk, range) = self.zone(zone);
         let mut rng = self.rng();
-        let inside = |at: &u64| base <= *at && *at - base < length;
+        if zone == Zone::Wal {
+            let event = self.proven_batch(disk, &|at| range.contains(at), &mut rng)?;
+            return Some(event.offset + rng.below(event.length));
+        }
+        let counts = |at: &u64| zone == Zone::Superblock || live.iter().any(|live| live.contains(at));
+        let written: Vec<u64> = disk.image().written().filter(|at| range.contains(at) && counts(at)).collect();
+        (!written.is_empty()).then(|| rng.pick(&written) + rng.below(BLOCK_BYTES as u64))
+    }
+
+    /// Flips a bit of the byte there, or makes its block unreadable until it is written again.
+    pub(crate) fn spoil(&self, zone: Zone, at: u64, unreadable: bool) {
+        let (disk, _) = self.zone(zone);
+        if unreadable {
+            disk.damage(at, 1);
+        } else {
+            disk.flip_bit(at, self.rng().below(8) as u8);
+        }
+        self.power.executor.trace(&[0x5b01, at]);
+    }
+
+    /// Flips a bit of data at rest. False when there is none.
+    pub(crate) fn rot(&self, zone: Zone) -> bool {
+        let (disk, range) = self.zone(zone);
+        let mut rng = self.rng();
+        let inside = |at: &u64| range.contains(at);
         let at = if zone == Zone::Wal {
             let Some(event) = self.proven_batch(disk, &inside, &mut rng) else { return false };
             event.offset + rng.below(event.length)

@@ -23,8 +23,12 @@ usage: cargo xtask sim [--seeds N] [--start S] [--twice] [--jobs J] [--verbose] 
   --with FAULT   draw this fault in every seed, also one that is left out because the product does not bear it yet
   --mutants      plant one bug after the other and run seeds until it is caught (`cargo xtask sim` builds what this needs)
   --mutant NAME  only this one
+  --single-faults N  in place of the faults of a seed: N faults on disks, each alone and healed before the next, in worlds of 40
   --lying-disks  disks acknowledge what they do not keep: passes if at least one seed in four is found out
 ";
+
+/// Faults of `--single-faults` that one world sees.
+const SINGLE_FAULTS_PER_WORLD: u64 = 40;
 
 /// Wall time after which a seed is taken for hanging.
 const SEED_TIME_MAX: Duration = Duration::from_secs(300);
@@ -39,6 +43,8 @@ struct Args {
     lying: bool,
     log: bool,
     store: bool,
+    /// In each world.
+    single_faults: u64,
     with: Vec<Fault>,
     mutants: bool,
     mutant: Option<String>,
@@ -148,6 +154,7 @@ fn parse() -> Result<Args, String> {
         lying: false,
         log: false,
         store: false,
+        single_faults: 0,
         with: Vec::new(),
         mutants: false,
         mutant: None,
@@ -175,6 +182,11 @@ fn parse() -> Result<Args, String> {
             "--mutants" => args.mutants = true,
             "--mutant" => (args.mutants, args.mutant) = (true, given.next()),
             "--log" => args.log = true,
+            "--single-faults" => {
+                let faults = number()?.max(1);
+                args.single_faults = faults.min(SINGLE_FAULTS_PER_WORLD);
+                args.seeds = faults.div_ceil(SINGLE_FAULTS_PER_WORLD);
+            }
             "--lying-disks" => (args.lying, args.keep_going) = (true, true),
             "--help" | "-h" => return Err("runs whole clusters, each from one seed".to_owned()),
             other => return Err(format!("unknown argument `{other}`")),
@@ -291,15 +303,19 @@ fn run(args: &Args) -> (u64, u64, Totals) {
         for problem in problems.iter().take(20) {
             println!("  {problem}");
         }
+        let what = match args.single_faults {
+            0 => "--seeds 1".to_owned(),
+            faults => format!("--single-faults {faults}"),
+        };
         let twice = if args.twice { " --twice" } else { "" };
-        println!("  replay: cargo xtask sim --seeds 1 --start {seed}{twice} --verbose");
+        println!("  replay: cargo xtask sim {what} --start {seed}{twice} --verbose");
     }
 }
 
 /// Runs a seed on a thread of its own, so that nothing of another seed is left in thread-locals.
 fn start(seed: u64, args: &Args, done: mpsc::Sender<Verdict>) {
     let (runs, verbose, lying) = (1 + usize::from(args.twice), args.verbose, args.lying);
-    let with = args.with.clone();
+    let (with, single_faults) = (args.with.clone(), args.single_faults);
     let began = Instant::now();
     let one = move || {
         (0..runs)
@@ -310,6 +326,9 @@ fn start(seed: u64, args: &Args, done: mpsc::Sender<Verdict>) {
                         settings.with = with;
                         settings.verbose = verbose;
                         settings.lying_disks = lying;
+                        if single_faults > 0 {
+                            settings.single_faults(single_faults);
+                        }
                     })
                 };
                 let thread = std::thread::Builder::new().name(format!("seed-{seed}")).stack_size(16 << 20).spawn(life);

@@ -29,6 +29,8 @@ usage: cargo xtask COMMAND
 
 /// Seeds of the simulation in `test`; each runs twice, one seed on each processor at a time.
 const SIM_SEEDS: &str = "200";
+/// Single faults on disks in `test`, each alone and healed before the next.
+const SINGLE_FAULTS: &str = "1000";
 /// Seeds with disks that lie: some must fail, or the simulation sees nothing.
 const LYING_SEEDS: &str = "16";
 /// What compiles planted bugs in.
@@ -143,6 +145,9 @@ fn tests(report: &mut Report, root: &Path) {
     let mut sim = sim_command();
     sim.args(["--seeds", SIM_SEEDS, "--twice"]);
     report.count("simulation", sim, Tally::Seeds);
+    let mut single = sim_command();
+    single.args(["--single-faults", SINGLE_FAULTS]);
+    report.count("simulation of single faults", single, Tally::Seeds);
     let mut lying = sim_command();
     lying.args(["--seeds", LYING_SEEDS, "--lying-disks"]);
     report.count("simulation finds lies", lying, Tally::Seeds);

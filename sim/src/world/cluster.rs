@@ -268,9 +268,11 @@ impl Cluster {
         let node = node.map(|node| node.status()).map(|s| {
             let group = &s.group;
             format!(
-                "role={} term={} leader={:?} last={} committed={} applied={} flushed={} frozen={} absent={} tables={} failure={:?}",
+                "role={} term={} leader={:?} last={} committed={} applied={} flushed={} frozen={} absent={} tables={} damaged={} \
+                 retrying={} failed={} diverged={} waits={} failure={:?}",
                 s.role, s.term, s.leader, s.last_log, s.committed, group.applied, group.flushed, group.frozen_generations,
-                group.absent_jobs, group.tables, s.failure
+                group.absent_jobs, group.tables, group.tables_damaged, group.jobs_retrying, group.jobs_failed, group.diverged,
+                group.applier_waits, s.failure
             )
         });
         let engine = engine.map(|engine| engine.status()).map(|s| {
@@ -366,7 +368,7 @@ impl Cluster {
             background_tasks: 1,
             wal_in_flight_max: self.settings.wal_in_flight_max,
             scrub_bytes_per_second: 64 << 20,
-            scrub_pause: mainstay_engine::SCRUB_PAUSE,
+            scrub_pause: self.settings.scrub_pause,
             log_holes: true,
         };
         let mut deliver = |record| {

@@ -36,7 +36,10 @@ impl Watcher {
         for i in 0..cluster.size() {
             let Some(node) = cluster.node(i) else { continue };
             let status = node.status();
+            // What one fault has taken from a log is fetched from the others, and said so meanwhile.
+            let heals = cluster.settings.single_faults > 0 && status.role == "recovering";
             if let Some(failure) = &status.failure
+                && !heals
                 && !cluster.is_excused(i)
             {
                 cluster.problem(format!("n{i} left service: {failure}"));
@@ -179,16 +182,20 @@ fn wipe_damaged(cluster: &Arc<Cluster>) {
 }
 
 /// All pairs of a view, as a count and a hash.
-async fn scan(snapshot: &Snapshot, keyspaces: &[(String, mainstay_engine::KeyspaceId)]) -> Result<(u64, u128), String> {
+pub(super) async fn scan(
+    snapshot: &Snapshot,
+    keyspaces: &[(String, mainstay_engine::KeyspaceId)],
+) -> mainstay_engine::Result<(u64, u128)> {
     let (mut pairs, mut hasher) = (0, xxhash_rust::xxh3::Xxh3::new());
     // A checkpoint knows the keyspaces of its time.
     for (name, id) in keyspaces.iter().filter(|(name, _)| snapshot.keyspace(name).is_some()) {
         hasher.update(name.as_bytes());
         let mut scan = snapshot.range(*id, Bound::Unbounded, Bound::Unbounded);
         let mut last = None;
-        while let Some((key, value)) = scan.next().await.map_err(|e| e.to_string())? {
+        while let Some((key, value)) = scan.next().await? {
             if last.as_ref().is_some_and(|last| *last >= key) {
-                return Err(format!("keys are out of order after {last:?}"));
+                let message = format!("keys are out of order after {last:?}");
+                return Err(mainstay_engine::Error::new(mainstay_engine::ErrorKind::Internal, message));
             }
             hasher.update(&(key.len() as u64).to_le_bytes());
             hasher.update(&key);

@@ -5,6 +5,7 @@ mod faults;
 mod inserts;
 mod judge;
 mod operator;
+mod single;
 mod workload;
 
 use std::collections::BTreeMap;
@@ -60,6 +61,10 @@ pub struct Settings {
     pub entry_cache_bytes: u64,
     /// The network while faults last.
     pub net: NetSettings,
+    /// See `mainstay_engine::EngineSettings`.
+    pub scrub_pause: Duration,
+    /// So many faults, each alone and healed before the next, in place of all others; see [`Settings::single_faults`].
+    pub single_faults: u64,
     /// The disks acknowledge writes and flushes that they do not keep: every check must notice.
     pub lying_disks: bool,
     /// Prints what happens.
@@ -101,9 +106,23 @@ impl Settings {
             wal_in_flight_max: rng.range(1, 5) as usize,
             entry_cache_bytes: rng.range(32, 1024) << 10,
             net,
+            scrub_pause: mainstay_engine::SCRUB_PAUSE,
+            single_faults: 0,
             lying_disks: false,
             verbose: false,
         }
+    }
+
+    /// Makes it a world in good weather, in which `count` faults meet the disk of one node each, with nobody there to mend
+    /// anything by hand.
+    pub fn single_faults(&mut self, count: u64) {
+        (self.nodes, self.spares, self.clock_drift) = (3, 0, 0);
+        self.net = NetSettings { delay_min: self.net.delay_min, delay_max: self.net.delay_max, ..NetSettings::calm() };
+        self.clients = 1;
+        self.wal_bytes = 2 << 20;
+        self.memtable_bytes = 16 << 10;
+        self.scrub_pause = Duration::from_millis(500);
+        self.single_faults = count;
     }
 }
 
@@ -217,7 +236,10 @@ async fn live(
         Err(e) => cluster.problem(e),
         Ok(keyspace) => {
             net.set(settings.net);
-            drop(executor.spawn(Group::WORLD, "operator", Box::pin(operator::run(cluster.clone(), rng.fork()))));
+            let hand = rng.fork();
+            if settings.single_faults == 0 {
+                drop(executor.spawn(Group::WORLD, "operator", Box::pin(operator::run(cluster.clone(), hand))));
+            }
             let watching = background(executor, "watcher", Watcher::default().run(cluster.clone(), notes.clone()));
             let mut running = Vec::new();
             for id in 0..settings.clients {
@@ -228,7 +250,10 @@ async fn live(
             let inserting = inserts.clone().run(cluster.clone(), notes.clone(), rng.fork());
             let inserting = background(executor, "inserts", inserting);
             let until = executor.now() + settings.length;
-            summary.faults = faults::run(cluster.clone(), rng.fork(), until).await;
+            summary.faults = match settings.single_faults {
+                0 => faults::run(cluster.clone(), rng.fork(), until).await,
+                count => single::run(cluster.clone(), rng.fork(), count).await,
+            };
             faults::calm(&cluster);
             // Clients see the recovery too.
             executor.sleep_until(executor.now() + Duration::from_secs(1)).await;
@@ -335,5 +360,20 @@ mod tests {
         let first = run();
         assert_eq!(first.problems, Vec::<String>::new(), "{first}");
         assert_eq!(first.trace, run().trace);
+    }
+
+    /// The short form of `cargo xtask sim --single-faults`; and what does not heal is found.
+    #[test]
+    fn single_faults_heal_and_what_does_not_is_found() {
+        let healed = run(1, |settings| settings.single_faults(4));
+        assert_eq!(healed.problems, Vec::<String>::new(), "{healed}");
+        assert_eq!(healed.faults.values().sum::<u64>(), 4);
+        // Without a scrubber, and without clients whose writes have tables compacted away and the log cut.
+        let neglected = run(1, |settings| {
+            settings.single_faults(4);
+            settings.clients = 0;
+            settings.scrub_pause = Duration::from_secs(3600);
+        });
+        assert!(neglected.problems.iter().any(|problem| problem.contains("is not healed")), "{neglected}");
     }
 }
