@@ -22,6 +22,7 @@ pub struct NodeOptions {
     client_address: String,
     site: String,
     priority: u8,
+    witness: bool,
     peers: BTreeMap<String, PeerAddress>,
     heartbeat: Duration,
     election_timeout: Duration,
@@ -42,6 +43,7 @@ impl NodeOptions {
             client_address: String::new(),
             site: String::new(),
             priority: 0,
+            witness: false,
             peers: BTreeMap::new(),
             heartbeat: Duration::from_millis(100),
             election_timeout: Duration::from_millis(300),
@@ -81,6 +83,14 @@ impl NodeOptions {
     /// changes it later.
     pub fn priority(mut self, priority: u8) -> Self {
         self.priority = priority;
+        self
+    }
+
+    /// It votes and keeps the log, and holds no data: a witness, for a third place that is to cost little. It answers no reads and
+    /// leads only to bring others up to what it has acknowledged. Fewer than half of the voters may be witnesses. Fixed when the node
+    /// becomes a member. Default no.
+    pub fn witness(mut self, witness: bool) -> Self {
+        self.witness = witness;
         self
     }
 
@@ -169,6 +179,7 @@ impl Node {
             client_address: options.client_address,
             site: options.site,
             priority: options.priority,
+            witness: options.witness,
             peers,
             heartbeat: options.heartbeat,
             election_timeout: options.election_timeout,

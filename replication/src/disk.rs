@@ -236,7 +236,7 @@ impl<R: Runtime> Inner<R> {
     pub(crate) async fn ask_disks(&self, running: &Running<R>) -> Vec<Other> {
         let voters: Vec<(u64, Option<u64>)> = {
             let members = self.members();
-            let voters = members.iter().filter(|m| m.role == MemberRole::Voter && m.id.0 != running.id);
+            let voters = members.iter().filter(|m| m.role == MemberRole::Voter && !m.witness && m.id.0 != running.id);
             Self::metrics_of(running, |m| voters.map(|v| (v.id.0, lag_of(m, v.id.0))).collect())
         };
         join_all(voters.into_iter().map(|(id, lag)| async move {

@@ -108,6 +108,8 @@ pub(crate) struct EntryIndex {
     repaired: BTreeSet<u64>,
     /// Entries up to here are in tables.
     decided: u64,
+    /// There are no tables: what the log has forgotten, or begins behind, is what was applied.
+    tableless: bool,
     /// Recovery met a hole.
     holes: bool,
     /// ... and nothing since that tells where the log ended.
@@ -129,6 +131,16 @@ impl EntryIndex {
     /// An empty log; entries up to `decided` are in tables.
     pub(crate) fn new(cache_bytes_max: u64, decided: u64) -> Self {
         Self { cache_bytes_max, decided, ..Self::default() }
+    }
+
+    /// An empty log of a witness.
+    pub(crate) fn tableless(cache_bytes_max: u64) -> Self {
+        Self { cache_bytes_max, tableless: true, ..Self::default() }
+    }
+
+    /// What is decided up to there is not needed from the log any more.
+    pub(crate) fn decided(&self) -> u64 {
+        self.decided
     }
 
     pub(crate) fn vote(&self) -> Option<Vote> {
@@ -289,12 +301,20 @@ impl EntryIndex {
         self.anchors = self.anchors.split_off(&upto.index);
         self.anchors.insert(upto.index, Anchor { log_id: upto, membership, pos: None });
         self.purged = Some(upto);
+        self.forget_to(upto.index);
         self.begun = true;
     }
 
     /// Remembers what the state at `at` is called, before the engine takes it over.
     pub(crate) fn anchor(&mut self, at: LogId, membership: StoredMembership) {
         self.anchors.insert(at.index, Anchor { log_id: at, membership, pos: None });
+        self.forget_to(at.index);
+    }
+
+    fn forget_to(&mut self, index: u64) {
+        if self.tableless {
+            self.decided = self.decided.max(index);
+        }
     }
 
     pub(crate) fn anchors(&self) -> impl Iterator<Item = &Anchor> {

@@ -87,6 +87,7 @@ fn members() -> Membership {
         incarnation: [7; 16],
         site: "here".into(),
         priority: 9,
+        witness: true,
     };
     let nodes: BTreeMap<u64, Member> = [(1, member("a")), (2, member("b")), (70, member("c"))].into();
     Membership::new(vec![BTreeSet::from([1, 2]), BTreeSet::from([1, 70])], nodes).expect("every voter has a node")

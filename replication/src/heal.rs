@@ -144,8 +144,7 @@ impl<R: Runtime> Inner<R> {
     /// H3: whether to propose what a job made here.
     pub(crate) async fn agree(&self, running: &Running<R>, job: JobId) -> bool {
         let Some(mine) = self.group.output_digests(job) else { return true };
-        let voters: Vec<NodeId> =
-            self.members().into_iter().filter(|m| m.role == MemberRole::Voter).map(|m| m.id).collect();
+        let voters: Vec<NodeId> = self.holders().filter(|m| m.role == MemberRole::Voter).map(|m| m.id).collect();
         let others: Vec<NodeId> = voters.iter().copied().filter(|id| id.0 != running.id).collect();
         let mut said: Vec<Option<bool>> = vec![None; others.len()];
         let began = R::Instant::now();
@@ -186,8 +185,7 @@ impl<R: Runtime> Inner<R> {
         let running = self.running.read().expect("nothing panics while it holds this lock").clone();
         let Some(running) = running else { return Vec::new() };
         let leader = self.leader_of(&running);
-        let mut ids: Vec<u64> =
-            self.members().iter().map(|member| member.id.0).filter(|id| *id != running.id).collect();
+        let mut ids: Vec<u64> = self.holders().map(|member| member.id.0).filter(|id| *id != running.id).collect();
         ids.sort_by_key(|id| (Some(*id) != leader, *id));
         ids.into_iter().map(NodeId).collect()
     }

@@ -161,6 +161,9 @@ impl<R: Runtime> Inner<R> {
                 Plan::Made(cluster) => return Ok(cluster),
                 Plan::Again(found) => cluster = found,
                 Plan::Adopt(cluster) => {
+                    let voters: Vec<_> =
+                        found.iter().map(|p| p.member.info(p.node, crate::MemberRole::Voter)).collect();
+                    crate::witness::may_be(voters.iter())?;
                     self.adopt_all(&names, &addresses, cluster, &found).await?;
                     self.write_first_membership(&found).await?;
                     tracing::info!(members = %names.join(","), "a cluster is born");

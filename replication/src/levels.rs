@@ -68,9 +68,11 @@ impl Level {
     fn holds_to(&self, membership: &Membership, durable: impl Fn(u64) -> Option<u64>) -> u64 {
         let held = match self {
             Self::All => membership.voter_ids().map(|id| durable(id).unwrap_or(0)).min(),
-            Self::Site(site) => {
-                membership.nodes().filter(|(_, m)| m.site == *site).filter_map(|(id, _)| durable(*id)).max()
-            }
+            Self::Site(site) => membership
+                .nodes()
+                .filter(|(_, m)| m.site == *site && !m.witness)
+                .filter_map(|(id, _)| durable(*id))
+                .max(),
         };
         held.unwrap_or(0)
     }
@@ -96,7 +98,7 @@ impl<R: Runtime> Inner<R> {
     /// Refuses a level that no member can reach.
     pub(crate) fn check_level(&self, level: &Level) -> Result<()> {
         match level {
-            Level::Site(site) if !self.members().iter().any(|m| m.site == *site) => {
+            Level::Site(site) if !self.holders().any(|m| m.site == *site) => {
                 Err(Error::new(ErrorKind::Invalid, format!("no member is at this site site={site}")))
             }
             _ => Ok(()),

@@ -37,6 +37,7 @@ mod transport;
 mod turns;
 mod types;
 mod wire;
+mod witness;
 mod write;
 
 #[cfg(test)]

@@ -291,8 +291,10 @@ impl<R: Runtime> Inner<R> {
             return Err(Error::new(ErrorKind::Unavailable, message));
         }
         self.log.begin_install(&offer.meta).await.map_err(closed)?;
-        let peers = Arc::new(crate::service::NodePeers(Arc::downgrade(self)));
-        take_tables(&self.group, peers, &offer).await?;
+        if !self.is_witness() {
+            let peers = Arc::new(crate::service::NodePeers(Arc::downgrade(self)));
+            take_tables(&self.group, peers, &offer).await?;
+        }
         self.log.rebase(at, offer.meta.last_membership).await.map_err(closed)?;
         tracing::info!(at = at.index, "the state of another replica took the place of what was lost");
         Ok(())

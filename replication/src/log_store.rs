@@ -113,16 +113,19 @@ impl LogStore {
     /// # Errors
     /// `Corrupt`, `Foreign`: see `entry_index`.
     ///
-    /// Entries up to `flushed` are in tables. What damage has taken is told by [`LogStore::damage`]; nothing but reads is asked
+    /// Entries up to `flushed` are in tables; without it there are no tables and never will be. What damage has taken is told by [`LogStore::damage`]; nothing but reads is asked
     /// of the store before it is mended.
     pub(crate) fn open(
         wal: Wal,
         group: GroupId,
         found: Vec<OwnerRecord>,
         cache_bytes: u64,
-        flushed: LogIndex,
+        flushed: Option<LogIndex>,
     ) -> Result<Self> {
-        let mut index = EntryIndex::new(cache_bytes, flushed.0);
+        let mut index = match flushed {
+            Some(flushed) => EntryIndex::new(cache_bytes, flushed.0),
+            None => EntryIndex::tableless(cache_bytes),
+        };
         for record in found.into_iter().filter(|r| r.group == group || r.kind == RecordKind::HOLE) {
             index.recover(record::decode(record.kind, &record.payload)?, record.pos);
         }
@@ -201,6 +204,11 @@ impl LogStore {
         let state = self.state();
         let voted = state.index.vote() == Some(*vote) && state.index.vote_pos.is_some();
         voted && state.index.log_id(at.index) == Some(at) && state.index.pos(at.index).is_some()
+    }
+
+    /// What was applied before the log begins, where there are no tables.
+    pub(crate) fn decided(&self) -> LogIndex {
+        LogIndex(self.state().index.decided())
     }
 
     /// Bytes of the ring from the entry behind `index` on.

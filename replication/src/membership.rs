@@ -277,6 +277,9 @@ impl<R: Runtime> Inner<R> {
             }
             Change::Remove(id) => {
                 let info = known(id)?;
+                if info.role == MemberRole::Voter {
+                    self.check_witnesses(None, Some(id))?;
+                }
                 let voters = self.members().iter().filter(|m| m.role == MemberRole::Voter).count();
                 let change = match info.role {
                     MemberRole::Voter if voters == 1 => {
@@ -366,6 +369,7 @@ impl<R: Runtime> Inner<R> {
         if self.member(NodeId(id)).is_some_and(|m| m.role == MemberRole::Voter) {
             return Ok(());
         }
+        self.check_witnesses(Some(id), None)?;
         let mut metrics = running.metrics.clone();
         let caught_up = metrics
             .wait_until(|m| m.replication.is_none() || lag_of(m, id).is_some_and(|lag| lag <= CAUGHT_UP_ENTRIES));

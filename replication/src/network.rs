@@ -79,6 +79,8 @@ pub(crate) struct Network<R: Runtime> {
     target: u64,
     address: PeerAddress,
     me: u64,
+    /// This node holds no tables.
+    witness: bool,
     transport: Arc<dyn Transport>,
     /// See [`crate::pipeline`].
     pub(crate) hurry: Arc<Hurry>,
@@ -89,6 +91,7 @@ pub(crate) struct Network<R: Runtime> {
 /// Makes a [`Network`] for each node.
 pub(crate) struct Networks<R: Runtime> {
     pub(crate) me: u64,
+    pub(crate) witness: bool,
     pub(crate) transport: Arc<dyn Transport>,
     pub(crate) hurry: Arc<Hurry>,
     pub(crate) rooms: Arc<PeerRooms<R>>,
@@ -102,6 +105,7 @@ impl<R: Runtime> RaftNetworkFactory<TypeConfig<R>> for Networks<R> {
             target,
             address: crate::wire::peer_address(node),
             me: self.me,
+            witness: self.witness,
             transport: self.transport.clone(),
             hurry: self.hurry.clone(),
             rooms: self.rooms.clone(),
@@ -212,6 +216,10 @@ impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig<R>>, StreamingError<TypeConfig<R>>> {
+        if self.witness {
+            let error = Error::new(ErrorKind::Unavailable, "a witness has no tables to send");
+            return Err(StreamingError::Unreachable(unreachable(&error)));
+        }
         // The export inside pins its tables until the receiver has them.
         let SnapshotHandle::Local(export) = &snapshot.snapshot else {
             let error = Error::new(ErrorKind::Internal, "a snapshot of a peer is not passed on");

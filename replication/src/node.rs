@@ -39,6 +39,7 @@ use crate::room::{PeerRooms, Room};
 use crate::service::{InstallJob, Service};
 use crate::state_machine::StateMachine;
 use crate::types::{Raft, TypeConfig};
+use crate::witness::Replica;
 use crate::{
     DiskHealth, Durability, Error, ErrorKind, Hello, NodeId, PeerAddress, ReadLevel, Result, Runtime, TokioRuntime,
     Transport,
@@ -64,6 +65,9 @@ pub struct NodeOptions {
     /// Who of those that may lead shall: leadership goes by itself to the voter of the highest priority that is caught up and
     /// well. Default 0. Told to the cluster when the node becomes a member; [`Node::set_member_priority`] changes it later.
     pub priority: u8,
+    /// It votes and keeps the log, and holds no tables: a witness, for a third site that is to cost little. It answers no reads, and
+    /// is never asked to lead. Fixed when the node becomes a member. Default no.
+    pub witness: bool,
     /// Names and addresses of the other processes, for discovery before and after `init`.
     pub peers: BTreeMap<String, PeerAddress>,
     /// Heartbeat interval. Default 100 ms.
@@ -124,6 +128,8 @@ pub struct MemberInfo {
     pub site: String,
     /// Leadership goes by itself to the voter with the largest one that is caught up and well; 0 for one without.
     pub priority: u8,
+    /// It votes and holds no data.
+    pub witness: bool,
     /// Its role.
     pub role: MemberRole,
 }
@@ -334,7 +340,12 @@ fn raft_config(options: &NodeOptions) -> Result<openraft::Config> {
         cluster_name: "mainstay".into(),
         heartbeat_interval: heartbeat,
         // A follower waits for the lease (the upper bound) and then for a random time between the bounds.
-        election_timeout_min: (lease / 2).max(heartbeat + 1),
+        // A witness waits as long as it may: it leads only if nobody else can.
+        election_timeout_min: if options.witness {
+            lease.max(heartbeat + 2) - 1
+        } else {
+            (lease / 2).max(heartbeat + 1)
+        },
         election_timeout_max: lease.max(heartbeat + 2),
         // Off, always: a leader that lost power replicated entries that it had not made durable; as leader of the same
         // term it would give their log ids to other commands, and replicas would differ for ever without a trace.
@@ -419,6 +430,7 @@ impl<R: Runtime> Inner<R> {
             client_address: self.options.client_address.clone(),
             site: self.options.site.clone(),
             priority: self.options.priority,
+            witness: self.options.witness,
             incarnation: self.engine.incarnation(),
         }
     }
@@ -469,11 +481,16 @@ impl<R: Runtime> Inner<R> {
         let config = Arc::new(raft_config(&self.options)?);
         let restarted = self.log.has_vote();
         let peers = Arc::new(crate::service::NodePeers(Arc::downgrade(self)));
-        let machine = StateMachine::open(self.group.clone(), self.log.clone(), peers, self.progress.clone())?;
+        let replica = match self.is_witness() {
+            false => Replica::Full(self.group.clone()),
+            true => Replica::of_witness(&self.log),
+        };
+        let machine = StateMachine::open(replica, self.log.clone(), peers, self.progress.clone())?;
         let machine = machine.with_apply_lag(self.apply_lag.clone());
         self.log.set_apply_lag(self.apply_lag.clone());
         let (transport, hurry) = (self.transport.clone(), self.hurry.clone());
-        let networks = Networks { me: id, transport, hurry, rooms: self.rooms.clone() };
+        let witness = self.is_witness();
+        let networks = Networks { me: id, witness, transport, hurry, rooms: self.rooms.clone() };
         let raft = Raft::<R>::new(id, config, networks, self.log.clone(), machine)
             .boxed()
             .await
@@ -547,7 +564,17 @@ impl<R: Runtime> Node<R> {
         raft_config(&options)?;
         let group = engine.group(GROUP, options.group.clone()).await?;
         let cache_bytes = options.entry_cache_bytes;
-        let log = LogStore::open(engine.wal().clone(), GROUP, found, cache_bytes, group.flushed())?;
+        let flushed = (!options.witness).then(|| group.flushed());
+        if options.witness && group.applied() > LogIndex(0) {
+            return Err(Error::new(ErrorKind::Foreign, "the volume holds tables, and a witness has none"));
+        }
+        let log = LogStore::open(engine.wal().clone(), GROUP, found, cache_bytes, flushed)?;
+        let known = log.membership().membership().get_node(&engine.identity().node).map(|member| member.witness);
+        if known.is_some_and(|witness| witness != options.witness) {
+            let what = if options.witness { "holds data" } else { "is a witness" };
+            let message = format!("this member {what}: remove it and add it with a blank volume to change that");
+            return Err(Error::new(ErrorKind::Foreign, message));
+        }
         let damage = log.damage();
         let replayed = log.last().map_or(0, |last| last.index.saturating_sub(group.flushed().0));
         tracing::info!(node = %options.name, flushed = group.flushed().0, entries = replayed, "opened: entries to apply again");
@@ -678,7 +705,7 @@ impl<R: Runtime> Node<R> {
     /// Waits until a read of this level may be served here; returns the applied index that it may read at.
     ///
     /// # Errors
-    /// `Unavailable` when no quorum answers in time, `Closed`. Cancel safe.
+    /// `Unavailable` when no quorum answers in time, and of a witness; `Closed`. Cancel safe.
     pub async fn read_barrier(&self, level: ReadLevel) -> Result<LogIndex> {
         self.inner.read_barrier(level).await
     }
@@ -737,7 +764,7 @@ impl<R: Runtime> Node<R> {
         self.inner.transfer_leader(to).await
     }
 
-    /// The replicated state, for local reads.
+    /// The replicated state, for local reads; of a witness it is empty.
     pub fn group(&self) -> &Group {
         &self.inner.group
     }

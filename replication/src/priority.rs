@@ -211,7 +211,8 @@ impl<R: Runtime> Inner<R> {
         let priority = |id: u64| members.iter().find(|m| m.id.0 == id).map_or(0, |m| m.priority);
         let own = priority(running.id);
         // Nobody is asked while there is nobody to prefer.
-        if !members.iter().any(|m| m.role == MemberRole::Voter && m.priority > own && self.hears(running, m.id)) {
+        let may_lead = |m: &MemberInfo| m.role == MemberRole::Voter && !m.witness;
+        if !members.iter().any(|m| may_lead(m) && m.priority > own && self.hears(running, m.id)) {
             return;
         }
         let others = self.ask_disks(running).await;
@@ -248,7 +249,7 @@ impl<R: Runtime> Inner<R> {
     /// The other voters, to choose from when this leader goes.
     pub(crate) fn heirs(&self, running: &Running<R>) -> Vec<Heir> {
         let members = self.members();
-        let voters = members.iter().filter(|m| m.role == MemberRole::Voter && m.id.0 != running.id);
+        let voters = members.iter().filter(|m| m.role == MemberRole::Voter && !m.witness && m.id.0 != running.id);
         let of = |m: &MemberInfo| Heir {
             id: m.id.0,
             priority: m.priority,

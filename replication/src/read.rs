@@ -49,6 +49,7 @@ fn too_late() -> Error {
 
 impl<R: Runtime> Inner<R> {
     pub(crate) async fn read_barrier(self: &Arc<Self>, level: ReadLevel) -> Result<LogIndex> {
+        self.check_holds_data()?;
         if self.group.is_diverged() {
             let message = "this replica holds other tables than the log says and fetches them: ask another";
             return Err(Error::new(ErrorKind::Unavailable, message));

@@ -107,6 +107,10 @@ impl RecoveryPlan {
             let message = format!("the volume is no member of its cluster any more node={}", survivor.node);
             return Err(Error::new(ErrorKind::Invalid, message));
         }
+        if me.is_some_and(|me| me.witness) {
+            let message = format!("the volume is that of a witness and holds no data node={}", survivor.node);
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
         Ok(Self { survivor, others })
     }
 
@@ -248,7 +252,7 @@ pub async fn recover(
         Ok(())
     })
     .await?;
-    let log = LogStore::open(engine.wal().clone(), GROUP, found, 0, plan.survivor.flushed)?;
+    let log = LogStore::open(engine.wal().clone(), GROUP, found, 0, Some(plan.survivor.flushed))?;
     let written = write_membership(&log, &plan).await;
     // The records are durable by now; what a close would add is only that it was in order.
     let closed = engine.close().await;

@@ -191,7 +191,7 @@ fn taken_by(needed: usize, mut others: Vec<PeerRoom>) -> u64 {
 }
 
 /// Whether a command is what lets the log be cut.
-fn makes_room(command: &[u8]) -> bool {
+pub(crate) fn makes_room(command: &[u8]) -> bool {
     command.len() <= ROTATION_BYTES_MAX
         && Command::decode(&bytes::Bytes::copy_from_slice(command))
             .is_ok_and(|command| matches!(command.body, CommandBody::Rotate))

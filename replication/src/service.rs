@@ -383,6 +383,7 @@ impl<R: Runtime> Inner<R> {
     /// A snapshot of this node for a peer whose install lost its source; pinned while the peer reads on. What is in tables is
     /// committed, whoever leads.
     async fn make_offer(self: &Arc<Self>, running: &Arc<Running<R>>, to: NodeId) -> Result<Offer> {
+        self.check_holds_data()?;
         if self.group.is_diverged() {
             return Err(Error::new(ErrorKind::Unavailable, "this replica mends its tables"));
         }

@@ -54,8 +54,10 @@ pub(crate) trait State: Clone + Send + Sync + 'static {
     fn applied(&self) -> LogIndex;
     fn flushed(&self) -> LogIndex;
     fn export(&self) -> mainstay_engine::Result<Exported>;
+    /// Takes over the state at `at`.
     fn import(
         &self,
+        at: LogIndex,
         manifest: Bytes,
         source: &dyn TableSource,
     ) -> impl Future<Output = mainstay_engine::Result<LogIndex>> + Send;
@@ -83,7 +85,12 @@ impl State for Group {
         Ok(Exported { flushed: export.flushed, manifest: export.manifest.clone(), _pin: Some(export) })
     }
 
-    async fn import(&self, manifest: Bytes, source: &dyn TableSource) -> mainstay_engine::Result<LogIndex> {
+    async fn import(
+        &self,
+        _: LogIndex,
+        manifest: Bytes,
+        source: &dyn TableSource,
+    ) -> mainstay_engine::Result<LogIndex> {
         Group::import(self, manifest, source).await
     }
 }
@@ -176,7 +183,8 @@ impl TableSource for SharedSource {
 /// Takes over the state of a peer outside of openraft, which does not run yet. The caller has made its name durable (S3).
 pub(crate) async fn take_tables<S: State>(state: &S, peers: Arc<dyn Peers>, offer: &Offer) -> Result<()> {
     let source = SharedSource(Arc::new(Source { peers, from: offer.from, failed: Mutex::new(None) }));
-    state.import(offer.manifest.clone(), &source).await?;
+    let at = LogIndex(offer.meta.last_log_id.map_or(0, |id| id.index));
+    state.import(at, offer.manifest.clone(), &source).await?;
     Ok(())
 }
 
@@ -320,7 +328,8 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
         loop {
             self.log.begin_install(&offer.meta).await?;
             let source = Arc::new(Source { peers: self.peers.clone(), from: offer.from, failed: Mutex::new(None) });
-            let error = match self.state.import(offer.manifest.clone(), &SharedSource(source.clone())).await {
+            let at = LogIndex(offer.meta.last_log_id.map_or(0, |id| id.index));
+            let error = match self.state.import(at, offer.manifest.clone(), &SharedSource(source.clone())).await {
                 Ok(index) if Some(index.0) == offer.meta.last_log_id.map(|id| id.index) => return Ok(offer.meta),
                 Ok(index) => {
                     return Err(io_error(format!("the snapshot held another index index={index} meta={}", offer.meta)));

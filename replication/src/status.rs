@@ -23,6 +23,9 @@ impl<R: Runtime> Inner<R> {
             fetched_bytes: self.fetched_bytes.load(std::sync::atomic::Ordering::Relaxed),
             ..NodeStatus::default()
         };
+        if self.is_witness() {
+            (status.group.applied, status.group.flushed) = (self.progress.applied(), self.progress.applied());
+        }
         let running = self.running.read().expect("nothing panics while it holds this lock").clone();
         if let Some(running) = running {
             let metrics = running.metrics.borrow_watched();

@@ -135,6 +135,8 @@ impl<R: Runtime> Inner<R> {
     /// that lag.
     async fn purge(&self, flushed: LogIndex) {
         let Ok(running) = self.running() else { return };
+        // What a witness has applied it needs for others alone.
+        let flushed = if self.is_witness() { self.progress.applied() } else { flushed };
         if flushed.0 == 0 || self.phase() != Phase::Member {
             return;
         }
@@ -148,7 +150,11 @@ impl<R: Runtime> Inner<R> {
         }
         let ring = self.engine.wal().stats().ring_bytes;
         // What lies behind damage cannot be cut while anything before it is kept.
-        let tail = if self.engine.log_is_damaged() { 0 } else { self.options.entry_cache_bytes.min(ring / 4) };
+        let tail = match self.engine.log_is_damaged() {
+            true => 0,
+            false if self.is_witness() => ring / 8 * 3,
+            false => self.options.entry_cache_bytes.min(ring / 4),
+        };
         let Some(upto) = self.log.purge_target(flushed, tail) else { return };
         if running.raft.trigger().purge_log(upto).await.is_err() {
             return;
@@ -246,6 +252,10 @@ impl<R: Runtime> Inner<R> {
         loop {
             let Ok(leading) = metrics.wait_until(|m| m.state == ServerState::Leader).await else { return };
             let vote = leading.vote;
+            if self.is_witness() {
+                self.give_leadership_away(running).await;
+                continue;
+            }
             // What finished while another led, or was lost with it.
             self.group.offer_installs();
             loop {
@@ -327,7 +337,7 @@ impl<R: Runtime> Inner<R> {
             if self.phase() == Phase::Member {
                 aside = self.stand_aside(running, aside).await;
             }
-            if self.phase() == Phase::Member && !aside {
+            if self.phase() == Phase::Member && !aside && !self.is_witness() {
                 self.mind_disk(running, &mut hand_over).await;
                 self.mind_priority(running, &mut preference).await;
             }

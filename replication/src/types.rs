@@ -51,6 +51,8 @@ pub(crate) struct Member {
     pub(crate) site: String,
     /// Who of those that may lead shall: the larger one.
     pub(crate) priority: u8,
+    /// Keeps the log and no tables.
+    pub(crate) witness: bool,
 }
 
 impl Member {
@@ -63,6 +65,7 @@ impl Member {
             incarnation: self.incarnation,
             site: self.site.clone(),
             priority: self.priority,
+            witness: self.witness,
             role,
         }
     }
@@ -77,6 +80,7 @@ impl From<&MemberInfo> for Member {
             incarnation: info.incarnation,
             site: info.site.clone(),
             priority: info.priority,
+            witness: info.witness,
         }
     }
 }
@@ -216,7 +220,7 @@ impl<R: Runtime> openraft::RaftTypeConfig for TypeConfig<R> {
 }
 
 /// openraft over the engine.
-pub(crate) type Raft<R> = openraft::Raft<TypeConfig<R>, crate::state_machine::StateMachine<R, mainstay_engine::Group>>;
+pub(crate) type Raft<R> = openraft::Raft<TypeConfig<R>, crate::state_machine::StateMachine<R, crate::witness::Replica>>;
 
 /// Turns an error of a seam into what openraft's storage traits want.
 pub(crate) fn io_error(message: impl fmt::Display) -> std::io::Error {

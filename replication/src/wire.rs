@@ -44,7 +44,10 @@ pub(crate) const SITE_FLAG: u16 = 0x8000;
 /// Set in the same length: a priority other than 0 follows, behind the site if there is one.
 pub(crate) const PRIORITY_FLAG: u16 = 0x4000;
 // No length of a name sets a flag.
-const _: () = assert!(NAME_BYTES_MAX < PRIORITY_FLAG as usize && PRIORITY_FLAG < SITE_FLAG);
+/// Set in the same length: the member is a witness. Nothing follows for it.
+pub(crate) const WITNESS_FLAG: u16 = 0x2000;
+const _: () = assert!(NAME_BYTES_MAX < WITNESS_FLAG as usize && WITNESS_FLAG < PRIORITY_FLAG);
+const _: () = assert!(PRIORITY_FLAG < SITE_FLAG);
 /// Nodes of a membership, learners included.
 pub(crate) const MEMBERS_MAX: usize = 64;
 /// Voter sets of a membership: one, or the two of a joint configuration; a few more are read.
@@ -172,7 +175,7 @@ impl Reader {
 
     pub(crate) fn member(&mut self) -> Result<Member> {
         let length = self.u16()?;
-        let name = self.string_of(length & !(SITE_FLAG | PRIORITY_FLAG))?;
+        let name = self.string_of(length & !(SITE_FLAG | PRIORITY_FLAG | WITNESS_FLAG))?;
         let (peer_address, client_address) = (self.string()?, self.string()?);
         let incarnation = self.id()?;
         let site = if length & SITE_FLAG == 0 { String::new() } else { self.string()? };
@@ -181,7 +184,8 @@ impl Reader {
             // Without a priority there is no flag, so that a member has one form only.
             _ => Some(self.u8()?).filter(|priority| *priority > 0).ok_or_else(|| corrupt("priority"))?,
         };
-        Ok(Member { name, peer_address, client_address, incarnation, site, priority })
+        let witness = length & WITNESS_FLAG != 0;
+        Ok(Member { name, peer_address, client_address, incarnation, site, priority, witness })
     }
 
     pub(crate) fn membership(&mut self) -> Result<Membership> {
@@ -392,7 +396,10 @@ impl Writer {
     pub(crate) fn member(&mut self, value: &Member) -> &mut Self {
         let site = if value.site.is_empty() { 0 } else { SITE_FLAG };
         let priority = if value.priority == 0 { 0 } else { PRIORITY_FLAG };
-        self.string_with(&value.name, site | priority).string(&value.peer_address).string(&value.client_address);
+        let witness = if value.witness { WITNESS_FLAG } else { 0 };
+        self.string_with(&value.name, site | priority | witness)
+            .string(&value.peer_address)
+            .string(&value.client_address);
         self.id(&value.incarnation);
         if site != 0 {
             self.string(&value.site);

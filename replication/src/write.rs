@@ -150,6 +150,10 @@ impl<R: Runtime> Inner<R> {
     }
 
     async fn propose_here(&self, running: &Arc<Running<R>>, command: Bytes, deadline: R::Instant) -> Attempt {
+        if self.is_witness() && !crate::room::makes_room(&command) {
+            // It is giving leadership away.
+            return Attempt::Elsewhere(None);
+        }
         let _admitted = match R::timeout_at(deadline, self.admit_command(running, &command)).await {
             Ok(Ok(admitted)) => admitted,
             Ok(Err(error)) => return Attempt::Done(Err(error)),
@@ -164,7 +168,7 @@ impl<R: Runtime> Inner<R> {
 
     pub(crate) async fn write_local(self: &Arc<Self>, body: CommandBody) -> Result<CommitToken> {
         let running = self.running()?;
-        if self.leader_of(&running) != Some(running.id) {
+        if self.leader_of(&running) != Some(running.id) || self.is_witness() {
             return Err(self.not_leader(&running));
         }
         let command = self.encode(body)?;
@@ -288,7 +292,9 @@ impl<R: Runtime> Inner<R> {
         loop {
             let running = self.running()?;
             match self.leader_of(&running) {
-                Some(id) if id == running.id => return self.answer_forwarded(request).await,
+                Some(id) if id == running.id && !self.is_witness() => return self.answer_forwarded(request).await,
+                // A witness that leads: another will in a moment.
+                Some(id) if id == running.id && R::Instant::now() + RETRY_PAUSE < deadline => {}
                 Some(id) => {
                     let mut body = Writer::with_capacity(request.len() + 8);
                     body.bytes(&request);
@@ -313,7 +319,7 @@ impl<R: Runtime> Inner<R> {
 
     pub(crate) async fn answer_forwarded(&self, request: Bytes) -> Result<Bytes> {
         let running = self.running()?;
-        if self.leader_of(&running) != Some(running.id) {
+        if self.leader_of(&running) != Some(running.id) || self.is_witness() {
             return Err(self.not_leader(&running));
         }
         let handler = self.forward.read().expect("nothing panics while it holds this lock").clone();

@@ -141,6 +141,7 @@ mod tests {
             incarnation: [0; 16],
             site: String::new(),
             priority: 0,
+            witness: false,
             role: MemberRole::Voter,
         });
         let node = NodeStatus {

@@ -168,6 +168,7 @@ fn node_options(settings: &ServeSettings, advertise: Option<String>, model: &Mod
         .client_address(advertise.unwrap_or_default())
         .site(&settings.site)
         .priority(settings.priority)
+        .witness(settings.witness)
         .heartbeat(settings.heartbeat)
         .election_timeout(settings.election_timeout)
         .storage(storage);

@@ -74,6 +74,11 @@ pub struct Settings {
     #[arg(long, env = "MAINSTAY_PRIORITY", value_name = "NUMBER", help_heading = "Identity")]
     pub priority: Option<u8>,
 
+    /// This process votes and keeps the log, and holds no data: a witness, for a third place that is to cost little. It answers no
+    /// reads. Fixed when the process becomes a member
+    #[arg(long, env = "MAINSTAY_WITNESS", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", help_heading = "Identity")]
+    pub witness: Option<bool>,
+
     /// Where clients reach this process [default: --listen]
     #[arg(long, env = "MAINSTAY_ADVERTISE", value_name = "HOST:PORT", help_heading = "Ports")]
     pub advertise: Option<String>,
@@ -184,6 +189,8 @@ pub struct ServeSettings {
     pub site: String,
     /// The voter with the highest one shall lead.
     pub priority: u8,
+    /// It votes and holds no data.
+    pub witness: bool,
     /// Client port.
     pub listen: Option<SocketAddr>,
     /// Peer port.
@@ -252,7 +259,7 @@ macro_rules! first_of {
 impl Settings {
     /// These where set, else those of `lower`.
     fn over(self, lower: Self) -> Self {
-        first_of!(self, lower: name, data, peers, site, priority, listen, listen_peer, listen_admin, listen_metrics, advertise,
+        first_of!(self, lower: name, data, peers, site, priority, witness, listen, listen_peer, listen_admin, listen_metrics, advertise,
             advertise_peer, insecure_listen_anywhere, memory, wal, memtable, background_tasks, backend, heartbeat,
             election_timeout, log_level, log_to, log_format)
     }
@@ -311,6 +318,7 @@ impl Settings {
             peers,
             site,
             priority: self.priority.unwrap_or(0),
+            witness: self.witness.unwrap_or(false),
             memory_bytes,
             wal_bytes,
             memtable_bytes,

@@ -91,6 +91,9 @@ pub struct MemberSection {
     pub site: String,
     /// The voter with the highest one shall lead.
     pub priority: u8,
+    /// It votes and holds no data; false from a server that does not say it yet.
+    #[serde(default)]
+    pub witness: bool,
     /// Entries that it lacks, known to the leader only.
     pub lag: Option<u64>,
 }
@@ -305,6 +308,7 @@ impl Status {
                         client_address: m.client_address.clone(),
                         site: m.site.clone(),
                         priority: m.priority,
+                        witness: m.witness,
                         lag: node.lag.get(&m.id.0).copied(),
                     })
                     .collect(),
@@ -372,8 +376,9 @@ impl Status {
             let site = site.map(|site| format!(" site={site}")).unwrap_or_default();
             let priority = Some(member.priority).filter(|priority| *priority > 0);
             let priority = priority.map(|priority| format!(" priority={priority}")).unwrap_or_default();
+            let witness = if member.witness { " witness" } else { "" };
             let MemberSection { id, name, peer_address, .. } = member;
-            text += &format!("  member  {role:<8} {name} id={id} peer={peer_address}{site}{priority}{lag}\n");
+            text += &format!("  member  {role:<8} {name} id={id} peer={peer_address}{witness}{site}{priority}{lag}\n");
         }
         text
     }
@@ -516,6 +521,7 @@ mod tests {
             incarnation: [0; 16],
             site: String::new(),
             priority: 0,
+            witness: false,
             role: MemberRole::Voter,
         };
         let node = NodeStatus {

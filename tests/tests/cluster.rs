@@ -139,8 +139,12 @@ fn read_all(runtime: &Runtime, server: &Server) -> BTreeMap<Vec<u8>, u64> {
 }
 
 fn assert_nothing_lost(runtime: &Runtime, cluster: &Cluster, ledger: &Ledger) {
+    assert_nothing_lost_on(runtime, &cluster.servers, ledger);
+}
+
+fn assert_nothing_lost_on(runtime: &Runtime, servers: &[Server], ledger: &Ledger) {
     let mut states = Vec::new();
-    for server in &cluster.servers {
+    for server in servers {
         let found = read_all(runtime, server);
         let wrong = ledger.differences(&found);
         assert!(wrong.is_empty(), "{} of {} writes: {wrong:#?}", server.name, ledger.acknowledged());
@@ -177,6 +181,50 @@ fn kill_rounds_lose_no_acknowledged_write() {
     let ledger = load.finish(&runtime);
     assert_nothing_lost(&runtime, &cluster, &ledger);
     eprintln!("{} writes acknowledged, 0 lost", ledger.acknowledged());
+}
+
+/// Two with data and a witness, each of them killed in turn, and all at once: any two go on, and any acknowledged write is on both
+/// that hold data in the end. Clients write through all three and read from two.
+#[test]
+fn two_replicas_and_a_witness_lose_nothing() {
+    let runtime = runtime();
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let small = ["--wal", "16MiB", "--memtable", "256KiB", "--memory", "64MiB"];
+    let mut cluster = Cluster::describe(folder, &["a", "b", "w"], &small);
+    const WITNESS: usize = 2;
+    cluster.servers[WITNESS].arguments(["--witness"]);
+    cluster.servers.iter_mut().for_each(Server::start);
+    cluster.init();
+    let load = Load::start(&runtime, &cluster, 6);
+    load.await_progress(20);
+    for round in 0..rounds(20) {
+        let victims: Vec<usize> = match round % 4 {
+            0 => vec![cluster.leader_among(&[0, 1])],
+            1 => vec![WITNESS],
+            2 => vec![(round as usize / 4) % 2],
+            _ => vec![0, 1, WITNESS],
+        };
+        victims.iter().for_each(|victim| cluster.servers[*victim].kill());
+        if victims.len() == 1 {
+            load.await_progress(10);
+        }
+        victims.iter().for_each(|victim| cluster.servers[*victim].start());
+        load.await_progress(10);
+    }
+    let ledger = load.finish(&runtime);
+    assert_nothing_lost_on(&runtime, &cluster.servers[..WITNESS], &ledger);
+    let witness = &cluster.servers[WITNESS];
+    let mut client = {
+        let _guard = runtime.enter();
+        KvClient::new(witness.channel())
+    };
+    let request = RangeRequest { key: b"load/".to_vec().into(), ..Default::default() };
+    let refused = runtime.block_on(client.range(request)).expect_err("it holds no data");
+    assert_eq!(refused.code(), tonic::Code::Unavailable, "{refused}");
+    let output = witness.run(&["status", "--admin", &witness.admin]);
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    let line = told.lines().find(|line| line.contains(" w id=")).unwrap_or_default();
+    assert!(line.contains("witness"), "{told}");
 }
 
 /// A minority is dead for good: reads and writes go on.

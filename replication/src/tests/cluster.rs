@@ -41,6 +41,8 @@ pub(super) struct Cluster {
     pub(super) entry_cache_bytes: u64,
     /// Of the members in order; 0 for those behind its end.
     pub(super) priorities: Vec<u8>,
+    /// Members that hold no data.
+    pub(super) witnesses: Vec<usize>,
     crashes: u64,
     pub(super) wrap: Wrap,
     /// In the place of the clock of a test.
@@ -76,6 +78,7 @@ impl Cluster {
             memtable_bytes: MEMTABLE_BYTES,
             entry_cache_bytes: 1 << 20,
             priorities: Vec::new(),
+            witnesses: Vec::new(),
             crashes: 0,
             wrap: Arc::new(|transport| Arc::new(transport)),
             clock: None,
@@ -120,7 +123,7 @@ impl Cluster {
         this
     }
 
-    async fn try_start(&mut self, i: usize) -> Result<()> {
+    pub(super) async fn try_start(&mut self, i: usize) -> Result<()> {
         let cell = &self.cells[i];
         let transport = loop {
             match TcpTransport::bind(&cell.address.0, None).await {
@@ -152,6 +155,7 @@ impl Cluster {
             client_address: format!("client-of-{}", cell.name),
             site: format!("site-{i}"),
             priority: self.priorities.get(i).copied().unwrap_or(0),
+            witness: self.witnesses.contains(&i),
             peers: self.peers.clone(),
             heartbeat: Duration::from_millis(100),
             election_timeout: Duration::from_millis(300),

@@ -38,14 +38,19 @@ impl State for Fetching {
         self.0.export()
     }
 
-    async fn import(&self, manifest: Bytes, source: &dyn TableSource) -> mainstay_engine::Result<LogIndex> {
+    async fn import(
+        &self,
+        at: LogIndex,
+        manifest: Bytes,
+        source: &dyn TableSource,
+    ) -> mainstay_engine::Result<LogIndex> {
         if manifest == manifest_at(5) {
             let bytes = source.read_table(TableId { job: JobId(1), ordinal: 0 }, 0, 1).await?;
             if bytes != WHOLE {
                 return Err(mainstay_engine::Error::new(mainstay_engine::ErrorKind::Corrupt, "another digest"));
             }
         }
-        self.0.import(manifest, source).await
+        self.0.import(at, manifest, source).await
     }
 }
 
@@ -140,8 +145,13 @@ impl State for Blind {
         self.0.export()
     }
 
-    async fn import(&self, manifest: Bytes, source: &dyn TableSource) -> mainstay_engine::Result<LogIndex> {
-        self.0.import(manifest, source).await
+    async fn import(
+        &self,
+        at: LogIndex,
+        manifest: Bytes,
+        source: &dyn TableSource,
+    ) -> mainstay_engine::Result<LogIndex> {
+        self.0.import(at, manifest, source).await
     }
 }
 

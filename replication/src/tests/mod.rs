@@ -17,6 +17,7 @@ mod ring;
 mod suite;
 mod tcp;
 mod wire;
+mod witness;
 
 use std::sync::{Arc, Mutex};
 
@@ -81,7 +82,8 @@ impl Bench {
         };
         let options = WalOptions::new(*b"volume-of-a-test", epoch, start, None);
         let (wal, _) = Wal::open(zone, environment(), options, &mut deliver).await.expect("the log opens");
-        let store = LogStore::open(wal.clone(), GROUP, found, cache_bytes, LogIndex(0)).expect("the raft log opens");
+        let store =
+            LogStore::open(wal.clone(), GROUP, found, cache_bytes, Some(LogIndex(0))).expect("the raft log opens");
         Self { disk, wal, store, epoch }
     }
 
@@ -131,7 +133,12 @@ impl State for Double {
         Ok(Exported { flushed: self.applied(), manifest, _pin: None })
     }
 
-    async fn import(&self, manifest: Bytes, _source: &dyn TableSource) -> mainstay_engine::Result<LogIndex> {
+    async fn import(
+        &self,
+        _at: LogIndex,
+        manifest: Bytes,
+        _source: &dyn TableSource,
+    ) -> mainstay_engine::Result<LogIndex> {
         let index = u64::from_le_bytes(manifest.as_ref().try_into().expect("eight bytes"));
         *self.0.lock().expect("not poisoned") = index;
         Ok(LogIndex(index))

@@ -86,7 +86,8 @@ fn run<T>(test: impl AsyncFnOnce(Arc<Held>, Network<TokioRuntime>) -> T) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let held = Arc::new(Held::default());
-        let mut networks = Networks { me: 1, transport: held.clone(), hurry: Arc::default(), rooms: Arc::default() };
+        let mut networks =
+            Networks { me: 1, witness: false, transport: held.clone(), hurry: Arc::default(), rooms: Arc::default() };
         let member = Member::default();
         let network = RaftNetworkFactory::<Config>::new_client(&mut networks, 2, &member).await;
         test(held, network).await

@@ -20,6 +20,7 @@ fn members() -> Membership {
         site: if name == "b" { "north".into() } else { String::new() },
         // And another a priority.
         priority: if name == "c" { 200 } else { 0 },
+        witness: name == "a",
     };
     let nodes: BTreeMap<u64, Member> = [(1, member("a")), (2, member("b")), (70, member("c"))].into();
     Membership::new(vec![BTreeSet::from([1, 2]), BTreeSet::from([1, 70])], nodes).expect("every voter has a node")
@@ -108,6 +109,7 @@ fn members_have_the_documented_bytes() {
         Ok::<_, crate::Error>(member)
     };
     let check = |site: &str, priority: u8, flags: u8, tail: &[u8]| {
+        let witness = flags & 0x20 != 0;
         let mut expect = vec![1, flags, b'n', 3, 0];
         expect.extend_from_slice(b"p:1");
         expect.extend_from_slice(&[3, 0]);
@@ -121,6 +123,7 @@ fn members_have_the_documented_bytes() {
             incarnation: [7; 16],
             site: site.into(),
             priority,
+            witness,
         };
         let mut writer = Writer::new();
         writer.member(&member);
@@ -131,6 +134,8 @@ fn members_have_the_documented_bytes() {
     check("x", 0, 0x80, &[1, 0, b'x']);
     check("", 200, 0x40, &[200]);
     check("x", 255, 0xc0, &[1, 0, b'x', 255]);
+    check("", 0, 0x20, &[]);
+    check("x", 255, 0xe0, &[1, 0, b'x', 255]);
     // The bit without a priority.
     let zero = [&[1, 0x40, b'n', 0, 0, 0, 0][..], &[7; 16], &[0]].concat();
     assert_eq!(read(zero).expect_err("never written").kind(), ErrorKind::Corrupt);

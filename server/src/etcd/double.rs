@@ -44,6 +44,7 @@ impl MemoryBackend {
             incarnation: [1; 16],
             site: String::new(),
             priority: 0,
+            witness: false,
             role: MemberRole::Voter,
         };
         let status = NodeStatus {
@@ -203,6 +204,7 @@ impl Backend for MemoryBackend {
             incarnation: [2; 16],
             site: String::new(),
             priority: 0,
+            witness: false,
             role: if voter { MemberRole::Voter } else { MemberRole::Learner },
         };
         state.status.members.push(member.clone());

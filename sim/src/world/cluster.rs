@@ -71,6 +71,8 @@ struct Member {
     rate: i64,
     /// Told to the cluster when it becomes a member.
     priority: u8,
+    /// It holds no data.
+    witness: bool,
     slot: Mutex<Slot>,
 }
 
@@ -123,6 +125,7 @@ impl Cluster {
         // A stream of its own: the rest of a seed is what it is without priorities.
         let mut ranks = rng.clone().fork();
         let ranked = ranks.chance(300);
+        let witnessed = settings.witness.unwrap_or_else(|| ranks.clone().fork().chance(250));
         let members = (0..settings.nodes + settings.spares)
             .map(|i| Member {
                 name: format!("n{i}"),
@@ -131,6 +134,7 @@ impl Cluster {
                 wall: WallClock::ahead(Duration::from_millis(rng.below(2_000))),
                 rate: rng.below(2 * drift + 1) as i64 - drift as i64,
                 priority: if ranked { ranks.below(3) as u8 } else { 0 },
+                witness: witnessed && i + 1 == settings.nodes,
                 slot: Mutex::default(),
             })
             .collect();
@@ -154,6 +158,11 @@ impl Cluster {
     /// The names of those that found the cluster.
     pub(crate) fn names(&self) -> Vec<String> {
         self.members.iter().take(self.settings.nodes).map(|member| member.name.clone()).collect()
+    }
+
+    /// Whether a node holds no data.
+    pub(crate) fn is_witness(&self, i: usize) -> bool {
+        self.members[i].witness
     }
 
     /// The node of that name.
@@ -385,6 +394,7 @@ impl Cluster {
             client_address: format!("{}:2379", member.name),
             site: String::new(),
             priority: member.priority,
+            witness: member.witness,
             peers,
             heartbeat: Duration::from_millis(100),
             election_timeout: Duration::from_millis(300),

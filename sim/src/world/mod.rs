@@ -37,6 +37,8 @@ pub struct Settings {
     pub spares: usize,
     /// Monotonic clocks run faster or slower than the world's by up to so many parts of a million.
     pub clock_drift: u64,
+    /// Whether the last of those that found the cluster holds no data; without it the seed says so.
+    pub witness: Option<bool>,
     /// Faults that are drawn in any case, also if they are left out otherwise.
     pub with: Vec<Fault>,
     /// Clients.
@@ -89,6 +91,7 @@ impl Settings {
             spares: if rng.chance(600) { 0 } else { rng.range(1, 3) as usize },
             // A lease is worth two thirds of the time that a follower waits before it elects.
             clock_drift: if rng.chance(500) { 0 } else { 50_000 },
+            witness: None,
             with: Vec::new(),
             clients: 4,
             // Some are long enough for a disk that stands still for 20 s.
@@ -117,6 +120,7 @@ impl Settings {
     /// anything by hand.
     pub fn single_faults(&mut self, count: u64) {
         (self.nodes, self.spares, self.clock_drift) = (3, 0, 0);
+        self.witness = Some(false);
         self.net = NetSettings { delay_min: self.net.delay_min, delay_max: self.net.delay_max, ..NetSettings::calm() };
         self.clients = 1;
         self.wal_bytes = 2 << 20;
