@@ -317,6 +317,12 @@ impl EntryIndex {
         }
     }
 
+    /// Forgets installs that were begun and came to nothing.
+    pub(crate) fn forget_anchors_behind(&mut self, index: u64) {
+        let keep = self.purged.map_or(index, |purged| purged.index.max(index));
+        drop(self.anchors.split_off(&keep.saturating_add(1)));
+    }
+
     pub(crate) fn anchors(&self) -> impl Iterator<Item = &Anchor> {
         self.anchors.values()
     }

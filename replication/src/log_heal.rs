@@ -272,7 +272,12 @@ impl<R: Runtime> Inner<R> {
             let answer = self.ask(&to, method::OFFER, Writer::new().finish()).await;
             let offer = answer.and_then(|bytes| decode_result(&bytes, crate::network::read_offer));
             match offer {
-                Ok(offer) => return self.take_state(offer).await,
+                Ok(offer) => {
+                    // Where the membership is lost too, nothing else says where it listens.
+                    *self.offered_by.lock().expect("nothing panics while it holds this lock") =
+                        Some((NodeId(offer.from), to.1.clone()));
+                    return self.take_state(offer).await;
+                }
                 Err(error) => last = error,
             }
         }
@@ -290,7 +295,7 @@ impl<R: Runtime> Inner<R> {
             let message = format!("the leader has no newer state in tables yet at={}", at.index);
             return Err(Error::new(ErrorKind::Unavailable, message));
         }
-        self.log.begin_install(&offer.meta).await.map_err(closed)?;
+        self.log.begin_install(&offer.meta, flushed).await.map_err(closed)?;
         if !self.is_witness() {
             let peers = Arc::new(crate::service::NodePeers(Arc::downgrade(self)));
             take_tables(&self.group, peers, &offer).await?;

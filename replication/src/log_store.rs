@@ -391,11 +391,13 @@ impl LogStore {
 
     /// Makes it durable that the state at `meta` is about to be taken over from a peer. Whatever happens then, the log
     /// can name the state that the engine is found to have.
-    pub(crate) async fn begin_install(&self, meta: &SnapshotMeta) -> std::io::Result<()> {
+    pub(crate) async fn begin_install(&self, meta: &SnapshotMeta, flushed: LogIndex) -> std::io::Result<()> {
         let Some(at) = meta.last_log_id else { return Err(io_error("a snapshot of nothing")) };
         let rx = {
             let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
             let mut state = self.state();
+            // Whichever were begun before have come to nothing: the tables are at `flushed`, or will be at this one.
+            state.index.forget_anchors_behind(flushed.0);
             if state.index.anchors().count() >= ANCHORS_MAX {
                 return Err(io_error("too many snapshots were begun and not finished"));
             }

@@ -326,7 +326,7 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
     async fn take_over(&mut self, mut offer: Offer) -> std::io::Result<SnapshotMeta> {
         let least = offer.meta.last_log_id;
         loop {
-            self.log.begin_install(&offer.meta).await?;
+            self.log.begin_install(&offer.meta, self.state.flushed()).await?;
             let source = Arc::new(Source { peers: self.peers.clone(), from: offer.from, failed: Mutex::new(None) });
             let at = LogIndex(offer.meta.last_log_id.map_or(0, |id| id.index));
             let error = match self.state.import(at, offer.manifest.clone(), &SharedSource(source.clone())).await {

@@ -160,6 +160,30 @@ fn a_member_with_a_hole_neither_votes_nor_leads_until_it_is_filled() {
     });
 }
 
+/// Nothing is left of a log but the headers of its batches: what it held, and who the members are, only the others know.
+#[test]
+fn a_log_of_which_nothing_is_left_is_replaced_by_the_state_of_another() {
+    run(async {
+        let mut cluster = Cluster::born(3).await;
+        written(&cluster, 60).await;
+        let ill = (cluster.leader().await + 1) % 3;
+        let image = cluster.cells[ill].media.wal_disk().image();
+        cluster.kill(ill).await;
+        for block in image.written() {
+            cluster.cells[ill].media.wal_disk().flip_bit(block + 200, 2);
+        }
+        cluster.start(ill).await;
+        cluster.until(ill, |s| s.role == "recovering").await;
+        // Its leader has nothing newer than what this one has in tables, which is nothing, until it flushes.
+        let rotate = Write { body: CommandBody::Rotate, durability: Durability::Quorum };
+        cluster.node((ill + 1) % 3).write(rotate).await.expect("rotates");
+        takes_part(&cluster, ill).await;
+        all_there(&cluster, 60).await;
+        cluster.put(ill, "after", "x").await.expect("written");
+        cluster.finish().await;
+    });
+}
+
 /// The end of a log that was closed in order is damaged: how much there was, and whether a vote, only the others know.
 #[test]
 fn a_lost_end_is_taken_from_the_most_complete_of_the_others() {

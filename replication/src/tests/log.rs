@@ -188,7 +188,7 @@ fn the_state_can_be_named_before_and_after_an_install_whatever_the_crash_left() 
         append(&mut bench.store, vec![membership(1, 0, &[1]), normal(1, 1, 10), normal(1, 2, 10)]).await;
         let stored = StoredMembership::new(Some(log_id(4, 80)), members(&[1, 2]));
         let meta = SnapshotMeta { last_log_id: Some(log_id(5, 90)), last_membership: stored.clone() };
-        bench.store.begin_install(&meta).await.expect("durable");
+        bench.store.begin_install(&meta, LogIndex(2)).await.expect("durable");
         let mut bench = bench.crash(3, Lsn(0), 1 << 20).await;
         // The engine had not switched.
         assert_eq!(bench.store.state_at(LogIndex(2)).expect("known").0, Some(log_id(1, 2)));
@@ -273,6 +273,28 @@ fn a_purge_that_is_carried_out_before_openraft_comes_to_it_makes_room_once() {
             save_vote(&mut bench.store, Vote::new(2, upto)).await;
             assert_eq!(bench.wal.stats().records, records + 1, "the vote alone");
             assert_eq!(ids(&mut bench.store).await[0], log_id(1, 11));
+        }
+    });
+}
+
+/// Each attempt names the newest state of a leader, and the tables do not come.
+#[test]
+fn installs_that_come_to_nothing_can_be_begun_for_ever() {
+    run(async {
+        let mut bench = Bench::new(1 << 20).await;
+        append(&mut bench.store, vec![membership(1, 0, &[1]), normal(1, 1, 10)]).await;
+        let stored = StoredMembership::new(Some(log_id(1, 0)), members(&[1]));
+        for index in 10..60 {
+            let meta = SnapshotMeta { last_log_id: Some(log_id(2, index)), last_membership: stored.clone() };
+            bench.store.begin_install(&meta, LogIndex(1)).await.expect("begun");
+            assert_eq!(bench.store.state_at(LogIndex(index)).expect("named").0, Some(log_id(2, index)));
+            assert_eq!(bench.store.state_at(LogIndex(1)).expect("named").0, Some(log_id(1, 1)));
+        }
+        // One of them was taken over: it stays named while others are begun.
+        for index in 70..80 {
+            let meta = SnapshotMeta { last_log_id: Some(log_id(2, index)), last_membership: stored.clone() };
+            bench.store.begin_install(&meta, LogIndex(59)).await.expect("begun");
+            assert_eq!(bench.store.state_at(LogIndex(59)).expect("named").0, Some(log_id(2, 59)));
         }
     });
 }

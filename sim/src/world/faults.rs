@@ -213,7 +213,9 @@ pub(crate) async fn run(cluster: Arc<Cluster>, mut rng: SimRng, until: Duration)
     }
     let sum: u64 = weights.iter().map(|(_, weight)| weight).sum();
     let gap_max = rng.range(100, 1500);
-    let victim = rng.below(cluster.settings.nodes as u64) as usize;
+    let drawn = rng.below(cluster.settings.nodes as u64) as usize;
+    // Beside a witness two hold the data, and either may be the only one that has what was acknowledged last.
+    let victim = (0..cluster.settings.nodes).find(|i| cluster.is_witness(*i)).unwrap_or(drawn);
     let mut stats = FaultStats::default();
     let mut faults = Faults { cluster, rng, victim, copy: None, leaving: BTreeSet::new() };
     loop {
