@@ -133,7 +133,7 @@ impl<R: Runtime> Inner<R> {
 
     /// Tells openraft that everything up to `flushed` is in a snapshot, and has it purge all but a tail for followers
     /// that lag.
-    async fn purge(&self, flushed: LogIndex) {
+    pub(crate) async fn purge(&self, flushed: LogIndex) {
         let Ok(running) = self.running() else { return };
         // What a witness has applied it needs for others alone.
         let flushed = if self.is_witness() { self.progress.applied() } else { flushed };
@@ -164,9 +164,11 @@ impl<R: Runtime> Inner<R> {
         // A follower that is being sent these entries holds the purge up: the next one will do.
         if R::timeout(PURGE_STEP_TIMEOUT, purged).await.is_err() {
             // openraft carries out one step after the other, and one that waits until an entry is durable holds up the purge that
-            // would make room for that entry. What it has decided to purge it never asks for again.
-            let decided = running.raft.with_raft_state(|state| state.log_ids.purged().copied()).await;
-            if let Ok(Some(upto)) = decided
+            // would make room for that entry. What it has decided to purge it never asks for again. It decides to when a snapshot
+            // begins to be installed: of that no more goes than is in tables now.
+            let decided = running.raft.with_raft_state(|state| state.log_ids.purged().map(|id| id.index)).await;
+            let upto = decided.ok().flatten().and_then(|decided| self.log.log_id(decided.min(flushed.0)));
+            if let Some(upto) = upto
                 && let Err(error) = self.log.purge_to(upto)
             {
                 tracing::warn!(%error, "the log was not purged");
