@@ -160,6 +160,9 @@ pub struct NodeStatus {
     pub replayed: u64,
     /// For a leader: entries that each other member lacks.
     pub lag: BTreeMap<u64, u64>,
+    /// For a leader: voters that have acknowledged nothing for two election timeouts. What is written meanwhile is on fewer volumes than
+    /// there are voters.
+    pub silent: std::collections::BTreeSet<u64>,
     /// Why the node left service, or does not take part yet.
     pub failure: Option<String>,
     /// Damage found and mended in the log.

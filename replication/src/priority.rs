@@ -261,7 +261,7 @@ impl<R: Runtime> Inner<R> {
     }
 
     /// Whether a member has acknowledged a message of this leader lately: one that answers other requests may take no part in Raft.
-    fn hears(&self, running: &Running<R>, id: NodeId) -> bool {
+    pub(crate) fn hears(&self, running: &Running<R>, id: NodeId) -> bool {
         let metrics = running.metrics.borrow_watched();
         let at = metrics.heartbeat.as_ref().and_then(|heartbeats| heartbeats.get(&id.0)?.as_ref());
         at.is_some_and(|at| at.elapsed() < self.options.election_timeout * 2)

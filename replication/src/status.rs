@@ -48,6 +48,10 @@ impl<R: Runtime> Inner<R> {
                 _ => "learner",
             }
             .into();
+            let leads = metrics.state == ServerState::Leader;
+            drop(metrics);
+            let voters = status.members.iter().filter(|m| leads && m.role == MemberRole::Voter && m.id.0 != running.id);
+            status.silent = voters.map(|m| m.id).filter(|id| !self.hears(&running, *id)).map(|id| id.0).collect();
         }
         match self.phase() {
             Phase::Member => {}

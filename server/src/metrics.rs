@@ -202,6 +202,12 @@ const ROWS: &[Row] = &[
         s.raft.members.iter().filter_map(|member| member.lag).max().unwrap_or(0)
     }),
     (
+        "raft_under_replicated",
+        "On the leader: voters that are silent or far behind, so that writes are on fewer volumes than they should be",
+        Kind::Gauge,
+        |s| s.raft.under_replicated,
+    ),
+    (
         "raft_disk_hand_overs",
         "Times that it told another voter to lead because its own disk was worse",
         Kind::Counter,

@@ -129,6 +129,9 @@ pub struct RaftSection {
     pub priority_hand_overs: u64,
     /// Bytes of tables that it fetched from other members, for snapshots and for tables that it lost.
     pub fetched_bytes: u64,
+    /// On the leader: voters that are silent or far behind, so that what is written now is on fewer volumes than it should be.
+    #[serde(default)]
+    pub under_replicated: u64,
 }
 
 /// Counts of the engine.
@@ -316,6 +319,7 @@ impl Status {
                 disk_hand_overs: node.disk_hand_overs,
                 priority_hand_overs: node.priority_hand_overs,
                 fetched_bytes: node.fetched_bytes,
+                under_replicated: under_replicated(&node),
             },
             engine: EngineSection {
                 flushed: node.group.flushed.0,
@@ -442,10 +446,21 @@ fn raft_verdict(node: &NodeStatus) -> Verdict {
         return verdict(Health::Bad, format!("{line}, knows no leader"));
     }
     let behind = node.lag.iter().filter(|(_, lag)| **lag > READY_LAG_MAX).count();
-    if behind > 0 {
-        return verdict(Health::Warn, format!("{line}, {behind} members far behind"));
+    if !node.silent.is_empty() || behind > 0 {
+        let silent = node.silent.len();
+        return verdict(
+            Health::Warn,
+            format!("{line}, under-replicated: {silent} voters silent, {behind} members far behind"),
+        );
     }
     verdict(Health::Ok, line)
+}
+
+/// Voters of a leader that are silent or far behind.
+fn under_replicated(node: &NodeStatus) -> u64 {
+    let far = |id: &u64| node.lag.get(id).is_some_and(|lag| *lag > READY_LAG_MAX);
+    let voters = node.members.iter().filter(|m| m.role == MemberRole::Voter);
+    voters.filter(|m| node.silent.contains(&m.id.0) || far(&m.id.0)).count() as u64
 }
 
 fn engine_verdict(engine: &EngineStatus, node: &NodeStatus) -> Verdict {

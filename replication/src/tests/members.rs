@@ -95,3 +95,23 @@ fn a_late_request_of_a_volume_that_is_gone_lets_nobody_in() {
         cluster.finish().await;
     });
 }
+
+/// Whoever watches the leader sees that a voter is away before the next one is.
+#[test]
+fn a_leader_names_the_voters_that_it_does_not_hear() {
+    run(async {
+        let mut cluster = Cluster::born(3).await;
+        let leader = cluster.leader().await;
+        cluster.until(leader, |s| s.silent.is_empty()).await;
+        let away = (leader + 1) % 3;
+        let id = cluster.node(away).status().id.0;
+        cluster.kill(away).await;
+        cluster.put(leader, "k", "v").await.expect("a majority is there");
+        let status = cluster.until(leader, |s| !s.silent.is_empty()).await;
+        assert_eq!(status.silent.into_iter().collect::<Vec<_>>(), [id]);
+        cluster.start(away).await;
+        cluster.until(leader, |s| s.silent.is_empty()).await;
+        assert!(cluster.node(away).status().silent.is_empty(), "who does not lead says nothing of the others");
+        cluster.finish().await;
+    });
+}
