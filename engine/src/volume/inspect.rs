@@ -30,6 +30,7 @@ pub(crate) async fn inspect(media: &dyn Media) -> Result<SuperblockReport> {
         Copy::Blank => "blank".to_string(),
         Copy::NoMagic => "not a superblock".to_string(),
         Copy::Damaged => "damaged".to_string(),
+        Copy::Unreadable => "cannot be read".to_string(),
         Copy::Newer(version) => format!("format version {version}"),
         Copy::Whole(found, checksum) => format!("sequence {} checksum {checksum:016x}", found.sequence),
     });

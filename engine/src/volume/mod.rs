@@ -495,6 +495,7 @@ async fn read_copies(zone: &Zone) -> Result<[Copy; COPIES]> {
             Ok(block) => *copy = Copy::decode(&block, i),
             Err(error) if error.kind() == mainstay_io::ErrorKind::Media => {
                 tracing::warn!(%error, copy = i, "a copy of the superblock cannot be read");
+                *copy = Copy::Unreadable;
             }
             Err(error) => return Err(error.into()),
         }
@@ -519,6 +520,10 @@ fn judge(name: String, copies: &[Copy; COPIES]) -> Result<Superblock> {
                 "{name} was written by a newer release; open it with that one version={version} \
                  supported={VOLUME_FORMAT_VERSION} case={row}"
             ),
+        ),
+        Verdict::Corrupt(why) if copies.contains(&Copy::Unreadable) => (
+            ErrorKind::Io,
+            format!("{name}: the device does not give all copies of the superblock, and {why} case={row}"),
         ),
         Verdict::Corrupt(why) => (ErrorKind::Corrupt, format!("{name}: {why} case={row}")),
     };

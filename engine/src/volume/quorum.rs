@@ -20,6 +20,9 @@
 //! H    one first  none, rest blank       not a volume       a format was cut short: nothing was ever stored
 //! I    one        anything else   any    corrupt            a single copy may be older than what was acknowledged
 //! ```
+//!
+//! A copy that the device does not give is one that is not whole. Where the verdict would be corrupt it is `Io` then: the device may give
+//! the copy another time, and nobody shall throw the volume away for it.
 
 use super::superblock::{COPIES, Copy, Superblock};
 
@@ -98,7 +101,7 @@ pub(crate) fn choose(copies: &[Copy; COPIES]) -> (char, Verdict) {
             (_, Some(_)) => Older::Unlinked,
             (_, None) => Older::None,
         },
-        damaged: copies.contains(&Copy::Damaged),
+        damaged: copies.contains(&Copy::Damaged) || copies.contains(&Copy::Unreadable),
     };
     let take = |content: Option<(&Superblock, u64, usize)>| {
         let (superblock, ..) = content.expect("the row says that there is such a content");

@@ -184,8 +184,10 @@ pub(crate) enum Copy {
     Blank,
     /// Bytes of someone else.
     NoMagic,
-    /// A superblock whose checksum does not match, or that could not be read.
+    /// A superblock whose checksum does not match.
     Damaged,
+    /// The device answers an error for it.
+    Unreadable,
     /// A whole superblock of a newer format.
     Newer(u16),
     /// A whole superblock and the checksum of its content.

@@ -1,10 +1,13 @@
 //! The quorum of copies, crashes in the middle of an update, and what is no volume.
 
+use mainstay_io::sim::{SimMedia, SimOptions};
+
 use super::media::Event;
 use super::*;
 use crate::volume::inspect::inspect;
 use crate::volume::quorum::{choose, row};
 use crate::volume::superblock::COPY_STRIDE_BYTES;
+use crate::{Engine, ErrorKind};
 
 const COPY: usize = COPY_STRIDE_BYTES as usize;
 
@@ -164,6 +167,24 @@ fn a_copy_that_cannot_be_read_counts_as_damaged() {
     open(&media);
 }
 
+/// What a device does not give now is not lost: nobody is told to throw the volume away.
+#[test]
+fn copies_that_cannot_be_read_are_no_corruption() {
+    let sim = SimMedia::new(SimOptions { capacity: 1 << 30, ..SimOptions::default() });
+    let format = || block_on(Engine::format(sim.open().expect("free"), &Environment::system(), 8 << 20, false));
+    format().expect("formats");
+    for copy in 0..3 {
+        sim.superblock_disk().damage(copy * COPY as u64, 4096);
+    }
+    let look = || block_on(inspect(&*sim.open().expect("free")));
+    let refused = look().expect_err("one copy is not enough");
+    assert_eq!(refused.kind(), ErrorKind::Io, "{refused}");
+    sim.superblock_disk().damage(3 * COPY as u64, 4096);
+    assert_eq!(look().expect_err("nor none").kind(), ErrorKind::Io);
+    sim.superblock_disk().heal();
+    assert_eq!(look().expect("they are there").damaged, 0);
+}
+
 #[test]
 fn one_whole_copy_is_not_enough() {
     let media = formatted();
@@ -302,6 +323,7 @@ fn every_mixture_of_copies_has_a_row() {
         Copy::Blank,
         Copy::NoMagic,
         Copy::Damaged,
+        Copy::Unreadable,
         Copy::Newer(2),
         whole(&first),
         whole(&second),
