@@ -122,6 +122,8 @@ impl EngineShared {
     }
 
     async fn scrub_log(&self, bytes_per_second: u64) -> Result<()> {
+        // What the last pass gave up waiting for may have come since.
+        self.log_is_cut();
         let end = self.wal().durable();
         let mut at = self.wal().start();
         while at < end {
@@ -147,10 +149,7 @@ impl EngineShared {
             self.heal.log_found.fetch_add(1, Ordering::Relaxed);
         }
         for _ in 0..CUT_LOOKS_MAX {
-            if self.wal().start() > damaged {
-                *self.log_damage.lock().unwrap_or_else(PoisonError::into_inner) = None;
-                tracing::info!(lsn = damaged.0, "the log was cut behind damage");
-                self.heal.log_cut.fetch_add(1, Ordering::Relaxed);
+            if self.log_is_cut() {
                 return;
             }
             self.open_groups().iter().filter(|group| group.is_settled()).for_each(|group| group.want_rotation());
@@ -158,6 +157,20 @@ impl EngineShared {
             self.environment.clock.sleep(CUT_PAUSE).await;
         }
         tracing::warn!(lsn = damaged.0, "the log could not be cut behind damage yet");
+    }
+
+    /// Whether no damage is known in what is left of the log.
+    fn log_is_cut(&self) -> bool {
+        let mut known = self.log_damage.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(damaged) = *known else { return true };
+        if self.wal().start() <= damaged {
+            return false;
+        }
+        *known = None;
+        drop(known);
+        tracing::info!(lsn = damaged.0, "the log was cut behind damage");
+        self.heal.log_cut.fetch_add(1, Ordering::Relaxed);
+        true
     }
 
     /// Keeps the rate.

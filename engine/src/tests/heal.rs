@@ -278,7 +278,8 @@ fn the_scrubber_finds_damage_that_nobody_reads() {
     drop(engine);
 }
 
-/// A store alone has nobody to ask, but what rots in its log is in memory still.
+/// A store alone has nobody to ask, but what rots in its log is in memory still. The clock of the test may run away from the threads that
+/// flush: then the pass that found the rot has given up waiting, and the next one tells that it is cut.
 #[test]
 fn the_log_is_cut_behind_rot_that_the_scrubber_finds_in_it() {
     let media = media();
