@@ -194,18 +194,12 @@ impl GroupShared {
         }
     }
 
-    /// Wakes who waits for space or memory.
-    /// Told at each progress of jobs, manifest and log.
-    #[cfg(test)]
-    pub(crate) fn changed(&self) -> tokio::sync::futures::Notified<'_> {
-        self.progress.notified()
-    }
-
     /// The volume failed for good.
     pub(crate) fn give_up(&self, error: &Error) {
         self.fail(error.clone());
     }
 
+    /// Wakes who waits for space or memory.
     pub(crate) fn wake(&self) {
         self.progress.notify_waiters();
     }
