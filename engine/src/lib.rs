@@ -46,3 +46,4 @@ pub use once::{CLIENTS_KEYSPACE, ClientToken};
 pub use snapshot::{Direction, Scan, Snapshot, Value};
 pub use state_machine::{Apply, StateMachine};
 pub use types::{BranchId, BranchInfo, CheckpointInfo, Generation, JobId, KeyspaceId, LogIndex, MAIN, TableId};
+pub use volume::EXTENT_UNIT_BYTES;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use mainstay_engine::Offline;
+use mainstay_engine::{EXTENT_UNIT_BYTES, Offline};
 use mainstay_io::sim::{
     DiskImage, Faults, IoEvent, IoKind, Latency, Mishap, Outcome, SimDisk, SimLayout, SimMedia, SimOptions,
     SimScheduler,
@@ -18,8 +18,6 @@ use mainstay_io::{BLOCK_BYTES, BoxFuture, Environment, Media, SUPERBLOCK_ZONE_BY
 use crate::rt::{Executor, Group, SimRng};
 use crate::world::Settings;
 
-/// An extent is a number of these (docs/format.md).
-const EXTENT_UNIT_BYTES: u64 = 64 << 10;
 /// Bytes of every disk.
 const CAPACITY: u64 = 1 << 30;
 /// How much longer everything takes on a slow disk.
@@ -288,15 +286,16 @@ impl Disk {
         Ok(Survey { damage: report.damage, live })
     }
 
-    /// A place within data that counts, block by block. None when there is none.
-    pub(crate) fn place(&self, zone: Zone, live: &[Range<u64>]) -> Option<u64> {
+    /// A place within data: of the log where it is proven, else in a block that was written and, of extents, within `live`
+    /// if that is given. None when there is none.
+    pub(crate) fn place(&self, zone: Zone, live: Option<&[Range<u64>]>) -> Option<u64> {
         let (disk, range) = self.zone(zone);
         let mut rng = self.rng();
         if zone == Zone::Wal {
-            let event = self.proven_batch(disk, &|at| range.contains(at), &mut rng)?;
+            let event = self.proven_batch(disk, &range, &mut rng)?;
             return Some(event.offset + rng.below(event.length));
         }
-        let counts = |at: &u64| zone == Zone::Superblock || live.iter().any(|live| live.contains(at));
+        let counts = |at: &u64| live.is_none_or(|live| live.iter().any(|live| live.contains(at)));
         let written: Vec<u64> = disk.image().written().filter(|at| range.contains(at) && counts(at)).collect();
         (!written.is_empty()).then(|| rng.pick(&written) + rng.below(BLOCK_BYTES as u64))
     }
@@ -314,34 +313,22 @@ impl Disk {
 
     /// Flips a bit of data at rest. False when there is none.
     pub(crate) fn rot(&self, zone: Zone) -> bool {
-        let (disk, range) = self.zone(zone);
-        let mut rng = self.rng();
-        let inside = |at: &u64| range.contains(at);
-        let at = if zone == Zone::Wal {
-            let Some(event) = self.proven_batch(disk, &inside, &mut rng) else { return false };
-            event.offset + rng.below(event.length)
-        } else {
-            let written: Vec<u64> = disk.image().written().filter(inside).collect();
-            if written.is_empty() {
-                return false;
-            }
-            rng.pick(&written) + rng.below(4096)
-        };
-        disk.flip_bit(at, rng.below(8) as u8);
-        drop(rng);
-        self.power.executor.trace(&[0x207, at]);
-        true
+        let place = self.place(zone, None);
+        if let Some(at) = place {
+            self.spoil(zone, at, false);
+        }
+        place.is_some()
     }
 
     /// A batch of the log behind which so many were written that one of them says that it was durable. Of the very last
     /// one no byte of the volume tells whether it rotted or was torn.
-    fn proven_batch(&self, disk: &SimDisk, inside: &dyn Fn(&u64) -> bool, rng: &mut SimRng) -> Option<IoEvent> {
+    fn proven_batch(&self, disk: &SimDisk, inside: &Range<u64>, rng: &mut SimRng) -> Option<IoEvent> {
         const RECENT: usize = 60;
         let batches: Vec<IoEvent> = disk
             .trace()
             .into_iter()
             .rev()
-            .filter(|e| e.kind == IoKind::DurableWrite && e.outcome == Outcome::Done && inside(&e.offset))
+            .filter(|e| e.kind == IoKind::DurableWrite && e.outcome == Outcome::Done && inside.contains(&e.offset))
             .skip(2 * self.in_flight_max + 2)
             .take(RECENT)
             .collect();

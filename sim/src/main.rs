@@ -333,7 +333,7 @@ fn start(seed: u64, args: &Args, done: mpsc::Sender<Verdict>) {
                         settings.verbose = verbose;
                         settings.lying_disks = lying;
                         if single_faults > 0 {
-                            settings.single_faults(single_faults);
+                            settings.with_single_faults(single_faults);
                         }
                     })
                 };

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mainstay_io::{Spawner, Zone};
 
-use super::extent::{Extent, UNIT_BYTES, extents_bytes};
+use super::extent::{EXTENT_UNIT_BYTES, Extent, extents_bytes};
 use super::free_map::FreeMap;
 use crate::{Error, ErrorKind, Result};
 
@@ -64,7 +64,7 @@ impl std::fmt::Debug for Reservation {
 
 impl Allocator {
     pub(crate) fn new(zone: Zone, spawner: Arc<dyn Spawner>) -> Self {
-        let units = u32::try_from(zone.length() / UNIT_BYTES).unwrap_or(u32::MAX);
+        let units = u32::try_from(zone.length() / EXTENT_UNIT_BYTES).unwrap_or(u32::MAX);
         Self { state: Mutex::default(), zone, units, spawner }
     }
 
@@ -99,7 +99,7 @@ impl Allocator {
         let rest = {
             let mut state = self.lock();
             assert!(state.known, "space is reserved after the live extents were set");
-            let units = u32::try_from(bytes.div_ceil(UNIT_BYTES)).ok();
+            let units = u32::try_from(bytes.div_ceil(EXTENT_UNIT_BYTES)).ok();
             let found = units.and_then(|units| state.free.take(units, RESERVATION_EXTENTS_MAX));
             let Some(found) = found else {
                 let free = state.free.free_bytes();
@@ -167,12 +167,12 @@ impl Allocator {
     pub(crate) fn stats(&self) -> SpaceStats {
         let state = self.lock();
         SpaceStats {
-            total_bytes: u64::from(self.units) * UNIT_BYTES,
+            total_bytes: u64::from(self.units) * EXTENT_UNIT_BYTES,
             free_bytes: state.free.free_bytes(),
-            reserved_bytes: state.reserved_units * UNIT_BYTES,
-            live_bytes: state.live_units * UNIT_BYTES,
+            reserved_bytes: state.reserved_units * EXTENT_UNIT_BYTES,
+            live_bytes: state.live_units * EXTENT_UNIT_BYTES,
             parked_bytes: extents_bytes(&state.parked),
-            leaving_bytes: state.leaving_units * UNIT_BYTES,
+            leaving_bytes: state.leaving_units * EXTENT_UNIT_BYTES,
         }
     }
 }
@@ -192,7 +192,7 @@ impl Reservation {
     /// # Errors
     /// `Internal` when the reservation was too small: a mistake in the job's estimate. Nothing is taken then.
     pub(crate) fn take(&mut self, bytes: u64) -> Result<Vec<Extent>> {
-        let mut need = bytes.div_ceil(UNIT_BYTES);
+        let mut need = bytes.div_ceil(EXTENT_UNIT_BYTES);
         if need > units_of(&self.rest) {
             let message = format!("a job needs more than it reserved bytes={bytes} reserved_bytes={}", self.bytes());
             return Err(Error::new(ErrorKind::Internal, message));

@@ -1,12 +1,12 @@
 //! Extents: runs of whole units of the extents zone.
 
-/// The unit of allocation.
-pub(crate) const UNIT_BYTES: u64 = 64 << 10;
+/// The unit of allocation in the extents zone, in bytes: an extent is a number of these (docs/format.md).
+pub const EXTENT_UNIT_BYTES: u64 = 64 << 10;
 
 /// A run of units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Extent {
-    /// The first unit; times [`UNIT_BYTES`] it is the offset in the extents zone.
+    /// The first unit; times [`EXTENT_UNIT_BYTES`] it is the offset in the extents zone.
     pub(crate) first_unit: u32,
     /// At least one.
     pub(crate) units: u32,
@@ -15,12 +15,12 @@ pub(crate) struct Extent {
 impl Extent {
     /// Where it begins in the extents zone.
     pub(crate) fn offset(&self) -> u64 {
-        u64::from(self.first_unit) * UNIT_BYTES
+        u64::from(self.first_unit) * EXTENT_UNIT_BYTES
     }
 
     /// Bytes that it holds.
     pub(crate) fn bytes(&self) -> u64 {
-        u64::from(self.units) * UNIT_BYTES
+        u64::from(self.units) * EXTENT_UNIT_BYTES
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::extent::{Extent, UNIT_BYTES};
+use super::extent::{EXTENT_UNIT_BYTES, Extent};
 
 /// Free runs, by first unit; neighbours are always joined.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -23,7 +23,7 @@ impl FreeMap {
     }
 
     pub(crate) fn free_bytes(&self) -> u64 {
-        self.free_units * UNIT_BYTES
+        self.free_units * EXTENT_UNIT_BYTES
     }
 
     /// Takes the very units of `extent`; false, and nothing is taken, unless all of them are free.

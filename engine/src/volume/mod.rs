@@ -37,7 +37,8 @@ use mainstay_wal::{Lsn, RING_BYTES_MIN};
 use tokio::sync::Notify;
 
 pub(crate) use self::allocator::{Reservation, SpaceStats};
-pub(crate) use self::extent::{Extent, UNIT_BYTES, extents_bytes};
+pub use self::extent::EXTENT_UNIT_BYTES;
+pub(crate) use self::extent::{Extent, extents_bytes};
 pub(crate) use self::inspect::{SuperblockReport, inspect};
 pub(crate) use self::superblock::{ROOT_EXTENTS_MAX, Root, Superblock, VOLUME_FORMAT_VERSION};
 
@@ -461,8 +462,8 @@ fn outside(extents: &[Extent], offset: u64, bytes: u64) -> Error {
 }
 
 fn check_extents(media: &dyn Media, extents: &Zone) -> Result<()> {
-    if extents.length() < EXTENTS_UNITS_MIN * UNIT_BYTES {
-        let (min, have) = (EXTENTS_UNITS_MIN * UNIT_BYTES, extents.length());
+    if extents.length() < EXTENTS_UNITS_MIN * EXTENT_UNIT_BYTES {
+        let (min, have) = (EXTENTS_UNITS_MIN * EXTENT_UNIT_BYTES, extents.length());
         let message = format!("{} has too little room for data extents_bytes={have} min={min}", media.name());
         return Err(Error::new(ErrorKind::Invalid, message));
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::device::Door;
 use super::env::{SimRandom, decide, mix};
-use super::image::{Block, DiskImage, Unsettled, torn};
+use super::image::{Block, Unsettled, torn};
 use super::medium::Medium;
 use super::{Faults, IoEvent, IoKind, Mishap, Outcome};
 use crate::{AlignedBuf, BLOCK_BYTES, Completer, Error, ErrorKind, Result};
@@ -73,10 +73,9 @@ impl Answer {
 }
 
 impl Core {
-    /// Begins a new life with `image`; what was in flight is returned and has to be ended.
-    pub(super) fn restart(&mut self, image: DiskImage) -> BTreeMap<u64, Flight> {
-        let space = self.medium.space();
-        self.medium = Medium::new(image, space);
+    /// Begins a new life on `medium`; what was in flight is returned and has to be ended.
+    pub(super) fn restart(&mut self, medium: Medium) -> BTreeMap<u64, Flight> {
+        self.medium = medium;
         self.epoch += 1;
         self.poison = None;
         std::mem::take(&mut self.flights)
@@ -150,10 +149,12 @@ impl Core {
         let outcome = match planned.or_else(drawn) {
             Some(Mishap::Lost) => Outcome::Phantom,
             Some(Mishap::Misdirected) => {
-                // Somewhere among the data that is already there, where it does harm.
+                // Somewhere among the data that is already there, where it does harm, and not where it belongs.
+                let own = what.offset / BLOCK_BYTES as u64;
                 let last = self.medium.written(0, self.medium.capacity()).next_back().unwrap_or(0);
                 let room = self.medium.capacity().saturating_sub(what.length);
-                let first = random.below(last / BLOCK_BYTES as u64 + 1).min(room / BLOCK_BYTES as u64);
+                let drawn = random.below(last / BLOCK_BYTES as u64 + 1).min(room / BLOCK_BYTES as u64);
+                let first = if drawn == own { own.checked_sub(1).unwrap_or(own + 1) } else { drawn };
                 let moved: Vec<_> = (first..).zip(content).map(|(index, (_, block))| (index, block.clone())).collect();
                 self.land(durable, &moved);
                 Outcome::Misdirected(first * BLOCK_BYTES as u64)

@@ -108,7 +108,8 @@ impl SimDisk {
         writes.extend(shuffled(core.in_flight(), seed));
         let image = after_crash(&durable, &writes, seed);
         // Under one lock: what completes in between would be acknowledged and lost.
-        let flights = core.restart(image.clone());
+        let medium = core.medium.after_crash(image.clone());
+        let flights = core.restart(medium);
         drop(core);
         end_flights(flights);
         image
@@ -119,7 +120,8 @@ impl SimDisk {
     pub fn kill(&self, seed: u64) -> DiskImage {
         let mut core = self.0.lock();
         let image = after_crash(&core.medium.image(), &shuffled(core.in_flight(), seed), seed);
-        let flights = core.restart(image.clone());
+        let medium = core.medium.after_crash(image.clone());
+        let flights = core.restart(medium);
         drop(core);
         end_flights(flights);
         image
@@ -154,7 +156,10 @@ impl SimDisk {
 
     /// Puts `image` in the place of the content, as if the disk had been exchanged while the node was down.
     pub fn restart(&self, image: DiskImage) {
-        let flights = self.0.lock().restart(image);
+        let mut core = self.0.lock();
+        let medium = Medium::new(image, core.medium.space());
+        let flights = core.restart(medium);
+        drop(core);
         end_flights(flights);
     }
 
@@ -163,8 +168,8 @@ impl SimDisk {
         self.0.lock().faults = faults;
     }
 
-    /// Ends all faults: rates, planned failures, unreadable ranges, lack of space and a read-only mount. What rotted stays rotten, and a
-    /// poisoned device stays poisoned until the node restarts.
+    /// Ends all faults: rates, planned failures, unreadable ranges, lack of space and a read-only mount. What rotted stays
+    /// rotten, and a poisoned device stays poisoned until the node restarts.
     pub fn heal(&self) {
         let mut core = self.0.lock();
         core.faults = Faults::default();
@@ -212,7 +217,7 @@ impl SimDisk {
         self.0.lock().medium.flip_bit(offset, bit);
     }
 
-    /// Makes the range unreadable (`Media`) until it is written again.
+    /// Makes the range unreadable (`Media`) until it is written again, through crashes too.
     pub fn damage(&self, offset: u64, length: u64) {
         self.0.lock().medium.damage(offset, length);
     }

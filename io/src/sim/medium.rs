@@ -39,6 +39,17 @@ impl Medium {
         }
     }
 
+    /// What is left after a crash, which reads as `image`. What could not be read still cannot, unless it was written.
+    pub(crate) fn after_crash(&self, image: DiskImage) -> Self {
+        let mut unreadable = self.unreadable.clone();
+        if unreadable.total() > 0 {
+            for (&index, _) in image.blocks.iter().filter(|&(index, block)| self.current.get(index) != Some(block)) {
+                unreadable.remove(index..index + 1);
+            }
+        }
+        Self { unreadable, ..Self::new(image, self.space()) }
+    }
+
     pub(crate) fn capacity(&self) -> u64 {
         self.durable.capacity
     }

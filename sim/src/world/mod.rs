@@ -65,7 +65,7 @@ pub struct Settings {
     pub net: NetSettings,
     /// See `mainstay_engine::EngineSettings`.
     pub scrub_pause: Duration,
-    /// So many faults, each alone and healed before the next, in place of all others; see [`Settings::single_faults`].
+    /// So many faults, each alone and healed before the next, in place of all others; see [`Settings::with_single_faults`].
     pub single_faults: u64,
     /// The disks acknowledge writes and flushes that they do not keep: every check must notice.
     pub lying_disks: bool,
@@ -118,7 +118,7 @@ impl Settings {
 
     /// Makes it a world in good weather, in which `count` faults meet the disk of one node each, with nobody there to mend
     /// anything by hand.
-    pub fn single_faults(&mut self, count: u64) {
+    pub fn with_single_faults(&mut self, count: u64) {
         (self.nodes, self.spares, self.clock_drift) = (3, 0, 0);
         self.witness = Some(false);
         self.net = NetSettings { delay_min: self.net.delay_min, delay_max: self.net.delay_max, ..NetSettings::calm() };
@@ -369,12 +369,12 @@ mod tests {
     /// The short form of `cargo xtask sim --single-faults`; and what does not heal is found.
     #[test]
     fn single_faults_heal_and_what_does_not_is_found() {
-        let healed = run(1, |settings| settings.single_faults(4));
+        let healed = run(1, |settings| settings.with_single_faults(4));
         assert_eq!(healed.problems, Vec::<String>::new(), "{healed}");
         assert_eq!(healed.faults.values().sum::<u64>(), 4);
         // Without a scrubber, and without clients whose writes have tables compacted away and the log cut.
         let neglected = run(1, |settings| {
-            settings.single_faults(4);
+            settings.with_single_faults(4);
             settings.clients = 0;
             settings.scrub_pause = Duration::from_secs(3600);
         });

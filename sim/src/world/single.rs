@@ -4,9 +4,9 @@
 //! - S1. The next fault comes when all that the one before it did is healed: the node takes part, and every checksum of its
 //!   volume matches, as `mainstay verify` would read them.
 //! - S2. There is no operator. A node may restart, as any process does; nobody wipes, copies or mends anything.
-//! - S3. A node restarts, for this fault or the next one, no sooner after a write of its log went astray than that log has been
-//!   written or sealed behind it:
-//!   of the very last batch no byte tells that it was durable (docs/testing.md, fault model).
+//! - S3. A node restarts, for this fault or the next one, no sooner after a write of its log went astray than that log has
+//!   been written or sealed behind it: of the very last batch no byte tells that it was durable (docs/testing.md, fault
+//!   model).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -118,20 +118,16 @@ impl Single {
         Ok(came)
     }
 
-    fn power_cut(&self, i: usize) {
-        self.cluster.kill(i);
-    }
-
     /// What lies on the disk goes bad, while the node runs or while it has no power.
     async fn spoil(&mut self, i: usize, zone: Zone, unreadable: bool) -> Result<bool, String> {
         let at_rest = self.rng.chance(500);
         if at_rest {
-            self.power_cut(i);
+            self.cluster.kill(i);
         }
         let disk = self.cluster.disk(i);
         let place = match zone {
-            Zone::Extents => disk.place(zone, &disk.survey(&self.environment).await?.live),
-            _ => disk.place(zone, &[]),
+            Zone::Extents => disk.place(zone, Some(&disk.survey(&self.environment).await?.live)),
+            _ => disk.place(zone, None),
         };
         if let Some(at) = place {
             self.cluster.log(|| format!("n{i}: {zone:?} goes bad at {at}, unreadable={unreadable} at_rest={at_rest}"));
@@ -141,7 +137,7 @@ impl Single {
             self.cluster.start(i);
         } else if self.rng.chance(300) {
             self.sleep(Duration::from_millis(20)).await;
-            self.power_cut(i);
+            self.cluster.kill(i);
             self.cluster.start(i);
         }
         if place.is_some() && zone == Zone::Extents && self.rng.chance(500) {
@@ -155,14 +151,13 @@ impl Single {
         let cluster = self.cluster.clone();
         let disk = cluster.disk(i);
         cluster.log(|| format!("n{i}: the next write to {zone:?} will be {mishap:?}"));
+        // Each open writes all copies.
+        if zone == Zone::Superblock {
+            cluster.kill(i);
+        }
         disk.plan(zone, mishap);
         match zone {
-            // Each open writes all copies.
-            Zone::Superblock => {
-                self.power_cut(i);
-                disk.plan(zone, mishap);
-                cluster.start(i);
-            }
+            Zone::Superblock => cluster.start(i),
             Zone::Extents => self.provoke_flush().await,
             Zone::Wal => {}
         }
@@ -181,7 +176,7 @@ impl Single {
             self.sleep(PROVEN_AFTER).await;
         }
         if self.rng.chance(500) {
-            self.power_cut(i);
+            self.cluster.kill(i);
             cluster.start(i);
         }
         true

@@ -15,7 +15,7 @@ fn the_document_has_the_fields_of_the_code() {
         format!("{} copies", COPIES),
         format!("every {} bytes", crate::volume::superblock::COPY_STRIDE_BYTES),
         format!("at most {ROOT_EXTENTS_MAX}"),
-        format!("{UNIT_BYTES} bytes"),
+        format!("{EXTENT_UNIT_BYTES} bytes"),
         format!("`{}`", String::from_utf8_lossy(&crate::volume::superblock::MAGIC)),
     ] {
         assert!(section.contains(&fact), "docs/format.md lacks: {fact}");

@@ -160,7 +160,7 @@ impl Life {
                         queued.await?;
                     }
                 }
-                _ => drop(volume.reserve(self.random.below(4 * UNIT_BYTES)).await?),
+                _ => drop(volume.reserve(self.random.below(4 * EXTENT_UNIT_BYTES)).await?),
             }
         }
         let end = wal.close().await?;
@@ -201,7 +201,7 @@ impl Life {
     /// Writes pages to new extents and names them in the superblock, with a new start of the log; as a purge does.
     async fn new_root(&self, volume: &Volume, wal: &Wal) -> Result<()> {
         let id = 1 + self.random.number() % (1 << 40);
-        let bytes = (1 + self.random.below(3 * UNIT_BYTES / 4096)) * 4096;
+        let bytes = (1 + self.random.below(3 * EXTENT_UNIT_BYTES / 4096)) * 4096;
         let pages = filled(id, bytes as usize);
         let mut reservation = volume.reserve(bytes).await?;
         let extents = reservation.take(bytes)?;

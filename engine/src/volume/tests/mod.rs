@@ -15,7 +15,7 @@ use mainstay_io::block_on;
 use self::media::{MemMedia, WAL_BYTES, environment};
 use super::*;
 
-const EXTENTS_BYTES: usize = 64 * UNIT_BYTES as usize;
+const EXTENTS_BYTES: usize = 64 * EXTENT_UNIT_BYTES as usize;
 
 fn formatted() -> Arc<MemMedia> {
     let media = MemMedia::new(EXTENTS_BYTES);

@@ -19,7 +19,7 @@ fn what_is_written_over_many_extents_is_read_back_from_any_offset() {
     let (_, volume) = ready_volume();
     let extents =
         [Extent { first_unit: 9, units: 1 }, Extent { first_unit: 2, units: 2 }, Extent { first_unit: 20, units: 1 }];
-    let data: Vec<u8> = (0..4 * UNIT_BYTES).map(|i| ((i * 7) ^ (i >> 9)) as u8).collect();
+    let data: Vec<u8> = (0..4 * EXTENT_UNIT_BYTES).map(|i| ((i * 7) ^ (i >> 9)) as u8).collect();
     let bufs = [&data[..4096], &data[4096..200_704], &data[200_704..]].map(aligned).to_vec();
     block_on(volume.write(&extents, 0, bufs)).expect("writes");
     block_on(volume.flush()).expect("flushes");
@@ -29,7 +29,7 @@ fn what_is_written_over_many_extents_is_read_back_from_any_offset() {
     }
     let over = block_on(volume.read(&extents, 262_100, 100, IoClass::Foreground)).expect_err("ends there");
     assert_eq!(over.kind(), ErrorKind::Corrupt);
-    assert!(block_on(volume.write(&extents, 4 * UNIT_BYTES, vec![aligned(&[1])])).is_err());
+    assert!(block_on(volume.write(&extents, 4 * EXTENT_UNIT_BYTES, vec![aligned(&[1])])).is_err());
     assert!(block_on(volume.read(&extents, u64::MAX - 5, 100, IoClass::Foreground)).is_err());
 }
 
@@ -37,17 +37,17 @@ fn what_is_written_over_many_extents_is_read_back_from_any_offset() {
 fn a_reservation_is_backed_and_what_is_left_of_it_goes_back() {
     let (media, volume) = ready_volume();
     let before = volume.space();
-    let mut reservation = block_on(volume.reserve(5 * UNIT_BYTES - 1)).expect("there is room");
-    assert_eq!(media.extents.state().events, [Event::Allocate { offset: 0, length: 5 * UNIT_BYTES }]);
-    let taken = reservation.take(2 * UNIT_BYTES).expect("is inside");
+    let mut reservation = block_on(volume.reserve(5 * EXTENT_UNIT_BYTES - 1)).expect("there is room");
+    assert_eq!(media.extents.state().events, [Event::Allocate { offset: 0, length: 5 * EXTENT_UNIT_BYTES }]);
+    let taken = reservation.take(2 * EXTENT_UNIT_BYTES).expect("is inside");
     assert_eq!(taken, [Extent { first_unit: 0, units: 2 }]);
-    assert_eq!(reservation.take(4 * UNIT_BYTES).expect_err("only three are left").kind(), ErrorKind::Internal);
-    assert_eq!((reservation.bytes(), volume.live_bytes()), (3 * UNIT_BYTES, 2 * UNIT_BYTES));
+    assert_eq!(reservation.take(4 * EXTENT_UNIT_BYTES).expect_err("only three are left").kind(), ErrorKind::Internal);
+    assert_eq!((reservation.bytes(), volume.live_bytes()), (3 * EXTENT_UNIT_BYTES, 2 * EXTENT_UNIT_BYTES));
     drop(reservation);
     let after = volume.space();
-    assert_eq!(after.free_bytes, before.free_bytes - 2 * UNIT_BYTES);
+    assert_eq!(after.free_bytes, before.free_bytes - 2 * EXTENT_UNIT_BYTES);
     assert_eq!((after.reserved_bytes, after.leaving_bytes), (0, 0));
-    let discard = Event::Discard { offset: 2 * UNIT_BYTES, length: 3 * UNIT_BYTES };
+    let discard = Event::Discard { offset: 2 * EXTENT_UNIT_BYTES, length: 3 * EXTENT_UNIT_BYTES };
     assert_eq!(media.extents.state().events.last(), Some(&discard));
 }
 
@@ -55,37 +55,37 @@ fn a_reservation_is_backed_and_what_is_left_of_it_goes_back() {
 fn a_full_volume_and_a_full_file_system_are_out_of_space_and_lose_nothing() {
     let (media, volume) = ready_volume();
     let before = volume.space();
-    let full = block_on(volume.reserve(65 * UNIT_BYTES)).expect_err("64 there are");
+    let full = block_on(volume.reserve(65 * EXTENT_UNIT_BYTES)).expect_err("64 there are");
     assert_eq!(full.kind(), ErrorKind::OutOfSpace);
     assert_eq!(block_on(volume.reserve(u64::MAX)).expect_err("far too much").kind(), ErrorKind::OutOfSpace);
-    media.extents.state().allocatable = Some(3 * UNIT_BYTES);
-    let full = block_on(volume.reserve(4 * UNIT_BYTES)).expect_err("the file system has three");
+    media.extents.state().allocatable = Some(3 * EXTENT_UNIT_BYTES);
+    let full = block_on(volume.reserve(4 * EXTENT_UNIT_BYTES)).expect_err("the file system has three");
     assert_eq!(full.kind(), ErrorKind::OutOfSpace);
     assert_eq!(volume.space(), before);
-    block_on(volume.reserve(3 * UNIT_BYTES)).expect("three go");
+    block_on(volume.reserve(3 * EXTENT_UNIT_BYTES)).expect("three go");
 }
 
 /// Invariant 3 of the volume: the update must have begun after the space was freed.
 #[test]
 fn freed_space_is_reused_and_discarded_only_after_the_next_superblock() {
     let (media, volume) = ready_volume();
-    let mut reservation = block_on(volume.reserve(64 * UNIT_BYTES)).expect("all of it");
-    let extents = reservation.take(64 * UNIT_BYTES).expect("all of it");
+    let mut reservation = block_on(volume.reserve(64 * EXTENT_UNIT_BYTES)).expect("all of it");
+    let extents = reservation.take(64 * EXTENT_UNIT_BYTES).expect("all of it");
     volume.free(extents.clone());
     assert_eq!(block_on(volume.reserve(1)).expect_err("still named").kind(), ErrorKind::OutOfSpace);
-    assert_eq!(volume.space().parked_bytes, 64 * UNIT_BYTES);
+    assert_eq!(volume.space().parked_bytes, 64 * EXTENT_UNIT_BYTES);
     // Freed while the update runs: the superblock that it writes may name them still.
     let other = volume.clone();
     let mut second = None;
     let slot = &mut second;
     block_on(volume.update(|_| ())).expect("is made durable");
-    assert!(media.extents.state().events.contains(&Event::Discard { offset: 0, length: 64 * UNIT_BYTES }));
-    let mut again = block_on(volume.reserve(UNIT_BYTES)).expect("reusable");
-    *slot = Some(again.take(UNIT_BYTES).expect("is inside"));
+    assert!(media.extents.state().events.contains(&Event::Discard { offset: 0, length: 64 * EXTENT_UNIT_BYTES }));
+    let mut again = block_on(volume.reserve(EXTENT_UNIT_BYTES)).expect("reusable");
+    *slot = Some(again.take(EXTENT_UNIT_BYTES).expect("is inside"));
     let late = second.expect("taken");
     let freed = late.clone();
     block_on(volume.update(move |_| other.free(late))).expect("is made durable");
-    assert_eq!(volume.space().parked_bytes, UNIT_BYTES, "freed after the update began");
+    assert_eq!(volume.space().parked_bytes, EXTENT_UNIT_BYTES, "freed after the update began");
     block_on(volume.update(|_| ())).expect("is made durable");
     assert_eq!(volume.space().parked_bytes, 0);
     assert_eq!(freed.len(), 1);
@@ -94,29 +94,30 @@ fn freed_space_is_reused_and_discarded_only_after_the_next_superblock() {
 #[test]
 fn nothing_is_discarded_when_the_superblock_fails() {
     let (media, volume) = ready_volume();
-    let extents = block_on(volume.reserve(UNIT_BYTES)).expect("there is room").take(UNIT_BYTES).expect("is inside");
+    let extents =
+        block_on(volume.reserve(EXTENT_UNIT_BYTES)).expect("there is room").take(EXTENT_UNIT_BYTES).expect("is inside");
     volume.free(extents);
     media.superblock.state().writes_fail = true;
     block_on(volume.update(|_| ())).expect_err("fails");
-    assert_eq!(volume.space().parked_bytes, UNIT_BYTES);
+    assert_eq!(volume.space().parked_bytes, EXTENT_UNIT_BYTES);
     assert!(!media.extents.state().events.iter().any(|e| matches!(e, Event::Discard { .. })));
 }
 
 #[test]
 fn the_root_is_live_and_the_one_that_it_replaces_goes_back() {
     let (media, volume) = ready_volume();
-    let mut reservation = block_on(volume.reserve(2 * UNIT_BYTES)).expect("there is room");
+    let mut reservation = block_on(volume.reserve(2 * EXTENT_UNIT_BYTES)).expect("there is room");
     let root = |extents| Root { extents, bytes: 10, checksum: 1 };
-    let first = root(reservation.take(UNIT_BYTES).expect("is inside"));
-    let second = root(reservation.take(UNIT_BYTES).expect("is inside"));
+    let first = root(reservation.take(EXTENT_UNIT_BYTES).expect("is inside"));
+    let second = root(reservation.take(EXTENT_UNIT_BYTES).expect("is inside"));
     block_on(volume.update(move |sb| sb.root = Some(first))).expect("is made durable");
-    assert_eq!(volume.live_bytes(), 2 * UNIT_BYTES);
+    assert_eq!(volume.live_bytes(), 2 * EXTENT_UNIT_BYTES);
     block_on(volume.update(move |sb| sb.root = Some(second))).expect("is made durable");
-    assert_eq!(volume.live_bytes(), UNIT_BYTES);
+    assert_eq!(volume.live_bytes(), EXTENT_UNIT_BYTES);
     drop(reservation);
     let (volume, _) = open(&media);
     volume.set_live([]).expect("nothing overlaps");
-    assert_eq!(volume.live_bytes(), UNIT_BYTES);
+    assert_eq!(volume.live_bytes(), EXTENT_UNIT_BYTES);
 }
 
 #[test]
@@ -165,7 +166,7 @@ proptest! {
             let model: Vec<u32> = (0..64).filter(|&u| free[u as usize]).collect();
             prop_assert_eq!(runs, model);
             prop_assert!(map.runs().windows(2).all(|w| w[0].first_unit + w[0].units < w[1].first_unit), "neighbours are joined");
-            prop_assert_eq!(map.free_bytes(), free.iter().filter(|f| **f).count() as u64 * UNIT_BYTES);
+            prop_assert_eq!(map.free_bytes(), free.iter().filter(|f| **f).count() as u64 * EXTENT_UNIT_BYTES);
         }
     }
 
@@ -178,13 +179,13 @@ proptest! {
         for (step, units) in steps {
             match step {
                 0 => {
-                    if let Ok(mut reservation) = block_on(volume.reserve(units * UNIT_BYTES)) {
-                        live.push(reservation.take((units / 2 + 1) * UNIT_BYTES).expect("is inside"));
+                    if let Ok(mut reservation) = block_on(volume.reserve(units * EXTENT_UNIT_BYTES)) {
+                        live.push(reservation.take((units / 2 + 1) * EXTENT_UNIT_BYTES).expect("is inside"));
                     }
                 }
                 1 if !live.is_empty() => volume.free(live.swap_remove(units as usize % live.len())),
                 2 => block_on(volume.update(|_| ())).expect("is made durable"),
-                _ => drop(block_on(volume.reserve(units * UNIT_BYTES))),
+                _ => drop(block_on(volume.reserve(units * EXTENT_UNIT_BYTES))),
             }
             let space = volume.space();
             prop_assert_eq!(total(&space), space.total_bytes);

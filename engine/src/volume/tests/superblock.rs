@@ -269,7 +269,7 @@ fn sizes_that_cannot_be_are_invalid() {
         let error = block_on(Volume::format(&*media, &environment(), wal_bytes, false)).expect_err("refused");
         assert_eq!(error.kind(), ErrorKind::Invalid, "{wal_bytes}");
     }
-    let small = MemMedia::new(4 * UNIT_BYTES as usize);
+    let small = MemMedia::new(4 * EXTENT_UNIT_BYTES as usize);
     let error = block_on(Volume::format(&*small, &environment(), WAL_BYTES, false)).expect_err("refused");
     assert_eq!(error.kind(), ErrorKind::Invalid);
 }
