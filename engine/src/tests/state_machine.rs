@@ -157,17 +157,21 @@ fn without_a_state_machine_commands_are_refused() {
     store.close();
 }
 
+/// A store whose counter `k` is 5, in a table and not in memory.
+fn counted(media: &mainstay_io::sim::SimMedia) -> Store {
+    let store = Store::with_state_machine(media, Arc::new(Counters::default()));
+    assert_eq!(answer(&store, "add k 5").expect("counted"), "5");
+    store.settle();
+    store.close();
+    Store::with_state_machine(media, Arc::new(Counters::default()))
+}
+
 /// Two of three replicas read a counter and add to it; the third met a read error there, had the state machine answer with that
 /// error, wrote nothing, and went on: it differed from then on, and no digest told before the next flush.
 #[test]
 fn a_read_error_of_one_replica_is_never_an_answer() {
     let media = media();
-    let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
-    assert_eq!(answer(&store, "add k 5").expect("counted"), "5");
-    store.settle();
-    store.close();
-
-    let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
+    let store = counted(&media);
     // A read that fails is tried once more, and then the block is damaged.
     media.extents_disk().fail_next(mainstay_io::sim::IoKind::Read);
     media.extents_disk().fail_next(mainstay_io::sim::IoKind::Read);
@@ -205,12 +209,7 @@ fn an_entry_that_reads_what_may_yet_be_had_is_applied_later() {
         }
     }
     let media = media();
-    let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
-    assert_eq!(answer(&store, "add k 5").expect("counted"), "5");
-    store.settle();
-    store.close();
-
-    let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
+    let store = counted(&media);
     store.group().set_table_peers(Some(Arc::new(Silent)));
     let disk = media.extents_disk();
     disk.set_faults(mainstay_io::sim::Faults { read_error: 1_000_000, ..Default::default() });

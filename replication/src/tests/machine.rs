@@ -13,29 +13,36 @@ use crate::state_machine::{Exported, Offer, Peers, SnapshotHandle, State, StateM
 use crate::types::{Entry, EntryPayload, LogId, SnapshotMeta, StoredMembership, TypeConfig, log_id};
 use crate::{Error, ErrorKind, Result, TokioRuntime};
 
-/// As [`Double`], but the tables of the snapshot at 5 have to be fetched.
+/// As [`Double`], but the tables of the snapshot at 5 have to be fetched, and the command at `blind_at` reads a block that
+/// is damaged here.
 #[derive(Clone, Default)]
-struct Fetching(Double);
+struct Fetching {
+    double: Double,
+    blind_at: Option<u64>,
+}
 
 impl State for Fetching {
     async fn apply(&self, index: LogIndex, command: &Command) -> mainstay_engine::Result<Applied> {
-        self.0.apply(index, command).await
+        if self.blind_at == Some(index.0) {
+            return Err(mainstay_engine::Error::new(mainstay_engine::ErrorKind::Unavailable, "damaged here"));
+        }
+        self.double.apply(index, command).await
     }
 
     fn skip(&self, index: LogIndex) {
-        self.0.skip(index);
+        self.double.skip(index);
     }
 
     fn applied(&self) -> LogIndex {
-        self.0.applied()
+        self.double.applied()
     }
 
     fn flushed(&self) -> LogIndex {
-        self.0.flushed()
+        self.double.flushed()
     }
 
     fn export(&self) -> mainstay_engine::Result<Exported> {
-        self.0.export()
+        self.double.export()
     }
 
     async fn import(
@@ -50,7 +57,7 @@ impl State for Fetching {
                 return Err(mainstay_engine::Error::new(mainstay_engine::ErrorKind::Corrupt, "another digest"));
             }
         }
-        self.0.import(at, manifest, source).await
+        self.double.import(at, manifest, source).await
     }
 }
 
@@ -117,50 +124,12 @@ fn damage_at_others_does_not_end_an_install() {
     });
 }
 
-/// As [`Double`], but the entry at 7 reads a block that is damaged here.
-#[derive(Clone, Default)]
-struct Blind(Double);
-
-impl State for Blind {
-    async fn apply(&self, index: LogIndex, command: &Command) -> mainstay_engine::Result<Applied> {
-        if index == LogIndex(7) {
-            return Err(mainstay_engine::Error::new(mainstay_engine::ErrorKind::Unavailable, "damaged here"));
-        }
-        self.0.apply(index, command).await
-    }
-
-    fn skip(&self, index: LogIndex) {
-        self.0.skip(index);
-    }
-
-    fn applied(&self) -> LogIndex {
-        self.0.applied()
-    }
-
-    fn flushed(&self) -> LogIndex {
-        self.0.flushed()
-    }
-
-    fn export(&self) -> mainstay_engine::Result<Exported> {
-        self.0.export()
-    }
-
-    async fn import(
-        &self,
-        at: LogIndex,
-        manifest: Bytes,
-        source: &dyn TableSource,
-    ) -> mainstay_engine::Result<LogIndex> {
-        self.0.import(at, manifest, source).await
-    }
-}
-
 /// The others have compacted away the table that the next entry reads, which is damaged here and nowhere else to be had: the
 /// replica goes on with the state of one of them. It waits for one that holds the entry and that its own log reaches.
 #[test]
 fn an_entry_that_reads_what_nobody_has_any_more_is_taken_over_with_the_state() {
     type Config = TypeConfig<TokioRuntime>;
-    type Machine = StateMachine<TokioRuntime, Blind>;
+    type Machine = StateMachine<TokioRuntime, Fetching>;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let mut bench = Bench::new(1 << 20).await;
@@ -171,16 +140,17 @@ fn an_entry_that_reads_what_nobody_has_any_more_is_taken_over_with_the_state() {
             payload: EntryPayload::Normal(crate::types::Payload::new(command.clone())),
         };
         super::log::append(&mut bench.store, (0..12).map(entry).collect()).await;
+        let blind = || Fetching { blind_at: Some(7), ..Fetching::default() };
         let mut machine =
-            Machine::open(Blind::default(), bench.store.clone(), Arc::new(MovedOn), Arc::default()).expect("opens");
+            Machine::open(blind(), bench.store.clone(), Arc::new(MovedOn), Arc::default()).expect("opens");
         let entries = stream::iter((1..=11).map(|index| Ok((entry(index), None))));
         RaftStateMachine::<Config>::apply(&mut machine, entries).await.expect("applied");
         let (applied, _) = RaftStateMachine::<Config>::applied_state(&mut machine).await.expect("known");
         assert_eq!(applied, Some(log_id(1, 11)), "7 to 9 with the state at 9, the rest as ever");
 
         // Nobody answers, and the node closes.
-        let mut alone = Machine::open(Blind::default(), bench.store.clone(), Arc::new(super::NoPeers), Arc::default())
-            .expect("opens");
+        let mut alone =
+            Machine::open(blind(), bench.store.clone(), Arc::new(super::NoPeers), Arc::default()).expect("opens");
         let entries = stream::iter((1..=11).map(|index| Ok((entry(index), None))));
         RaftStateMachine::<Config>::apply(&mut alone, entries).await.expect_err("closed while it waited");
         let (applied, _) = RaftStateMachine::<Config>::applied_state(&mut alone).await.expect("known");
