@@ -18,7 +18,7 @@ use crate::command::{WriteOp, encode_refusals};
 use crate::manifest::{Effects, ManifestOp};
 use crate::memtable::Memtable;
 use crate::once::{apply_once, no_state_machine, not_once};
-use crate::state_machine::{Apply, StateMachine};
+use crate::state_machine::Apply;
 use crate::{BranchId, ClientToken, Command, CommandBody, Error, ErrorKind, KeyspaceId, LogIndex, MAIN, Result};
 
 /// What a mutation counts besides its key and value when the bytes since the last rotation are summed.
@@ -264,7 +264,7 @@ impl GroupShared {
             (Ok(mut apply), Some(state_machine)) => {
                 let answer = state_machine.apply(&mut apply, command).await;
                 if let Some(error) = apply.broken() {
-                    return Err(self.unanswered(state_machine, error));
+                    return Err(self.unread(error));
                 }
                 answer.map(|response| (response, apply))
             }
@@ -290,10 +290,7 @@ impl GroupShared {
             Ok((branch, mut apply)) => {
                 let answer = apply_once(&mut apply, token, body, self.state_machine.as_ref()).await;
                 if let Some(error) = apply.broken() {
-                    return Err(match &self.state_machine {
-                        Some(state_machine) => self.unanswered(state_machine, error),
-                        None => self.unread(error),
-                    });
+                    return Err(self.unread(error));
                 }
                 (branch, answer.map(|response| (response, apply)))
             }
@@ -301,15 +298,13 @@ impl GroupShared {
         Ok(self.finish_apply(index, branch, answer).await)
     }
 
-    /// [`GroupShared::unread`], by a state machine that may hold in memory what it made of the entry.
-    fn unanswered(&self, state_machine: &Arc<dyn StateMachine>, error: &Error) -> Error {
-        state_machine.restored(self.applied());
-        self.unread(error)
-    }
-
     /// This replica could not read what the others read, so it has no answer. While they may yet give it what it lacks the
     /// entry is not applied, and may be again; else the group leaves service.
     fn unread(&self, error: &Error) -> Error {
+        // It may hold in memory what it made of the entry.
+        if let Some(state_machine) = &self.state_machine {
+            state_machine.restored(self.applied());
+        }
         if error.kind() == ErrorKind::Unavailable {
             self.applier_waits.store(true, Ordering::Relaxed);
         } else {

@@ -147,10 +147,9 @@ impl GroupShared {
                     self.fail(error.clone());
                 }
                 if current {
-                    let passes = matches!(error.kind(), ErrorKind::Io | ErrorKind::Corrupt | ErrorKind::Unavailable);
                     let mut retry = core.stuck.get(&run.job).map(|stuck| stuck.retry).unwrap_or_default();
                     retry.failed(self.engine.environment.clock.now());
-                    let over = !passes || retry.attempts >= JOB_ATTEMPTS_MAX;
+                    let over = is_over(error.kind(), retry.attempts);
                     tracing::error!(group = %self.id, job = %run.job, attempts = retry.attempts, over, %error,
                         "a job failed");
                     core.stuck.insert(run.job, Stuck { error, retry, over });
@@ -193,6 +192,16 @@ impl GroupShared {
     /// A rotation was asked for, and nobody has proposed it here.
     pub(crate) fn wants_rotation(&self) -> bool {
         self.lock().rotate == Some(false)
+    }
+}
+
+/// Whether a job that has failed so often is not tried again before a restart. What other replicas may yet give is waited for
+/// as long as they are away.
+fn is_over(kind: ErrorKind, attempts: u32) -> bool {
+    match kind {
+        ErrorKind::Unavailable => false,
+        ErrorKind::Io | ErrorKind::Corrupt => attempts >= JOB_ATTEMPTS_MAX,
+        _ => true,
     }
 }
 
@@ -350,5 +359,26 @@ impl<'a> Writing<'a> {
         let bytes = StoredBytes::new(engine.volume.clone(), self.writer.finish(), meta.bytes);
         StoredTable::open(Arc::new(install), bytes.clone(), &engine.cache, &engine.budget, Some(&run.group.heal))
             .inspect_err(|_| bytes.set_obsolete())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_is_given_up_by_what_failed_it_and_how_often() {
+        const LAST: u32 = JOB_ATTEMPTS_MAX;
+        for (kind, attempts, over) in [
+            (ErrorKind::Io, LAST - 1, false),
+            (ErrorKind::Io, LAST, true),
+            (ErrorKind::Corrupt, LAST - 1, false),
+            (ErrorKind::Corrupt, LAST, true),
+            (ErrorKind::Unavailable, LAST, false),
+            (ErrorKind::Unavailable, u32::MAX, false),
+            (ErrorKind::Internal, 1, true),
+        ] {
+            assert_eq!(is_over(kind, attempts), over, "{kind:?} after {attempts}");
+        }
     }
 }
