@@ -110,11 +110,11 @@ pub(crate) struct LogStore {
 impl LogStore {
     /// Rebuilds the log from the records found at open.
     ///
+    /// Entries up to `flushed` are in tables; without it there are no tables and never will be. What damage has taken is told
+    /// by [`LogStore::damage`]; nothing but reads is asked of the store before it is mended.
+    ///
     /// # Errors
     /// `Corrupt`, `Foreign`: see `entry_index`.
-    ///
-    /// Entries up to `flushed` are in tables; without it there are no tables and never will be. What damage has taken is told by [`LogStore::damage`]; nothing but reads is asked
-    /// of the store before it is mended.
     pub(crate) fn open(
         wal: Wal,
         group: GroupId,

@@ -8,7 +8,7 @@
 //! - M4. An id is given to the volume that answers then, and the next one not before that. So of the ids of one name the largest
 //!   belongs to the newest volume, whatever request was late.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -277,9 +277,6 @@ impl<R: Runtime> Inner<R> {
             }
             Change::Remove(id) => {
                 let info = known(id)?;
-                if info.role == MemberRole::Voter {
-                    self.check_witnesses(None, Some(id))?;
-                }
                 let voters = self.members().iter().filter(|m| m.role == MemberRole::Voter).count();
                 let change = match info.role {
                     MemberRole::Voter if voters == 1 => {
@@ -369,7 +366,6 @@ impl<R: Runtime> Inner<R> {
         if self.member(NodeId(id)).is_some_and(|m| m.role == MemberRole::Voter) {
             return Ok(());
         }
-        self.check_witnesses(Some(id), None)?;
         let mut metrics = running.metrics.clone();
         let caught_up = metrics
             .wait_until(|m| m.replication.is_none() || lag_of(m, id).is_some_and(|lag| lag <= CAUGHT_UP_ENTRIES));
@@ -397,6 +393,9 @@ impl<R: Runtime> Inner<R> {
         change: ChangeMembers<u64, Member>,
         retain: bool,
     ) -> Result<()> {
+        let members = self.members();
+        let voters = voters_after(&members, &change);
+        crate::witness::may_be(members.iter().filter(|m| voters.contains(&m.id.0)))?;
         let deadline = R::Instant::now() + CHANGE_TIMEOUT;
         loop {
             let attempt = R::timeout_at(deadline, running.raft.change_membership(change.clone(), retain));
@@ -653,6 +652,23 @@ pub(crate) fn decode_any(bytes: &Bytes) {
     let _ = Change::decode(bytes);
 }
 
+/// Who votes once the change is made.
+fn voters_after(members: &[MemberInfo], change: &ChangeMembers<u64, Member>) -> BTreeSet<u64> {
+    let mut voters: BTreeSet<u64> = members.iter().filter(|m| m.role == MemberRole::Voter).map(|m| m.id.0).collect();
+    let mut todo = VecDeque::from([change]);
+    while let Some(change) = todo.pop_front() {
+        match change {
+            ChangeMembers::AddVoterIds(ids) => voters.extend(ids),
+            ChangeMembers::AddVoters(nodes) => voters.extend(nodes.keys()),
+            ChangeMembers::RemoveVoters(ids) => voters.retain(|id| !ids.contains(id)),
+            ChangeMembers::ReplaceAllVoters(ids) => voters = ids.clone(),
+            ChangeMembers::Batch(changes) => todo.extend(changes),
+            _ => {}
+        }
+    }
+    voters
+}
+
 /// Whether the change ends the part of a node.
 fn removes(change: &ChangeMembers<u64, Member>, id: u64) -> bool {
     matches!(change, ChangeMembers::RemoveVoters(ids) | ChangeMembers::RemoveNodes(ids) if ids.contains(&id))
@@ -686,6 +702,28 @@ mod tests {
         check(&twice, &[1, 3, 80], Some((&[1, 3, 80], &[70])));
         let learner = [three.as_slice(), &[member(90, "d", false)]].concat();
         check(&learner, &[90], None);
+    }
+
+    #[test]
+    fn the_voters_after_a_change_are_known_before_it() {
+        let members = [member(1, "a", true), member(2, "b", true), member(3, "c", false)];
+        let set = |ids: &[u64]| ids.iter().copied().collect::<BTreeSet<_>>();
+        for (change, voters) in [
+            (ChangeMembers::AddVoterIds(set(&[3])), set(&[1, 2, 3])),
+            (ChangeMembers::AddVoters(BTreeMap::from([(4, Member::default())])), set(&[1, 2, 4])),
+            (ChangeMembers::RemoveVoters(set(&[1])), set(&[2])),
+            (ChangeMembers::ReplaceAllVoters(set(&[2, 3])), set(&[2, 3])),
+            (ChangeMembers::RemoveNodes(set(&[3])), set(&[1, 2])),
+            (
+                ChangeMembers::Batch(vec![
+                    ChangeMembers::RemoveNodes(set(&[9])),
+                    ChangeMembers::ReplaceAllVoters(set(&[2, 3])),
+                ]),
+                set(&[2, 3]),
+            ),
+        ] {
+            assert_eq!(voters_after(&members, &change), voters, "{change:?}");
+        }
     }
 
     #[test]

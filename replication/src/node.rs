@@ -484,15 +484,12 @@ impl<R: Runtime> Inner<R> {
         let config = Arc::new(raft_config(&self.options)?);
         let restarted = self.log.has_vote();
         let peers = Arc::new(crate::service::NodePeers(Arc::downgrade(self)));
-        let replica = match self.is_witness() {
-            false => Replica::Full(self.group.clone()),
-            true => Replica::of_witness(&self.log),
-        };
+        let witness = self.is_witness();
+        let replica = if witness { Replica::of_witness(&self.log) } else { Replica::Full(self.group.clone()) };
         let machine = StateMachine::open(replica, self.log.clone(), peers, self.progress.clone())?;
         let machine = machine.with_apply_lag(self.apply_lag.clone());
         self.log.set_apply_lag(self.apply_lag.clone());
         let (transport, hurry) = (self.transport.clone(), self.hurry.clone());
-        let witness = self.is_witness();
         let networks = Networks { me: id, witness, transport, hurry, rooms: self.rooms.clone() };
         let raft = Raft::<R>::new(id, config, networks, self.log.clone(), machine)
             .boxed()

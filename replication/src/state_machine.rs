@@ -302,9 +302,10 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
             match self.peers.offer(Some(id)).await {
                 // With a state beyond the log here openraft would have to be told, and it did not ask.
                 Ok(offer) if offer.meta.last_log_id <= self.log.last() => {
-                    let meta = self.take_over(offer).await?;
-                    self.go_on_from(meta);
-                    return Ok(None);
+                    if self.try_take_over(&offer).await? {
+                        self.go_on_from(offer.meta);
+                        return Ok(None);
+                    }
                 }
                 Ok(_) => {}
                 Err(error) => tracing::debug!(%error, "no state to be had yet that holds the entry"),
@@ -323,26 +324,10 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
         self.membership = meta.last_membership;
     }
 
+    /// Takes over the state of a peer, or a newer one when that peer cannot give it.
     async fn take_over(&mut self, mut offer: Offer) -> std::io::Result<SnapshotMeta> {
         let least = offer.meta.last_log_id;
-        loop {
-            self.log.begin_install(&offer.meta, self.state.flushed()).await?;
-            let source = Arc::new(Source { peers: self.peers.clone(), from: offer.from, failed: Mutex::new(None) });
-            let at = LogIndex(offer.meta.last_log_id.map_or(0, |id| id.index));
-            let error = match self.state.import(at, offer.manifest.clone(), &SharedSource(source.clone())).await {
-                Ok(index) if Some(index.0) == offer.meta.last_log_id.map(|id| id.index) => return Ok(offer.meta),
-                Ok(index) => {
-                    return Err(io_error(format!("the snapshot held another index index={index} meta={}", offer.meta)));
-                }
-                Err(error) => error,
-            };
-            // Not of this volume, though openraft would take it for that: what others sent is damaged, or of another version.
-            let foreign = source.failed.lock().expect("nothing panics while it holds this lock").is_some()
-                || matches!(error.kind(), EngineErrorKind::Corrupt | EngineErrorKind::Foreign);
-            if !foreign && error.kind() != EngineErrorKind::OutOfSpace {
-                return Err(io_error(format!("a snapshot could not be installed: {error}")));
-            }
-            tracing::warn!(from = offer.from, %error, "a snapshot is not complete: asking the members again");
+        while !self.try_take_over(&offer).await? {
             loop {
                 if self.peers.is_closing() {
                     return Err(io_error("closed during the install of a snapshot"));
@@ -357,6 +342,30 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
                 }
             }
         }
+        Ok(offer.meta)
+    }
+
+    /// One attempt to take over the state of a peer. False, with nothing changed, when the peer could not give all of it or
+    /// there is no space for it: worth another.
+    async fn try_take_over(&mut self, offer: &Offer) -> std::io::Result<bool> {
+        self.log.begin_install(&offer.meta, self.state.flushed()).await?;
+        let source = Arc::new(Source { peers: self.peers.clone(), from: offer.from, failed: Mutex::new(None) });
+        let at = LogIndex(offer.meta.last_log_id.map_or(0, |id| id.index));
+        let error = match self.state.import(at, offer.manifest.clone(), &SharedSource(source.clone())).await {
+            Ok(index) if index == at => return Ok(true),
+            Ok(index) => {
+                return Err(io_error(format!("the snapshot held another index index={index} meta={}", offer.meta)));
+            }
+            Err(error) => error,
+        };
+        // Not of this volume, though openraft would take it for that: what others sent is damaged, or of another version.
+        let foreign = source.failed.lock().expect("nothing panics while it holds this lock").is_some()
+            || matches!(error.kind(), EngineErrorKind::Corrupt | EngineErrorKind::Foreign);
+        if !foreign && error.kind() != EngineErrorKind::OutOfSpace {
+            return Err(io_error(format!("a snapshot could not be installed: {error}")));
+        }
+        tracing::warn!(from = offer.from, %error, "a snapshot is not complete: the members are asked again");
+        Ok(false)
     }
 }
 

@@ -150,10 +150,12 @@ impl<R: Runtime> Inner<R> {
         }
         let ring = self.engine.wal().stats().ring_bytes;
         // What lies behind damage cannot be cut while anything before it is kept.
-        let tail = match self.engine.log_is_damaged() {
-            true => 0,
-            false if self.is_witness() => ring / 8 * 3,
-            false => self.options.entry_cache_bytes.min(ring / 4),
+        let tail = if self.engine.log_is_damaged() {
+            0
+        } else if self.is_witness() {
+            ring / 8 * 3
+        } else {
+            self.options.entry_cache_bytes.min(ring / 4)
         };
         let Some(upto) = self.log.purge_target(flushed, tail) else { return };
         if running.raft.trigger().purge_log(upto).await.is_err() {

@@ -19,7 +19,7 @@ use mainstay_engine::{Applied, Command, Group, LogIndex, TableSource};
 use crate::log_store::LogStore;
 use crate::node::{Inner, Running};
 use crate::state_machine::{Exported, State};
-use crate::{Error, ErrorKind, MemberInfo, MemberRole, Result, Runtime};
+use crate::{Error, ErrorKind, MemberInfo, Result, Runtime};
 
 /// Pause between two attempts of a witness to hand leadership over.
 const HAND_OVER_PAUSE: Duration = Duration::from_millis(50);
@@ -132,14 +132,6 @@ impl<R: Runtime> Inner<R> {
         self.members().into_iter().filter(|member| !member.witness)
     }
 
-    /// W4, for the voters once those of `joining` vote and those of `leaving` do not.
-    pub(crate) fn check_witnesses(&self, joining: Option<u64>, leaving: Option<u64>) -> Result<()> {
-        let members = self.members();
-        let votes =
-            |m: &&MemberInfo| (m.role == MemberRole::Voter || Some(m.id.0) == joining) && Some(m.id.0) != leaving;
-        may_be(members.iter().filter(votes))
-    }
-
     /// W2: gives leadership away until it is gone.
     pub(crate) async fn give_leadership_away(&self, running: &Arc<Running<R>>) {
         while self.leader_of(running) == Some(running.id) && !self.closing.is_set() {
@@ -158,6 +150,7 @@ impl<R: Runtime> Inner<R> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::MemberRole;
     use crate::types::Member;
 
     #[test]
