@@ -169,5 +169,6 @@ fn member(info: MemberInfo, leader: Option<NodeId>) -> pb::Member {
         incarnation: Bytes::copy_from_slice(&info.incarnation),
         site: info.site,
         priority: info.priority.into(),
+        witness: info.witness,
     }
 }

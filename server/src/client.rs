@@ -163,6 +163,7 @@ struct MemberRow {
     incarnation: String,
     site: String,
     priority: u32,
+    witness: bool,
 }
 
 impl From<pb::Member> for MemberRow {
@@ -177,16 +178,18 @@ impl From<pb::Member> for MemberRow {
             incarnation: hex(&member.incarnation),
             site: member.site,
             priority: member.priority,
+            witness: member.witness,
         }
     }
 }
 
 impl MemberRow {
     fn text(&self) -> String {
-        let role = match (self.leader, self.voter) {
-            (true, _) => "leader",
-            (false, true) => "voter",
-            (false, false) => "learner",
+        let role = match (self.leader, self.voter, self.witness) {
+            (true, ..) => "leader",
+            (false, true, false) => "voter",
+            (false, true, true) => "witness",
+            (false, false, _) => "learner",
         };
         let Self { id, name, peer_address, client_address, site, .. } = self;
         // Without a priority a line is as it was before there were any.
@@ -335,6 +338,27 @@ pub(crate) async fn clone(command: CloneCommand) -> Result<(), Failure> {
             let mut client = store_client(&endpoints).await?;
             client.drop_clone(pb::DropCloneRequest { name: name.clone() }).await.map_err(refused)?;
             print(endpoints.json, &serde_json::json!({ "dropped": name }), || format!("dropped {name}"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_member_is_shown_by_what_it_does() {
+        for (leader, voter, witness, role) in [
+            (true, true, false, "leader"),
+            (true, true, true, "leader"),
+            (false, true, false, "voter"),
+            (false, true, true, "witness"),
+            (false, false, false, "learner"),
+            (false, false, true, "learner"),
+        ] {
+            let row = MemberRow::from(pb::Member { id: 7, leader, voter, witness, ..pb::Member::default() });
+            assert_eq!(row.text().split_whitespace().nth(1), Some(role), "{leader} {voter} {witness}");
+            assert_eq!(serde_json::to_value(&row).expect("a document")["witness"], witness);
         }
     }
 }

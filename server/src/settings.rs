@@ -446,13 +446,17 @@ mod tests {
     #[test]
     fn what_is_above_wins_and_what_is_below_fills() {
         let upper = Settings { heartbeat: Some(Span(Duration::from_millis(50))), ..Settings::default() };
-        let lower = parse_file("heartbeat = '75ms'\nwal = '32MiB'\nmemory = 33554432\npriority = 7", Path::new("file"))
-            .expect("valid");
+        let lower = parse_file(
+            "heartbeat = '75ms'\nwal = '32MiB'\nmemory = 33554432\npriority = 7\nwitness = true",
+            Path::new("file"),
+        )
+        .expect("valid");
         let found = upper.over(lower).over(minimal()).check().expect("valid");
         assert_eq!(found.heartbeat, Duration::from_millis(50));
         assert_eq!(found.wal_bytes, 32 << 20);
         assert_eq!(found.memory_bytes, 32 << 20);
         assert_eq!(found.priority, 7);
+        assert!(found.witness && !minimal().check().expect("valid").witness);
         assert_eq!(found.name, "a");
         assert_eq!(found.listen, Some("127.0.0.1:2379".parse().expect("an address")));
     }
