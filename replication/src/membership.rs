@@ -22,7 +22,7 @@ use openraft_rt::{Instant, Select2};
 use crate::network::method;
 use crate::node::{INIT_IDS, Inner, Phase, Running};
 use crate::priority;
-use crate::types::{Member, TypeConfig, members_of};
+use crate::types::{Member, Membership, TypeConfig, members_ahead, members_of};
 use crate::wire::{MEMBERS_MAX, NAME_BYTES_MAX, Reader, Writer, decode_result};
 use crate::{Envelope, Error, ErrorKind, Hello, MemberInfo, MemberRole, NodeId, PeerAddress, Result, Runtime};
 
@@ -122,18 +122,20 @@ impl Who {
 }
 
 /// The next change that puts new volumes in the place of wiped ones: the voters to have, and the learners to drop. A
-/// learner stands for a voter when it bears its name. Pure, so that a table of cases tests it.
-fn replacement(members: &[MemberInfo], caught_up: &BTreeSet<u64>) -> Option<(BTreeSet<u64>, BTreeSet<u64>)> {
+/// learner stands for a voter when it bears its name. A joint configuration that a leader before this one left is ended. Pure, so
+/// that a table of cases tests it.
+fn replacement(membership: &Membership, caught_up: &BTreeSet<u64>) -> Option<(BTreeSet<u64>, BTreeSet<u64>)> {
+    let members = members_ahead(membership);
     // Ids grow, so the largest of a name is the newest volume of that name.
     let mut newest: BTreeMap<&str, u64> = BTreeMap::new();
-    for member in members {
+    for member in &members {
         let id = newest.entry(&member.name).or_default();
         *id = (*id).max(member.id.0);
     }
     let mut voters = BTreeSet::new();
     let mut dropped = BTreeSet::new();
-    let mut change = false;
-    for member in members {
+    let mut change = membership.get_joint_config().len() > 1;
+    for member in &members {
         let new = newest[member.name.as_str()];
         let replaced = member.id.0 != new && caught_up.contains(&new);
         match (member.role, replaced) {
@@ -393,9 +395,7 @@ impl<R: Runtime> Inner<R> {
         change: ChangeMembers<u64, Member>,
         retain: bool,
     ) -> Result<()> {
-        let members = self.members();
-        let voters = voters_after(&members, &change);
-        crate::witness::may_be(members.iter().filter(|m| voters.contains(&m.id.0)))?;
+        check_witnesses(running.metrics.borrow_watched().membership_config.membership(), &change)?;
         let deadline = R::Instant::now() + CHANGE_TIMEOUT;
         loop {
             let attempt = R::timeout_at(deadline, running.raft.change_membership(change.clone(), retain));
@@ -610,19 +610,19 @@ impl<R: Runtime> Inner<R> {
         at.is_some_and(|at| id.0 <= INIT_IDS || id.0 - INIT_IDS < at.index) && self.member(id).is_none()
     }
 
-    /// Puts caught-up volumes in the place of wiped ones of the same name.
+    /// Puts caught-up volumes in the place of wiped ones of the same name, once no other change is under way.
     pub(crate) async fn reconcile(self: &Arc<Self>, running: &Arc<Running<R>>) {
-        let (members, caught_up) = {
+        let Ok(_one) = self.changing.try_acquire() else { return };
+        let planned = {
             let metrics = running.metrics.borrow_watched();
-            let members = members_of(metrics.membership_config.membership());
-            let near = |m: &&MemberInfo| lag_of(&metrics, m.id.0).is_some_and(|lag| lag <= CAUGHT_UP_ENTRIES);
-            let caught_up: BTreeSet<u64> = members.iter().filter(near).map(|m| m.id.0).collect();
-            (members, caught_up)
+            let membership = metrics.membership_config.membership();
+            let near = |id: &u64| lag_of(&metrics, *id).is_some_and(|lag| lag <= CAUGHT_UP_ENTRIES);
+            replacement(membership, &membership.nodes().map(|(id, _)| *id).filter(near).collect())
         };
-        let Some((voters, dropped)) = replacement(&members, &caught_up) else { return };
+        let Some((voters, dropped)) = planned else { return };
         let change =
             ChangeMembers::Batch(vec![ChangeMembers::RemoveNodes(dropped), ChangeMembers::ReplaceAllVoters(voters)]);
-        match self.change_members(running, change, false).await {
+        match self.change_members_locked(running, change, false).await {
             Ok(()) => tracing::info!("a wiped member was replaced by its new volume"),
             Err(error) => tracing::warn!(%error, "a wiped member is not replaced yet"),
         }
@@ -650,6 +650,14 @@ fn change_error<R: Runtime>(error: &RaftError<TypeConfig<R>, ClientWriteError<Ty
 /// Decodes arbitrary bytes as a request to change the membership, for the fuzzer.
 pub(crate) fn decode_any(bytes: &Bytes) {
     let _ = Change::decode(bytes);
+}
+
+/// Refuses a change after which too many of the voters would be witnesses. A joint configuration that another leader left is
+/// left for its second half by any change, so only that counts: while the new volume of a witness takes its place, both are there.
+fn check_witnesses(membership: &Membership, change: &ChangeMembers<u64, Member>) -> Result<()> {
+    let members = members_ahead(membership);
+    let voters = voters_after(&members, change);
+    crate::witness::may_be(members.iter().filter(|m| voters.contains(&m.id.0)))
 }
 
 /// Who votes once the change is made.
@@ -683,9 +691,22 @@ mod tests {
             .info(id, if voter { MemberRole::Voter } else { MemberRole::Learner })
     }
 
+    fn membership(configs: &[&[u64]], members: &[MemberInfo]) -> Membership {
+        let nodes: BTreeMap<u64, Member> = members.iter().map(|m| (m.id.0, Member::from(m))).collect();
+        Membership::new(configs.iter().map(|ids| set(ids)).collect::<Vec<_>>(), nodes).expect("every voter is a member")
+    }
+
+    fn set(ids: &[u64]) -> BTreeSet<u64> {
+        ids.iter().copied().collect()
+    }
+
     fn check(members: &[MemberInfo], caught_up: &[u64], expect: Option<(&[u64], &[u64])>) {
-        let got = replacement(members, &caught_up.iter().copied().collect());
-        let set = |ids: &[u64]| ids.iter().copied().collect::<BTreeSet<_>>();
+        let voters: Vec<u64> = members.iter().filter(|m| m.role == MemberRole::Voter).map(|m| m.id.0).collect();
+        check_joint(&[&voters], members, caught_up, expect);
+    }
+
+    fn check_joint(configs: &[&[u64]], members: &[MemberInfo], caught_up: &[u64], expect: Option<(&[u64], &[u64])>) {
+        let got = replacement(&membership(configs, members), &set(caught_up));
         assert_eq!(got, expect.map(|(v, d)| (set(v), set(d))));
     }
 
@@ -705,9 +726,31 @@ mod tests {
     }
 
     #[test]
+    fn a_change_that_another_leader_began_is_ended() {
+        let members = [member(1, "a", true), member(2, "b", true), member(3, "c", true), member(70, "b", true)];
+        check_joint(&[&[1, 2, 3], &[1, 3, 70]], &members, &[1, 3], Some((&[1, 3, 70], &[])));
+        // The volume that was to be the new voter is wiped as well, and its successor has caught up.
+        let twice = [members.as_slice(), &[member(80, "b", false)]].concat();
+        check_joint(&[&[1, 2, 3], &[1, 3, 70]], &twice, &[1, 3, 80], Some((&[1, 3, 80], &[2])));
+    }
+
+    #[test]
+    fn a_witness_may_be_replaced_while_another_replacement_is_unfinished() {
+        let witness = |id: u64| MemberInfo { witness: true, ..member(id, "w", true) };
+        let members = [member(1, "a", true), member(2, "b", true), witness(3), witness(70)];
+        let joint = membership(&[&[1, 2, 3], &[1, 2, 70]], &members);
+        let newer = ChangeMembers::AddNodes(BTreeMap::from([(80, Member::from(&witness(80)))]));
+        check_witnesses(&joint, &newer).expect("one witness of three voters");
+        let both = ChangeMembers::ReplaceAllVoters(set(&[1, 2, 3, 70]));
+        assert_eq!(check_witnesses(&joint, &both).expect_err("half are witnesses").kind(), ErrorKind::Invalid);
+        let two = membership(&[&[1, 2, 3]], &members[..3]);
+        let fewer = ChangeMembers::RemoveVoters(set(&[2]));
+        assert_eq!(check_witnesses(&two, &fewer).expect_err("half are witnesses").kind(), ErrorKind::Invalid);
+    }
+
+    #[test]
     fn the_voters_after_a_change_are_known_before_it() {
         let members = [member(1, "a", true), member(2, "b", true), member(3, "c", false)];
-        let set = |ids: &[u64]| ids.iter().copied().collect::<BTreeSet<_>>();
         for (change, voters) in [
             (ChangeMembers::AddVoterIds(set(&[3])), set(&[1, 2, 3])),
             (ChangeMembers::AddVoters(BTreeMap::from([(4, Member::default())])), set(&[1, 2, 4])),

@@ -8,6 +8,7 @@
 //! - T2. The Raft index is the engine's [`LogIndex`]. Index 0 is the membership that `init` wrote; the engine's 0 means
 //!   "before all", and no command ever has it.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::{Arc, Mutex};
@@ -87,7 +88,15 @@ impl From<&MemberInfo> for Member {
 
 /// Members of a configuration with their roles.
 pub(crate) fn members_of(membership: &Membership) -> Vec<MemberInfo> {
-    let voters: std::collections::BTreeSet<u64> = membership.voter_ids().collect();
+    infos(membership, &membership.voter_ids().collect())
+}
+
+/// Every member with the role that it has once the change under way is done: of a joint configuration the second half counts.
+pub(crate) fn members_ahead(membership: &Membership) -> Vec<MemberInfo> {
+    infos(membership, &membership.get_joint_config().last().cloned().unwrap_or_default())
+}
+
+fn infos(membership: &Membership, voters: &BTreeSet<u64>) -> Vec<MemberInfo> {
     membership
         .nodes()
         .map(|(id, member)| member.info(*id, if voters.contains(id) { MemberRole::Voter } else { MemberRole::Learner }))
