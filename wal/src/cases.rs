@@ -7,36 +7,38 @@
 //! The walk stands at position `b`, behind a whole batch (or at the start). `at` is what lies at `b`. `lap` is what lies
 //! at the start of the next lap, for a batch that did not fit behind `b` is found there; it counts as `Good` only when
 //! it says itself that it follows `b`. `proof` means that some later header of this volume, of the same epoch or a newer
-//! one, was written when `b` was already durable. `short` means that the last close was clean and ended behind `b`.
+//! one, was written when `b` was already durable. `short` means that the last close was clean and ended behind `b`. `unread`
+//! means that the device does not give a block in which the next batch may lie, and no clean close says that there is none.
 //!
 //! ```text
-//! row  at           lap        proof  short  verdict            story
-//! A    Good         any        any    any    adopt              the log goes on
-//! B    Newer        any        any    any    foreign            written by a newer release
-//! C    Other        any        any    any    foreign            the zone of another volume was put here
-//! D    Future       any        any    any    superblock is old  an epoch that the superblock has not seen
-//! E    Contradicts  any        any    any    corrupt before b   written when all before it was durable, yet it follows
-//!                                                               another batch than the one that was read
-//! F    gap          Good       any    any    adopt the lap      the end of the lap was skipped
-//! G    gap          Newer      any    any    foreign            as B
-//! H    gap          Other      any    any    foreign            as C
-//! I    gap          Future     any    any    superblock is old  as D
-//! J    gap          Contradicts any   any    corrupt before b   as E
-//! K    gap          gap        yes    any    corrupt at b       acknowledged bytes are damaged
-//! L    gap          gap        no     yes    corrupt at b       a clean log cannot be torn
-//! M    Torn         gap        no     no     cut, torn          the crash tore the batch in flight
-//! N    Nothing      Torn       no     no     cut, torn          the same, behind a skipped lap end
-//! O    Nothing      Nothing    no     no     cut, end           nothing was written here since the last lap
+//! row  at           lap        proof  short  unread  verdict            story
+//! A    Good         any        any    any    any     adopt              the log goes on
+//! B    Newer        any        any    any    any     foreign            written by a newer release
+//! C    Other        any        any    any    any     foreign            the zone of another volume was put here
+//! D    Future       any        any    any    any     superblock is old  an epoch that the superblock has not seen
+//! E    Contradicts  any        any    any    any     corrupt before b   written when all before it was durable, yet it follows
+//!                                                                       another batch than the one that was read
+//! F    gap          Good       any    any    any     adopt the lap      the end of the lap was skipped
+//! G    gap          Newer      any    any    any     foreign            as B
+//! H    gap          Other      any    any    any     foreign            as C
+//! I    gap          Future     any    any    any     superblock is old  as D
+//! J    gap          Contradicts any   any    any     corrupt before b   as E
+//! K    gap          gap        yes    any    any     corrupt at b       acknowledged bytes are damaged
+//! L    gap          gap        no     yes    any     corrupt at b       a clean log cannot be torn
+//! M    Torn         gap        no     no     no      cut, torn          the crash tore the batch in flight
+//! N    Nothing      Torn       no     no     no      cut, torn          the same, behind a skipped lap end
+//! O    Nothing      Nothing    no     no     no      cut, end           nothing was written here since the last lap
+//! P    gap          gap        no     no     yes     corrupt at b       what cannot be read may have been acknowledged
 //! ```
 //!
-//! Where the owner of the log can get from elsewhere what is lost ([`crate::WalOptions::holes`]), rows K and L go on behind the
-//! damage: behind the batch when its header is whole, else at the next header, else (row L) at the clean end. What is
-//! whole of the batch is delivered.
+//! Where the owner of the log can get from elsewhere what is lost ([`crate::WalOptions::holes`]), rows K, L and P go on behind the
+//! damage: behind the batch when its header is whole, else at the next header, else (row L) at the clean end or (row P) behind
+//! the blocks that cannot be read. What is whole of the batch is delivered.
 //!
 //! `gap` is `Nothing` or `Torn`. A later batch that is whole but claims no more than `b` was in flight together with the
 //! torn one; it was never acknowledged (prefix rule) and is cut with it.
 //!
-//! One case looks like a torn tail and is not: damage of the very last batch of a log that was not closed cleanly, when
+//! One case looks like a torn tail and is not: other bytes in the very last batch of a log that was not closed cleanly, when
 //! nothing at all was written behind it. No byte on this volume tells the two apart; a replica does.
 
 use crate::Lsn;
@@ -72,6 +74,7 @@ pub(crate) struct Facts {
     pub(crate) lap: Found,
     pub(crate) proof: bool,
     pub(crate) short: bool,
+    pub(crate) unread: bool,
 }
 
 /// What to do.
@@ -96,6 +99,7 @@ pub(crate) struct Row {
     lap: &'static [Found],
     proof: Option<bool>,
     short: Option<bool>,
+    unread: Option<bool>,
     pub(crate) verdict: Verdict,
 }
 
@@ -108,27 +112,29 @@ const fn row(
     lap: &'static [Found],
     proof: Option<bool>,
     short: Option<bool>,
+    unread: Option<bool>,
     verdict: Verdict,
 ) -> Row {
-    Row { letter, at, lap, proof, short, verdict }
+    Row { letter, at, lap, proof, short, unread, verdict }
 }
 
-pub(crate) const TABLE: [Row; 15] = [
-    row('A', &[Found::Good], ANY, None, None, Verdict::Adopt),
-    row('B', &[Found::Newer], ANY, None, None, Verdict::NewerFormat),
-    row('C', &[Found::Other], ANY, None, None, Verdict::OtherVolume),
-    row('D', &[Found::Future], ANY, None, None, Verdict::SuperblockOld),
-    row('E', &[Found::Contradicts], ANY, None, None, Verdict::CorruptBefore),
-    row('F', GAP, &[Found::Good], None, None, Verdict::AdoptLap),
-    row('G', GAP, &[Found::Newer], None, None, Verdict::NewerFormat),
-    row('H', GAP, &[Found::Other], None, None, Verdict::OtherVolume),
-    row('I', GAP, &[Found::Future], None, None, Verdict::SuperblockOld),
-    row('J', GAP, &[Found::Contradicts], None, None, Verdict::CorruptBefore),
-    row('K', GAP, GAP, Some(true), None, Verdict::Corrupt),
-    row('L', GAP, GAP, Some(false), Some(true), Verdict::Corrupt),
-    row('M', &[Found::Torn], GAP, Some(false), Some(false), Verdict::CutTorn),
-    row('N', &[Found::Nothing], &[Found::Torn], Some(false), Some(false), Verdict::CutTorn),
-    row('O', &[Found::Nothing], &[Found::Nothing], Some(false), Some(false), Verdict::CutEnd),
+pub(crate) const TABLE: [Row; 16] = [
+    row('A', &[Found::Good], ANY, None, None, None, Verdict::Adopt),
+    row('B', &[Found::Newer], ANY, None, None, None, Verdict::NewerFormat),
+    row('C', &[Found::Other], ANY, None, None, None, Verdict::OtherVolume),
+    row('D', &[Found::Future], ANY, None, None, None, Verdict::SuperblockOld),
+    row('E', &[Found::Contradicts], ANY, None, None, None, Verdict::CorruptBefore),
+    row('F', GAP, &[Found::Good], None, None, None, Verdict::AdoptLap),
+    row('G', GAP, &[Found::Newer], None, None, None, Verdict::NewerFormat),
+    row('H', GAP, &[Found::Other], None, None, None, Verdict::OtherVolume),
+    row('I', GAP, &[Found::Future], None, None, None, Verdict::SuperblockOld),
+    row('J', GAP, &[Found::Contradicts], None, None, None, Verdict::CorruptBefore),
+    row('K', GAP, GAP, Some(true), None, None, Verdict::Corrupt),
+    row('L', GAP, GAP, Some(false), Some(true), None, Verdict::Corrupt),
+    row('M', &[Found::Torn], GAP, Some(false), Some(false), Some(false), Verdict::CutTorn),
+    row('N', &[Found::Nothing], &[Found::Torn], Some(false), Some(false), Some(false), Verdict::CutTorn),
+    row('O', &[Found::Nothing], &[Found::Nothing], Some(false), Some(false), Some(false), Verdict::CutEnd),
+    row('P', GAP, GAP, Some(false), Some(false), Some(true), Verdict::Corrupt),
 ];
 
 impl Row {
@@ -139,6 +145,7 @@ impl Row {
             && among(self.lap, facts.lap)
             && is(self.proof, facts.proof)
             && is(self.short, facts.short)
+            && is(self.unread, facts.unread)
     }
 }
 
@@ -149,7 +156,7 @@ pub(crate) fn decide(facts: &Facts) -> &'static Row {
 
 /// Whether the verdict depends on what lies further behind, which costs a scan.
 pub(crate) fn needs_scan(at: Found, lap: Found) -> bool {
-    decide(&Facts { at, lap, proof: true, short: false }).proof.is_some()
+    decide(&Facts { at, lap, proof: true, short: false, unread: false }).proof.is_some()
 }
 
 /// What the next batch must match.
@@ -171,8 +178,9 @@ mod tests {
     fn exactly_one_row_matches_each_input() {
         for at in FOUND_ALL {
             for lap in FOUND_ALL {
-                for (proof, short) in [(false, false), (false, true), (true, false), (true, true)] {
-                    let facts = Facts { at, lap, proof, short };
+                for bits in 0..8 {
+                    let [proof, short, unread] = [1, 2, 4].map(|bit| bits & bit != 0);
+                    let facts = Facts { at, lap, proof, short, unread };
                     let rows: Vec<char> = TABLE.iter().filter(|r| r.matches(&facts)).map(|r| r.letter).collect();
                     assert!(rows.len() == 1, "{facts:?} is matched by {rows:?}");
                 }

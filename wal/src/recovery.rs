@@ -12,6 +12,8 @@
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
+use std::collections::BTreeSet;
+
 use mainstay_io::{AlignedBuf, AlignedBytes, BLOCK_BYTES, IoClass, WriteMode, Zone};
 
 use crate::batch::{Header, WAL_FORMAT_VERSION};
@@ -21,6 +23,8 @@ use crate::{Error, ErrorKind, Lsn, Result};
 
 /// Bytes of one read-ahead.
 const CHUNK_BYTES: u64 = 1 << 20;
+/// How often a block is asked for on its own when the device fails to read it.
+const BLOCK_READS: usize = 3;
 const BLOCK: u64 = BLOCK_BYTES as u64;
 
 /// What is known before the walk.
@@ -31,7 +35,7 @@ pub(crate) struct Expect {
     /// Every epoch in the log is below this.
     pub(crate) epoch_limit: u64,
     pub(crate) clean_end: Option<Lsn>,
-    /// Go on behind acknowledged bytes that are damaged (rows K and L): the owner has them from elsewhere.
+    /// Go on behind acknowledged bytes that are damaged (rows K, L and P): the owner has them from elsewhere.
     pub(crate) holes: bool,
 }
 
@@ -63,11 +67,13 @@ pub(crate) struct Reader {
     limit: Lsn,
     class: IoClass,
     chunk: Option<(Lsn, AlignedBytes)>,
+    /// Blocks that the device did not give.
+    unread: BTreeSet<Lsn>,
 }
 
 impl Reader {
     pub(crate) fn new(zone: Zone, ring: Ring, limit: Lsn, class: IoClass) -> Self {
-        Self { zone, ring, limit, class, chunk: None }
+        Self { zone, ring, limit, class, chunk: None, unread: BTreeSet::new() }
     }
 
     /// `length` bytes at `lsn`; None when they would pass the lap's end or the limit.
@@ -90,20 +96,36 @@ impl Reader {
     }
 
     /// Block by block, with zeroes for those that cannot be read: they are judged as damaged.
-    async fn read_blocks(&self, lsn: Lsn, bytes: u64) -> Result<AlignedBytes> {
+    async fn read_blocks(&mut self, lsn: Lsn, bytes: u64) -> Result<AlignedBytes> {
         let mut whole = AlignedBuf::zeroed(usize::try_from(bytes).unwrap_or(usize::MAX));
         let mut lsn = lsn;
         for part in whole.chunks_mut(BLOCK_BYTES) {
+            match self.read_block(lsn).await? {
+                Some(block) => part.copy_from_slice(block.get(..part.len()).unwrap_or_default()),
+                None => drop(self.unread.insert(lsn)),
+            }
+            lsn = Lsn(lsn.0.saturating_add(BLOCK));
+        }
+        Ok(whole.freeze())
+    }
+
+    /// None when the device does not give it, asked [`BLOCK_READS`] times.
+    async fn read_block(&self, lsn: Lsn) -> Result<Option<AlignedBuf>> {
+        for _ in 0..BLOCK_READS {
             match self.zone.read(self.ring.place(lsn), AlignedBuf::zeroed(BLOCK_BYTES), self.class).await {
-                Ok(block) => part.copy_from_slice(block.get(..part.len()).unwrap_or_default()),
+                Ok(block) => return Ok(Some(block)),
                 Err(error) if error.kind() == mainstay_io::ErrorKind::Media => {
                     tracing::warn!(lsn = lsn.0, %error, "a block of the log cannot be read");
                 }
                 Err(error) => return Err(error.into()),
             }
-            lsn = Lsn(lsn.0.saturating_add(BLOCK));
         }
-        Ok(whole.freeze())
+        Ok(None)
+    }
+
+    /// Whether the device did not give one of the blocks at `lsn`, which were asked for before.
+    fn misses(&self, lsn: Lsn, length: u64) -> bool {
+        self.unread.range(lsn..Lsn(lsn.0.saturating_add(length))).next().is_some()
     }
 
     fn cached(&self, lsn: Lsn, length: u64) -> Option<AlignedBytes> {
@@ -111,6 +133,15 @@ impl Reader {
         let begin = usize::try_from(lsn.0.checked_sub(from.0)?).ok()?;
         let end = begin.checked_add(usize::try_from(length).ok()?)?;
         (end <= chunk.len()).then(|| chunk.slice(begin..end))
+    }
+
+    /// Where the blocks that the device does not give end, from `lsn` on.
+    async fn behind_unread(&mut self, lsn: Lsn) -> Result<Lsn> {
+        let mut lsn = lsn;
+        while self.read(lsn, BLOCK).await?.is_some() && self.misses(lsn, BLOCK) {
+            lsn = Lsn(lsn.0.saturating_add(BLOCK));
+        }
+        Ok(lsn)
     }
 
     pub(crate) async fn header(&mut self, lsn: Lsn) -> Result<Option<Header>> {
@@ -154,7 +185,8 @@ pub(crate) async fn walk(
             }
         }
         let short = expect.clean_end.is_some_and(|clean| tail.end < clean);
-        let row = decide(&Facts { at, lap, proof: scan.proof, short });
+        let lost_at = lost(&reader, expect, &ring, &tail, torn.as_ref());
+        let row = decide(&Facts { at, lap, proof: scan.proof, short, unread: lost_at.is_some() });
         tracing::trace!(lsn = tail.end.0, row = %row.letter, "log position judged");
         let bad = if lap == Found::Nothing { tail.end } else { ring.lap_next(tail.end).unwrap_or(tail.end) };
         match row.verdict {
@@ -184,17 +216,29 @@ pub(crate) async fn walk(
                     // The header is whole, and its checksum covers that of the body: the chain is not broken.
                     (Some(header), _) => Tail { end: header.end(), chain: Some(header.checksum), epoch: header.epoch },
                     // No header of an earlier lap, and none that was cut, says that it lies here (invariant 2).
-                    (None, clean_end) => match (scan.next, clean_end) {
-                        (Some(next), _) => Tail { end: next, chain: None, epoch: tail.epoch },
-                        (None, Some(clean)) => Tail { end: clean, chain: None, epoch: tail.epoch },
-                        (None, None) => return Err(corrupt(bad, row.letter, "nothing says where the log goes on")),
-                    },
+                    (None, clean_end) => {
+                        let end = match scan.next.or(clean_end) {
+                            Some(end) => end,
+                            None => match lost_at {
+                                Some(lost) => reader.behind_unread(lost).await?,
+                                None => {
+                                    let message = "nothing says where the log goes on";
+                                    return Err(corrupt(bad, row.letter, message));
+                                }
+                            },
+                        };
+                        Tail { end, chain: None, epoch: tail.epoch }
+                    }
                 };
                 tracing::warn!(from = from.0, to = tail.end.0, row = %row.letter, "acknowledged bytes are damaged");
                 visit(Step::Hole { from, batch })?;
             }
             Verdict::Corrupt => {
-                let cause = if scan.proof { "a later batch says it was durable" } else { "the log was closed cleanly" };
+                let cause = match (scan.proof, short) {
+                    (true, _) => "a later batch says it was durable",
+                    (false, true) => "the log was closed cleanly",
+                    (false, false) => "the device does not give them",
+                };
                 return Err(corrupt(bad, row.letter, &format!("acknowledged bytes are damaged, {cause}")));
             }
             Verdict::CorruptBefore => {
@@ -212,6 +256,18 @@ pub(crate) async fn walk(
             Verdict::OtherVolume => return Err(foreign(bad, row.letter, "the log belongs to another volume")),
         }
     }
+}
+
+/// The first block that the device does not give and in which the next batch may lie. None where the log was closed cleanly: what
+/// was there is known.
+fn lost(reader: &Reader, expect: &Expect, ring: &Ring, tail: &Tail, torn: Option<&Header>) -> Option<Lsn> {
+    if expect.clean_end.is_some() {
+        return None;
+    }
+    let begins = [Some(tail.end), ring.lap_next(tail.end)].into_iter().flatten();
+    let unread = begins.into_iter().find(|begin| reader.misses(*begin, BLOCK));
+    unread
+        .or_else(|| torn.filter(|header| reader.misses(header.lsn, header.batch_bytes.into())).map(|header| header.lsn))
 }
 
 fn corrupt(lsn: Lsn, row: char, message: &str) -> Error {

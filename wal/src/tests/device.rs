@@ -1,6 +1,6 @@
 //! A device in memory whose completions the test decides, and an executor of one task.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -31,6 +31,8 @@ struct State {
     writes: usize,
     flushes: usize,
     trace: Vec<&'static str>,
+    /// How often a read of the block at this offset fails from now on.
+    failing: BTreeMap<usize, usize>,
     resident: Option<BoxFuture<()>>,
 }
 
@@ -101,6 +103,11 @@ impl MemDevice {
 
     pub(crate) fn put(&self, image: Vec<u8>) {
         self.lock().bytes = image;
+    }
+
+    /// Reads of the block at `offset` fail so many times, or until it is written.
+    pub(crate) fn fail_reads(&self, offset: usize, times: usize) {
+        self.lock().failing.insert(offset, times);
     }
 
     /// The kinds of operations in order, repeats once.
@@ -188,6 +195,13 @@ impl BlockDevice for MemDevice {
         let length = buf.len();
         let mut state = self.lock();
         state.trace.push("read");
+        if let Some((&block, times)) = state.failing.range_mut(at..at + length).next() {
+            *times = times.saturating_sub(1);
+            if *times == 0 {
+                state.failing.remove(&block);
+            }
+            return Op::ready(Err(Error::new(ErrorKind::Media, "read", offset, length as u64, "no such sector")));
+        }
         buf.copy_from_slice(&state.bytes[at..at + length]);
         Op::ready(Ok(buf))
     }
@@ -204,6 +218,7 @@ impl BlockDevice for MemDevice {
             return op;
         }
         let at = offset as usize;
+        state.failing.retain(|block, _| !(at..at + data.len()).contains(block));
         state.bytes[at..at + data.len()].copy_from_slice(&data);
         Op::ready(Ok(()))
     }

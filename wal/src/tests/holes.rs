@@ -99,3 +99,38 @@ fn a_torn_tail_is_cut_and_no_hole() {
     assert_eq!(found(&bench), [Some(0), Some(1), Some(2), Some(3)]);
     assert_eq!((bench.recovery.holes, bench.recovery.end), (0, Lsn(4 * BLOCK as u64)));
 }
+
+#[test]
+fn an_end_that_cannot_be_read_is_a_hole_until_something_is_written_behind_it() {
+    let image = committed(5);
+    for unread in [&[4 * BLOCK][..], &[4 * BLOCK, 5 * BLOCK, 6 * BLOCK], &[3 * BLOCK, 4 * BLOCK]] {
+        let lost = unread.iter().filter(|offset| **offset < 5 * BLOCK).count();
+        let left = (0..5 - lost).map(Some);
+        let hole: Vec<_> = left.chain([None]).collect();
+        let end = Lsn((unread[unread.len() - 1] + BLOCK) as u64);
+        // Nothing was written: it is met again.
+        for _ in 0..2 {
+            let bench = Bench::open_without(image.clone(), unread, with_holes(2)).expect("opens");
+            assert_eq!((found(&bench), bench.recovery.end), (hole.clone(), end), "{unread:?}");
+        }
+        let bench = Bench::open_without(image.clone(), unread, with_holes(2)).expect("opens");
+        bench.commit(&payload(7, 3000)).expect("commits");
+        let again = Bench::open_without(bench.device.image(), unread, with_holes(3)).expect("opens again");
+        assert_eq!(found(&again), [hole.clone(), vec![Some(7)]].concat(), "{unread:?}");
+    }
+}
+
+#[test]
+fn of_two_batches_in_flight_the_second_shows_where_the_log_goes_on_behind_the_first() {
+    let bench = Bench::open(committed(3), options(2)).expect("opens");
+    bench.device.hold(true);
+    for i in 3..5 {
+        let _ = bench.append(&payload(i, 3000));
+        bench.device.turn();
+    }
+    bench.device.complete(0, true);
+    bench.device.complete(0, true);
+    let opened = Bench::open_without(bench.device.image(), &[3 * BLOCK], with_holes(3)).expect("opens");
+    assert_eq!(found(&opened), [Some(0), Some(1), Some(2), None, Some(4)]);
+    assert_eq!(opened.recovery.end, Lsn(5 * BLOCK as u64));
+}

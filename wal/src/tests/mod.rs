@@ -34,7 +34,17 @@ pub(crate) fn options(epoch: u64) -> WalOptions {
 
 impl Bench {
     pub(crate) fn open(image: Vec<u8>, options: WalOptions) -> Result<Self> {
+        Self::open_on(MemDevice::new(image), options)
+    }
+
+    /// On a device that does not give the blocks at `unread`.
+    pub(crate) fn open_without(image: Vec<u8>, unread: &[usize], options: WalOptions) -> Result<Self> {
         let device = MemDevice::new(image);
+        unread.iter().for_each(|offset| device.fail_reads(*offset, usize::MAX));
+        Self::open_on(device, options)
+    }
+
+    pub(crate) fn open_on(device: Arc<MemDevice>, options: WalOptions) -> Result<Self> {
         let mut delivered = Vec::new();
         let mut deliver = |group, kind, pos, payload| {
             delivered.push((group, kind, pos, payload));

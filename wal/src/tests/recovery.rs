@@ -216,6 +216,38 @@ fn row_o_an_empty_ring_and_the_end_of_a_log() {
 }
 
 #[test]
+fn row_p_a_block_that_cannot_be_read_at_the_end_is_corrupt() {
+    let refused = |image: &[u8], unread: &[usize], options| {
+        Bench::open_without(image.to_vec(), unread, options).err().expect("the log does not open")
+    };
+    let image = committed(5);
+    // The last batch, and the place of the one that may follow it.
+    check(&refused(&image, &[4 * BLOCK], options(2)), ErrorKind::Corrupt, 4 * BLOCK, 'P');
+    check(&refused(&image, &[5 * BLOCK], options(2)), ErrorKind::Corrupt, 5 * BLOCK, 'P');
+    // The body of the last batch.
+    let bench = Bench::open(image.clone(), options(2)).expect("opens");
+    bench.commit(&payload(9, 13_000)).expect("commits");
+    check(&refused(&bench.device.image(), &[7 * BLOCK], options(3)), ErrorKind::Corrupt, 5 * BLOCK, 'P');
+    // Behind a skipped lap end, where the last batch is.
+    let (lap, lap_options) = wrapped(1);
+    check(&refused(&lap, &[0], lap_options), ErrorKind::Corrupt, 13 * BLOCK, 'P');
+    // Further on nothing can have been acknowledged while this is not there, and of a clean log the end is known.
+    for (unread, clean_end) in [(6 * BLOCK, None), (5 * BLOCK, Some(Lsn(5 * BLOCK as u64)))] {
+        let bench = Bench::open_without(image.clone(), &[unread], WalOptions { clean_end, ..options(2) });
+        assert_eq!(bench.expect("opens").delivered.len(), 5, "unread={unread}");
+    }
+}
+
+#[test]
+fn a_block_that_is_read_at_the_next_attempt_is_no_damage() {
+    for times in 1..=3 {
+        let device = super::device::MemDevice::new(committed(5));
+        device.fail_reads(4 * BLOCK, times);
+        assert_eq!(Bench::open_on(device, options(2)).expect("opens").delivered.len(), 5, "failed {times} times");
+    }
+}
+
+#[test]
 fn every_row_has_a_test() {
     let text = include_str!("recovery.rs");
     for row in &TABLE {
