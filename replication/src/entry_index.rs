@@ -493,6 +493,11 @@ impl EntryIndex {
     pub(crate) fn check(&mut self) -> Result<()> {
         let expect = self.purged.map_or(0, |p| p.index + 1);
         if self.holes {
+            let from_birth = self.purged.is_none() && self.decided == 0 && !self.tableless;
+            if from_birth && !self.slots.is_empty() && self.first <= MISSING_MAX {
+                // Nothing is in tables, so nothing was purged.
+                self.lead_back(0);
+            }
             // The log was cut up to what is in tables, and which tables those are was lost with a part of the node's log.
             let behind = expect > self.decided.saturating_add(1);
             let unnamed = !self.missing.contains(&self.decided) && self.state_at(self.decided).is_err();

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use openraft::raft::AppendEntriesRequest;
 
+use crate::log_heal::write_base;
 use crate::network::{encode_append, write_offer};
 use crate::state_machine::Offer;
 use crate::types::{
@@ -66,6 +67,7 @@ pub fn seeds() -> Vec<(&'static str, Bytes)> {
         ("truncate", record::encode_truncate(Some(&log_id(1, 2))).concat().into()),
         ("anchor", record::encode_anchor(&log_id(4, 9), &stored).concat().into()),
         ("append", encode_append(&append)),
+        ("base", encode_result(Ok((log_id(4, 9), stored)), |out, base| write_base(out, Some(&base)))),
         ("offer", encode_result(Ok(offer), |out, offer| write_offer(out, &offer))),
         (
             "members",

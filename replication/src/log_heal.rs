@@ -22,7 +22,7 @@ use crate::log_store::{EntryRequest, Given};
 use crate::network::method;
 use crate::node::{Inner, Phase};
 use crate::state_machine::{Offer, take_tables};
-use crate::types::{Entry, LogId, Vote, term_of};
+use crate::types::{Entry, LogId, StoredMembership, Vote, term_of};
 use crate::wire::{Reader, Writer, decode_result};
 use crate::{Envelope, Error, ErrorKind, NodeId, PeerAddress, Result, Runtime};
 
@@ -82,6 +82,31 @@ pub(crate) fn read_lost(body: &Bytes) -> Result<(u64, u64, Option<LogId>)> {
     let lost = (reader.u64()?, reader.u64()?, reader.option(Reader::log_id)?);
     reader.end()?;
     Ok(lost)
+}
+
+/// Log id and membership at an index.
+type Base = (LogId, StoredMembership);
+
+fn write_wanted(out: &mut Writer, index: u64, known: LogId) {
+    out.u64(index).log_id(&known);
+}
+
+/// The index and the entry of a request for what a log begins behind.
+pub(crate) fn read_wanted(body: &Bytes) -> Result<(u64, LogId)> {
+    let mut reader = Reader::open(body)?;
+    let wanted = (reader.u64()?, reader.log_id()?);
+    reader.end()?;
+    Ok(wanted)
+}
+
+pub(crate) fn write_base(out: &mut Writer, base: Option<&Base>) {
+    out.option(base, |w, (id, membership)| {
+        w.log_id(id).stored_membership(membership);
+    });
+}
+
+pub(crate) fn read_base(reader: &mut Reader) -> Result<Option<Base>> {
+    reader.option(|r| Ok((r.log_id()?, r.stored_membership()?)))
 }
 
 /// Who is asked: by its id, when it is known.
@@ -159,10 +184,33 @@ impl<R: Runtime> Inner<R> {
         (answers, known)
     }
 
+    /// What this log begins behind, from one that has an entry of it. Nobody has to lead for that.
+    async fn ask_for_base(&self) -> Option<Base> {
+        let (index, known) = self.log.base_wanted()?;
+        let mut body = Writer::new();
+        write_wanted(&mut body, index, known);
+        let body = body.finish();
+        for to in self.other_voters().0 {
+            let answer = self.ask(&to, method::LOG_BASE, body.clone()).await;
+            match answer.and_then(|bytes| decode_result(&bytes, read_base)) {
+                Ok(Some(base)) if base.0.index == index => return Some(base),
+                Ok(_) => tracing::debug!(member = %called(&to), index, "cannot tell what the log begins behind"),
+                Err(error) => tracing::debug!(member = %called(&to), %error, "does not answer"),
+            }
+        }
+        None
+    }
+
     /// One step: fills one range, or finds out how the log ends. The error says what is waited for.
     async fn heal_step(self: &Arc<Self>, damage: &Damage) -> Result<()> {
         if damage.base {
-            return self.import_state("where the log begins is lost").await;
+            return match self.ask_for_base().await {
+                Some((at, membership)) => {
+                    tracing::info!(at = at.index, "another log told what this one begins behind");
+                    self.log.rebase(at, membership).await.map_err(|e| Error::new(ErrorKind::Closed, e.to_string()))
+                }
+                None => self.import_state("where the log begins is lost").await,
+            };
         }
         if let Some(lost) = damage.missing.first() {
             let (answers, known) = self.ask_for(lost, lost.anchor).await;

@@ -58,6 +58,8 @@ pub(crate) mod method {
     pub(crate) const DISK: u8 = 23;
     /// As `OFFER`, of a follower too.
     pub(crate) const OFFER_OF_ANY: u8 = 24;
+    /// What a log begins behind, for a member that has lost it.
+    pub(crate) const LOG_BASE: u8 = 25;
 }
 
 /// Whether requests of this method rest on reaching a peer in the order in which they were sent. A connection keeps the

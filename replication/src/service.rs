@@ -26,7 +26,7 @@ use tokio::sync::Notify;
 
 use crate::heal::{read_digests, write_digests};
 use crate::levels::Level;
-use crate::log_heal::{read_given, read_lost, write_given};
+use crate::log_heal::{read_base, read_given, read_lost, read_wanted, write_base, write_given};
 use crate::network::{
     OFFER_WAIT, method, read_append, read_offer, read_transfer_request, read_vote_request, write_append_answer,
     write_offer, write_transfer_response, write_vote_response,
@@ -201,6 +201,11 @@ impl<R: Runtime> Inner<R> {
                 let given = self.log.give(first, last, anchor, committed).await;
                 let given = given.map_err(|e| Error::new(ErrorKind::Unavailable, e.to_string()));
                 Ok(encode_result(given, |w, given| write_given(w, &given)))
+            }
+            method::LOG_BASE => {
+                self.cluster_peer(&from)?;
+                let (index, known) = read_wanted(&body)?;
+                Ok(encode_result(Ok(self.log.base_for(index, known)), |w, base| write_base(w, base.as_ref())))
             }
             method::DIGESTS => {
                 self.cluster_peer(&from)?;
@@ -477,6 +482,8 @@ pub(crate) fn decode_any(bytes: &Bytes) {
     let _ = decode_result(bytes, read_given);
     let _ = decode_result(bytes, read_digests);
     let _ = read_lost(bytes);
+    let _ = read_wanted(bytes);
+    let _ = decode_result(bytes, read_base);
     let _ = decode_result(bytes, crate::log_heal::Ends::read);
     let _ = decode_result(bytes, Reader::applied);
     let _ = decode_result(bytes, Reader::member_infos);

@@ -7,11 +7,12 @@
 //! The walk stands at position `b`, behind a whole batch (or at the start). `at` is what lies at `b`. `lap` is what lies
 //! at the start of the next lap, for a batch that did not fit behind `b` is found there; it counts as `Good` only when
 //! it says itself that it follows `b`. `proof` means that some later header of this volume, of the same epoch or a newer
-//! one, was written when `b` was already durable. `short` means that the last close was clean and ended behind `b`. `unread`
-//! means that the device does not give a block in which the next batch may lie, and no clean close says that there is none.
+//! one, was written when `b` was already durable. `short` means that the last close was clean and ended behind `b`. `doubt`
+//! means that a torn tail is not to be believed: the device does not give a block in which the next batch may lie, or it is torn
+//! and acknowledged bytes before it are damaged; and no clean close says that nothing was there.
 //!
 //! ```text
-//! row  at           lap        proof  short  unread  verdict            story
+//! row  at           lap        proof  short  doubt   verdict            story
 //! A    Good         any        any    any    any     adopt              the log goes on
 //! B    Newer        any        any    any    any     foreign            written by a newer release
 //! C    Other        any        any    any    any     foreign            the zone of another volume was put here
@@ -28,7 +29,7 @@
 //! M    Torn         gap        no     no     no      cut, torn          the crash tore the batch in flight
 //! N    Nothing      Torn       no     no     no      cut, torn          the same, behind a skipped lap end
 //! O    Nothing      Nothing    no     no     no      cut, end           nothing was written here since the last lap
-//! P    gap          gap        no     no     yes     corrupt at b       what cannot be read may have been acknowledged
+//! P    gap          gap        no     no     yes     corrupt at b       what was there may have been acknowledged
 //! ```
 //!
 //! Where the owner of the log can get from elsewhere what is lost ([`crate::WalOptions::holes`]), rows K, L and P go on behind the
@@ -74,7 +75,7 @@ pub(crate) struct Facts {
     pub(crate) lap: Found,
     pub(crate) proof: bool,
     pub(crate) short: bool,
-    pub(crate) unread: bool,
+    pub(crate) doubt: bool,
 }
 
 /// What to do.
@@ -99,7 +100,7 @@ pub(crate) struct Row {
     lap: &'static [Found],
     proof: Option<bool>,
     short: Option<bool>,
-    unread: Option<bool>,
+    doubt: Option<bool>,
     pub(crate) verdict: Verdict,
 }
 
@@ -112,10 +113,10 @@ const fn row(
     lap: &'static [Found],
     proof: Option<bool>,
     short: Option<bool>,
-    unread: Option<bool>,
+    doubt: Option<bool>,
     verdict: Verdict,
 ) -> Row {
-    Row { letter, at, lap, proof, short, unread, verdict }
+    Row { letter, at, lap, proof, short, doubt, verdict }
 }
 
 pub(crate) const TABLE: [Row; 16] = [
@@ -145,7 +146,7 @@ impl Row {
             && among(self.lap, facts.lap)
             && is(self.proof, facts.proof)
             && is(self.short, facts.short)
-            && is(self.unread, facts.unread)
+            && is(self.doubt, facts.doubt)
     }
 }
 
@@ -156,7 +157,7 @@ pub(crate) fn decide(facts: &Facts) -> &'static Row {
 
 /// Whether the verdict depends on what lies further behind, which costs a scan.
 pub(crate) fn needs_scan(at: Found, lap: Found) -> bool {
-    decide(&Facts { at, lap, proof: true, short: false, unread: false }).proof.is_some()
+    decide(&Facts { at, lap, proof: true, short: false, doubt: false }).proof.is_some()
 }
 
 /// What the next batch must match.
@@ -179,8 +180,8 @@ mod tests {
         for at in FOUND_ALL {
             for lap in FOUND_ALL {
                 for bits in 0..8 {
-                    let [proof, short, unread] = [1, 2, 4].map(|bit| bits & bit != 0);
-                    let facts = Facts { at, lap, proof, short, unread };
+                    let [proof, short, doubt] = [1, 2, 4].map(|bit| bits & bit != 0);
+                    let facts = Facts { at, lap, proof, short, doubt };
                     let rows: Vec<char> = TABLE.iter().filter(|r| r.matches(&facts)).map(|r| r.letter).collect();
                     assert!(rows.len() == 1, "{facts:?} is matched by {rows:?}");
                 }

@@ -169,6 +169,7 @@ pub(crate) async fn walk(
     let mut reader = Reader::new(zone.clone(), ring, limit, IoClass::Foreground);
     let mut tail = Tail { end: expect.start, chain: None, epoch: 0 };
     let mut batches = 0_u64;
+    let mut damaged = false;
     loop {
         let (at, found) = examine(&mut reader, expect, &tail, tail.end).await?;
         let mut torn = found.as_ref().filter(|_| at == Found::Torn).map(|(header, _)| *header);
@@ -185,8 +186,9 @@ pub(crate) async fn walk(
             }
         }
         let short = expect.clean_end.is_some_and(|clean| tail.end < clean);
-        let lost_at = lost(&reader, expect, &ring, &tail, torn.as_ref());
-        let row = decide(&Facts { at, lap, proof: scan.proof, short, unread: lost_at.is_some() });
+        let unread = unread_at(&reader, expect, &ring, &tail, torn.as_ref());
+        let doubt = unread.is_some() || (torn.is_some() && damaged && expect.clean_end.is_none());
+        let row = decide(&Facts { at, lap, proof: scan.proof, short, doubt });
         tracing::trace!(lsn = tail.end.0, row = %row.letter, "log position judged");
         let bad = if lap == Found::Nothing { tail.end } else { ring.lap_next(tail.end).unwrap_or(tail.end) };
         match row.verdict {
@@ -208,6 +210,7 @@ pub(crate) async fn walk(
             }
             Verdict::Corrupt if expect.holes => {
                 let from = tail.end;
+                damaged = true;
                 let batch = match torn {
                     Some(header) => reader.read(header.lsn, u64::from(header.batch_bytes)).await?.map(|b| (header, b)),
                     None => None,
@@ -219,8 +222,8 @@ pub(crate) async fn walk(
                     (None, clean_end) => {
                         let end = match scan.next.or(clean_end) {
                             Some(end) => end,
-                            None => match lost_at {
-                                Some(lost) => reader.behind_unread(lost).await?,
+                            None => match unread {
+                                Some(unread) => reader.behind_unread(unread).await?,
                                 None => {
                                     let message = "nothing says where the log goes on";
                                     return Err(corrupt(bad, row.letter, message));
@@ -260,7 +263,7 @@ pub(crate) async fn walk(
 
 /// The first block that the device does not give and in which the next batch may lie. None where the log was closed cleanly: what
 /// was there is known.
-fn lost(reader: &Reader, expect: &Expect, ring: &Ring, tail: &Tail, torn: Option<&Header>) -> Option<Lsn> {
+fn unread_at(reader: &Reader, expect: &Expect, ring: &Ring, tail: &Tail, torn: Option<&Header>) -> Option<Lsn> {
     if expect.clean_end.is_some() {
         return None;
     }

@@ -25,7 +25,8 @@ pub(crate) struct Damage {
     pub(crate) open_from: Option<u64>,
     /// A vote may have been given and is gone.
     pub(crate) vote: bool,
-    /// It is not known where the log begins: only the state of another replica helps.
+    /// It is not known what the log begins behind: another log tells ([`EntryIndex::base_for`]), or the state of another replica
+    /// takes the place of this one's.
     pub(crate) base: bool,
 }
 
@@ -185,6 +186,28 @@ impl EntryIndex {
         self.missing.range(index..).next().copied()
     }
 
+    /// What is asked of other logs when it is lost what this one begins behind: the log id and the membership at an index, which is
+    /// the one of the tables, and the first entry from there on that is known.
+    pub(crate) fn base_wanted(&self) -> Option<(u64, LogId)> {
+        if !self.base_lost || self.slots.is_empty() {
+            return None;
+        }
+        let index = if self.tableless { self.decided.max(self.first.checked_sub(1)?) } else { self.decided };
+        let known = (self.first.max(index)..self.next()).find(|index| !self.missing.contains(index))?;
+        self.log_id(known).map(|known| (index, known))
+    }
+
+    /// The answer: none when this log cannot tell. Both logs have the entry `known`, so up to there they are the same.
+    pub(crate) fn base_for(&self, index: u64, known: LogId) -> Option<(LogId, StoredMembership)> {
+        let same = (self.first..self.next()).contains(&known.index) && self.log_id(known.index) == Some(known);
+        let whole = !self.base_lost && self.missing.range(..=index).next().is_none();
+        let kept = index <= known.index && self.purged.is_none_or(|purged| purged.index <= index);
+        if !(same && whole && kept) {
+            return None;
+        }
+        self.log_id(index).map(|id| (id, self.membership_at(index)))
+    }
+
     /// The end of the log was judged, with the help of others.
     pub(crate) fn close_end(&mut self) {
         self.open = false;
@@ -240,6 +263,15 @@ mod tests {
         damage.missing.iter().map(|m| (m.from, m.to, m.anchor)).collect()
     }
 
+    /// Of a member whose tables are at `flushed`: the beginning of its log is lost.
+    fn beheaded(flushed: u64, behind: Vec<Recovered>) -> EntryIndex {
+        let mut index = EntryIndex::new(1 << 20, flushed);
+        (0..).zip([vec![R::Hole], behind].concat()).for_each(|(n, record)| index.recover(record, pos(n)));
+        index.settle();
+        index.check().expect("with a hole it is no error");
+        index
+    }
+
     fn vote(term: u64) -> Recovered {
         R::Vote(Vote::new(term, 1))
     }
@@ -285,8 +317,7 @@ mod tests {
         assert_eq!((voted.open_from, voted.vote), (Some(1), false));
         // The purge record itself is gone, or the entries behind it.
         let m = StoredMembership::new(Some(log_id(1, 0)), Membership::default());
-        let mut headless = replay(vec![R::Hole, R::Entry(entry(1, 900))]);
-        assert!(headless.check().is_ok());
+        let headless = beheaded(5, vec![R::Entry(entry(1, 900))]);
         assert!(headless.damage().expect("damaged").base);
         let mut behind = replay(vec![R::Purge(log_id(1, 6), m), R::Hole, R::Entry(entry(1, 9))]);
         assert!(behind.check().is_ok());
@@ -318,10 +349,47 @@ mod tests {
             "entry 7 followed an entry that was never committed"
         );
         // Where the log begins is lost: what lies between the state and it is still to be had.
-        let mut headless = replay(vec![R::Hole, R::Entry(entry(1, 900))]);
-        assert!(headless.check().is_ok());
+        let mut headless = beheaded(5, vec![R::Entry(entry(1, 900))]);
         headless.rebase(log_id(1, 890), m);
         assert_eq!((span(&headless), missing(&headless)), ((891, 901), vec![(891, 899, Some(log_id(1, 900)))]));
+    }
+
+    #[test]
+    fn what_a_log_begins_behind_is_told_by_one_that_has_an_entry_of_it() {
+        let members = StoredMembership::new(Some(log_id(1, 0)), Membership::default());
+        let entries = |range: std::ops::RangeInclusive<u64>| range.map(|i| R::Entry(entry(2, i))).collect::<Vec<_>>();
+        let other = |purged: u64| {
+            replay([vec![R::Purge(log_id(1, purged), members.clone())], entries(purged + 1..=12)].concat())
+        };
+        // The tables end before the entries, at the first of them, and among them.
+        for (first, known) in [(10, 10), (9, 9), (8, 8), (6, 8)] {
+            let mut ill = beheaded(8, entries(first..=11));
+            let wanted = ill.base_wanted().expect("lost");
+            assert_eq!(wanted, (8, log_id(2, known)), "first={first}");
+            let (id, membership) = other(4).base_for(wanted.0, wanted.1).expect("it has both entries");
+            assert_eq!((id, &membership), (log_id(2, 8), &members));
+            ill.rebase(id, membership);
+            let between = (first == 10).then_some((9, 9, Some(log_id(2, 10))));
+            assert_eq!((span(&ill), missing(&ill)), ((9, 12), between.into_iter().collect()), "first={first}");
+            assert_eq!(ill.state_at(8).expect("known"), (Some(log_id(2, 8)), members.clone()));
+        }
+        let exact = other(8).base_for(8, log_id(2, 9)).expect("the state that its log begins behind");
+        assert_eq!(exact.0, log_id(1, 8));
+        // It has forgotten that state, has another entry there, or has lost some itself.
+        assert_eq!(other(9).base_for(8, log_id(2, 10)), None);
+        assert_eq!(other(4).base_for(8, log_id(3, 10)), None);
+        assert_eq!(other(4).base_for(8, log_id(2, 13)), None);
+        assert_eq!(beheaded(3, entries(6..=12)).base_for(8, log_id(2, 9)), None);
+        let holed = [entries(0..=5), vec![R::Hole], entries(7..=12)].concat();
+        assert_eq!(replay(holed).base_for(8, log_id(2, 9)), None);
+        assert_eq!(beheaded(8, vec![]).base_wanted(), None, "no entry that another could have");
+    }
+
+    #[test]
+    fn nothing_was_purged_of_a_log_whose_node_has_no_tables() {
+        let young = beheaded(0, vec![R::Entry(entry(1, 3)), R::Entry(entry(1, 4))]);
+        assert_eq!((span(&young), missing(&young)), ((0, 5), vec![(0, 2, Some(log_id(1, 3)))]));
+        assert!(!young.damage().expect("damaged").base);
     }
 
     #[test]

@@ -146,7 +146,8 @@ impl LogStore {
         self.state().index.least_vote()
     }
 
-    /// The engine has taken over the state at `at`: the entries up to there are needed no more, missing or not.
+    /// The tables are at `at`, or the engine has taken over the state there: the entries up to it are needed no more, missing or
+    /// not.
     pub(crate) async fn rebase(&self, at: LogId, membership: StoredMembership) -> std::io::Result<()> {
         let rx = {
             let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
@@ -222,6 +223,15 @@ impl LogStore {
     pub(crate) fn ends(&self) -> (Option<Vote>, Option<LogId>) {
         let state = self.state();
         (state.index.vote(), state.index.last())
+    }
+
+    /// What is asked of other logs, and answered, about what a log begins behind: see [`crate::entry_index`].
+    pub(crate) fn base_wanted(&self) -> Option<(u64, LogId)> {
+        self.state().index.base_wanted()
+    }
+
+    pub(crate) fn base_for(&self, index: u64, known: LogId) -> Option<(LogId, StoredMembership)> {
+        self.state().index.base_for(index, known)
     }
 
     /// What this log says to a member that has lost its entries `from ..= to`. They are proven when this log has the entry

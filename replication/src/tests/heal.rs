@@ -160,6 +160,41 @@ fn a_member_with_a_hole_neither_votes_nor_leads_until_it_is_filled() {
     });
 }
 
+/// What the log begins behind is lost on one member of two that are left, so that nobody can lead: the other one tells it, with an
+/// entry that both have, whether the state there is in tables or nothing is.
+#[test]
+fn a_lost_beginning_of_a_log_is_told_by_a_member_that_cannot_lead_alone() {
+    for flushed in [false, true] {
+        run(async move {
+            let mut cluster = Cluster::born(3).await;
+            let last = written(&cluster, 30).await;
+            if flushed {
+                let rotate = Write { body: CommandBody::Rotate, durability: Durability::Quorum };
+                cluster.node(0).write(rotate).await.expect("rotates");
+                for i in 0..3 {
+                    cluster.until(i, |s| s.group.flushed.0 >= last && s.group.absent_jobs == 0).await;
+                }
+            }
+            cluster.put(0, "k-behind", "x").await.expect("written");
+            let at = place(&cluster, 0, 0);
+            for i in 0..3 {
+                cluster.kill(i).await;
+            }
+            rot(&cluster, 0, &[at]);
+            cluster.start(0).await;
+            cluster.until(0, |s| s.role == "recovering").await;
+            cluster.start(1).await;
+            takes_part(&cluster, 0).await;
+            all_there(&cluster, 30).await;
+            cluster.put(1, "after", "x").await.expect("written");
+            cluster.start(2).await;
+            takes_part(&cluster, 2).await;
+            all_there(&cluster, 30).await;
+            cluster.finish().await;
+        });
+    }
+}
+
 /// Nothing is left of a log but the headers of its batches: what it held, and who the members are, only the others know.
 #[test]
 fn a_log_of_which_nothing_is_left_is_replaced_by_the_state_of_another() {

@@ -100,6 +100,17 @@ fn a_torn_tail_is_cut_and_no_hole() {
     assert_eq!((bench.recovery.holes, bench.recovery.end), (0, Lsn(4 * BLOCK as u64)));
 }
 
+/// Both may be the work of one thing.
+#[test]
+fn a_torn_tail_behind_damage_is_a_hole_too() {
+    let mut image = committed(5);
+    image[BLOCK + 1000] ^= 1;
+    image[4 * BLOCK + 1000] ^= 1;
+    let bench = Bench::open(image, with_holes(2)).expect("opens");
+    assert_eq!(found(&bench), [Some(0), None, Some(2), Some(3), None]);
+    assert_eq!((bench.recovery.holes, bench.recovery.end), (2, Lsn(5 * BLOCK as u64)));
+}
+
 #[test]
 fn an_end_that_cannot_be_read_is_a_hole_until_something_is_written_behind_it() {
     let image = committed(5);
