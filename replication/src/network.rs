@@ -83,6 +83,7 @@ pub(crate) struct Network<R: Runtime> {
     me: u64,
     /// This node holds no tables.
     witness: bool,
+    applied: Option<LogId>,
     transport: Arc<dyn Transport>,
     /// See [`crate::pipeline`].
     pub(crate) hurry: Arc<Hurry>,
@@ -94,6 +95,8 @@ pub(crate) struct Network<R: Runtime> {
 pub(crate) struct Networks<R: Runtime> {
     pub(crate) me: u64,
     pub(crate) witness: bool,
+    /// The last entry that was applied when the node started.
+    pub(crate) applied: Option<LogId>,
     pub(crate) transport: Arc<dyn Transport>,
     pub(crate) hurry: Arc<Hurry>,
     pub(crate) rooms: Arc<PeerRooms<R>>,
@@ -108,6 +111,7 @@ impl<R: Runtime> RaftNetworkFactory<TypeConfig<R>> for Networks<R> {
             address: crate::wire::peer_address(node),
             me: self.me,
             witness: self.witness,
+            applied: self.applied,
             transport: self.transport.clone(),
             hurry: self.hurry.clone(),
             rooms: self.rooms.clone(),
@@ -145,6 +149,13 @@ impl<R: Runtime> Network<R> {
         self.transport.call(self.address.clone(), Some(NodeId(self.target)), request, timeout)
     }
 
+    /// The body of an append. A leader that has not committed an entry of its own term tells of no commit at all; what it had
+    /// applied before is committed all the same. A follower whose log is full of entries that it may not apply for want of that
+    /// news would have no room for the entry that would bring it.
+    pub(crate) fn body(&self, rpc: &AppendEntriesRequest<TypeConfig<R>>) -> Bytes {
+        encode_append(rpc, rpc.leader_commit.max(self.applied))
+    }
+
     /// As [`Network::send`] for an append that ends with the entry `last`: answers what Raft is told, and notes the rest.
     pub(crate) fn append(
         &self,
@@ -176,7 +187,7 @@ impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<TypeConfig<R>>, RPCError<TypeConfig<R>>> {
         let limit = if rpc.entries.is_empty() { option.soft_ttl() } else { APPEND_TIMEOUT };
-        let body = encode_append(&rpc);
+        let body = self.body(&rpc);
         let last = rpc.entries.last().map(|entry| entry.log_id).or(rpc.prev_log_id);
         self.append(method::APPEND, body, limit, last).await.map_err(|e| rpc_error(&e))
     }
@@ -259,12 +270,13 @@ impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
     }
 }
 
-pub(crate) fn encode_append<R: Runtime>(rpc: &AppendEntriesRequest<TypeConfig<R>>) -> Bytes {
+/// `committed` in place of what the request says.
+pub(crate) fn encode_append<R: Runtime>(rpc: &AppendEntriesRequest<TypeConfig<R>>, committed: Option<LogId>) -> Bytes {
     let bytes: usize = rpc.entries.iter().map(|e| crate::wire::entry_parts(e).1.len() + 21).sum();
     let mut body = Writer::with_capacity(bytes + 64);
     body.vote(&rpc.vote)
         .option_log_id(rpc.prev_log_id.as_ref())
-        .option_log_id(rpc.leader_commit.as_ref())
+        .option_log_id(committed.as_ref())
         .entries(&rpc.entries);
     body.finish()
 }

@@ -490,7 +490,8 @@ impl<R: Runtime> Inner<R> {
         let machine = machine.with_apply_lag(self.apply_lag.clone());
         self.log.set_apply_lag(self.apply_lag.clone());
         let (transport, hurry) = (self.transport.clone(), self.hurry.clone());
-        let networks = Networks { me: id, witness, transport, hurry, rooms: self.rooms.clone() };
+        let applied = machine.last_applied();
+        let networks = Networks { me: id, witness, applied, transport, hurry, rooms: self.rooms.clone() };
         let raft = Raft::<R>::new(id, config, networks, self.log.clone(), machine)
             .boxed()
             .await

@@ -39,7 +39,7 @@ use openraft::errors::{NetworkError, RPCError};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, StreamAppendResult};
 use tokio::sync::Notify;
 
-use crate::network::{APPEND_TIMEOUT, Network, encode_append, method, rpc_error};
+use crate::network::{APPEND_TIMEOUT, Network, method, rpc_error};
 use crate::types::{LogId, TypeConfig};
 use crate::{Result, Runtime};
 
@@ -127,7 +127,7 @@ impl<'s, R: Runtime, S> Pipeline<'s, R, S> {
         let Some(rpc) = request.rpc.take() else { return };
         // It carries what was held.
         self.hold = None;
-        let body = encode_append(&rpc);
+        let body = self.network.body(&rpc);
         request.bytes = body.len();
         self.bytes += request.bytes;
         // A heartbeat, or the news of a commit to a peer that has nothing to do: it waits for no disk, and takes no turn

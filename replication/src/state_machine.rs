@@ -265,6 +265,11 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
         })
     }
 
+    /// The last entry that is applied.
+    pub(crate) fn last_applied(&self) -> Option<LogId> {
+        self.last_applied
+    }
+
     /// Tells `lag` of each entry that was applied.
     pub(crate) fn with_apply_lag(self, lag: Arc<ApplyLag>) -> Self {
         Self { apply_lag: Some(lag), ..self }

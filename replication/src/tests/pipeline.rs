@@ -86,8 +86,14 @@ fn run<T>(test: impl AsyncFnOnce(Arc<Held>, Network<TokioRuntime>) -> T) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let held = Arc::new(Held::default());
-        let mut networks =
-            Networks { me: 1, witness: false, transport: held.clone(), hurry: Arc::default(), rooms: Arc::default() };
+        let mut networks = Networks {
+            me: 1,
+            witness: false,
+            applied: Some(id(2)),
+            transport: held.clone(),
+            hurry: Arc::default(),
+            rooms: Arc::default(),
+        };
         let member = Member::default();
         let network = RaftNetworkFactory::<Config>::new_client(&mut networks, 2, &member).await;
         test(held, network).await
@@ -117,6 +123,21 @@ fn requests(indexes: std::ops::RangeInclusive<u64>) -> impl futures_util::Stream
 
 fn option() -> RPCOption {
     RPCOption::new(Duration::from_millis(100))
+}
+
+/// A follower may need the news of what the leader had applied before its term to have room for the leader's first entry.
+#[test]
+fn what_was_applied_when_the_node_started_is_told_as_committed() {
+    run(async |held, mut network| {
+        for (told, expect) in [(None, id(2)), (Some(id(1)), id(2)), (Some(id(3)), id(3))] {
+            let rpc = AppendEntriesRequest { leader_commit: told, ..request(5, None) };
+            let append = RaftNetworkV2::append_entries(&mut network, rpc, option()).now_or_never();
+            assert!(append.is_none(), "it waits for the peer");
+            let sent = held.take(held.sent() - 1).request;
+            let commit = read_append::<TokioRuntime>(&sent.body).expect("ours").leader_commit;
+            assert_eq!(commit, Some(expect), "openraft told {told:?}");
+        }
+    });
 }
 
 fn matched(answer: Option<Option<Answer>>) -> u64 {
