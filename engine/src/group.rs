@@ -289,6 +289,11 @@ impl GroupShared {
         !self.lock().logical.jobs.is_empty()
     }
 
+    #[cfg(test)]
+    pub(crate) fn is_flush(&self, job: crate::JobId) -> bool {
+        self.lock().logical.jobs.get(&job).is_some_and(|job| matches!(**job, crate::manifest::Job::Flush { .. }))
+    }
+
     /// Waits until a divergence was found.
     #[cfg(test)]
     pub(crate) async fn diverged(&self) {

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use super::jobs::Output;
 use crate::heal::Retry;
-use crate::manifest::{Manifest, ManifestOp, Version};
+use crate::manifest::{Job, Manifest, ManifestOp, Version};
 use crate::memtable::Memtable;
 use crate::read::ReadView;
 use crate::stored::StoredTable;
@@ -134,10 +134,14 @@ impl Core {
         });
     }
 
-    /// The most L0 runs of any version that is written.
+    /// The most L0 runs of any version that is being compacted. What waits for fewer of them waits for a job: a clone that nobody
+    /// writes to keeps those of its origin, and so does a keyspace that was dropped and is not forgotten yet.
     pub(super) fn l0_runs_max(&self) -> usize {
-        let alive = self.present.branches.values().filter(|b| b.dropped.is_none());
-        alive.flat_map(|b| b.versions.values()).map(|v| v.l0.len()).max().unwrap_or(0)
+        let compacted = self.present.jobs.values().filter_map(|job| match &**job {
+            Job::Compact(compaction) => self.present.version(compaction.branch, compaction.keyspace),
+            Job::Flush { .. } => None,
+        });
+        compacted.map(|version| version.l0.len()).max().unwrap_or(0)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use mainstay_io::sim::SimMedia;
 use mainstay_io::{BoxFuture, block_on};
 
@@ -112,6 +113,46 @@ pub(super) fn check_equal(a: &Replica, b: &Replica) {
     for branch in a.group.branches() {
         assert_eq!(a.all(branch.id), b.all(branch.id), "{}", branch.name);
     }
+}
+
+/// A clone begins with the runs of its origin. As long as nothing is written to it nothing compacts them, so nobody waits for that.
+#[test]
+fn writes_do_not_wait_for_a_compaction_that_nothing_has_started() {
+    let leader = Replica::new(64 << 20, 1);
+    let mut index = LogIndex(0);
+    let mut apply = |command: Command| {
+        index = LogIndex(index.0 + 1);
+        block_on(leader.group.apply(index, &command)).expect("the group is open");
+    };
+    let may_write = || leader.group.admit().now_or_never().is_some();
+    let mut compactions = Vec::new();
+    let mut rounds = 0;
+    // All overlap, and no compaction is installed, though it is done.
+    while may_write() {
+        for n in 0..4 {
+            apply(command(put(MAIN, &format!("k{n}"), b"v")));
+        }
+        apply(command(CommandBody::Rotate));
+        loop {
+            let install = block_on(leader.group.next_install());
+            let CommandBody::Install { job, .. } = install.body else { continue };
+            if leader.group.shared().is_flush(job) {
+                apply(install);
+                break;
+            }
+            compactions.push(install);
+        }
+        rounds += 1;
+        assert!(rounds < 200, "writes are never held up");
+    }
+    apply(command(CommandBody::CreateCheckpoint { name: "c".into(), branch: MAIN }));
+    apply(command(CommandBody::CreateClone { name: "x".into(), checkpoint: "c".into() }));
+    assert!(!may_write(), "the main branch is compacted first");
+    compactions.into_iter().for_each(&mut apply);
+    while leader.group.shared().has_jobs() {
+        apply(block_on(leader.group.next_install()));
+    }
+    assert!(may_write(), "nothing compacts the clone");
 }
 
 #[test]
