@@ -222,6 +222,13 @@ impl EntryIndex {
         }
     }
 
+    /// The last entry that is durable; what is purged is.
+    pub(crate) fn last_durable(&self) -> Option<LogId> {
+        let behind = self.slots.iter().rev().take_while(|pos| **pos == NOWHERE).count();
+        let next = self.next() - behind as u64;
+        if next > self.first { self.log_id(next - 1) } else { self.purged }
+    }
+
     /// Where the entry lies, once it is durable.
     pub(crate) fn pos(&self, index: u64) -> Option<RecordPos> {
         let slot = *self.slots.get(usize::try_from(index.checked_sub(self.first)?).ok()?)?;
@@ -554,6 +561,14 @@ mod tests {
             replay(vec![R::Entry(entry(1, 0)), R::Entry(entry(1, 2)), R::Entry(entry(1, 1)), R::Entry(entry(1, 2))]);
         assert_eq!(span(&gap), (0, 3));
         assert_eq!(gap.pos(2), Some(pos(3)));
+
+        let mut growing = replay(vec![R::Entry(entry(1, 0))]);
+        (1..4).for_each(|index| growing.push(entry(2, index)));
+        assert_eq!(growing.last_durable(), Some(log_id(1, 0)));
+        growing.durable(log_id(2, 1), pos(7));
+        assert_eq!((growing.last_durable(), growing.last()), (Some(log_id(2, 1)), Some(log_id(2, 3))));
+        growing.purge(log_id(2, 1), StoredMembership::default());
+        assert_eq!(growing.last_durable(), Some(log_id(2, 1)));
 
         let again = replay(vec![R::Entry(entry(1, 0)), R::Entry(entry(1, 1)), R::Entry(entry(2, 1))]);
         assert_eq!(again.last(), Some(log_id(2, 1)));

@@ -66,7 +66,7 @@ pub fn seeds() -> Vec<(&'static str, Bytes)> {
         ("vote", record::encode_vote(&Vote::new_committed(3, 2)).concat().into()),
         ("truncate", record::encode_truncate(Some(&log_id(1, 2))).concat().into()),
         ("anchor", record::encode_anchor(&log_id(4, 9), &stored).concat().into()),
-        ("append", encode_append(&append, append.leader_commit)),
+        ("append", encode_append(&append, append.leader_commit, append.leader_commit)),
         ("base", encode_result(Ok((log_id(4, 9), stored)), |out, base| write_base(out, Some(&base)))),
         ("offer", encode_result(Ok(offer), |out, offer| write_offer(out, &offer))),
         (

@@ -24,6 +24,7 @@ mod priority;
 mod progress;
 mod proposals;
 mod read;
+mod receipts;
 mod record;
 mod recover;
 mod room;

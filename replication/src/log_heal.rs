@@ -24,7 +24,7 @@ use crate::node::{Inner, Phase};
 use crate::state_machine::{Offer, take_tables};
 use crate::types::{Entry, LogId, StoredMembership, Vote, term_of};
 use crate::wire::{Reader, Writer, decode_result};
-use crate::{Envelope, Error, ErrorKind, NodeId, PeerAddress, Result, Runtime};
+use crate::{Envelope, Error, ErrorKind, MemberRole, NodeId, PeerAddress, Result, Runtime};
 
 /// How long one member may take for an answer.
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
@@ -110,7 +110,7 @@ pub(crate) fn read_base(reader: &mut Reader) -> Result<Option<Base>> {
 }
 
 /// Who is asked: by its id, when it is known.
-type Voter = (Option<NodeId>, PeerAddress);
+pub(crate) type Voter = (Option<NodeId>, PeerAddress);
 
 /// Another voter, and what it said.
 struct Answer {
@@ -127,11 +127,16 @@ impl<R: Runtime> Inner<R> {
         let this = self.clone();
         self.spawn(async move {
             let mut pause = ROUND_PAUSE;
+            let mut taken = false;
             while let Some(damage) = this.log.damage() {
-                match this.heal_step(&damage).await {
+                match this.heal_step(&damage, &mut taken).await {
                     Ok(()) => pause = ROUND_PAUSE,
                     Err(error) => {
                         tracing::warn!(%error, "the log is not whole yet");
+                        // Nobody gives anything to a member that is none any more.
+                        if this.is_given_up(this.engine.identity().node).await {
+                            return this.set_phase(Phase::Removed);
+                        }
                         this.set_phase(Phase::Recovering(error.to_string()));
                         R::sleep(pause).await;
                         pause = (pause * 2).min(ROUND_PAUSE_MAX);
@@ -139,11 +144,11 @@ impl<R: Runtime> Inner<R> {
                 }
             }
             let outcome = match this.log.straighten().await {
-                Ok(()) => this.mend_vote_and_run().await,
+                Ok(()) => this.take_part().await,
                 Err(error) => Err(Error::new(ErrorKind::Closed, error.to_string())),
             };
             match outcome {
-                Ok(()) => tracing::info!("the log is whole again: the node takes part"),
+                Ok(()) => tracing::info!("the log is whole again"),
                 Err(error) => this.set_phase(Phase::Failed(error.to_string())),
             }
         });
@@ -151,7 +156,7 @@ impl<R: Runtime> Inner<R> {
 
     /// The other voters as the log knows them, and whether it does. When the membership itself is lost: whoever this process was
     /// told of.
-    fn other_voters(&self) -> (Vec<Voter>, bool) {
+    pub(crate) fn other_voters(&self) -> (Vec<Voter>, bool) {
         let me = self.engine.identity().node;
         let membership = self.log.membership();
         let voters: BTreeSet<u64> = membership.voter_ids().collect();
@@ -169,10 +174,23 @@ impl<R: Runtime> Inner<R> {
         Ok(answer.body)
     }
 
-    /// What the other voters say, and whether those are known to be all.
-    async fn ask_for(&self, lost: &Missing, anchor: Option<LogId>) -> (Vec<Answer>, bool) {
-        let (voters, known) = self.other_voters();
-        let answers = join_all(voters.into_iter().map(|to| async move {
+    /// The other voters of now: as a confirmed leader names them, or else as this log does, whose lost end may have changed them. Once
+    /// that was taken from another log both are asked.
+    async fn voters_of_now(self: &Arc<Self>, taken: bool) -> (Vec<Voter>, bool) {
+        let me = self.engine.identity().node;
+        let Some(members) = self.confirmed_members(me).await else { return self.other_voters() };
+        let others = members.into_iter().filter(|m| m.role == MemberRole::Voter && m.id.0 != me);
+        let mut voters: Vec<Voter> = others.map(|m| (Some(m.id), m.peer_address)).collect();
+        if taken {
+            let more = self.other_voters().0.into_iter().filter(|(id, _)| voters.iter().all(|known| known.0 != *id));
+            voters.extend(more.collect::<Vec<_>>());
+        }
+        (voters, true)
+    }
+
+    /// What the other voters say.
+    async fn ask_for(&self, voters: Vec<Voter>, lost: &Missing, anchor: Option<LogId>) -> Vec<Answer> {
+        join_all(voters.into_iter().map(|to| async move {
             let mut body = Writer::new();
             body.u64(lost.from).u64(lost.to).option_log_id(anchor.as_ref());
             let answer = self.ask(&to, method::LOG_GIVE, body.finish()).await;
@@ -180,8 +198,7 @@ impl<R: Runtime> Inner<R> {
             let given = given.inspect_err(|error| tracing::debug!(address = %to.1.0, %error, "does not answer")).ok();
             Answer { to, given: given.filter(|given| follows(given, lost)) }
         }))
-        .await;
-        (answers, known)
+        .await
     }
 
     /// What this log begins behind, from one that has an entry of it. Nobody has to lead for that.
@@ -202,7 +219,7 @@ impl<R: Runtime> Inner<R> {
     }
 
     /// One step: fills one range, or finds out how the log ends. The error says what is waited for.
-    async fn heal_step(self: &Arc<Self>, damage: &Damage) -> Result<()> {
+    async fn heal_step(self: &Arc<Self>, damage: &Damage, taken: &mut bool) -> Result<()> {
         if damage.base {
             return match self.ask_for_base().await {
                 Some((at, membership)) => {
@@ -213,7 +230,8 @@ impl<R: Runtime> Inner<R> {
             };
         }
         if let Some(lost) = damage.missing.first() {
-            let (answers, known) = self.ask_for(lost, lost.anchor).await;
+            let (voters, known) = self.other_voters();
+            let answers = self.ask_for(voters, lost, lost.anchor).await;
             return match verdict(&answers, known) {
                 Verdict::Fill => {
                     let entries = answers.into_iter().filter_map(|answer| match answer.given {
@@ -225,7 +243,7 @@ impl<R: Runtime> Inner<R> {
                     self.log.fill(entries).await.map_err(|e| Error::new(ErrorKind::Closed, e.to_string()))
                 }
                 Verdict::Import => self.import_state(&range(lost)).await,
-                Verdict::Follow => self.follow(lost.from).await,
+                Verdict::Follow => self.follow(self.other_voters().0, lost.from, taken).await,
                 Verdict::Halt => Err(halt(&range(lost), &answers)),
                 Verdict::Wait => Err(wait(&range(lost), &answers)),
             };
@@ -234,24 +252,35 @@ impl<R: Runtime> Inner<R> {
         // How many entries there were, or whom a vote was given to, nobody here knows: every other voter is heard.
         let lost = Missing { from, to: u64::MAX, anchor: None };
         let what = format!("the entries from index={from} on, or a vote");
-        let (answers, known) = self.ask_for(&lost, None).await;
+        let (voters, known) = self.voters_of_now(*taken).await;
+        let answers = self.ask_for(voters.clone(), &lost, None).await;
         let damaged = answers.iter().any(|a| a.given == Some(Given::Damaged));
         let all = known && answers.iter().all(|a| a.given.is_some());
         let alone = known && answers.is_empty();
         if answers.iter().any(|a| a.given == Some(Given::Purged)) {
             return self.import_state(&what).await;
         }
+        if !known && from == 0 {
+            // Committed entries, the first of which says who the members are.
+            let given = answers.iter().filter_map(|answer| match &answer.given {
+                Some(Given::Entries(entries)) => Some(entries),
+                _ => None,
+            });
+            if let Some(entries) = given.max_by_key(|entries| entries.len()) {
+                let taken = self.log.replace_end(None, entries.clone()).await;
+                return taken.map_err(|error| Error::new(ErrorKind::Closed, error.to_string()));
+            }
+        }
         match (all, damaged || alone) {
-            (true, false) => self.follow(from).await,
+            (true, false) => self.follow(voters, from, taken).await,
             (true, true) => Err(halt(&what, &answers)),
             (false, _) => Err(wait(&what, &answers)),
         }
     }
 
     /// Row D: from `from` on the log becomes that of the most complete other voter.
-    async fn follow(self: &Arc<Self>, from: u64) -> Result<()> {
+    async fn follow(self: &Arc<Self>, voters: Vec<Voter>, from: u64, taken: &mut bool) -> Result<()> {
         let closed = |error: std::io::Error| Error::new(ErrorKind::Closed, error.to_string());
-        let (voters, _) = self.other_voters();
         let ends = join_all(voters.iter().map(|to| async move {
             let answer = self.ask(to, method::LOG_ENDS, Writer::new().finish()).await?;
             Ok((to.clone(), decode_result(&answer, Ends::read)?))
@@ -310,13 +339,20 @@ impl<R: Runtime> Inner<R> {
             },
         };
         let term = term.max(last.map_or(0, |id| term_of(&id)));
-        self.log.follow(after, entries, term).await.map_err(closed)
+        self.log.replace_end(after, entries).await.map_err(closed)?;
+        *taken = true;
+        // What was lost may have made others voters: they are heard too, with the log as it is now.
+        let asked: BTreeSet<Option<NodeId>> = voters.iter().map(|(id, _)| *id).collect();
+        if self.other_voters().0.iter().any(|(id, _)| !asked.contains(id)) {
+            return Err(Error::new(ErrorKind::Unavailable, "other members vote than were asked: asks again"));
+        }
+        self.log.close_end(term).await.map_err(closed)
     }
 
     /// Takes over the state of whoever leads: what is missing is in its tables.
     async fn import_state(self: &Arc<Self>, why: &str) -> Result<()> {
         let mut last = Error::new(ErrorKind::Unavailable, "no other voter is known");
-        for to in self.other_voters().0 {
+        for to in self.voters_of_now(true).await.0 {
             let answer = self.ask(&to, method::OFFER, Writer::new().finish()).await;
             let offer = answer.and_then(|bytes| decode_result(&bytes, crate::network::read_offer));
             match offer {
@@ -373,7 +409,7 @@ impl<R: Runtime> Inner<R> {
     async fn fetch_entry(&self, id: LogId) -> Option<Entry> {
         let lost = Missing { from: id.index, to: id.index, anchor: Some(id) };
         for _ in 0..ENTRY_ROUNDS_MAX {
-            for answer in self.ask_for(&lost, Some(id)).await.0 {
+            for answer in self.ask_for(self.other_voters().0, &lost, Some(id)).await {
                 if let Some(Given::Entries(entries)) = answer.given
                     && let Some(entry) = entries.into_iter().find(|entry| entry.log_id == id)
                 {

@@ -86,6 +86,8 @@ pub struct LogHealStatus {
     pub entries_lost: u64,
     /// Entries that were fetched from other members and written again.
     pub entries_healed: u64,
+    /// Times that the volume was found to have gone back behind what this member had promised.
+    pub went_back: u64,
 }
 
 /// Entries that are asked of others at once.
@@ -177,6 +179,11 @@ impl LogStore {
 
     pub(crate) fn last(&self) -> Option<LogId> {
         self.state().index.last()
+    }
+
+    /// The last entry that is durable here.
+    pub(crate) fn last_durable(&self) -> Option<LogId> {
+        self.state().index.last_durable()
     }
 
     /// Log id and membership of the state that the engine has flushed.

@@ -92,6 +92,8 @@ pub(crate) struct Who {
     pub(crate) member: Member,
     pub(crate) cluster: [u8; 16],
     pub(crate) node: u64,
+    /// Drawn at the start of the process: tells it from another with a copy of its volume.
+    pub(crate) opening: [u8; 16],
     pub(crate) blank: bool,
     pub(crate) members: Vec<MemberInfo>,
     pub(crate) leader: Option<u64>,
@@ -101,7 +103,12 @@ pub(crate) struct Who {
 
 impl Who {
     pub(crate) fn write(&self, out: &mut Writer) {
-        out.member(&self.member).id(&self.cluster).u64(self.node).bool(self.blank).member_infos(&self.members);
+        out.member(&self.member)
+            .id(&self.cluster)
+            .u64(self.node)
+            .id(&self.opening)
+            .bool(self.blank)
+            .member_infos(&self.members);
         out.option(self.leader, |w, id| {
             w.u64(id);
         });
@@ -113,6 +120,7 @@ impl Who {
             member: reader.member()?,
             cluster: reader.id()?,
             node: reader.u64()?,
+            opening: reader.id()?,
             blank: reader.bool()?,
             members: reader.member_infos()?,
             leader: reader.option(Reader::u64)?,
@@ -549,6 +557,7 @@ impl<R: Runtime> Inner<R> {
             member: self.me(),
             cluster: identity.cluster,
             node: identity.node,
+            opening: self.opening,
             blank: identity == Identity::default() && !self.has_data(),
             members: Vec::new(),
             leader: None,
@@ -571,10 +580,16 @@ impl<R: Runtime> Inner<R> {
     }
 
     /// Asks around whether this node is still a member; `true` when the leader says that it is not.
-    pub(crate) async fn is_given_up(self: &Arc<Self>, running: &Arc<Running<R>>) -> bool {
+    pub(crate) async fn is_given_up(self: &Arc<Self>, me: u64) -> bool {
+        let members = self.confirmed_members(me).await;
+        members.is_some_and(|members| !members.is_empty() && members.iter().all(|m| m.id.0 != me))
+    }
+
+    /// The members as a leader names them that has just been confirmed by a quorum. Asks around for it.
+    pub(crate) async fn confirmed_members(self: &Arc<Self>, me: u64) -> Option<Vec<MemberInfo>> {
         let mut asked: BTreeSet<PeerAddress> = BTreeSet::new();
         let mine = self.transport.local_address();
-        let known = self.members().into_iter().filter(|m| m.id.0 != running.id).map(|m| m.peer_address);
+        let known = self.members().into_iter().filter(|m| m.id.0 != me).map(|m| m.peer_address);
         let mut todo: Vec<PeerAddress> = self.options.peers.values().cloned().chain(known).collect();
         while let Some(address) = todo.pop() {
             if address == mine || asked.len() > 2 * MEMBERS_MAX || !asked.insert(address.clone()) {
@@ -586,13 +601,13 @@ impl<R: Runtime> Inner<R> {
                 continue;
             }
             if who.confirmed {
-                return !who.members.is_empty() && who.members.iter().all(|m| m.id.0 != running.id);
+                return Some(who.members);
             }
             if let Some(leader) = who.leader {
                 todo.extend(who.members.iter().filter(|m| m.id.0 == leader).map(|m| m.peer_address.clone()));
             }
         }
-        false
+        None
     }
 
     /// True for an id that the cluster has given up.

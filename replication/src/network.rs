@@ -26,6 +26,7 @@ use openraft::raft::{
 use openraft_rt::Select2;
 
 use crate::pipeline::{Hurry, Matched, Pipeline};
+use crate::receipts::{Receipt, Receipts, went_back};
 use crate::room::PeerRooms;
 use crate::state_machine::{Offer, SnapshotHandle};
 use crate::types::{LogId, Member, RaftSnapshot, SnapshotMeta, TypeConfig, Vote};
@@ -60,6 +61,10 @@ pub(crate) mod method {
     pub(crate) const OFFER_OF_ANY: u8 = 24;
     /// What a log begins behind, for a member that has lost it.
     pub(crate) const LOG_BASE: u8 = 25;
+    /// What the receiver remembers of the promises of who asks.
+    pub(crate) const RECEIPT: u8 = 26;
+    /// A promise that the receiver has denied.
+    pub(crate) const DENIED: u8 = 27;
 }
 
 /// Whether requests of this method rest on reaching a peer in the order in which they were sent. A connection keeps the
@@ -84,12 +89,17 @@ pub(crate) struct Network<R: Runtime> {
     /// This node holds no tables.
     witness: bool,
     applied: Option<LogId>,
+    durable: Durable,
     transport: Arc<dyn Transport>,
     /// See [`crate::pipeline`].
     pub(crate) hurry: Arc<Hurry>,
     /// See [`crate::room`].
     rooms: Arc<PeerRooms<R>>,
+    receipts: Arc<Receipts>,
 }
+
+/// Tells up to where a log is durable.
+pub(crate) type Durable = Arc<dyn Fn() -> Option<LogId> + Send + Sync>;
 
 /// Makes a [`Network`] for each node.
 pub(crate) struct Networks<R: Runtime> {
@@ -97,9 +107,28 @@ pub(crate) struct Networks<R: Runtime> {
     pub(crate) witness: bool,
     /// The last entry that was applied when the node started.
     pub(crate) applied: Option<LogId>,
+    /// The last entry that is durable in this node's log.
+    pub(crate) durable: Durable,
     pub(crate) transport: Arc<dyn Transport>,
     pub(crate) hurry: Arc<Hurry>,
     pub(crate) rooms: Arc<PeerRooms<R>>,
+    pub(crate) receipts: Arc<Receipts>,
+}
+
+/// What an append says, as far as its answer is judged by it.
+#[derive(Clone, Copy)]
+pub(crate) struct Sent {
+    pub(crate) term: u64,
+    pub(crate) prev: Option<LogId>,
+    /// The last entry, or `prev` without any.
+    pub(crate) last: Option<LogId>,
+}
+
+impl Sent {
+    pub(crate) fn of<R: Runtime>(rpc: &AppendEntriesRequest<TypeConfig<R>>) -> Self {
+        let last = rpc.entries.last().map(|entry| entry.log_id).or(rpc.prev_log_id);
+        Self { term: rpc.vote.leader_id.term, prev: rpc.prev_log_id, last }
+    }
 }
 
 impl<R: Runtime> RaftNetworkFactory<TypeConfig<R>> for Networks<R> {
@@ -112,9 +141,11 @@ impl<R: Runtime> RaftNetworkFactory<TypeConfig<R>> for Networks<R> {
             me: self.me,
             witness: self.witness,
             applied: self.applied,
+            durable: self.durable.clone(),
             transport: self.transport.clone(),
             hurry: self.hurry.clone(),
             rooms: self.rooms.clone(),
+            receipts: self.receipts.clone(),
         }
     }
 }
@@ -153,23 +184,39 @@ impl<R: Runtime> Network<R> {
     /// applied before is committed all the same. A follower whose log is full of entries that it may not apply for want of that
     /// news would have no room for the entry that would bring it.
     pub(crate) fn body(&self, rpc: &AppendEntriesRequest<TypeConfig<R>>) -> Bytes {
-        encode_append(rpc, rpc.leader_commit.max(self.applied))
+        encode_append(rpc, rpc.leader_commit.max(self.applied), (self.durable)())
     }
 
-    /// As [`Network::send`] for an append that ends with the entry `last`: answers what Raft is told, and notes the rest.
+    /// As [`Network::send`] for an append: answers what Raft is told, and notes the rest. A member that denies what it has promised is
+    /// asked about it, and Raft is not told.
     pub(crate) fn append(
         &self,
         method: u8,
         body: Bytes,
         timeout: Duration,
-        last: Option<LogId>,
+        sent: Sent,
     ) -> impl Future<Output = Result<AppendEntriesResponse<TypeConfig<R>>>> + Send + 'static {
         let answer = self.send(method, body, timeout);
-        let (rooms, target) = (self.rooms.clone(), self.target);
+        let (rooms, receipts, target) = (self.rooms.clone(), self.receipts.clone(), self.target);
+        let (transport, address) = (self.transport.clone(), self.address.clone());
         async move {
             let (response, room) = decode_result(&answer.await?.body, read_append_answer)?;
             if response.is_success() {
-                rooms.note(target, room, last.map_or(0, |id| id.index));
+                rooms.note(target, room, sent.last.map_or(0, |id| id.index));
+                receipts.note(target, Receipt { term: sent.term, last: sent.last });
+            }
+            if matches!(response, AppendEntriesResponse::Conflict)
+                && let Some(receipt) = receipts.contradict(target, sent.term, sent.prev)
+            {
+                let mut body = Writer::new();
+                receipt.write(&mut body);
+                let request = Envelope { method: method::DENIED, body: body.finish() };
+                let told = transport.call(address, Some(NodeId(target)), request, timeout).await?;
+                // An append that overtook another finds a conflict too, which is none any more.
+                if decode_result(&told.body, Reader::bool)? {
+                    tracing::error!(target, "a member denies what it has promised: its volume went back");
+                    return Err(went_back(target));
+                }
             }
             Ok(response)
         }
@@ -188,8 +235,7 @@ impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
     ) -> Result<AppendEntriesResponse<TypeConfig<R>>, RPCError<TypeConfig<R>>> {
         let limit = if rpc.entries.is_empty() { option.soft_ttl() } else { APPEND_TIMEOUT };
         let body = self.body(&rpc);
-        let last = rpc.entries.last().map(|entry| entry.log_id).or(rpc.prev_log_id);
-        self.append(method::APPEND, body, limit, last).await.map_err(|e| rpc_error(&e))
+        self.append(method::APPEND, body, limit, Sent::of(&rpc)).await.map_err(|e| rpc_error(&e))
     }
 
     fn stream_append<'s, S>(
@@ -210,7 +256,11 @@ impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
         option: RPCOption,
     ) -> Result<VoteResponse<TypeConfig<R>>, RPCError<TypeConfig<R>>> {
         let body = encode_vote_request(&rpc);
-        self.call(method::VOTE, body, option.soft_ttl(), read_vote_response).await.map_err(|e| rpc_error(&e))
+        let answer = self.call(method::VOTE, body, option.soft_ttl(), read_vote_response).await;
+        if answer.as_ref().is_ok_and(|answer| answer.vote_granted) {
+            self.receipts.note(self.target, Receipt { term: rpc.vote.leader_id.term, last: None });
+        }
+        answer.map_err(|e| rpc_error(&e))
     }
 
     async fn pre_vote(
@@ -249,7 +299,13 @@ impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
             );
             match R::select2(cancel.as_mut(), call).await {
                 Select2::First(closed) => return Err(StreamingError::Closed(closed)),
-                Select2::Second(Ok(Some(vote))) => return Ok(SnapshotResponse::new(vote)),
+                Select2::Second(Ok(Some(answer))) => {
+                    if answer == vote {
+                        let receipt = Receipt { term: vote.leader_id.term, last: offer.meta.last_log_id };
+                        self.receipts.note(self.target, receipt);
+                    }
+                    return Ok(SnapshotResponse::new(answer));
+                }
                 Select2::Second(Ok(None)) => {}
                 // Backs off also after a timeout: openraft would try again at once.
                 Select2::Second(Err(error)) => return Err(StreamingError::Unreachable(unreachable(&error))),
@@ -270,22 +326,29 @@ impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
     }
 }
 
-/// `committed` in place of what the request says.
-pub(crate) fn encode_append<R: Runtime>(rpc: &AppendEntriesRequest<TypeConfig<R>>, committed: Option<LogId>) -> Bytes {
+/// `committed` in place of what the request says, and up to where the log of the leader is durable.
+pub(crate) fn encode_append<R: Runtime>(
+    rpc: &AppendEntriesRequest<TypeConfig<R>>,
+    committed: Option<LogId>,
+    durable: Option<LogId>,
+) -> Bytes {
     let bytes: usize = rpc.entries.iter().map(|e| crate::wire::entry_parts(e).1.len() + 21).sum();
     let mut body = Writer::with_capacity(bytes + 64);
     body.vote(&rpc.vote)
         .option_log_id(rpc.prev_log_id.as_ref())
         .option_log_id(committed.as_ref())
+        .option_log_id(durable.as_ref())
         .entries(&rpc.entries);
     body.finish()
 }
 
-pub(crate) fn read_append<R: Runtime>(body: &Bytes) -> Result<AppendEntriesRequest<TypeConfig<R>>> {
+/// The request, and up to where the log of its sender was durable.
+pub(crate) fn read_append<R: Runtime>(body: &Bytes) -> Result<(AppendEntriesRequest<TypeConfig<R>>, Option<LogId>)> {
     let mut reader = Reader::open(body)?;
     let vote = reader.vote()?;
     let prev_log_id = reader.option(Reader::log_id)?;
     let leader_commit = reader.option(Reader::log_id)?;
+    let durable = reader.option(Reader::log_id)?;
     let entries = reader.entries()?;
     reader.end()?;
     // openraft takes the entries as given: they must be what follows `prev_log_id`, one by one.
@@ -296,7 +359,7 @@ pub(crate) fn read_append<R: Runtime>(body: &Bytes) -> Result<AppendEntriesReque
         }
         expect = expect.saturating_add(1);
     }
-    Ok(AppendEntriesRequest { vote, prev_log_id, leader_commit, entries })
+    Ok((AppendEntriesRequest { vote, prev_log_id, leader_commit, entries }, durable))
 }
 
 /// What a peer says to an append, and how many bytes more its log takes before it keeps the rest for what makes room.

@@ -31,7 +31,7 @@ use tokio::sync::{Notify, Semaphore};
 
 use crate::init::Promise;
 use crate::log_store::{LogHealStatus, LogStore};
-use crate::network::Networks;
+use crate::network::{Durable, Networks};
 use crate::pipeline::Hurry;
 use crate::progress::{ApplyLag, Progress};
 use crate::read::Rounds;
@@ -141,8 +141,8 @@ pub struct NodeStatus {
     pub cluster: [u8; 16],
     /// Zero before `init` or `join`.
     pub id: NodeId,
-    /// `leader`, `follower`, `candidate`, `learner`, `waiting` (no identity yet), `recovering` (mends its log, see `failure`),
-    /// `removed`, `failed`, `closed`.
+    /// `leader`, `follower`, `candidate`, `learner`, `waiting` (no identity yet), `starting`, `recovering` (mends its log, see `failure`),
+    /// `twin` (another process has this identity, see `failure`), `removed`, `failed`, `closed`.
     pub role: String,
     /// Raft term.
     pub term: u64,
@@ -185,10 +185,14 @@ pub type ForwardHandler = Arc<dyn Fn(Bytes) -> BoxFuture<Result<Bytes>> + Send +
 pub(crate) enum Phase {
     /// No identity yet.
     Waiting,
+    /// Asks the other voters what it has promised them.
+    Starting,
     /// Damage has taken a part of its log: it asks the others, and takes no part before it has it.
     Recovering(String),
     /// Takes part.
     Member,
+    /// Another process is this member, at that address.
+    Twin(String),
     /// Was removed from its cluster: idle.
     Removed,
     /// Left service.
@@ -278,6 +282,10 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) room: Room,
     /// What the logs of the others take.
     pub(crate) rooms: Arc<PeerRooms<R>>,
+    /// What the others have promised.
+    pub(crate) receipts: Arc<crate::receipts::Receipts>,
+    /// Drawn at the start: tells this process from another with a copy of its volume.
+    pub(crate) opening: [u8; 16],
     pub(crate) locals: crate::write::Locals,
     pub(crate) proposals: crate::proposals::Proposals<R>,
     pub(crate) levels: crate::levels::Levels,
@@ -403,7 +411,7 @@ impl<R: Runtime> Inner<R> {
     /// Moves on to `phase`, unless the node has come to an end already.
     pub(crate) fn set_phase(&self, phase: Phase) {
         let mut current = self.phase.lock().expect("nothing panics while it holds this lock");
-        if matches!(&*current, Phase::Failed(_) | Phase::Closed) && phase != Phase::Closed {
+        if matches!(&*current, Phase::Failed(_) | Phase::Twin(_) | Phase::Closed) && phase != Phase::Closed {
             return;
         }
         if *current != phase {
@@ -446,8 +454,12 @@ impl<R: Runtime> Inner<R> {
                 return Err(Error::new(ErrorKind::Unavailable, "the node was removed from its cluster"));
             }
             Phase::Waiting => return Err(Error::new(ErrorKind::Unavailable, "the node is not a member yet")),
+            Phase::Starting => return Err(Error::new(ErrorKind::Unavailable, "the node is starting")),
             Phase::Recovering(reason) => {
                 return Err(Error::new(ErrorKind::Unavailable, format!("the node mends its log: {reason}")));
+            }
+            Phase::Twin(address) => {
+                return Err(Error::new(ErrorKind::Unavailable, crate::receipts::twin_message(&address)));
             }
             Phase::Failed(reason) => return Err(Error::new(ErrorKind::Closed, format!("the node failed: {reason}"))),
             Phase::Closed => return Err(Error::new(ErrorKind::Closed, "the node is closed")),
@@ -491,7 +503,10 @@ impl<R: Runtime> Inner<R> {
         self.log.set_apply_lag(self.apply_lag.clone());
         let (transport, hurry) = (self.transport.clone(), self.hurry.clone());
         let applied = machine.last_applied();
-        let networks = Networks { me: id, witness, applied, transport, hurry, rooms: self.rooms.clone() };
+        let (rooms, receipts) = (self.rooms.clone(), self.receipts.clone());
+        let log = self.log.clone();
+        let durable: Durable = Arc::new(move || log.last_durable());
+        let networks = Networks { me: id, witness, applied, durable, transport, hurry, rooms, receipts };
         let raft = Raft::<R>::new(id, config, networks, self.log.clone(), machine)
             .boxed()
             .await
@@ -526,9 +541,9 @@ impl<R: Runtime> Inner<R> {
             }
             return Err(error.into());
         }
-        self.run().await?;
+        // Who asks has to say who it is. The volume may be a blank copy of one that has promised something.
         self.transport.serve(self.hello(), Arc::new(Service(Arc::downgrade(self))));
-        Ok(())
+        self.begin().await
     }
 
     /// True when the volume holds entries or state although it has no identity: a store that was alone, for instance.
@@ -579,6 +594,7 @@ impl<R: Runtime> Node<R> {
         let damage = log.damage();
         let replayed = log.last().map_or(0, |last| last.index.saturating_sub(group.flushed().0));
         tracing::info!(node = %options.name, flushed = group.flushed().0, entries = replayed, "opened: entries to apply again");
+        let opening = options.environment.random.id();
         let room = Room::new(engine.wal().stats().ring_bytes);
         let apply_lag = Arc::new(ApplyLag::new(options.environment.clock.clone()));
         let inner = Arc::new(Inner {
@@ -609,6 +625,8 @@ impl<R: Runtime> Node<R> {
             hurry: Arc::default(),
             room,
             rooms: Arc::default(),
+            receipts: Arc::default(),
+            opening,
             locals: crate::write::Locals::default(),
             proposals: crate::proposals::Proposals::default(),
             levels: crate::levels::Levels::default(),
@@ -623,16 +641,25 @@ impl<R: Runtime> Node<R> {
         });
         inner.start_owner_task();
         inner.start_entry_healing();
+        let node = Self { _handle: Arc::new(StopOnDrop(inner.clone())), inner: inner.clone() };
+        if inner.engine.identity() != Identity::default() {
+            // Who asks has to say who it is.
+            inner.transport.serve(inner.hello(), Arc::new(Service(Arc::downgrade(&inner))));
+            if let Some(address) = inner.twin().await {
+                inner.stand_back(address).await;
+                return Ok(node);
+            }
+        }
         match damage {
             Some(_) if inner.engine.identity() == Identity::default() => {
                 return Err(Error::new(ErrorKind::Corrupt, "the log is damaged, and the volume belongs to no cluster"));
             }
             Some(damage) => inner.start_log_healing(&damage),
             None if inner.engine.identity() == Identity::default() => inner.start_join_task(),
-            None => inner.mend_vote_and_run().await?,
+            None => inner.begin().await?,
         }
         inner.transport.serve(inner.hello(), Arc::new(Service(Arc::downgrade(&inner))));
-        Ok(Self { _handle: Arc::new(StopOnDrop(inner.clone())), inner })
+        Ok(node)
     }
 
     /// Gives birth to a cluster over `members` (names in [`NodeOptions::peers`], this one included). Two-phase and

@@ -39,7 +39,7 @@ use openraft::errors::{NetworkError, RPCError};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, StreamAppendResult};
 use tokio::sync::Notify;
 
-use crate::network::{APPEND_TIMEOUT, Network, method, rpc_error};
+use crate::network::{APPEND_TIMEOUT, Network, Sent, method, rpc_error};
 use crate::types::{LogId, TypeConfig};
 use crate::{Result, Runtime};
 
@@ -138,7 +138,7 @@ impl<'s, R: Runtime, S> Pipeline<'s, R, S> {
         } else {
             (method::APPEND_IN_TURN, APPEND_TIMEOUT)
         };
-        let mut call = self.network.append(method, body, timeout, request.last).boxed();
+        let mut call = self.network.append(method, body, timeout, Sent::of(&rpc)).boxed();
         // The first poll queues it at the transport: so the order of requests is that of these calls.
         match call.poll_unpin(cx) {
             Poll::Ready(answer) => request.answer = Some(answer),

@@ -32,9 +32,10 @@ use crate::network::{
     write_offer, write_transfer_response, write_vote_response,
 };
 use crate::node::{Inner, Running};
+use crate::receipts::{Receipt, Remembered, read_receipt};
 use crate::state_machine::{Exported, Offer, Peers, SnapshotHandle, TABLE_READ_BYTES_MAX};
 use crate::turns::Turn;
-use crate::types::{LogId, RaftSnapshot, Vote};
+use crate::types::{LeaderId, LogId, RaftSnapshot, Vote};
 use crate::wire::{Reader, Writer, decode_result, encode_result};
 use crate::{Envelope, Error, ErrorKind, Handler, Hello, NodeId, Result, Runtime};
 
@@ -111,7 +112,12 @@ impl<R: Runtime> Inner<R> {
         match request.method {
             method::APPEND | method::APPEND_IN_TURN => {
                 let running = self.raft_peer(&from)?;
-                let request = read_append::<R>(&body)?;
+                let (request, durable) = read_append::<R>(&body)?;
+                let LeaderId { term, voted_for } = request.vote.leader_id;
+                if voted_for == from.node.0 {
+                    // What a leader has made durable counts for what is committed, as a follower's acknowledgement does.
+                    self.receipts.note(from.node.0, Receipt { term, last: durable });
+                }
                 *self.heard.lock().expect("nothing panics while it holds this lock") = Some(R::Instant::now());
                 let mut turn = turn;
                 if let Some(turn) = &mut turn {
@@ -206,6 +212,17 @@ impl<R: Runtime> Inner<R> {
                 self.cluster_peer(&from)?;
                 let (index, known) = read_wanted(&body)?;
                 Ok(encode_result(Ok(self.log.base_for(index, known)), |w, base| write_base(w, base.as_ref())))
+            }
+            method::RECEIPT => {
+                self.cluster_peer(&from)?;
+                Ok(encode_result(Ok(self.remembered(from.node.0)), |w, remembered| remembered.write(w)))
+            }
+            method::DENIED => {
+                self.raft_peer(&from)?;
+                let receipt = read_receipt(&body)?;
+                Ok(encode_result(Ok(self.told_of(receipt).await), |w, denied| {
+                    w.bool(denied);
+                }))
             }
             method::DIGESTS => {
                 self.cluster_peer(&from)?;
@@ -483,6 +500,8 @@ pub(crate) fn decode_any(bytes: &Bytes) {
     let _ = decode_result(bytes, read_digests);
     let _ = read_lost(bytes);
     let _ = read_wanted(bytes);
+    let _ = read_receipt(bytes);
+    let _ = decode_result(bytes, Remembered::read);
     let _ = decode_result(bytes, read_base);
     let _ = decode_result(bytes, crate::log_heal::Ends::read);
     let _ = decode_result(bytes, Reader::applied);

@@ -56,6 +56,7 @@ impl<R: Runtime> Inner<R> {
         match self.phase() {
             Phase::Member => {}
             Phase::Waiting => status.role = "waiting".into(),
+            Phase::Starting => status.role = "starting".into(),
             Phase::Recovering(reason) => {
                 status.role = "recovering".into();
                 status.failure = Some(reason);
@@ -63,6 +64,10 @@ impl<R: Runtime> Inner<R> {
             }
             Phase::Removed => status.role = "removed".into(),
             Phase::Closed => status.role = "closed".into(),
+            Phase::Twin(address) => {
+                status.role = "twin".into();
+                status.failure = Some(crate::receipts::twin_message(&address));
+            }
             Phase::Failed(reason) => {
                 status.role = "failed".into();
                 status.failure = Some(reason);

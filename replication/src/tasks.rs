@@ -105,6 +105,23 @@ impl<R: Runtime> Inner<R> {
         });
     }
 
+    /// For good, as far as this process goes.
+    pub(crate) async fn leave_service(&self, reason: String) {
+        tracing::error!(%reason, "the node leaves service");
+        self.stop(Phase::Failed(reason)).await;
+    }
+
+    /// Consensus ends, and with it all that waits for it.
+    pub(crate) async fn stop(&self, phase: Phase) {
+        self.set_phase(phase);
+        self.progress.close();
+        let running = self.running.read().expect("nothing panics while it holds this lock").clone();
+        if let Some(running) = running {
+            // Its error says that the core has stopped already.
+            let _ = running.raft.shutdown().await;
+        }
+    }
+
     /// Leaves service when the volume has failed, and sees that a full ring is cut: a node that starts with one appends
     /// nothing, and without appends nobody else would ask for it.
     async fn look_after_volume(&self, relieved: &mut R::Instant) {
@@ -112,17 +129,10 @@ impl<R: Runtime> Inner<R> {
         // A write that nobody waited for may have ended the log of a node at rest.
         let failure = failure.or_else(|| Some(self.engine.wal().failure()?.to_string()));
         if let Some(reason) = failure
-            && matches!(self.phase(), Phase::Waiting | Phase::Recovering(_) | Phase::Member)
+            && matches!(self.phase(), Phase::Waiting | Phase::Starting | Phase::Recovering(_) | Phase::Member)
             && !self.closing.is_set()
         {
-            tracing::error!(%reason, "the node leaves service");
-            self.set_phase(Phase::Failed(reason));
-            self.progress.close();
-            let running = self.running.read().expect("nothing panics while it holds this lock").clone();
-            if let Some(running) = running {
-                // Its error says that the core has stopped already.
-                let _ = running.raft.shutdown().await;
-            }
+            self.leave_service(reason).await;
         }
         self.engine.check_log();
         if self.log.is_stalled() && R::Instant::now() >= *relieved + RELIEVE {
@@ -338,6 +348,10 @@ impl<R: Runtime> Inner<R> {
         loop {
             R::sleep(RECONCILE).await;
             self.look_at_disk();
+            if let Some(address) = self.twin().await {
+                self.stand_back(address).await;
+                return;
+            }
             if self.phase() == Phase::Member {
                 aside = self.stand_aside(running, aside).await;
             }
@@ -358,23 +372,19 @@ impl<R: Runtime> Inner<R> {
         let mut since = R::Instant::now();
         loop {
             R::sleep(ORPHAN / 3).await;
-            let (led, initialized) = {
-                let m = running.metrics.borrow_watched();
-                (m.current_leader.is_some(), m.membership_config.log_id().is_some())
-            };
+            let led = running.metrics.borrow_watched().current_leader.is_some();
             let now = R::Instant::now();
             if self.phase() != Phase::Member {
                 continue;
             }
             // A leader that somebody does not hear may lead a cluster that was taken up again without it.
             if self.leader_of(running) == Some(running.id) {
-                if !self.is_heard_by_all(running) && self.is_given_up(running).await {
+                if !self.is_heard_by_all(running) && self.is_given_up(running.id).await {
                     self.leave(running);
                 }
                 continue;
             }
-            // One that never heard of a membership may be one that `init` or a leader is about to reach.
-            if !initialized || (led && !self.is_silent()) {
+            if led && !self.is_silent() {
                 since = now;
                 continue;
             }
@@ -382,7 +392,7 @@ impl<R: Runtime> Inner<R> {
                 continue;
             }
             since = now;
-            if self.is_given_up(running).await {
+            if self.is_given_up(running.id).await {
                 self.leave(running);
             }
         }

@@ -265,6 +265,13 @@ const ROWS: &[Row] = &[
     ("heal_entries_healed", "Entries of the log fetched from other members and written again", Kind::Counter, |s| {
         s.engine.heal.entries_healed
     }),
+    (
+        "heal_went_back",
+        "Times that the volume was found to have gone back behind what it had promised",
+        Kind::Counter,
+        |s| s.engine.heal.went_back,
+    ),
+    ("raft_is_twin", "1 while another process is this member", Kind::Gauge, |s| u64::from(s.raft.role == "twin")),
     ("scrub_bytes", "Bytes that the scrubber has read", Kind::Counter, |s| s.engine.heal.scrub_bytes),
     ("scrub_passes", "Whole passes of the scrubber", Kind::Counter, |s| s.engine.heal.scrub_passes),
     ("scrub_last_ms", "When the last whole pass ended, in Unix milliseconds", Kind::Gauge, |s| {

@@ -193,6 +193,8 @@ pub struct HealSection {
     pub entries_lost: u64,
     /// Entries of the log that were fetched from other members and written again.
     pub entries_healed: u64,
+    /// Times that the volume was found to have gone back behind what this member had promised.
+    pub went_back: u64,
     /// Places of the log that the scrubber found damaged.
     pub log_found: u64,
     /// Those of them behind which the log was cut: nothing needs them any more.
@@ -345,6 +347,7 @@ impl Status {
                     pages_healed: engine.heal.pages_healed,
                     entries_lost: node.log_heal.entries_lost,
                     entries_healed: node.log_heal.entries_healed,
+                    went_back: node.log_heal.went_back,
                     log_found: engine.heal.log_found,
                     log_cut: engine.heal.log_cut,
                     scrub_bytes: engine.heal.scrub_bytes,
@@ -435,6 +438,9 @@ fn raft_verdict(node: &NodeStatus) -> Verdict {
     if let Some(failure) = &node.failure {
         return verdict(Health::Bad, format!("left service: {failure}"));
     }
+    if node.role == "starting" {
+        return verdict(Health::Warn, "asks the other members what it has promised them".into());
+    }
     if node.role == "waiting" {
         return verdict(Health::Warn, "waits for `mainstay init` or for a cluster that knows its name".into());
     }
@@ -513,7 +519,7 @@ fn not_ready_reason(stopping: bool, node: &NodeStatus) -> Option<String> {
     if node.group.diverged {
         return Some("its tables differ from the leader's and are fetched".into());
     }
-    if node.role == "waiting" || node.role == "removed" {
+    if matches!(node.role.as_str(), "waiting" | "starting" | "removed") {
         return Some(format!("not a member: {}", node.role));
     }
     if node.leader.is_none() {

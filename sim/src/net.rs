@@ -167,9 +167,14 @@ impl Net {
         self.lock().cut.remove(&(from.clone(), to.clone()));
     }
 
-    /// Makes the network as bad as `settings` say.
-    pub fn set(&self, settings: NetSettings) {
-        self.lock().settings = settings;
+    /// Mends all links.
+    pub fn mend_all(&self) {
+        self.lock().cut.clear();
+    }
+
+    /// Makes the network as bad as `settings` say; answers how bad it was.
+    pub fn set(&self, settings: NetSettings) -> NetSettings {
+        std::mem::replace(&mut self.lock().settings, settings)
     }
 
     /// Mends all links and makes the network good.

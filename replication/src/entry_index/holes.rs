@@ -186,6 +186,13 @@ impl EntryIndex {
         self.missing.range(index..).next().copied()
     }
 
+    /// As if the end of the log lay in a hole.
+    pub(crate) fn lose_end(&mut self) {
+        self.holes = true;
+        self.open = true;
+        self.vote_lost = true;
+    }
+
     /// What is asked of other logs when it is lost what this one begins behind: the log id and the membership at an index, which is
     /// the one of the tables, and the first entry from there on that is known.
     pub(crate) fn base_wanted(&self) -> Option<(u64, LogId)> {

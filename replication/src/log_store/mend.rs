@@ -25,6 +25,19 @@ impl LogStore {
         self.state().counts
     }
 
+    /// Counts a volume that was found to have gone back.
+    pub(crate) fn note_went_back(&self) {
+        self.state().counts.went_back += 1;
+    }
+
+    /// The end of the log, and the vote, are not what they were: the volume went back. Nothing uses the log before others have told
+    /// how it ends.
+    pub(crate) fn lose_end(&self) {
+        let mut state = self.state();
+        state.counts.went_back += 1;
+        state.index.lose_end();
+    }
+
     pub(crate) fn note_lost(&self, entries: u64) {
         self.state().counts.entries_lost += entries;
     }
@@ -81,9 +94,15 @@ impl LogStore {
         Ok(())
     }
 
-    /// Makes this log end as another one does: what follows `after` is dropped, `entries` are appended, durably. The end of
-    /// the log is known from here on, and that no vote of a lower term than `term` is given.
-    pub(crate) async fn follow(&self, after: Option<LogId>, entries: Vec<Entry>, term: u64) -> std::io::Result<()> {
+    /// The end of the log is known from here on, and that no vote of a lower term than `term` is given, durably.
+    pub(crate) async fn close_end(&self, term: u64) -> std::io::Result<()> {
+        self.raise_vote(term).await?;
+        self.state().index.close_end();
+        Ok(())
+    }
+
+    /// What follows `after` is dropped, `entries` are appended, durably.
+    pub(crate) async fn replace_end(&self, after: Option<LogId>, entries: Vec<Entry>) -> std::io::Result<()> {
         self.check()?;
         let mut waits = Vec::new();
         {
@@ -102,8 +121,6 @@ impl LogStore {
         for wait in waits {
             Self::wait(wait).await?;
         }
-        self.raise_vote(term).await?;
-        self.state().index.close_end();
         Ok(())
     }
 

@@ -21,7 +21,7 @@ impl Outbound {
     /// Whether it is an append that carries entries.
     pub(super) fn has_entries(&self) -> bool {
         let append = matches!(self.request.method, method::APPEND | method::APPEND_IN_TURN);
-        append && read_append::<TokioRuntime>(&self.request.body).is_ok_and(|append| !append.entries.is_empty())
+        append && read_append::<TokioRuntime>(&self.request.body).is_ok_and(|(append, _)| !append.entries.is_empty())
     }
 
     /// Lets it go as it is.

@@ -16,6 +16,7 @@ mod recover;
 mod ring;
 mod suite;
 mod tcp;
+mod went_back;
 mod wire;
 mod witness;
 

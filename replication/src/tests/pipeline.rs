@@ -13,6 +13,7 @@ use tokio::sync::{Notify, oneshot};
 
 use crate::network::{Network, Networks, method, read_append, write_append_answer};
 use crate::pipeline::{APPEND_BYTES_MAX, APPENDS_MAX, Matched, NEWS_HOLD};
+use crate::receipts::{Receipt, read_receipt};
 use crate::types::{Entry, EntryPayload, LogId, Member, Payload, TypeConfig, Vote, log_id};
 use crate::wire::encode_result;
 use crate::{Envelope, Error, ErrorKind, Handler, Hello, NodeId, PeerAddress, Result, TokioRuntime, Transport};
@@ -90,9 +91,11 @@ fn run<T>(test: impl AsyncFnOnce(Arc<Held>, Network<TokioRuntime>) -> T) -> T {
             me: 1,
             witness: false,
             applied: Some(id(2)),
+            durable: Arc::new(|| Some(id(4))),
             transport: held.clone(),
             hurry: Arc::default(),
             rooms: Arc::default(),
+            receipts: Arc::default(),
         };
         let member = Member::default();
         let network = RaftNetworkFactory::<Config>::new_client(&mut networks, 2, &member).await;
@@ -134,8 +137,9 @@ fn what_was_applied_when_the_node_started_is_told_as_committed() {
             let append = RaftNetworkV2::append_entries(&mut network, rpc, option()).now_or_never();
             assert!(append.is_none(), "it waits for the peer");
             let sent = held.take(held.sent() - 1).request;
-            let commit = read_append::<TokioRuntime>(&sent.body).expect("ours").leader_commit;
-            assert_eq!(commit, Some(expect), "openraft told {told:?}");
+            let (request, durable) = read_append::<TokioRuntime>(&sent.body).expect("ours");
+            assert_eq!(request.leader_commit, Some(expect), "openraft told {told:?}");
+            assert_eq!(durable, Some(id(4)));
         }
     });
 }
@@ -161,7 +165,7 @@ fn several_appends_are_under_way_and_answered_in_order() {
         for i in 2..6 {
             let call = held.take(i);
             assert_eq!(call.request.method, method::APPEND_IN_TURN);
-            let sent = read_append::<TokioRuntime>(&call.request.body).expect("readable");
+            let (sent, _) = read_append::<TokioRuntime>(&call.request.body).expect("readable");
             assert_eq!(sent.prev_log_id, Some(id(i as u64)), "sent in order");
         }
     });
@@ -213,6 +217,39 @@ fn a_break_in_the_middle_ends_the_stream_behind_what_was_acknowledged() {
 }
 
 /// openraft stops in a panic when a peer's conflict lies before what that peer had acknowledged.
+/// openraft would stop in an assertion.
+#[test]
+fn a_conflict_of_a_member_that_went_back_is_not_told() {
+    run(async |held, mut network| {
+        for denied in [true, false] {
+            let before = held.sent();
+            let mut answers = network.stream_append(requests(5..=5), option()).await.expect("a stream");
+            assert!(answers.next().now_or_never().is_none());
+            held.answer(before, Response::Success);
+            assert_eq!(matched(answers.next().now_or_never()), 5);
+            drop(answers);
+            let mut answers = network.stream_append(requests(5..=5), option()).await.expect("a stream");
+            assert!(answers.next().now_or_never().is_none());
+            held.answer(before + 1, Response::Conflict);
+            assert!(answers.next().now_or_never().is_none());
+            let asked = held.take(before + 2);
+            assert_eq!(asked.request.method, method::DENIED);
+            let receipt = read_receipt(&asked.request.body).expect("a receipt");
+            assert_eq!(receipt, Receipt { term: 3, last: Some(id(5)) });
+            let body = encode_result(Ok(denied), |w, denied| {
+                w.bool(denied);
+            });
+            asked.answer.send(Ok(Envelope { method: method::DENIED, body })).expect("waited for");
+            let told = answers.next().await.expect("told");
+            if denied {
+                assert!(matches!(told, Err(RPCError::Unreachable(_))), "{told:?}");
+            } else {
+                assert_eq!(told.expect("delivered"), Err(StreamAppendError::Conflict(id(4))));
+            }
+        }
+    });
+}
+
 #[test]
 fn only_the_first_answer_may_tell_of_a_conflict() {
     run(async |held, mut network| {
@@ -230,6 +267,14 @@ fn only_the_first_answer_may_tell_of_a_conflict() {
         held.answer(before + 1, Response::Conflict);
         held.answer(before, Response::Success);
         assert_eq!(matched(answers.next().now_or_never()), 5);
+        // It has acknowledged what it misses there: it is asked whether its volume went back.
+        assert!(answers.next().now_or_never().is_none());
+        let asked = held.take(held.sent() - 1);
+        assert_eq!(asked.request.method, method::DENIED);
+        let denied = encode_result(Ok(false), |w, denied| {
+            w.bool(denied);
+        });
+        asked.answer.send(Ok(Envelope { method: method::DENIED, body: denied })).expect("waited for");
         let overtaken = answers.next().await.expect("told").expect_err("tried again");
         assert!(matches!(overtaken, RPCError::Network(_)), "{overtaken}");
         assert!(answers.next().await.is_none());

@@ -178,7 +178,7 @@ fn entries_of_an_append_must_follow_each_other() {
             leader_commit: Some(log_id(2, 4)),
             entries,
         };
-        read_append::<TokioRuntime>(&encode_append(&request, request.leader_commit)).map(|r| r.entries)
+        read_append::<TokioRuntime>(&encode_append(&request, request.leader_commit, None)).map(|r| r.0.entries)
     };
     assert_eq!(request(vec![blank(6), blank(7)]).expect("dense"), [blank(6), blank(7)]);
     assert_eq!(request(vec![]).expect("a heartbeat"), []);

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use mainstay_engine::{Engine, EngineSettings, ErrorKind, GroupSettings};
+use mainstay_engine::{Engine, EngineSettings, ErrorKind, GroupSettings, LogIndex};
 use mainstay_io::BoxFuture;
 use mainstay_io::sim::DiskImage;
 use mainstay_replication::{CommitToken, MemberInfo, Node, NodeOptions, PeerAddress};
@@ -76,6 +76,12 @@ struct Member {
     slot: Mutex<Slot>,
 }
 
+/// A volume as it was once.
+pub(crate) struct VolumeCopy {
+    images: Vec<DiskImage>,
+    damaged: bool,
+}
+
 #[derive(Default)]
 struct Slot {
     /// Lives begun so far; the current one is the last.
@@ -90,6 +96,8 @@ struct Slot {
     excused: bool,
     /// Bytes at rest were damaged: it may say `Corrupt`.
     damaged: bool,
+    /// The volume is a copy: it may be told so, and leave service.
+    copied: bool,
     /// The last write that this life answered at `Local`.
     local: Option<CommitToken>,
     /// What the last life promised alone and the next one must still have, unless a newer leader took it back.
@@ -191,12 +199,17 @@ impl Cluster {
 
     pub(crate) fn is_excused(&self, i: usize) -> bool {
         let slot = self.members[i].slot();
-        slot.excused || slot.damaged
+        slot.excused || slot.damaged || slot.copied
     }
 
     /// Bytes of this volume were damaged: it may say so until it is wiped.
     pub(crate) fn damage(&self, i: usize) {
         self.members[i].slot().damaged = true;
+    }
+
+    /// A copy has become what the volume was.
+    pub(crate) fn is_itself_again(&self, i: usize) {
+        self.members[i].slot().copied = false;
     }
 
     pub(crate) fn is_damaged(&self, i: usize) -> bool {
@@ -233,21 +246,29 @@ impl Cluster {
         assert!(!slot.powered, "node {i} has power");
         slot.formatted = false;
         slot.damaged = false;
+        slot.copied = false;
         slot.promised = None;
         drop(slot);
         self.log(|| format!("wipe {}", member.name));
         member.disk.wipe();
     }
 
+    /// The volume as it is now, and whether bytes of it were damaged.
+    pub(crate) fn copy(&self, i: usize) -> VolumeCopy {
+        VolumeCopy { images: self.disk(i).images(), damaged: self.is_damaged(i) }
+    }
+
     /// Puts a copy of some volume in the place of this one's. The node has no power.
-    pub(crate) fn restore(&self, i: usize, images: Vec<DiskImage>) {
+    pub(crate) fn restore(&self, i: usize, copy: VolumeCopy) {
         let member = &self.members[i];
         let mut slot = member.slot();
         assert!(!slot.powered, "node {i} has power");
         slot.formatted = true;
+        slot.copied = true;
+        slot.damaged = copy.damaged;
         slot.promised = None;
         drop(slot);
-        member.disk.restore(images);
+        member.disk.restore(copy.images);
     }
 
     pub(crate) fn address(&self, i: usize) -> &PeerAddress {
@@ -511,6 +532,25 @@ impl Cluster {
             })
             .max()
             .map(|(_, i)| i)
+    }
+
+    /// The last entry of the leader.
+    pub(crate) fn last_log(&self) -> Option<LogIndex> {
+        Some(self.node(self.leader()?)?.status().last_log)
+    }
+
+    /// Whether every member takes part, follows the leader, and has the entries up to `index`, which are committed.
+    pub(crate) fn is_whole_to(&self, index: LogIndex) -> bool {
+        let Some(leader) = self.leader().and_then(|i| self.node(i)) else { return false };
+        let leader = leader.status();
+        let rests = |member: &MemberInfo| {
+            let status = self.by_name(&member.name).and_then(|i| self.node(i)).map(|node| node.status());
+            status.is_some_and(|s| {
+                let takes_part = matches!(s.role.as_str(), "leader" | "follower" | "learner");
+                takes_part && s.id == member.id && s.leader == Some(leader.id) && s.last_log >= index
+            })
+        };
+        leader.committed >= index && leader.members.iter().all(rests)
     }
 
     /// Prints what happens, if the run was asked to.

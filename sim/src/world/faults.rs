@@ -5,17 +5,20 @@
 //!   other, so every entry that a majority holds is whole somewhere else.
 //! - F2. Every fault ends, at the latest with [`calm`]; then full recovery is demanded.
 //! - F3. A node may fail only in a life in which a fault is the reason; else its failure is a finding.
+//! - F4. A copy of a volume comes up while those who remember what its member promised are heard, and nothing else goes wrong until
+//!   the member has it again: they remember in memory, and what a volume forgot that only they knew is lost with them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use mainstay_io::sim::{DiskImage, IoKind};
+use mainstay_io::sim::IoKind;
 use mainstay_replication::{MemberInfo, MemberRole, NodeId};
 
-use super::cluster::{Called, Cluster, NO_FLOOD};
+use super::cluster::{Called, Cluster, NO_FLOOD, VolumeCopy};
 use crate::disk::Zone;
+use crate::net::NetSettings;
 use crate::rt::{Group, SimRng};
 
 /// A kind of fault.
@@ -70,20 +73,9 @@ pub enum Fault {
     Membership,
 }
 
-/// What the product does not bear yet: never drawn unless a run asks for it (`--with NAME`). Who teaches it to the product
+/// What the product does not bear yet, and why: never drawn unless a run asks for it (`--with NAME`). Who teaches it to the product
 /// takes the line out.
-pub const LEFT_OUT: &[(Fault, &str)] = &[
-    (
-        Fault::OldCopy,
-        "nothing tells a replica that its volume went back: it votes again for what it had promised to another, and grants \
-         votes to candidates that lack entries which it had acknowledged",
-    ),
-    (
-        Fault::Twin,
-        "a copy of a volume says the same incarnation as the volume: peers cannot tell them apart, and each gets votes and \
-         entries that the other has acknowledged",
-    ),
-];
+pub const LEFT_OUT: &[(Fault, &str)] = &[];
 
 /// Whether the run trusts the product to mend damaged tables from its peers, whatever was hit. While it does not, the operator of the
 /// simulation wipes a volume that was damaged once the faults have stopped, and lets it join anew.
@@ -181,7 +173,7 @@ struct Faults {
     /// The one whose data may be destroyed (F1).
     victim: usize,
     /// An older state of its volume.
-    copy: Option<Vec<DiskImage>>,
+    copy: Option<VolumeCopy>,
     /// Ids whose removal was asked for: one that was not answered may yet happen.
     leaving: BTreeSet<NodeId>,
 }
@@ -301,8 +293,17 @@ impl Faults {
             | Fault::Stall
             | Fault::FullDisk
             | Fault::ReadOnly => self.disk(fault, node),
-            Fault::Rot | Fault::Wipe | Fault::OldCopy => self.destroy(fault),
-            Fault::Twin => self.twin(),
+            Fault::Rot | Fault::Wipe => self.destroy(fault),
+            Fault::OldCopy | Fault::Twin => {
+                let net = self.cluster.net.clone();
+                let before = net.set(NetSettings::calm());
+                if fault == Fault::Twin {
+                    self.twin().await;
+                } else {
+                    self.old_copy().await;
+                }
+                net.set(before);
+            }
             Fault::Membership => self.change_members(),
         }
     }
@@ -419,32 +420,99 @@ impl Faults {
                     cluster.log(|| format!("rot in the {zone:?} of n{victim} at rest"));
                 }
             }
-            Fault::Wipe => cluster.wipe(victim),
-            _ => match self.copy.take() {
-                Some(images) => {
-                    cluster.log(|| format!("n{victim} gets an old copy of its volume"));
-                    cluster.restore(victim, images);
-                }
-                None => self.copy = Some(cluster.disk(victim).images()),
-            },
+            _ => cluster.wipe(victim),
         }
         later(&cluster, down, move |cluster| start_if_down(&cluster, victim));
     }
 
-    /// A spare machine comes up with a copy of the victim's volume, and is wiped later.
-    fn twin(&mut self) {
+    /// Waits until all takes its course (F4), with a good network from here on; false when that does not come about.
+    async fn quiet(&self) -> bool {
+        let cluster = &self.cluster;
+        cluster.net.mend_all();
+        (0..cluster.size()).for_each(|i| cluster.disk(i).calm());
+        cluster.down().into_iter().for_each(|node| start_if_down(cluster, node));
+        let mut last = None;
+        self.comes_about(|cluster| {
+            // Of the first leader that is seen: clients go on writing.
+            last = last.or_else(|| cluster.last_log());
+            last.is_some_and(|last| cluster.is_whole_to(last))
+        })
+        .await
+    }
+
+    async fn comes_about(&self, mut what: impl FnMut(&Cluster) -> bool) -> bool {
+        let executor = &self.cluster.executor;
+        let until = executor.now() + QUIET_MAX;
+        while !what(&self.cluster) {
+            if executor.now() >= until {
+                return false;
+            }
+            executor.sleep_until(executor.now() + Duration::from_millis(20)).await;
+        }
+        true
+    }
+
+    /// The victim comes back with an older state of its volume. The first time that state is only noted.
+    async fn old_copy(&mut self) {
         let (cluster, victim) = (self.cluster.clone(), self.victim);
+        if self.copy.is_none() {
+            let role = cluster.node(victim).map(|node| node.status().role);
+            if role.is_some_and(|role| matches!(role.as_str(), "leader" | "follower" | "learner")) {
+                cluster.kill(victim);
+                self.copy = Some(cluster.copy(victim));
+                cluster.start(victim);
+            }
+            return;
+        }
+        if !self.quiet().await || cluster.changing.load(Ordering::Relaxed) {
+            return;
+        }
+        let (Some(copy), Some(last)) = (self.copy.take(), cluster.last_log()) else { return };
+        cluster.log(|| format!("n{victim} gets an old copy of its volume"));
+        cluster.kill(victim);
+        cluster.restore(victim, copy);
+        let down = self.micros(1_000, 2_000_000);
+        cluster.executor.sleep_until(cluster.executor.now() + down).await;
+        start_if_down(&cluster, victim);
+        let whole = self.comes_about(|cluster| {
+            // The copy may be from before its member was replaced or removed.
+            match cluster.node(victim).map(|node| node.status().role).as_deref() {
+                Some("removed") => true,
+                Some("leader" | "follower" | "learner") => cluster.is_whole_to(last),
+                _ => false,
+            }
+        });
+        if whole.await {
+            // One that was removed says so again at every start, until it is wiped.
+            if cluster.node(victim).is_some_and(|node| node.status().role != "removed") {
+                cluster.is_itself_again(victim);
+            }
+        } else {
+            cluster.problem(format!("n{victim} is not what it was, {QUIET_MAX:?} after an old copy was restored"));
+        }
+    }
+
+    /// A spare machine comes up with a copy of the victim's volume, takes no part, and is wiped later.
+    async fn twin(&mut self) {
+        let (cluster, victim) = (self.cluster.clone(), self.victim);
+        if !self.quiet().await || cluster.is_witness(victim) {
+            return;
+        }
         let spare = (cluster.settings.nodes..cluster.size()).find(|i| {
             let waiting = cluster.node(*i).is_some_and(|node| node.status().role == "waiting");
             waiting && cluster.disk(*i).is_like(cluster.disk(victim))
         });
-        let Some(spare) = spare.filter(|_| cluster.is_powered(victim)) else { return };
+        let member = cluster.view().is_some_and(|members| members.iter().any(|m| m.name == cluster.name(victim)));
+        let Some(spare) = spare.filter(|_| member && cluster.is_powered(victim)) else { return };
         let length = self.rng.range(200_000, 3_000_000);
         cluster.log(|| format!("n{spare} starts with a copy of n{victim}"));
         cluster.kill(spare);
-        cluster.restore(spare, cluster.disk(victim).images());
+        cluster.restore(spare, cluster.copy(victim));
         cluster.start(spare);
-        cluster.excuse(spare);
+        let told = self.comes_about(|cluster| cluster.node(spare).is_some_and(|node| node.status().role == "twin"));
+        if !told.await {
+            cluster.problem(format!("n{spare} does not find that n{victim} is the same member"));
+        }
         later(&cluster, length, move |cluster| {
             cluster.kill(spare);
             cluster.wipe(spare);
@@ -525,6 +593,8 @@ impl Faults {
 
 /// Longer than any run.
 const FOR_EVER: Duration = Duration::from_secs(100_000);
+/// How long a quiet moment, and the recovery in it, is waited for.
+const QUIET_MAX: Duration = Duration::from_secs(60);
 /// How long a change of the membership is waited for.
 const CHANGE_MAX: Duration = Duration::from_secs(15);
 
@@ -567,7 +637,7 @@ mod tests {
     fn every_fault_has_a_name_of_its_own_and_some_are_drawn() {
         let names: std::collections::BTreeSet<_> = Fault::ALL.iter().map(|f| f.name()).collect();
         assert_eq!(names.len(), Fault::ALL.len());
-        assert!(Fault::ALL.iter().filter(|f| f.left_out().is_none()).count() >= 21);
+        assert!(Fault::ALL.iter().filter(|f| f.left_out().is_none()).count() >= 23);
         assert!(LEFT_OUT.iter().all(|(_, why)| !why.is_empty()));
     }
 }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | a node in the state `failed`, or one that did not start | starts it again |
 //! | a node that refuses its damaged volume | wipes the volume and starts it: it joins anew |
-//! | a node in the state `removed` that the leader does not name | wipes it: it is a spare machine |
+//! | a node in the state `removed` whose id the leader does not name | wipes it: it is a spare machine |
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -52,7 +52,9 @@ fn act(cluster: &Arc<Cluster>, i: usize, trouble: Trouble) {
             cluster.wipe(i);
         }
         Trouble::Removed => {
-            let named = cluster.view().is_none_or(|members| members.iter().any(|m| m.name == cluster.name(i)));
+            // The name may be that of a volume which an older copy has taken the place of.
+            let id = cluster.node(i).map(|node| node.status().id);
+            let named = cluster.view().is_none_or(|members| members.iter().any(|m| Some(m.id) == id));
             if named {
                 return;
             }
