@@ -107,16 +107,18 @@ impl Receipts {
         let joined = all.get(&member).map_or(receipt, |known| known.join(receipt));
         all.insert(member, joined);
         if all.len() > 2 * MEMBERS_MAX {
-            // Ids grow: the smallest belongs to a volume that is long gone.
-            all.pop_first();
+            // Who is a member has promised something in a late term.
+            let gone = all.iter().min_by_key(|(id, receipt)| (receipt.term, **id)).map(|(id, _)| *id);
+            gone.and_then(|id| all.remove(&id));
         }
     }
 
     pub(crate) fn of(&self, member: u64) -> Option<Receipt> {
-        self.0.lock().expect("nothing panics while it holds this lock").get(&member).copied()
+        let known = self.0.lock().expect("nothing panics while it holds this lock").get(&member).copied();
+        known.filter(|_| !mainstay_io::mutant!(ForgetReceipts))
     }
 
-    /// Whether a member that says in `term` that its log lacks `prev` has acknowledged it before, in the same term.
+    /// What a member has acknowledged that says in the same term that its log lacks `prev`, if that goes as far.
     pub(crate) fn contradict(&self, member: u64, term: u64, prev: Option<LogId>) -> Option<Receipt> {
         self.of(member).filter(|receipt| receipt.term == term && prev.is_some() && receipt.last >= prev)
     }
@@ -286,7 +288,9 @@ mod tests {
     #[test]
     fn only_so_many_are_kept() {
         let receipts = Receipts::default();
-        (0..1000).for_each(|id| receipts.note(id, receipt(1, None)));
-        assert_eq!((receipts.of(0), receipts.of(999)), (None, Some(receipt(1, None))));
+        receipts.note(1, receipt(9, None));
+        (2..1000).for_each(|id| receipts.note(id, receipt(1, None)));
+        assert_eq!((receipts.of(1), receipts.of(2)), (Some(receipt(9, None)), None), "a founder goes on promising");
+        assert_eq!(receipts.of(999), Some(receipt(1, None)));
     }
 }

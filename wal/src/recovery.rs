@@ -188,6 +188,7 @@ pub(crate) async fn walk(
         let short = expect.clean_end.is_some_and(|clean| tail.end < clean);
         let unread = unread_at(&reader, expect, &ring, &tail, torn.as_ref());
         let doubt = unread.is_some() || (torn.is_some() && damaged && expect.clean_end.is_none());
+        let doubt = doubt && !mainstay_io::mutant!(UnreadIsTail);
         let row = decide(&Facts { at, lap, proof: scan.proof, short, doubt });
         tracing::trace!(lsn = tail.end.0, row = %row.letter, "log position judged");
         let bad = if lap == Found::Nothing { tail.end } else { ring.lap_next(tail.end).unwrap_or(tail.end) };
