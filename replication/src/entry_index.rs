@@ -500,9 +500,10 @@ impl EntryIndex {
     pub(crate) fn check(&mut self) -> Result<()> {
         let expect = self.purged.map_or(0, |p| p.index + 1);
         if self.holes {
-            let from_birth = self.purged.is_none() && self.decided == 0 && !self.tableless;
+            let from_birth = self.purged.is_none() && self.decided == 0 && (!self.tableless || self.first == 1);
             if from_birth && !self.slots.is_empty() && self.first <= MISSING_MAX {
-                // Nothing is in tables, so nothing was purged.
+                // Nothing is in tables, so nothing was purged. A witness has none ever: of it that is said of the first entry alone,
+                // which is no state that a log could begin behind.
                 self.lead_back(0);
             }
             // The log was cut up to what is in tables, and which tables those are was lost with a part of the node's log.

@@ -397,6 +397,17 @@ mod tests {
         let young = beheaded(0, vec![R::Entry(entry(1, 3)), R::Entry(entry(1, 4))]);
         assert_eq!((span(&young), missing(&young)), ((0, 5), vec![(0, 2, Some(log_id(1, 3)))]));
         assert!(!young.damage().expect("damaged").base);
+        // Of a witness the first entry is missing, or what its log begins behind is not known.
+        for (first, base) in [(1, false), (2, true)] {
+            let mut witness = EntryIndex::tableless(1 << 20);
+            let records = [R::Hole, R::Entry(entry(1, first)), R::Entry(entry(1, first + 1))];
+            (0..).zip(records).for_each(|(n, record)| witness.recover(record, pos(n)));
+            witness.settle();
+            witness.check().expect("with a hole it is no error");
+            let damage = witness.damage().expect("damaged");
+            assert_eq!((damage.base, damage.missing.is_empty()), (base, base), "first={first}");
+            assert_eq!(witness.base_wanted(), base.then(|| (1, log_id(1, 2))), "first={first}");
+        }
     }
 
     #[test]
