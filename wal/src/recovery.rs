@@ -186,9 +186,10 @@ pub(crate) async fn walk(
             }
         }
         let short = expect.clean_end.is_some_and(|clean| tail.end < clean);
-        let unread = unread_at(&reader, expect, &ring, &tail, torn.as_ref());
-        let doubt = unread.is_some() || (torn.is_some() && damaged && expect.clean_end.is_none());
-        let doubt = doubt && !mainstay_io::mutant!(UnreadIsTail);
+        let unread = unread_at(&reader, &ring, &tail, torn.as_ref());
+        // Of a log that was closed cleanly it is known what was there.
+        let open = expect.clean_end.is_none() && !mainstay_io::mutant!(UnreadIsTail);
+        let doubt = open && (unread.is_some() || (torn.is_some() && damaged));
         let row = decide(&Facts { at, lap, proof: scan.proof, short, doubt });
         tracing::trace!(lsn = tail.end.0, row = %row.letter, "log position judged");
         let bad = if lap == Found::Nothing { tail.end } else { ring.lap_next(tail.end).unwrap_or(tail.end) };
@@ -221,15 +222,10 @@ pub(crate) async fn walk(
                     (Some(header), _) => Tail { end: header.end(), chain: Some(header.checksum), epoch: header.epoch },
                     // No header of an earlier lap, and none that was cut, says that it lies here (invariant 2).
                     (None, clean_end) => {
-                        let end = match scan.next.or(clean_end) {
-                            Some(end) => end,
-                            None => match unread {
-                                Some(unread) => reader.behind_unread(unread).await?,
-                                None => {
-                                    let message = "nothing says where the log goes on";
-                                    return Err(corrupt(bad, row.letter, message));
-                                }
-                            },
+                        let end = match (scan.next.or(clean_end), unread) {
+                            (Some(end), _) => end,
+                            (None, Some(unread)) => reader.behind_unread(unread).await?,
+                            (None, None) => return Err(corrupt(bad, row.letter, "nothing says where the log goes on")),
                         };
                         Tail { end, chain: None, epoch: tail.epoch }
                     }
@@ -262,12 +258,8 @@ pub(crate) async fn walk(
     }
 }
 
-/// The first block that the device does not give and in which the next batch may lie. None where the log was closed cleanly: what
-/// was there is known.
-fn unread_at(reader: &Reader, expect: &Expect, ring: &Ring, tail: &Tail, torn: Option<&Header>) -> Option<Lsn> {
-    if expect.clean_end.is_some() {
-        return None;
-    }
+/// The first block that the device does not give and in which the next batch may lie.
+fn unread_at(reader: &Reader, ring: &Ring, tail: &Tail, torn: Option<&Header>) -> Option<Lsn> {
     let begins = [Some(tail.end), ring.lap_next(tail.end)].into_iter().flatten();
     let unread = begins.into_iter().find(|begin| reader.misses(*begin, BLOCK));
     unread
