@@ -286,13 +286,13 @@ impl Disk {
         Ok(Survey { damage: report.damage, live })
     }
 
-    /// A place within data: of the log where it is proven, else in a block that was written and, of extents, within `live`
-    /// if that is given. None when there is none.
-    pub(crate) fn place(&self, zone: Zone, live: Option<&[Range<u64>]>) -> Option<u64> {
+    /// A place within data that is to be spoiled: of the log a batch whose damage can be told, else in a block that was written
+    /// and, of extents, within `live` if that is given. None when there is none.
+    pub(crate) fn place(&self, zone: Zone, live: Option<&[Range<u64>]>, unreadable: bool) -> Option<u64> {
         let (disk, range) = self.zone(zone);
         let mut rng = self.rng();
         if zone == Zone::Wal {
-            let event = self.proven_batch(disk, &range, &mut rng)?;
+            let event = self.batch(disk, &range, unreadable, &mut rng)?;
             return Some(event.offset + rng.below(event.length));
         }
         let counts = |at: &u64| live.is_none_or(|live| live.iter().any(|live| live.contains(at)));
@@ -311,26 +311,29 @@ impl Disk {
         self.power.executor.trace(&[0x5b01, at]);
     }
 
-    /// Flips a bit of data at rest. False when there is none.
+    /// Data at rest goes bad. False when there is none.
     pub(crate) fn rot(&self, zone: Zone) -> bool {
-        let place = self.place(zone, None);
+        let unreadable = self.rng().chance(400);
+        let place = self.place(zone, None, unreadable);
         if let Some(at) = place {
-            self.spoil(zone, at, false);
+            self.spoil(zone, at, unreadable);
         }
         place.is_some()
     }
 
-    /// A batch of the log behind which so many were written that one of them says that it was durable. Of the very last
-    /// one no byte of the volume tells whether it rotted or was torn.
-    fn proven_batch(&self, disk: &SimDisk, inside: &Range<u64>, rng: &mut SimRng) -> Option<IoEvent> {
+    /// A batch of the log: behind one whose bytes change so many were written that one of them says that it was durable, since of
+    /// the very last one no byte of the volume tells whether it rotted or was torn. Of one that cannot be read the device tells,
+    /// and every other time it is the last.
+    fn batch(&self, disk: &SimDisk, inside: &Range<u64>, unreadable: bool, rng: &mut SimRng) -> Option<IoEvent> {
         const RECENT: usize = 60;
+        let last = unreadable && rng.chance(500);
         let batches: Vec<IoEvent> = disk
             .trace()
             .into_iter()
             .rev()
             .filter(|e| e.kind == IoKind::DurableWrite && e.outcome == Outcome::Done && inside.contains(&e.offset))
-            .skip(2 * self.in_flight_max + 2)
-            .take(RECENT)
+            .skip(if unreadable { 0 } else { 2 * self.in_flight_max + 2 })
+            .take(if last { 1 } else { RECENT })
             .collect();
         (!batches.is_empty()).then(|| *rng.pick(&batches))
     }

@@ -21,7 +21,7 @@ usage: cargo xtask sim [--seeds N] [--start S] [--twice] [--jobs J] [--verbose] 
   --log          run the log of one node alone instead of a cluster
   --store        run a store alone on one node instead of a cluster
   --witness      the last of those that found the cluster holds no data; without this, in one seed of four
-  --with FAULT   draw this fault in every seed, also one that is left out because the product does not bear it yet
+  --with FAULT   draw this fault in every seed
   --mutants      plant one bug after the other and run seeds until it is caught (`cargo xtask sim` builds what this needs)
   --mutant NAME  only this one
   --single-faults N  in place of the faults of a seed: N faults on disks, each alone and healed before the next, in worlds of 40

@@ -22,7 +22,7 @@ use crate::net::{Net, NetSettings, NetStats};
 use crate::rt::{Executor, Group, SimRng};
 use crate::transactions::Transactions;
 pub(crate) use cluster::{Called, Cluster};
-pub use faults::{Fault, FaultStats, HEALS_ITSELF, LEFT_OUT};
+pub use faults::{Fault, FaultStats, HEALS_ITSELF};
 use inserts::Inserts;
 use judge::Watcher;
 pub(crate) use workload::Notes;
@@ -39,7 +39,7 @@ pub struct Settings {
     pub clock_drift: u64,
     /// Whether the last of those that found the cluster holds no data; without it the seed says so.
     pub witness: Option<bool>,
-    /// Faults that are drawn in any case, also if they are left out otherwise.
+    /// Faults that are drawn in any case.
     pub with: Vec<Fault>,
     /// Clients.
     pub clients: u64,

@@ -126,8 +126,8 @@ impl Single {
         }
         let disk = self.cluster.disk(i);
         let place = match zone {
-            Zone::Extents => disk.place(zone, Some(&disk.survey(&self.environment).await?.live)),
-            _ => disk.place(zone, None),
+            Zone::Extents => disk.place(zone, Some(&disk.survey(&self.environment).await?.live), unreadable),
+            _ => disk.place(zone, None, unreadable),
         };
         if let Some(at) = place {
             self.cluster.log(|| format!("n{i}: {zone:?} goes bad at {at}, unreadable={unreadable} at_rest={at_rest}"));
