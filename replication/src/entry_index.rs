@@ -222,11 +222,14 @@ impl EntryIndex {
         }
     }
 
+    /// The slot of the last entry that is durable.
+    fn durable_end(&self) -> Option<(usize, &RecordPos)> {
+        self.slots.iter().enumerate().rev().find(|(_, pos)| **pos != NOWHERE)
+    }
+
     /// The last entry that is durable; what is purged is.
     pub(crate) fn last_durable(&self) -> Option<LogId> {
-        let behind = self.slots.iter().rev().take_while(|pos| **pos == NOWHERE).count();
-        let next = self.next() - behind as u64;
-        if next > self.first { self.log_id(next - 1) } else { self.purged }
+        self.durable_end().map_or(self.purged, |(slot, _)| self.log_id(self.first + slot as u64))
     }
 
     /// Where the entry lies, once it is durable.
@@ -383,7 +386,7 @@ impl EntryIndex {
     /// The highest index up to which all may be purged so that at most `tail_bytes` of the log before its durable end
     /// stay for followers that lag.
     pub(crate) fn purge_for_tail(&self, upto: u64, tail_bytes: u64) -> Option<u64> {
-        let end = self.slots.iter().rev().find(|p| **p != NOWHERE)?;
+        let (_, end) = self.durable_end()?;
         let count = usize::try_from((upto + 1).checked_sub(self.first)?).ok()?.min(self.slots.len());
         let floor = end.batch.0.saturating_sub(tail_bytes);
         // Places grow with the index, so the first that stays is found by halving.
@@ -399,8 +402,7 @@ impl EntryIndex {
     pub(crate) fn bytes_behind(&self, index: u64) -> u64 {
         let at = index.saturating_add(1).saturating_sub(self.first);
         let begin = usize::try_from(at).ok().and_then(|at| self.slots.get(at)).filter(|pos| **pos != NOWHERE);
-        let end = self.slots.iter().rev().find(|pos| **pos != NOWHERE);
-        begin.zip(end).map_or(0, |(begin, end)| {
+        begin.zip(self.durable_end()).map_or(0, |(begin, (_, end))| {
             (end.batch.0 + u64::from(end.offset) + u64::from(end.length)).saturating_sub(begin.batch.0)
         })
     }

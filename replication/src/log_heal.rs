@@ -19,12 +19,13 @@ use mainstay_engine::LogIndex;
 use crate::entry_index::{Damage, Missing};
 use crate::log_cases::{Best, Facts, Verdict, decide};
 use crate::log_store::{EntryRequest, Given};
+use crate::membership::gives_up;
 use crate::network::method;
 use crate::node::{Inner, Phase};
 use crate::state_machine::{Offer, take_tables};
-use crate::types::{Entry, LogId, StoredMembership, Vote, term_of};
+use crate::types::{Entry, EntryPayload, LogId, StoredMembership, Vote, term_of};
 use crate::wire::{Reader, Writer, decode_result};
-use crate::{Envelope, Error, ErrorKind, MemberRole, NodeId, PeerAddress, Result, Runtime};
+use crate::{Envelope, Error, ErrorKind, MemberInfo, MemberRole, NodeId, PeerAddress, Result, Runtime};
 
 /// How long one member may take for an answer.
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
@@ -126,15 +127,17 @@ impl<R: Runtime> Inner<R> {
         self.set_phase(Phase::Recovering(name(damage)));
         let this = self.clone();
         self.spawn(async move {
+            let me = this.engine.identity().node;
             let mut pause = ROUND_PAUSE;
-            let mut taken = false;
+            let mut members = None;
             while let Some(damage) = this.log.damage() {
-                match this.heal_step(&damage, &mut taken).await {
+                match this.heal_step(&damage, members.as_deref()).await {
                     Ok(()) => pause = ROUND_PAUSE,
                     Err(error) => {
                         tracing::warn!(%error, "the log is not whole yet");
-                        // Nobody gives anything to a member that is none any more.
-                        if this.is_given_up(this.engine.identity().node).await {
+                        // What is lost may have changed them.
+                        members = this.confirmed_members(me).await;
+                        if members.as_deref().is_some_and(|members| gives_up(members, me)) {
                             return this.set_phase(Phase::Removed);
                         }
                         this.set_phase(Phase::Recovering(error.to_string()));
@@ -144,7 +147,7 @@ impl<R: Runtime> Inner<R> {
                 }
             }
             let outcome = match this.log.straighten().await {
-                Ok(()) => this.take_part().await,
+                Ok(()) => this.begin().await,
                 Err(error) => Err(Error::new(ErrorKind::Closed, error.to_string())),
             };
             match outcome {
@@ -157,16 +160,29 @@ impl<R: Runtime> Inner<R> {
     /// The other voters as the log knows them, and whether it does. When the membership itself is lost: whoever this process was
     /// told of.
     pub(crate) fn other_voters(&self) -> (Vec<Voter>, bool) {
-        let me = self.engine.identity().node;
-        let membership = self.log.membership();
-        let voters: BTreeSet<u64> = membership.voter_ids().collect();
-        if voters.is_empty() {
+        let voters = self.voters_in(&self.log.membership());
+        if voters.is_empty() && self.log.membership().voter_ids().next().is_none() {
             let mine = self.transport.local_address();
             let told = self.options.peers.values().filter(|address| **address != mine);
             return (told.map(|address| (None, address.clone())).collect(), false);
         }
+        (voters, true)
+    }
+
+    /// The other voters of a membership.
+    fn voters_in(&self, membership: &StoredMembership) -> Vec<Voter> {
+        let me = self.engine.identity().node;
+        let voters: BTreeSet<u64> = membership.voter_ids().collect();
         let others = membership.membership().nodes().filter(|(id, _)| **id != me && voters.contains(id));
-        (others.map(|(id, member)| (Some(NodeId(*id)), crate::wire::peer_address(member))).collect(), true)
+        others.map(|(id, member)| (Some(NodeId(*id)), crate::wire::peer_address(member))).collect()
+    }
+
+    /// The other voters of `members`, whom a confirmed leader has named, or else those that the log knows.
+    fn voters_of(&self, members: Option<&[MemberInfo]>) -> (Vec<Voter>, bool) {
+        let me = self.engine.identity().node;
+        let Some(members) = members else { return self.other_voters() };
+        let others = members.iter().filter(|m| m.role == MemberRole::Voter && m.id.0 != me);
+        (others.map(|m| (Some(m.id), m.peer_address.clone())).collect(), true)
     }
 
     async fn ask(&self, to: &Voter, method: u8, body: Bytes) -> Result<Bytes> {
@@ -174,76 +190,60 @@ impl<R: Runtime> Inner<R> {
         Ok(answer.body)
     }
 
-    /// The other voters of now: as a confirmed leader names them, or else as this log does, whose lost end may have changed them. Once
-    /// that was taken from another log both are asked.
-    async fn voters_of_now(self: &Arc<Self>, taken: bool) -> (Vec<Voter>, bool) {
-        let me = self.engine.identity().node;
-        let Some(members) = self.confirmed_members(me).await else { return self.other_voters() };
-        let others = members.into_iter().filter(|m| m.role == MemberRole::Voter && m.id.0 != me);
-        let mut voters: Vec<Voter> = others.map(|m| (Some(m.id), m.peer_address)).collect();
-        if taken {
-            let more = self.other_voters().0.into_iter().filter(|(id, _)| voters.iter().all(|known| known.0 != *id));
-            voters.extend(more.collect::<Vec<_>>());
-        }
-        (voters, true)
-    }
-
     /// What the other voters say.
-    async fn ask_for(&self, voters: Vec<Voter>, lost: &Missing, anchor: Option<LogId>) -> Vec<Answer> {
-        join_all(voters.into_iter().map(|to| async move {
+    async fn ask_for(&self, voters: &[Voter], lost: &Missing, anchor: Option<LogId>) -> Vec<Answer> {
+        join_all(voters.iter().map(|to| async move {
             let mut body = Writer::new();
             body.u64(lost.from).u64(lost.to).option_log_id(anchor.as_ref());
-            let answer = self.ask(&to, method::LOG_GIVE, body.finish()).await;
+            let answer = self.ask(to, method::LOG_GIVE, body.finish()).await;
             let given = answer.and_then(|bytes| decode_result(&bytes, read_given));
             let given = given.inspect_err(|error| tracing::debug!(address = %to.1.0, %error, "does not answer")).ok();
-            Answer { to, given: given.filter(|given| follows(given, lost)) }
+            Answer { to: to.clone(), given: given.filter(|given| follows(given, lost)) }
         }))
         .await
     }
 
     /// What this log begins behind, from one that has an entry of it. Nobody has to lead for that.
-    async fn ask_for_base(&self) -> Option<Base> {
+    async fn ask_for_base(&self, voters: &[Voter]) -> Option<Base> {
         let (index, known) = self.log.base_wanted()?;
         let mut body = Writer::new();
         write_wanted(&mut body, index, known);
         let body = body.finish();
-        for to in self.other_voters().0 {
-            let answer = self.ask(&to, method::LOG_BASE, body.clone()).await;
+        for to in voters {
+            let answer = self.ask(to, method::LOG_BASE, body.clone()).await;
             match answer.and_then(|bytes| decode_result(&bytes, read_base)) {
                 Ok(Some(base)) if base.0.index == index => return Some(base),
-                Ok(_) => tracing::debug!(member = %called(&to), index, "cannot tell what the log begins behind"),
-                Err(error) => tracing::debug!(member = %called(&to), %error, "does not answer"),
+                Ok(_) => tracing::debug!(member = %called(to), index, "cannot tell what the log begins behind"),
+                Err(error) => tracing::debug!(member = %called(to), %error, "does not answer"),
             }
         }
         None
     }
 
-    /// One step: fills one range, or finds out how the log ends. The error says what is waited for.
-    async fn heal_step(self: &Arc<Self>, damage: &Damage, taken: &mut bool) -> Result<()> {
+    /// One step: fills one range, or finds out how the log ends. `members` are those that a confirmed leader has named. The error
+    /// says what is waited for.
+    async fn heal_step(self: &Arc<Self>, damage: &Damage, members: Option<&[MemberInfo]>) -> Result<()> {
+        let closed = |error: std::io::Error| Error::new(ErrorKind::Closed, error.to_string());
+        let (voters, known) = self.voters_of(members);
         if damage.base {
-            return match self.ask_for_base().await {
+            return match self.ask_for_base(&voters).await {
                 Some((at, membership)) => {
                     tracing::info!(at = at.index, "another log told what this one begins behind");
-                    self.log.rebase(at, membership).await.map_err(|e| Error::new(ErrorKind::Closed, e.to_string()))
+                    self.log.rebase(at, membership).await.map_err(closed)
                 }
-                None => self.import_state("where the log begins is lost").await,
+                None => self.import_state(&voters, "where the log begins is lost").await,
             };
         }
         if let Some(lost) = damage.missing.first() {
-            let (voters, known) = self.other_voters();
-            let answers = self.ask_for(voters, lost, lost.anchor).await;
+            let answers = self.ask_for(&voters, lost, lost.anchor).await;
             return match verdict(&answers, known) {
                 Verdict::Fill => {
-                    let entries = answers.into_iter().filter_map(|answer| match answer.given {
-                        Some(Given::Entries(entries)) => Some(entries),
-                        _ => None,
-                    });
-                    let entries = entries.max_by_key(Vec::len).unwrap_or_default();
+                    let entries = longest(answers).unwrap_or_default();
                     tracing::info!(from = lost.from, entries = entries.len(), "lost entries were fetched");
-                    self.log.fill(entries).await.map_err(|e| Error::new(ErrorKind::Closed, e.to_string()))
+                    self.log.fill(entries).await.map_err(closed)
                 }
-                Verdict::Import => self.import_state(&range(lost)).await,
-                Verdict::Follow => self.follow(self.other_voters().0, lost.from, taken).await,
+                Verdict::Import => self.import_state(&voters, &range(lost)).await,
+                Verdict::Follow => self.follow(voters, lost.from).await,
                 Verdict::Halt => Err(halt(&range(lost), &answers)),
                 Verdict::Wait => Err(wait(&range(lost), &answers)),
             };
@@ -252,35 +252,73 @@ impl<R: Runtime> Inner<R> {
         // How many entries there were, or whom a vote was given to, nobody here knows: every other voter is heard.
         let lost = Missing { from, to: u64::MAX, anchor: None };
         let what = format!("the entries from index={from} on, or a vote");
-        let (voters, known) = self.voters_of_now(*taken).await;
-        let answers = self.ask_for(voters.clone(), &lost, None).await;
+        let answers = self.ask_for(&voters, &lost, None).await;
         let damaged = answers.iter().any(|a| a.given == Some(Given::Damaged));
         let all = known && answers.iter().all(|a| a.given.is_some());
         let alone = known && answers.is_empty();
         if answers.iter().any(|a| a.given == Some(Given::Purged)) {
-            return self.import_state(&what).await;
-        }
-        if !known && from == 0 {
-            // Committed entries, the first of which says who the members are.
-            let given = answers.iter().filter_map(|answer| match &answer.given {
-                Some(Given::Entries(entries)) => Some(entries),
-                _ => None,
-            });
-            if let Some(entries) = given.max_by_key(|entries| entries.len()) {
-                let taken = self.log.replace_end(None, entries.clone()).await;
-                return taken.map_err(|error| Error::new(ErrorKind::Closed, error.to_string()));
-            }
+            return self.import_state(&voters, &what).await;
         }
         match (all, damaged || alone) {
-            (true, false) => self.follow(voters, from, taken).await,
+            (true, false) => self.follow(voters, from).await,
             (true, true) => Err(halt(&what, &answers)),
-            (false, _) => Err(wait(&what, &answers)),
+            (false, _) => {
+                let waits = wait(&what, &answers);
+                match longest(answers).filter(|_| !known && from == 0) {
+                    // Committed ones, the first of which says who the members are.
+                    Some(entries) => self.log.replace_end(None, entries).await.map_err(closed),
+                    None => Err(waits),
+                }
+            }
         }
     }
 
     /// Row D: from `from` on the log becomes that of the most complete other voter.
-    async fn follow(self: &Arc<Self>, voters: Vec<Voter>, from: u64, taken: &mut bool) -> Result<()> {
+    async fn follow(self: &Arc<Self>, mut voters: Vec<Voter>, from: u64) -> Result<()> {
         let closed = |error: std::io::Error| Error::new(ErrorKind::Closed, error.to_string());
+        let (to, entries, last, term) = loop {
+            let (to, last, term) = self.most_complete(&voters, from).await?;
+            let Some(entries) = self.entries_of(&to, from, last).await? else {
+                return self.import_state(&voters, &format!("the entries from index={from} on are lost")).await;
+            };
+            // What was lost may have made others voters: they are heard too.
+            let named = entries.iter().rev().find_map(|entry| match &entry.payload {
+                EntryPayload::Membership(membership) => {
+                    Some(StoredMembership::new(Some(entry.log_id), membership.clone()))
+                }
+                _ => None,
+            });
+            let named = self.voters_in(&named.unwrap_or_else(|| self.log.membership_before(from)));
+            let more: Vec<Voter> =
+                named.into_iter().filter(|(id, _)| voters.iter().all(|(asked, _)| asked != id)).collect();
+            if more.is_empty() {
+                break (to, entries, last, term);
+            }
+            voters.extend(more);
+        };
+        tracing::warn!(
+            from,
+            entries = entries.len(),
+            term,
+            member = %called(&to),
+            "the log goes on as that of another voter does"
+        );
+        let after = match from.checked_sub(1) {
+            None => None,
+            Some(before) => match self.log.log_id(before) {
+                Some(id) => Some(id),
+                None => {
+                    return self.import_state(&voters, &format!("the entry before index={from} is not known")).await;
+                }
+            },
+        };
+        let term = term.max(last.map_or(0, |id| term_of(&id)));
+        self.log.replace_end(after, entries).await.map_err(closed)?;
+        self.log.close_end(term).await.map_err(closed)
+    }
+
+    /// Whose log goes furthest, where it ends, and the highest term that one of the voters knows. All have to answer.
+    async fn most_complete(&self, voters: &[Voter], from: u64) -> Result<(Voter, Option<LogId>, u64)> {
         let ends = join_all(voters.iter().map(|to| async move {
             let answer = self.ask(to, method::LOG_ENDS, Writer::new().finish()).await?;
             Ok((to.clone(), decode_result(&answer, Ends::read)?))
@@ -295,65 +333,45 @@ impl<R: Runtime> Inner<R> {
         }
         let term = ends.iter().filter_map(|(_, ends)| ends.vote.map(|vote| vote.leader_id.term)).max().unwrap_or(0);
         let best = ends.into_iter().max_by_key(|(_, ends)| ends.last);
-        let Some((to, Ends { last, .. })) = best else { return Err(Error::new(ErrorKind::Internal, "no voter")) };
+        let (to, Ends { last, .. }) = best.ok_or_else(|| Error::new(ErrorKind::Internal, "no voter"))?;
+        Ok((to, last, term))
+    }
+
+    /// The entries from `from` to the end of another log; `None` when it has forgotten some.
+    async fn entries_of(&self, to: &Voter, from: u64, last: Option<LogId>) -> Result<Option<Vec<Entry>>> {
         let mut entries: Vec<Entry> = Vec::new();
-        if let Some(last) = last {
-            let mut next = from;
-            while next <= last.index {
-                let mut body = Writer::new();
-                body.u64(next).u64(last.index).option_log_id(Some(&last));
-                let answer = self.ask(&to, method::LOG_GIVE, body.finish()).await?;
-                let lost = Missing { from: next, to: last.index, anchor: Some(last) };
-                match decode_result(&answer, read_given)? {
-                    Given::Entries(part) if follows(&Given::Entries(part.clone()), &lost) => {
-                        next += part.len() as u64;
-                        entries.extend(part);
-                    }
-                    Given::Purged => return self.import_state(&range(&lost)).await,
-                    other => {
-                        let message =
-                            format!("the most complete log moved on meanwhile member={} said={other:?}", called(&to));
-                        return Err(Error::new(ErrorKind::Unavailable, message));
-                    }
+        let Some(last) = last.filter(|last| last.index >= from) else { return Ok(Some(entries)) };
+        let moved = |said: &str| {
+            let message = format!("the most complete log moved on meanwhile member={} said={said}", called(to));
+            Error::new(ErrorKind::Unavailable, message)
+        };
+        let mut next = from;
+        while next <= last.index {
+            let mut body = Writer::new();
+            body.u64(next).u64(last.index).option_log_id(Some(&last));
+            let answer = self.ask(to, method::LOG_GIVE, body.finish()).await?;
+            let lost = Missing { from: next, to: last.index, anchor: Some(last) };
+            match decode_result(&answer, read_given)? {
+                given if !follows(&given, &lost) => return Err(moved("other entries")),
+                Given::Entries(part) => {
+                    next += part.len() as u64;
+                    entries.extend(part);
                 }
+                Given::Purged => return Ok(None),
+                other => return Err(moved(&format!("{other:?}"))),
             }
         }
-        if last.is_some_and(|last| last.index >= from) && entries.last().map(|entry| Some(entry.log_id)) != Some(last) {
-            return Err(Error::new(
-                ErrorKind::Unavailable,
-                format!("the most complete log moved on meanwhile member={}", called(&to)),
-            ));
+        match entries.last().is_some_and(|entry| entry.log_id == last) {
+            true => Ok(Some(entries)),
+            false => Err(moved("another last entry")),
         }
-        tracing::warn!(
-            from,
-            entries = entries.len(),
-            term,
-            member = %called(&to),
-            "the log goes on as that of another voter does"
-        );
-        let after = match from.checked_sub(1) {
-            None => None,
-            Some(before) => match self.log.log_id(before) {
-                Some(id) => Some(id),
-                None => return self.import_state(&format!("the entry before index={from} is not known")).await,
-            },
-        };
-        let term = term.max(last.map_or(0, |id| term_of(&id)));
-        self.log.replace_end(after, entries).await.map_err(closed)?;
-        *taken = true;
-        // What was lost may have made others voters: they are heard too, with the log as it is now.
-        let asked: BTreeSet<Option<NodeId>> = voters.iter().map(|(id, _)| *id).collect();
-        if self.other_voters().0.iter().any(|(id, _)| !asked.contains(id)) {
-            return Err(Error::new(ErrorKind::Unavailable, "other members vote than were asked: asks again"));
-        }
-        self.log.close_end(term).await.map_err(closed)
     }
 
     /// Takes over the state of whoever leads: what is missing is in its tables.
-    async fn import_state(self: &Arc<Self>, why: &str) -> Result<()> {
+    async fn import_state(self: &Arc<Self>, voters: &[Voter], why: &str) -> Result<()> {
         let mut last = Error::new(ErrorKind::Unavailable, "no other voter is known");
-        for to in self.voters_of_now(true).await.0 {
-            let answer = self.ask(&to, method::OFFER, Writer::new().finish()).await;
+        for to in voters {
+            let answer = self.ask(to, method::OFFER, Writer::new().finish()).await;
             let offer = answer.and_then(|bytes| decode_result(&bytes, crate::network::read_offer));
             match offer {
                 Ok(offer) => {
@@ -409,7 +427,7 @@ impl<R: Runtime> Inner<R> {
     async fn fetch_entry(&self, id: LogId) -> Option<Entry> {
         let lost = Missing { from: id.index, to: id.index, anchor: Some(id) };
         for _ in 0..ENTRY_ROUNDS_MAX {
-            for answer in self.ask_for(self.other_voters().0, &lost, Some(id)).await {
+            for answer in self.ask_for(&self.other_voters().0, &lost, Some(id)).await {
                 if let Some(Given::Entries(entries)) = answer.given
                     && let Some(entry) = entries.into_iter().find(|entry| entry.log_id == id)
                 {
@@ -428,6 +446,15 @@ impl<R: Runtime> Inner<R> {
         let damage = self.log.damage();
         Ends { vote, last, open: damage.is_some_and(|d| d.base || d.open_from.is_some() || !d.missing.is_empty()) }
     }
+}
+
+/// The most entries that one of them gave.
+fn longest(answers: Vec<Answer>) -> Option<Vec<Entry>> {
+    let given = answers.into_iter().filter_map(|answer| match answer.given {
+        Some(Given::Entries(entries)) => Some(entries),
+        _ => None,
+    });
+    given.max_by_key(Vec::len)
 }
 
 /// Entries that were asked for follow each other from where they were asked for.

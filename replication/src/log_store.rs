@@ -68,6 +68,8 @@ struct State {
     purge_requests: Option<mpsc::Sender<PurgeRequest>>,
     entry_requests: Option<mpsc::Sender<EntryRequest>>,
     counts: LogHealStatus,
+    /// How the log ends was judged in this life, with every other voter heard.
+    end_judged: bool,
     /// Records of the node's log when the last seal was queued.
     sealing: Option<u64>,
     apply_lag: Option<Arc<ApplyLag>>,

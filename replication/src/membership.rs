@@ -581,8 +581,7 @@ impl<R: Runtime> Inner<R> {
 
     /// Asks around whether this node is still a member; `true` when the leader says that it is not.
     pub(crate) async fn is_given_up(self: &Arc<Self>, me: u64) -> bool {
-        let members = self.confirmed_members(me).await;
-        members.is_some_and(|members| !members.is_empty() && members.iter().all(|m| m.id.0 != me))
+        self.confirmed_members(me).await.is_some_and(|members| gives_up(&members, me))
     }
 
     /// The members as a leader names them that has just been confirmed by a quorum. Asks around for it.
@@ -638,7 +637,7 @@ impl<R: Runtime> Inner<R> {
         let change =
             ChangeMembers::Batch(vec![ChangeMembers::RemoveNodes(dropped), ChangeMembers::ReplaceAllVoters(voters)]);
         match self.change_members_locked(running, change, false).await {
-            Ok(()) => tracing::info!("a wiped member was replaced by its new volume"),
+            Ok(()) => tracing::info!("the members are what was planned: new volumes stand for wiped ones"),
             Err(error) => tracing::warn!(%error, "a wiped member is not replaced yet"),
         }
     }
@@ -665,6 +664,11 @@ fn change_error<R: Runtime>(error: &RaftError<TypeConfig<R>, ClientWriteError<Ty
 /// Decodes arbitrary bytes as a request to change the membership, for the fuzzer.
 pub(crate) fn decode_any(bytes: &Bytes) {
     let _ = Change::decode(bytes);
+}
+
+/// Whether members that a confirmed leader has named leave one out.
+pub(crate) fn gives_up(members: &[MemberInfo], me: u64) -> bool {
+    !members.is_empty() && members.iter().all(|m| m.id.0 != me)
 }
 
 /// Refuses a change after which too many of the voters would be witnesses. A joint configuration that another leader left is

@@ -125,35 +125,17 @@ impl Receipts {
 }
 
 impl<R: Runtime> Inner<R> {
-    /// Takes part at the start of a process whose log is whole, unless its volume went back: then what it has promised is fetched
-    /// first, as by one that has lost the end of its log.
+    /// Takes part, once the log is whole, unless the volume went back: then what was promised is fetched first, as by a member that
+    /// has lost the end of its log. Where that end was judged already with every other voter heard nobody knows better.
     pub(crate) async fn begin(self: &Arc<Self>) -> Result<()> {
         self.set_phase(Phase::Starting);
-        match self.denied_receipt().await {
-            None => self.take_part().await,
-            Some(receipt) => {
-                tracing::error!(
-                    term = receipt.term,
-                    last = ?receipt.last,
-                    "the volume went back behind what this member has promised: an older copy of it was restored"
-                );
-                self.log.lose_end();
-                let damage = self.log.damage().expect("the end was just lost");
-                self.start_log_healing(&damage);
-                Ok(())
-            }
-        }
-    }
-
-    /// Starts openraft, unless another process is this member: one whose log was damaged did not know its address before.
-    pub(crate) async fn take_part(self: &Arc<Self>) -> Result<()> {
-        match self.twin().await {
-            None => self.mend_vote_and_run().await,
-            Some(twin) => {
-                self.stand_back(twin).await;
-                Ok(())
-            }
-        }
+        let denied = if self.log.end_is_judged() { None } else { self.denied_receipt().await };
+        let Some(Receipt { term, last }) = denied else { return self.mend_vote_and_run().await };
+        tracing::error!(term, ?last, "the volume went back behind what this member has promised: it is an older copy");
+        self.log.lose_end();
+        let damage = self.log.damage().expect("the end was just lost");
+        self.start_log_healing(&damage);
+        Ok(())
     }
 
     /// What another member remembers of this one, and this one does not. Those are asked that the log names and the processes that

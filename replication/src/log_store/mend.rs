@@ -48,6 +48,11 @@ impl LogStore {
         state.index.membership_at(state.index.last().map_or(0, |id| id.index))
     }
 
+    /// The members before the entry `index`.
+    pub(crate) fn membership_before(&self, index: u64) -> StoredMembership {
+        index.checked_sub(1).map(|index| self.state().index.membership_at(index)).unwrap_or_default()
+    }
+
     /// Whom to ask for entries that cannot be read: who receives here.
     pub(crate) fn entry_requests(&self) -> mpsc::Receiver<EntryRequest> {
         let (tx, rx) = mpsc::channel(ENTRY_REQUESTS_MAX);
@@ -97,8 +102,15 @@ impl LogStore {
     /// The end of the log is known from here on, and that no vote of a lower term than `term` is given, durably.
     pub(crate) async fn close_end(&self, term: u64) -> std::io::Result<()> {
         self.raise_vote(term).await?;
-        self.state().index.close_end();
+        let mut state = self.state();
+        state.index.close_end();
+        state.end_judged = true;
         Ok(())
+    }
+
+    /// Whether [`LogStore::close_end`] was carried out in this life.
+    pub(crate) fn end_is_judged(&self) -> bool {
+        self.state().end_judged
     }
 
     /// What follows `after` is dropped, `entries` are appended, durably.

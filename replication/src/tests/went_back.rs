@@ -1,45 +1,36 @@
 //! Volumes that went back behind what their members had promised, and processes with a copy of another's volume.
 
-use super::cluster::{Cluster, DEFAULT, run};
+use super::cluster::{Cluster, run};
+use super::heal::{all_there, place, rot, written};
 use crate::ReadLevel;
 use crate::receipts::Receipt;
 use crate::types::log_id;
 
-async fn write(cluster: &Cluster, keys: std::ops::Range<usize>) -> u64 {
-    let mut last = 0;
-    for n in keys {
-        last = cluster.put(0, &format!("k{n:03}"), format!("v{n}")).await.expect("written").0;
-    }
-    for i in cluster.running() {
-        cluster.until(i, |s| s.group.applied.0 >= last).await;
-    }
-    last
+/// What is put under a member.
+#[derive(Clone, Copy, PartialEq)]
+enum Copied {
+    Leader,
+    Follower,
+    /// A follower, and an entry of the copy rotted too.
+    Rotten,
 }
 
-async fn all_there(cluster: &Cluster, count: usize) {
-    for i in cluster.running() {
-        cluster.node(i).read_barrier(ReadLevel::Linearizable).await.expect("a quorum");
-        let snapshot = cluster.node(i).snapshot("main", ReadLevel::Local).await.expect("a view");
-        for n in 0..count {
-            let value = snapshot.get(DEFAULT, format!("k{n:03}").as_bytes()).await.expect("read");
-            assert_eq!(value.as_deref(), Some(format!("v{n}").as_bytes()), "k{n:03} on n{i}");
-        }
-    }
-}
-
-/// A copy from before the last writes, of the leader and of a follower. Nobody else stops for it.
+/// A copy from before the last writes. Nobody else stops for it.
 #[test]
 fn a_member_whose_volume_went_back_fetches_what_it_had_promised() {
-    for leads in [true, false] {
+    for copied in [Copied::Leader, Copied::Follower, Copied::Rotten] {
         run(async move {
             let mut cluster = Cluster::born(3).await;
-            write(&cluster, 0..20).await;
+            let before = written(&cluster, 20).await;
             let leader = cluster.leader().await;
-            let ill = if leads { leader } else { (leader + 1) % 3 };
-            let copy = cluster.cells[ill].media.images();
-            let last = write(&cluster, 20..40).await;
+            let ill = if copied == Copied::Leader { leader } else { (leader + 1) % 3 };
+            let (copy, at) = (cluster.cells[ill].media.images(), place(&cluster, ill, before - 10));
+            let last = written(&cluster, 40).await;
             cluster.kill(ill).await;
             cluster.cells[ill].media.restore(copy);
+            if copied == Copied::Rotten {
+                rot(&cluster, ill, &[at]);
+            }
             cluster.start(ill).await;
             cluster.until(ill, |s| s.leader.is_some() && s.last_log.0 >= last).await;
             assert_eq!(cluster.node(ill).status().log_heal.went_back, 1);
@@ -64,7 +55,7 @@ fn a_member_whose_volume_went_back_fetches_what_it_had_promised() {
 fn a_member_that_is_told_of_a_promise_that_it_denies_leaves_service() {
     run(async {
         let cluster = Cluster::born(3).await;
-        let last = write(&cluster, 0..5).await;
+        let last = written(&cluster, 5).await;
         let node = cluster.node((cluster.leader().await + 1) % 3);
         let term = node.status().term;
         let kept = Receipt { term, last: Some(log_id(term, last)) };
@@ -79,16 +70,22 @@ fn a_member_that_is_told_of_a_promise_that_it_denies_leaves_service() {
     });
 }
 
+/// Three members with twenty writes, a fourth process, and the member whose volume is copied under it.
+async fn with_a_spare() -> (Cluster, usize) {
+    let mut cluster = Cluster::blank(4).await;
+    for i in 0..3 {
+        cluster.start(i).await;
+    }
+    cluster.node(0).init(&cluster.names()[..3]).await.expect("born");
+    written(&cluster, 20).await;
+    let original = (cluster.leader().await + 1) % 3;
+    (cluster, original)
+}
+
 #[test]
 fn a_process_with_a_copy_of_the_volume_of_another_stands_back() {
     run(async {
-        let mut cluster = Cluster::blank(4).await;
-        for i in 0..3 {
-            cluster.start(i).await;
-        }
-        cluster.node(0).init(&cluster.names()[..3]).await.expect("born");
-        write(&cluster, 0..20).await;
-        let original = (cluster.leader().await + 1) % 3;
+        let (mut cluster, original) = with_a_spare().await;
         let copy = cluster.cells[original].media.images();
         cluster.cells[3].media.restore(copy);
         cluster.start(3).await;
@@ -113,13 +110,7 @@ fn a_process_with_a_copy_of_the_volume_of_another_stands_back() {
 #[test]
 fn a_process_that_runs_in_the_place_of_another_leaves_when_that_is_back() {
     run(async {
-        let mut cluster = Cluster::blank(4).await;
-        for i in 0..3 {
-            cluster.start(i).await;
-        }
-        cluster.node(0).init(&cluster.names()[..3]).await.expect("born");
-        write(&cluster, 0..20).await;
-        let original = (cluster.leader().await + 1) % 3;
+        let (mut cluster, original) = with_a_spare().await;
         cluster.kill(original).await;
         let copy = cluster.cells[original].media.images();
         cluster.cells[3].media.restore(copy);
