@@ -167,25 +167,38 @@ impl<R: Runtime> Inner<R> {
         } else {
             self.options.entry_cache_bytes.min(ring / 4)
         };
-        let Some(upto) = self.log.purge_target(flushed, tail) else { return };
-        if running.raft.trigger().purge_log(upto).await.is_err() {
+        let Some(target) = self.log.purge_target(flushed, tail) else { return };
+        // One less than there could be leaves one to ask for.
+        let upto = if tail == 0 { target } else { target.min(flushed.0 - 1) };
+        if self.purge_by(&running, upto).await {
             return;
+        }
+        // What a leader has put off, because it was being sent, openraft does not take up again as a follower, unless it is
+        // asked for more.
+        let leads = running.metrics.borrow_watched().state == ServerState::Leader;
+        if !leads && upto < flushed.0 && self.purge_by(&running, flushed.0).await {
+            return;
+        }
+        // openraft carries out one step after the other, and one that waits until an entry is durable holds up the purge that
+        // would make room for that entry. What it has decided to purge it never asks for again. It decides to when a snapshot
+        // begins to be installed: of that no more goes than is in tables now.
+        let decided = running.raft.with_raft_state(|state| state.log_ids.purged().map(|id| id.index)).await;
+        let upto = decided.ok().flatten().and_then(|decided| self.log.log_id(decided.min(flushed.0)));
+        if let Some(upto) = upto
+            && let Err(error) = self.log.purge_to(upto)
+        {
+            tracing::warn!(%error, "the log was not purged");
+        }
+    }
+
+    /// Has openraft purge up to `upto`. `false` when it did not in time.
+    async fn purge_by(&self, running: &Running<R>, upto: u64) -> bool {
+        if running.raft.trigger().purge_log(upto).await.is_err() {
+            return true;
         }
         let mut metrics = running.metrics.clone();
         let purged = metrics.wait_until(|m| m.purged.as_ref().is_some_and(|p| p.index >= upto));
-        // A follower that is being sent these entries holds the purge up: the next one will do.
-        if R::timeout(PURGE_STEP_TIMEOUT, purged).await.is_err() {
-            // openraft carries out one step after the other, and one that waits until an entry is durable holds up the purge that
-            // would make room for that entry. What it has decided to purge it never asks for again. It decides to when a snapshot
-            // begins to be installed: of that no more goes than is in tables now.
-            let decided = running.raft.with_raft_state(|state| state.log_ids.purged().map(|id| id.index)).await;
-            let upto = decided.ok().flatten().and_then(|decided| self.log.log_id(decided.min(flushed.0)));
-            if let Some(upto) = upto
-                && let Err(error) = self.log.purge_to(upto)
-            {
-                tracing::warn!(%error, "the log was not purged");
-            }
-        }
+        R::timeout(PURGE_STEP_TIMEOUT, purged).await.is_ok()
     }
 
     pub(crate) fn start_tasks(self: &Arc<Self>, running: &Arc<Running<R>>) {

@@ -1,7 +1,7 @@
 //! What becomes of the log's ring while nothing is committed.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use mainstay_engine::ClientToken;
 use mainstay_io::BoxFuture;
@@ -9,13 +9,13 @@ use mainstay_io::BoxFuture;
 use super::cluster::*;
 use super::disturb::{Disturb, Outbound, disturbed};
 use crate::network::method;
-use crate::{Durability, Envelope, Error, ErrorKind, ReadLevel, Result, TcpTransport, Write};
+use crate::{Durability, Envelope, Error, ErrorKind, PeerAddress, ReadLevel, Result, TcpTransport, Write};
 
 const VALUE_BYTES: usize = 4 << 10;
 
 /// While it is set no entries arrive anywhere; everything else does.
 #[derive(Clone, Default)]
-struct Held(Arc<AtomicBool>);
+pub(super) struct Held(pub(super) Arc<AtomicBool>);
 
 impl Disturb for Held {
     fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
@@ -165,6 +165,50 @@ fn rings_of_followers_that_are_smaller_keep_room_too() {
         for writer in writers {
             writer.await.expect("no panic");
         }
+        cluster.finish().await;
+    });
+}
+
+/// Appends with entries to one node are never answered.
+#[derive(Clone, Default)]
+struct Unanswered(Arc<OnceLock<PeerAddress>>);
+
+impl Disturb for Unanswered {
+    fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
+        if self.0.get() == Some(&outbound.address) && outbound.has_entries() {
+            return Box::pin(std::future::pending());
+        }
+        outbound.send(tcp)
+    }
+}
+
+/// What a leader may not purge, since it is on its way to a follower, it purges when it is a follower itself.
+#[test]
+fn a_leader_that_could_not_cut_its_log_cuts_it_as_a_follower() {
+    run(async {
+        let unanswered = Unanswered::default();
+        let mut cluster = Cluster::blank(3).await;
+        cluster.memtable_bytes = 128 << 10;
+        cluster.entry_cache_bytes = 64 << 10;
+        cluster.wrap = disturbed(unanswered.clone());
+        cluster.start_all().await;
+        cluster.node(0).init(&cluster.names()).await.expect("born");
+        let leader = cluster.leader().await;
+        let next = (leader + 1) % 3;
+        unanswered.0.set(cluster.cells[(leader + 2) % 3].address.clone()).expect("once");
+        let begin = cluster.put(leader, "before", "v").await.expect("written").0;
+        for n in 0..400 {
+            cluster.put(leader, &format!("k{n}"), vec![7; 1000]).await.expect("written");
+        }
+        // Not even when it is asked.
+        let (inner, flushed) = (cluster.node(leader).inner.clone(), cluster.node(leader).inner.group.flushed());
+        assert!(flushed.0 > begin + 200, "{flushed:?} of {begin}");
+        inner.purge(flushed).await;
+        assert!(inner.log.purged().is_none_or(|id| id.index < begin), "it is on its way to a follower");
+        let id = cluster.node(next).status().id;
+        cluster.node(leader).transfer_leader(Some(id)).await.expect("handed over");
+        inner.purge(inner.group.flushed()).await;
+        assert!(inner.log.purged().is_some_and(|id| id.index > begin), "nothing is on its way from here");
         cluster.finish().await;
     });
 }
