@@ -190,6 +190,12 @@ impl EntryIndex {
         self.anchors.get(&index).map(|a| a.log_id)
     }
 
+    /// The first entry up to the index of `at` that is of a later term than `at`.
+    pub(crate) fn first_of_later_term(&self, at: LogId) -> Option<u64> {
+        let later = self.terms.range(..=at.index).find(|(_, term)| **term > term_of(&at))?;
+        Some((*later.0).max(self.first))
+    }
+
     /// Appends an entry behind the last.
     pub(crate) fn push(&mut self, entry: Entry) {
         let index = entry.log_id.index;

@@ -215,6 +215,11 @@ impl LogStore {
         voted && state.index.log_id(at.index) == Some(at) && state.index.pos(at.index).is_some()
     }
 
+    /// The first entry up to the index of `at` that is of a later term than `at`. No log that holds `at` has it.
+    pub(crate) fn denied_by(&self, at: LogId) -> Option<u64> {
+        self.state().index.first_of_later_term(at)
+    }
+
     /// What was applied before the log begins, where there are no tables.
     pub(crate) fn decided(&self) -> LogIndex {
         LogIndex(self.state().index.decided())

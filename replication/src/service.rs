@@ -21,6 +21,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use mainstay_engine::{LogIndex, TableId};
 use mainstay_io::BoxFuture;
+use openraft::raft::AppendEntriesRequest;
 use openraft_rt::Instant;
 use tokio::sync::Notify;
 
@@ -376,6 +377,11 @@ impl<R: Runtime> Inner<R> {
                         let result = if at.is_some_and(|at| this.log.holds(&vote, at)) {
                             Ok(vote)
                         } else {
+                            if let Some(at) = at
+                                && let Some(index) = this.log.denied_by(at)
+                            {
+                                this.drop_denied(&running, vote, at, index).await;
+                            }
                             let result = running.raft.install_full_snapshot(vote, snapshot).await;
                             result.map(|r| r.vote).map_err(|e| raft_error(&e))
                         };
@@ -400,6 +406,16 @@ impl<R: Runtime> Inner<R> {
             }
         }
         result.transpose()
+    }
+
+    /// Drops the entries from `index` on, of a later term than that of the snapshot which goes beyond them: the leader with this
+    /// vote holds none of them. openraft compares the two logs at the end of the snapshot alone, where this one has nothing.
+    async fn drop_denied(&self, running: &Arc<Running<R>>, vote: Vote, at: LogId, index: u64) {
+        let prev_log_id = Some(LogId::new(*at.committed_leader_id(), index));
+        let append = AppendEntriesRequest { vote, prev_log_id, entries: Vec::new(), leader_commit: None };
+        // Refused as a conflict: the entries go with that. If the vote is refused, the snapshot will be too.
+        let answer = running.raft.append_entries(append).await;
+        tracing::info!(index, ?answer, "entries of a leader that was none make way for a snapshot");
     }
 
     /// A snapshot of this node for a peer whose install lost its source; pinned while the peer reads on. What is in tables is

@@ -8,7 +8,9 @@ use mainstay_io::BoxFuture;
 
 use super::cluster::*;
 use super::disturb::{Disturb, Outbound, disturbed};
+use super::ring::Held;
 use crate::network::method;
+use crate::types::term_of;
 use crate::{Durability, Envelope, Error, ErrorKind, ReadLevel, Result, TcpTransport, Write};
 
 const KEYS: u64 = 3000;
@@ -160,6 +162,56 @@ fn an_install_ends_when_the_leader_became_a_member_meanwhile() {
         assert_eq!(value.as_deref(), Some(b"v".as_ref()));
         cluster.until(away, |s| s.members.iter().any(|m| m.id == added.id)).await;
         reads_all(&cluster, away).await;
+        cluster.finish().await;
+    });
+}
+
+/// A leader without followers wrote much, another one a little, which nobody else has; then the first leads again, and what it
+/// offers ends in its first term, before that of the other but far beyond it.
+#[test]
+fn entries_of_a_later_term_make_way_for_a_snapshot_that_goes_beyond_them() {
+    run(async {
+        let held = Held::default();
+        let mut cluster = Cluster::blank(3).await;
+        cluster.entry_cache_bytes = 64 << 10;
+        cluster.wrap = disturbed(held.clone());
+        cluster.start_all().await;
+        cluster.node(0).init(&cluster.names()).await.expect("born");
+        let leader = cluster.leader().await;
+        let first = cluster.put(leader, "before", "v").await.expect("written").0;
+        for i in cluster.running() {
+            cluster.until(i, |s| s.group.applied.0 >= first).await;
+        }
+        held.0.store(true, Ordering::Release);
+        for k in 0..400 {
+            cluster.node(leader).write_local(put(&format!("k{k:06}"), vec![7; 1000])).await.expect("here");
+        }
+        cluster.node(leader).write_local(CommandBody::Rotate).await.expect("here");
+        // Not in tables, so the snapshot ends before it.
+        cluster.node(leader).write_local(put("behind", "v")).await.expect("here");
+        let term = cluster.node(leader).status().term;
+        cluster.kill(leader).await;
+        let other = cluster.leader().await;
+        let deposed = cluster.until(other, |s| s.last_log.0 > first && s.term > term).await;
+        while cluster.node(other).inner.log.pos(deposed.last_log.0).is_none() {
+            pause().await;
+        }
+        for i in cluster.running().collect::<Vec<_>>() {
+            cluster.kill(i).await;
+        }
+        held.0.store(false, Ordering::Release);
+        cluster.start(leader).await;
+        cluster.start((0..3).find(|i| ![leader, other].contains(i)).expect("three")).await;
+        assert_eq!(cluster.leader().await, leader, "nobody else has its entries");
+        let purged = |c: &Cluster| c.node(leader).inner.log.purged();
+        while purged(&cluster).is_none_or(|id| id.index <= deposed.last_log.0) {
+            pause().await;
+        }
+        assert_eq!(purged(&cluster).map(|id| term_of(&id)), Some(term));
+        cluster.start(other).await;
+        let value = cluster.get(other, "k000399", ReadLevel::Linearizable).await.expect("read");
+        assert_eq!(value.map(|v| v.len()), Some(1000));
+        assert_ne!(cluster.node(other).status().fetched_bytes, 0);
         cluster.finish().await;
     });
 }
