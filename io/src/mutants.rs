@@ -45,7 +45,6 @@ mutants! {
     CachedLog "cached-log" "the log writes without asking for durability",
     SkipBatchChecksum "skip-batch-checksum" "recovery of the log takes a torn batch for a whole one",
     HoleIsTail "hole-is-tail" "recovery cuts the log at damaged bytes that are proven to have been acknowledged",
-    UnreadIsTail "unread-is-tail" "recovery cuts the log at a block that the device does not give",
     ForgetReceipts "forget-receipts" "nobody tells a member whose volume went back what it had promised",
     CutWithoutPages "cut-without-pages" "the log is cut before the superblock says so",
     TablesNotFlushed "tables-not-flushed" "an install is logged while its tables are not durable",

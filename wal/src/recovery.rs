@@ -188,7 +188,7 @@ pub(crate) async fn walk(
         let short = expect.clean_end.is_some_and(|clean| tail.end < clean);
         let unread = unread_at(&reader, &ring, &tail, torn.as_ref());
         // Of a log that was closed cleanly it is known what was there.
-        let open = expect.clean_end.is_none() && !mainstay_io::mutant!(UnreadIsTail);
+        let open = expect.clean_end.is_none();
         let doubt = open && (unread.is_some() || (torn.is_some() && damaged));
         let row = decide(&Facts { at, lap, proof: scan.proof, short, doubt });
         tracing::trace!(lsn = tail.end.0, row = %row.letter, "log position judged");
