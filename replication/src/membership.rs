@@ -397,7 +397,7 @@ impl<R: Runtime> Inner<R> {
 
     /// The caller holds `changing`. Tries again while another change is under way or the lease is not there yet
     /// (pitfall 4).
-    async fn change_members_locked(
+    pub(crate) async fn change_members_locked(
         &self,
         running: &Arc<Running<R>>,
         change: ChangeMembers<u64, Member>,
@@ -405,7 +405,19 @@ impl<R: Runtime> Inner<R> {
     ) -> Result<()> {
         check_witnesses(running.metrics.borrow_watched().membership_config.membership(), &change)?;
         let deadline = R::Instant::now() + CHANGE_TIMEOUT;
+        let me = running.id;
         loop {
+            // One that was removed leads until it has heard that this is committed. What it proposed yet openraft cannot carry out.
+            let votes = running.raft.with_raft_state(move |state| {
+                let members = state.membership_state.effective();
+                members.voter_ids().any(|id| id == me)
+            });
+            if !votes.await.map_err(|e| crate::service::raft_error(&e))? {
+                return Err(Error::new(
+                    ErrorKind::Unavailable,
+                    "this leader was removed: another one changes the members",
+                ));
+            }
             let attempt = R::timeout_at(deadline, running.raft.change_membership(change.clone(), retain));
             let answer = match R::select2(std::pin::pin!(attempt), std::pin::pin!(self.removed_here())).await {
                 Select2::First(answer) => answer,

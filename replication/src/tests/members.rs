@@ -1,11 +1,20 @@
 //! The members change while a client writes.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use mainstay_io::BoxFuture;
+use openraft::ChangeMembers;
+
 use super::cluster::*;
-use crate::{Durability, MemberRole, Node, NodeId, ReadLevel, Write};
+use super::disturb::{Disturb, Outbound, disturbed};
+use crate::network::{method, read_append};
+use crate::types::EntryPayload;
+use crate::{
+    Durability, Envelope, Error, ErrorKind, MemberRole, Node, NodeId, ReadLevel, Result, TcpTransport, TokioRuntime,
+    Write,
+};
 
 /// Writes one key after another at whatever member answers, until `stop`; gives the keys that were acknowledged.
 pub(super) async fn write_on(members: Vec<Node>, stop: Arc<AtomicBool>) -> Vec<String> {
@@ -112,6 +121,57 @@ fn a_leader_names_the_voters_that_it_does_not_hear() {
         cluster.start(away).await;
         cluster.until(leader, |s| s.silent.is_empty()).await;
         assert!(cluster.node(away).status().silent.is_empty(), "who does not lead says nothing of the others");
+        cluster.finish().await;
+    });
+}
+
+/// While an id stands here, no membership arrives anywhere that has no such voter.
+#[derive(Clone, Default)]
+struct Kept(Arc<Mutex<Option<u64>>>);
+
+impl Disturb for Kept {
+    fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
+        let kept = *self.0.lock().expect("not poisoned");
+        let removes = |payload: &EntryPayload| match payload {
+            EntryPayload::Membership(members) => members.voter_ids().all(|id| Some(id) != kept),
+            _ => false,
+        };
+        if kept.is_some()
+            && matches!(outbound.request.method, method::APPEND | method::APPEND_IN_TURN)
+            && read_append::<TokioRuntime>(&outbound.request.body)
+                .is_ok_and(|(append, _)| append.entries.iter().any(|entry| removes(&entry.payload)))
+        {
+            return Box::pin(async { Err(Error::new(ErrorKind::Unavailable, "kept")) });
+        }
+        outbound.send(tcp)
+    }
+}
+
+/// The last that a removed leader does is to have its removal committed.
+#[test]
+fn a_leader_that_is_no_voter_any_more_changes_no_members() {
+    run(async {
+        let kept = Kept::default();
+        let mut cluster = Cluster::blank(3).await;
+        cluster.wrap = disturbed(kept.clone());
+        cluster.start_all().await;
+        cluster.node(0).init(&cluster.names()).await.expect("born");
+        let leader = cluster.leader().await;
+        let id = cluster.node(leader).status().id;
+        *kept.0.lock().expect("not poisoned") = Some(id.0);
+        let node = cluster.node(leader);
+        let removal = tokio::spawn(async move { node.remove_member(id).await });
+        let role = |s: &crate::NodeStatus| s.members.iter().find(|m| m.id == id).map(|m| m.role);
+        cluster.until(leader, |s| role(s) != Some(MemberRole::Voter)).await;
+        let inner = cluster.node(leader).inner.clone();
+        let running = inner.running().expect("it runs");
+        let change = ChangeMembers::RemoveNodes([id.0].into());
+        let error = inner.change_members_locked(&running, change, false).await.expect_err("it is none");
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        *kept.0.lock().expect("not poisoned") = None;
+        removal.await.expect("no panic").expect("removed");
+        cluster.until(leader, |s| s.role == "removed").await;
+        cluster.put((leader + 1) % 3, "after", "v").await.expect("written");
         cluster.finish().await;
     });
 }
