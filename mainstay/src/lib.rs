@@ -126,7 +126,8 @@ pub use mainstay_engine::{
 };
 pub use mainstay_io::{BackendChoice, BoxFuture, Target};
 pub use mainstay_replication::{
-    CommitToken, Durability, MemberInfo, MemberRole, NodeId, NodeStatus, PeerAddress, ReadLevel, Transport,
+    CommitToken, Durability, MemberInfo, MemberRole, NodeId, NodeStatus, PeerAddress, ReadLevel, SiteLag, SiteLagBound,
+    Transport,
 };
 pub use node::{Node, NodeOptions};
 pub use options::{MEMORY_BYTES_DEFAULT, StoreBuilder, WAL_BYTES_DEFAULT, target_of};

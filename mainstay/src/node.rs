@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use mainstay_io::{BoxFuture, Target};
-use mainstay_replication::{self as replication, MemberInfo, NodeId, NodeStatus, PeerAddress, Transport};
+use mainstay_replication::{self as replication, MemberInfo, NodeId, NodeStatus, PeerAddress, SiteLagBound, Transport};
 use tokio::runtime::{Handle, Runtime};
 
 use crate::log::{Log, Replicated};
@@ -23,6 +23,7 @@ pub struct NodeOptions {
     site: String,
     priority: u8,
     witness: bool,
+    site_lag_bounds: Vec<SiteLagBound>,
     peers: BTreeMap<String, PeerAddress>,
     heartbeat: Duration,
     election_timeout: Duration,
@@ -44,6 +45,7 @@ impl NodeOptions {
             site: String::new(),
             priority: 0,
             witness: false,
+            site_lag_bounds: Vec::new(),
             peers: BTreeMap::new(),
             heartbeat: Duration::from_millis(100),
             election_timeout: Duration::from_millis(300),
@@ -91,6 +93,12 @@ impl NodeOptions {
     /// becomes a member. Default no.
     pub fn witness(mut self, witness: bool) -> Self {
         self.witness = witness;
+        self
+    }
+
+    /// A site that may lag only so far while this node leads; one bound for each site. Give the same to all members.
+    pub fn site_lag_bound(mut self, bound: SiteLagBound) -> Self {
+        self.site_lag_bounds.push(bound);
         self
     }
 
@@ -180,6 +188,7 @@ impl Node {
             site: options.site,
             priority: options.priority,
             witness: options.witness,
+            site_lag_bounds: options.site_lag_bounds,
             peers,
             heartbeat: options.heartbeat,
             election_timeout: options.election_timeout,

@@ -228,6 +228,11 @@ impl EntryIndex {
         }
     }
 
+    /// Whether nothing from the entry `index` on was purged.
+    pub(crate) fn reaches_back_to(&self, index: u64) -> bool {
+        index >= self.first
+    }
+
     /// The slot of the last entry that is durable.
     fn durable_end(&self) -> Option<(usize, &RecordPos)> {
         self.slots.iter().enumerate().rev().find(|(_, pos)| **pos != NOWHERE)

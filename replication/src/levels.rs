@@ -65,7 +65,7 @@ impl Level {
     }
 
     /// The last index that holds at this level, from what each member has durable. 0 while nothing does.
-    fn holds_to(&self, membership: &Membership, durable: impl Fn(u64) -> Option<u64>) -> u64 {
+    pub(crate) fn holds_to(&self, membership: &Membership, durable: impl Fn(u64) -> Option<u64>) -> u64 {
         let held = match self {
             Self::All => membership.voter_ids().map(|id| durable(id).unwrap_or(0)).min(),
             Self::Site(site) => membership
@@ -88,9 +88,9 @@ struct Followed {
 #[derive(Default)]
 pub(crate) struct Levels(Mutex<Option<Followed>>);
 
-type Replicated = Option<BTreeMap<u64, Option<LogId>>>;
+pub(crate) type Replicated = Option<BTreeMap<u64, Option<LogId>>>;
 
-fn durable(replicated: &Replicated, id: u64) -> Option<u64> {
+pub(crate) fn durable(replicated: &Replicated, id: u64) -> Option<u64> {
     replicated.as_ref()?.get(&id)?.as_ref().map(|id| id.index)
 }
 

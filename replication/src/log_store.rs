@@ -225,6 +225,12 @@ impl LogStore {
         LogIndex(self.state().index.decided())
     }
 
+    /// As [`LogStore::bytes_behind`]; `None` where the log begins later.
+    pub(crate) fn bytes_lacking(&self, index: u64) -> Option<u64> {
+        let state = self.state();
+        state.index.reaches_back_to(index.saturating_add(1)).then(|| state.index.bytes_behind(index))
+    }
+
     /// Bytes of the ring from the entry behind `index` on.
     pub(crate) fn bytes_behind(&self, index: u64) -> u64 {
         self.state().index.bytes_behind(index)

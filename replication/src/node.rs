@@ -41,8 +41,8 @@ use crate::state_machine::StateMachine;
 use crate::types::{Raft, TypeConfig};
 use crate::witness::Replica;
 use crate::{
-    DiskHealth, Durability, Error, ErrorKind, Hello, NodeId, PeerAddress, ReadLevel, Result, Runtime, TokioRuntime,
-    Transport,
+    DiskHealth, Durability, Error, ErrorKind, Hello, NodeId, PeerAddress, ReadLevel, Result, Runtime, SiteLag,
+    SiteLagBound, TokioRuntime, Transport,
 };
 
 /// The group that a node replicates.
@@ -68,6 +68,8 @@ pub struct NodeOptions {
     /// It votes and keeps the log, and holds no tables: a witness, for a third site that is to cost little. It answers no reads, and
     /// is never asked to lead. Fixed when the node becomes a member. Default no.
     pub witness: bool,
+    /// Sites that may lag only so far, looked at by whichever member leads: equal on all. Default none.
+    pub site_lag_bounds: Vec<SiteLagBound>,
     /// Names and addresses of the other processes, for discovery before and after `init`.
     pub peers: BTreeMap<String, PeerAddress>,
     /// Heartbeat interval. Default 100 ms.
@@ -163,6 +165,8 @@ pub struct NodeStatus {
     /// For a leader: voters that have acknowledged nothing for two election timeouts. What is written meanwhile is on fewer volumes than
     /// there are voters.
     pub silent: std::collections::BTreeSet<u64>,
+    /// For a leader: how far the sites lag that have a bound.
+    pub site_lags: Vec<SiteLag>,
     /// Why the node left service, or does not take part yet.
     pub failure: Option<String>,
     /// Damage found and mended in the log.
@@ -282,6 +286,8 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) room: Room,
     /// What the logs of the others take.
     pub(crate) rooms: Arc<PeerRooms<R>>,
+    /// How far the sites lag that have a bound.
+    pub(crate) lags: crate::lag::Lags<R>,
     /// What the others have promised.
     pub(crate) receipts: Arc<crate::receipts::Receipts>,
     /// Drawn at the start: tells this process from another with a copy of its volume.
@@ -564,7 +570,7 @@ impl<R: Runtime> Node<R> {
     /// `found` is what [`Engine::open`] delivered.
     ///
     /// # Errors
-    /// `Invalid` for a name or times out of range, `Corrupt` or `Foreign` when the log does not fit the tables.
+    /// `Invalid` for a name, times or a bound out of range, `Corrupt` or `Foreign` when the log does not fit the tables.
     pub async fn start(
         engine: Engine,
         found: Vec<OwnerRecord>,
@@ -578,6 +584,7 @@ impl<R: Runtime> Node<R> {
             return Err(Error::new(ErrorKind::Invalid, "the label of a site has at most 255 bytes"));
         }
         raft_config(&options)?;
+        options.site_lag_bounds.iter().try_for_each(SiteLagBound::check)?;
         let group = engine.group(GROUP, options.group.clone()).await?;
         let cache_bytes = options.entry_cache_bytes;
         let flushed = (!options.witness).then(|| group.flushed());
@@ -625,6 +632,7 @@ impl<R: Runtime> Node<R> {
             hurry: Arc::default(),
             room,
             rooms: Arc::default(),
+            lags: crate::lag::Lags::default(),
             receipts: Arc::default(),
             opening,
             locals: crate::write::Locals::default(),

@@ -25,6 +25,7 @@ use mainstay_io::BLOCK_BYTES;
 use openraft_rt::Instant;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::lag::SiteLag;
 use crate::node::{Inner, Running};
 use crate::write::RETRY_PAUSE;
 use crate::{Error, ErrorKind, Result, Runtime};
@@ -87,7 +88,10 @@ impl<R: Runtime> Inner<R> {
             self.group.admit().await?;
             // The log's queue has no bound of its own.
             self.engine.wal().admit().await.map_err(mainstay_engine::Error::from)?;
-            if !self.is_crowded(running, bytes) && !self.are_others_crowded(running) {
+            if !self.is_crowded(running, bytes)
+                && !self.are_others_crowded(running)
+                && self.awaited_site(running).is_none()
+            {
                 return Ok(Some(permit));
             }
             R::sleep(RETRY_PAUSE).await;
@@ -134,6 +138,10 @@ impl<R: Runtime> Inner<R> {
 
     /// Why a command was not admitted in time.
     pub(crate) fn not_admitted(&self, running: &Running<R>, command: &[u8]) -> Error {
+        if let Some(SiteLag { site, bytes, time, .. }) = self.awaited_site(running) {
+            let message = format!("a site lags beyond its bound site={site} lag_bytes={bytes} lag_time={time:?}");
+            return Error::new(ErrorKind::Unavailable, message);
+        }
         let bytes = command.len() as u64;
         let message = if bytes > self.own_room() && self.has_unapplied(running) {
             "the log is full of entries that no quorum has acknowledged"

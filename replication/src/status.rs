@@ -21,6 +21,7 @@ impl<R: Runtime> Inner<R> {
             disk_hand_overs: self.disk_hand_overs.load(std::sync::atomic::Ordering::Relaxed),
             priority_hand_overs: self.priority_hand_overs.load(std::sync::atomic::Ordering::Relaxed),
             fetched_bytes: self.fetched_bytes.load(std::sync::atomic::Ordering::Relaxed),
+            site_lags: self.site_lags(),
             ..NodeStatus::default()
         };
         if self.is_witness() {

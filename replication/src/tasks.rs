@@ -361,6 +361,7 @@ impl<R: Runtime> Inner<R> {
         loop {
             R::sleep(RECONCILE).await;
             self.look_at_disk();
+            self.look_at_sites(running);
             if let Some(address) = self.twin().await {
                 self.stand_back(address).await;
                 return;

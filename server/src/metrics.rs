@@ -21,7 +21,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
 use crate::context::Context;
-use crate::status::Status;
+use crate::status::{SiteLagSection, Status};
 
 /// A request by what was called and how it ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -282,6 +282,15 @@ const ROWS: &[Row] = &[
     ("ready", "1 while the process is fit for clients", Kind::Gauge, |s| u64::from(s.ready)),
 ];
 
+type SiteRow = (&'static str, &'static str, fn(&SiteLagSection) -> f64);
+
+/// Name, help, value for each site with a bound, on the leader.
+const SITE_ROWS: &[SiteRow] = &[
+    ("raft_site_lag_bytes", "Bytes of the log that a site lacks", |lag| lag.bytes as f64),
+    ("raft_site_lag_seconds", "How long a site has lacked an entry, in seconds", |lag| lag.time_ms as f64 / 1000.0),
+    ("raft_site_lag_beyond", "1 while a site lags beyond its bound", |lag| f64::from(u8::from(lag.beyond))),
+];
+
 type Histograms = (&'static str, &'static str, fn(&Node) -> LatencyCounts);
 
 /// Name, help, counts. Seconds.
@@ -315,6 +324,13 @@ impl Collector for StatusCollector {
                     let metric = ConstCounter::<u64>::new(value);
                     metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)?;
                 }
+            }
+        }
+        for (name, help, value) in SITE_ROWS {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for lag in &status.raft.site_lags {
+                let metric = ConstGauge::<f64>::new(value(lag));
+                metric.encode(family.encode_family(&[("site", lag.site.as_str())])?)?;
             }
         }
         let Some(node) = self.context.node() else { return Ok(()) };

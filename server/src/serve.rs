@@ -175,6 +175,9 @@ fn node_options(settings: &ServeSettings, advertise: Option<String>, model: &Mod
     if let Some(advertise) = &settings.advertise_peer {
         options = options.advertise(advertise);
     }
+    for bound in &settings.site_lag_bounds {
+        options = options.site_lag_bound(bound.clone());
+    }
     for (name, address) in &settings.peers {
         options = options.peer(name, address);
     }

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use mainstay::BackendChoice;
+use mainstay::{BackendChoice, SiteLagBound};
 use serde::Deserialize;
 
 use crate::cli::Failure;
@@ -78,6 +78,11 @@ pub struct Settings {
     /// reads. Fixed when the process becomes a member
     #[arg(long, env = "MAINSTAY_WITNESS", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", help_heading = "Identity")]
     pub witness: Option<bool>,
+
+    /// How far sites may lag, the same on all members: bytes of the log that a site may lack and how long. Beyond that it is told, and
+    /// with `:wait` writes wait until it is back [default: none]
+    #[arg(long, env = "MAINSTAY_SITE_LAG_MAX", value_name = "SITE=SIZE/TIME[:wait],...", help_heading = "Consensus")]
+    pub site_lag_max: Option<String>,
 
     /// Where clients reach this process [default: --listen]
     #[arg(long, env = "MAINSTAY_ADVERTISE", value_name = "HOST:PORT", help_heading = "Ports")]
@@ -191,6 +196,8 @@ pub struct ServeSettings {
     pub priority: u8,
     /// It votes and holds no data.
     pub witness: bool,
+    /// How far sites may lag.
+    pub site_lag_bounds: Vec<SiteLagBound>,
     /// Client port.
     pub listen: Option<SocketAddr>,
     /// Peer port.
@@ -259,7 +266,7 @@ macro_rules! first_of {
 impl Settings {
     /// These where set, else those of `lower`.
     fn over(self, lower: Self) -> Self {
-        first_of!(self, lower: name, data, peers, site, priority, witness, listen, listen_peer, listen_admin, listen_metrics, advertise,
+        first_of!(self, lower: name, data, peers, site, priority, witness, site_lag_max, listen, listen_peer, listen_admin, listen_metrics, advertise,
             advertise_peer, insecure_listen_anywhere, memory, wal, memtable, background_tasks, backend, heartbeat,
             election_timeout, log_level, log_to, log_format)
     }
@@ -319,6 +326,7 @@ impl Settings {
             site,
             priority: self.priority.unwrap_or(0),
             witness: self.witness.unwrap_or(false),
+            site_lag_bounds: parse_site_lags(self.site_lag_max.as_deref().unwrap_or_default())?,
             memory_bytes,
             wal_bytes,
             memtable_bytes,
@@ -353,6 +361,33 @@ pub(crate) fn check_site(site: &str) -> Result<(), String> {
         return Err(format!("site is at most 255 bytes without spaces site='{site}'"));
     }
     Ok(())
+}
+
+/// `west=64MiB/10s:wait,east=1GiB/5m`.
+fn parse_site_lags(text: &str) -> Result<Vec<SiteLagBound>, Failure> {
+    let mut bounds: Vec<SiteLagBound> = Vec::new();
+    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+        let refused = |why: &str| {
+            Failure::usage(format!(
+                "site-lag-max is SITE=SIZE/TIME or SITE=SIZE/TIME:wait, separated by commas: {why} found='{part}'"
+            ))
+        };
+        let (bound, wait) = part.strip_suffix(":wait").map_or((part, false), |bound| (bound, true));
+        let (site, most) =
+            bound.split_once('=').filter(|(site, _)| !site.is_empty()).ok_or_else(|| refused("no site"))?;
+        check_site(site).map_err(|why| refused(&why))?;
+        let (bytes, time) = most.split_once('/').ok_or_else(|| refused("no time"))?;
+        let ByteSize(bytes) = bytes.parse().map_err(|why: String| refused(&why))?;
+        let Span(time) = time.parse().map_err(|why: String| refused(&why))?;
+        if bytes == 0 || time < Duration::from_secs(1) {
+            return Err(refused("at least 1 byte and 1s"));
+        }
+        if bounds.iter().any(|bound| bound.site == site) {
+            return Err(refused("a site has one bound"));
+        }
+        bounds.push(SiteLagBound { site: site.into(), bytes, time, wait });
+    }
+    Ok(bounds)
 }
 
 /// `a=host:port,b=host:port`.
@@ -459,6 +494,32 @@ mod tests {
         assert!(found.witness && !minimal().check().expect("valid").witness);
         assert_eq!(found.name, "a");
         assert_eq!(found.listen, Some("127.0.0.1:2379".parse().expect("an address")));
+    }
+
+    #[test]
+    fn bounds_of_sites_are_read_and_wrong_ones_are_named() {
+        let settings = |text: &str| Settings { site_lag_max: Some(text.into()), ..minimal() };
+        let found = settings("west=64MiB/10s:wait, east=1GiB/5m").check().expect("valid").site_lag_bounds;
+        let bound = |site: &str, bytes, seconds, wait| SiteLagBound {
+            site: site.into(),
+            bytes,
+            time: Duration::from_secs(seconds),
+            wait,
+        };
+        assert_eq!(found, [bound("west", 64 << 20, 10, true), bound("east", 1 << 30, 300, false)]);
+        for wrong in [
+            "west",
+            "=1MiB/1s",
+            "west=1MiB",
+            "west=x/1s",
+            "west=1MiB/1",
+            "west=0/1s",
+            "west=1MiB/999ms",
+            "w=1/1s,w=2/2s",
+        ] {
+            let message = refused(settings(wrong));
+            assert!(message.contains("site-lag-max") && message.contains("found='"), "{message}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! # Place
 //! Pure: from the counts of engine and node to the document that `/status`, `mainstay status` and both gRPC services show.
 
-use mainstay::{EngineStatus, MemberRole, NodeStatus};
+use mainstay::{EngineStatus, MemberRole, NodeStatus, SiteLag};
 use serde::{Deserialize, Serialize};
 
 /// How a layer is.
@@ -132,6 +132,22 @@ pub struct RaftSection {
     /// On the leader: voters that are silent or far behind, so that what is written now is on fewer volumes than it should be.
     #[serde(default)]
     pub under_replicated: u64,
+    /// On the leader: how far the sites lag that have a bound.
+    #[serde(default)]
+    pub site_lags: Vec<SiteLagSection>,
+}
+
+/// How far a site lags that has a bound.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SiteLagSection {
+    /// Its label.
+    pub site: String,
+    /// Bytes of the log that it lacks.
+    pub bytes: u64,
+    /// How long it has lacked an entry, in milliseconds.
+    pub time_ms: u64,
+    /// Whether that is more than it may.
+    pub beyond: bool,
 }
 
 /// Counts of the engine.
@@ -322,6 +338,7 @@ impl Status {
                 priority_hand_overs: node.priority_hand_overs,
                 fetched_bytes: node.fetched_bytes,
                 under_replicated: under_replicated(&node),
+                site_lags: node.site_lags.iter().map(site_lag_section).collect(),
             },
             engine: EngineSection {
                 flushed: node.group.flushed.0,
@@ -459,7 +476,16 @@ fn raft_verdict(node: &NodeStatus) -> Verdict {
             format!("{line}, under-replicated: {silent} voters silent, {behind} members far behind"),
         );
     }
+    if let Some(lag) = node.site_lags.iter().find(|lag| lag.beyond) {
+        let lacks = size(lag.bytes);
+        return verdict(Health::Warn, format!("{line}, site {} lacks {lacks}, for {:?}", lag.site, lag.time));
+    }
     verdict(Health::Ok, line)
+}
+
+fn site_lag_section(lag: &SiteLag) -> SiteLagSection {
+    let SiteLag { site, bytes, time, beyond } = lag.clone();
+    SiteLagSection { site, bytes, time_ms: u64::try_from(time.as_millis()).unwrap_or(u64::MAX), beyond }
 }
 
 /// Voters of a leader that are silent or far behind.
@@ -550,6 +576,7 @@ mod tests {
             leader: Some(leader.id),
             term: 3,
             members: vec![leader],
+            site_lags: vec![SiteLag { site: "west".into(), bytes: 0, time: std::time::Duration::ZERO, beyond: false }],
             ..NodeStatus::default()
         };
         let engine = EngineStatus {
@@ -584,6 +611,9 @@ mod tests {
         check("raft", Health::Bad, &|s| s.node.failure = Some("log failed".into()));
         check("raft", Health::Warn, &|s| s.node.role = "waiting".into());
         check("raft", Health::Warn, &|s| s.node.lag = [(3, READY_LAG_MAX + 1)].into());
+        let lags = |beyond| SiteLag { site: "west".into(), bytes: 1, time: std::time::Duration::ZERO, beyond };
+        check("raft", Health::Ok, &|s| s.node.site_lags = vec![lags(false)]);
+        check("raft", Health::Warn, &|s| s.node.site_lags = vec![lags(false), lags(true)]);
         check("engine", Health::Bad, &|s| s.node.group.diverged = true);
         check("engine", Health::Warn, &|s| s.node.group.divergences = 1);
         check("engine", Health::Bad, &|s| s.engine.heal.tables_damaged = 1);

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use mainstay_server::proto::etcdserverpb::kv_client::KvClient;
 use mainstay_server::proto::etcdserverpb::{PutRequest, RangeRequest};
@@ -60,6 +61,7 @@ impl Server {
         command.arg("serve").args(["--name", name, "--peers", peers, "--wal", "8MiB", "--memory", "32MiB"]);
         command.arg("--data").arg(data).args(["--listen", ports.client(), "--listen-peer", ports.peer()]);
         command.args(["--listen-admin", ports.admin(), "--listen-metrics", ports.metrics()]);
+        command.args(["--site-lag-max", "here=1MiB/5s"]);
         let mut process = command.stderr(Stdio::piped()).spawn().expect("starts");
         let lines = BufReader::new(process.stderr.take().expect("piped")).lines();
         let mut server = Self { process, lines };
@@ -212,10 +214,22 @@ fn the_status_has_the_promised_keys_and_a_line_for_each_layer() {
     let ports = Ports::free();
     let server = Server::start("a", &folder.path().join("a"), &ports, "");
     json(&run(&["init", "--members", "a", "--admin", ports.admin(), "--json"]));
-    let status = json(&run(&["status", "--admin", ports.admin(), "--json"]));
+    assert!(run(&["member", "set", "a", "--site", "here", "--admin", ports.admin()]).status.success());
+    // A leader looks at its sites twice a second.
+    let end = Instant::now() + Duration::from_secs(20);
+    let status = loop {
+        let status = json(&run(&["status", "--admin", ports.admin(), "--json"]));
+        if status[0]["raft"]["site_lags"][0].is_object() {
+            break status;
+        }
+        assert!(Instant::now() < end, "{status:#}");
+    };
+    let (_, metrics) = get(ports.metrics(), "/metrics");
+    assert!(metrics.contains("mainstay_raft_site_lag_beyond{site=\"here\"} 0"), "{metrics}");
     let status = &status[0];
     for key in include_str!("../testdata/status_keys.txt").lines() {
-        let pointer = format!("/{}", key.replace("raft.members.", "raft.members.0.").replace('.', "/"));
+        let key = key.replace("raft.members.", "raft.members.0.").replace("raft.site_lags.", "raft.site_lags.0.");
+        let pointer = format!("/{}", key.replace('.', "/"));
         assert!(status.pointer(&pointer).is_some(), "{key} is missing in {status:#}");
     }
     assert_eq!(status["member"], "a");

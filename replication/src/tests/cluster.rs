@@ -43,6 +43,7 @@ pub(super) struct Cluster {
     pub(super) priorities: Vec<u8>,
     /// Members that hold no data.
     pub(super) witnesses: Vec<usize>,
+    pub(super) site_lag_bounds: Vec<crate::SiteLagBound>,
     crashes: u64,
     pub(super) wrap: Wrap,
     /// In the place of the clock of a test.
@@ -79,6 +80,7 @@ impl Cluster {
             entry_cache_bytes: 1 << 20,
             priorities: Vec::new(),
             witnesses: Vec::new(),
+            site_lag_bounds: Vec::new(),
             crashes: 0,
             wrap: Arc::new(|transport| Arc::new(transport)),
             clock: None,
@@ -156,6 +158,7 @@ impl Cluster {
             site: format!("site-{i}"),
             priority: self.priorities.get(i).copied().unwrap_or(0),
             witness: self.witnesses.contains(&i),
+            site_lag_bounds: self.site_lag_bounds.clone(),
             peers: self.peers.clone(),
             heartbeat: Duration::from_millis(100),
             election_timeout: Duration::from_millis(300),

@@ -17,14 +17,14 @@ use crate::{
 
 /// Nodes that nobody reaches and that reach nobody, by address.
 #[derive(Clone, Default)]
-struct Islands(Arc<Mutex<BTreeSet<PeerAddress>>>);
+pub(super) struct Islands(Arc<Mutex<BTreeSet<PeerAddress>>>);
 
 impl Islands {
-    fn cut(&self, address: &PeerAddress) {
+    pub(super) fn cut(&self, address: &PeerAddress) {
         self.0.lock().expect("not poisoned").insert(address.clone());
     }
 
-    fn mend(&self) {
+    pub(super) fn mend(&self) {
         self.0.lock().expect("not poisoned").clear();
     }
 
@@ -51,7 +51,7 @@ impl Disturb for Islands {
     }
 }
 
-async fn cuttable(count: usize) -> (Cluster, Islands) {
+pub(super) async fn cuttable(count: usize) -> (Cluster, Islands) {
     let islands = Islands::default();
     let mut cluster = Cluster::blank(count).await;
     cluster.wrap = disturbed(islands.clone());

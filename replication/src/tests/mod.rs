@@ -7,6 +7,7 @@ mod disturb;
 mod guarantees;
 mod heal;
 mod installs;
+mod lag;
 mod log;
 mod machine;
 mod members;

@@ -416,6 +416,7 @@ impl Cluster {
             site: String::new(),
             priority: member.priority,
             witness: member.witness,
+            site_lag_bounds: Vec::new(),
             peers,
             heartbeat: Duration::from_millis(100),
             election_timeout: Duration::from_millis(300),
