@@ -512,6 +512,14 @@ impl EntryIndex {
     /// Checks what recovery found.
     pub(crate) fn check(&mut self) -> Result<()> {
         let expect = self.purged.map_or(0, |p| p.index + 1);
+        let begins = self.purged.is_some() || !self.slots.is_empty();
+        let short = begins && !self.tableless && self.decided >= self.next() && self.log_id(self.decided).is_none();
+        if short {
+            // While the ring was full it took no entry, and others committed some that came into tables here. Nothing was promised of
+            // them; what they are called, others have to say.
+            self.holes = true;
+            self.open = true;
+        }
         if self.holes {
             let from_birth = self.purged.is_none() && self.decided == 0 && (!self.tableless || self.first == 1);
             if from_birth && !self.slots.is_empty() && self.first <= MISSING_MAX {
@@ -521,7 +529,8 @@ impl EntryIndex {
             }
             // The log was cut up to what is in tables, and which tables those are was lost with a part of the node's log.
             let behind = expect > self.decided.saturating_add(1);
-            let unnamed = !self.missing.contains(&self.decided) && self.state_at(self.decided).is_err();
+            let named_by_the_end = short || self.missing.contains(&self.decided);
+            let unnamed = !named_by_the_end && self.state_at(self.decided).is_err();
             self.base_lost |= behind || unnamed || (!self.slots.is_empty() && self.first != expect);
             return Ok(());
         }

@@ -332,6 +332,30 @@ mod tests {
     }
 
     #[test]
+    fn tables_that_go_beyond_the_log_are_named_by_others() {
+        let recover = |records: Vec<Recovered>, flushed| {
+            let mut index = EntryIndex::new(1 << 20, flushed);
+            (0..).zip(records).for_each(|(n, record)| index.recover(record, pos(n)));
+            index.settle();
+            index.check().map(|()| index.damage())
+        };
+        let entries = |count: u64| (0..count).map(|i| R::Entry(entry(1, i))).collect::<Vec<_>>();
+        let m = StoredMembership::new(Some(log_id(1, 0)), Membership::default());
+        let check = |records, flushed, expect| {
+            let damage = recover(records, flushed).expect("no error");
+            assert_eq!(damage.clone().and_then(|damage| damage.open_from), expect, "{flushed}: {damage:?}");
+            assert!(damage.is_none_or(|d| !d.base && !d.vote && d.missing.is_empty()), "nothing else");
+        };
+        check(entries(3), 2, None);
+        check(entries(3), 3, Some(3));
+        check(entries(3), 9, Some(3));
+        check(vec![R::Purge(log_id(1, 6), m.clone())], 6, None);
+        check(vec![R::Purge(log_id(1, 6), m)], 8, Some(7));
+        // A log of nothing is another volume's.
+        assert_eq!(recover(vec![], 3).expect("told by whoever asks for the state"), None);
+    }
+
+    #[test]
     fn the_state_of_another_replica_replaces_what_it_covers_and_nothing_else() {
         let m = StoredMembership::new(Some(log_id(1, 0)), Membership::default());
         let damaged = || {

@@ -15,6 +15,10 @@ async fn two_and_a_witness() -> Cluster {
     cluster.witnesses = vec![WITNESS];
     cluster.start_all().await;
     cluster.node(0).init(&cluster.names()).await.expect("born");
+    // With the identity the connections of before go.
+    for i in 0..3 {
+        cluster.until(i, |s| s.leader.is_some()).await;
+    }
     cluster
 }
 
