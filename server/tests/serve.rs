@@ -1,128 +1,13 @@
 //! Real processes: birth, writes, ports, settings, a clean stop.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+mod process;
+
 use std::time::{Duration, Instant};
 
 use mainstay_server::proto::etcdserverpb::kv_client::KvClient;
 use mainstay_server::proto::etcdserverpb::{PutRequest, RangeRequest};
 use mainstay_server::proto::mainstay::v1 as pb;
-use rustix::process::{Pid, Signal, kill_process};
-
-/// Free ports for one process: client, peer, admin, metrics.
-struct Ports([String; 4]);
-
-impl Ports {
-    fn free() -> Self {
-        let bound: Vec<TcpListener> = (0..4).map(|_| TcpListener::bind("127.0.0.1:0").expect("a port")).collect();
-        let addresses: Vec<String> = bound.iter().map(|l| l.local_addr().expect("bound").to_string()).collect();
-        Self(addresses.try_into().expect("four of four"))
-    }
-
-    fn client(&self) -> &str {
-        &self.0[0]
-    }
-
-    fn peer(&self) -> &str {
-        &self.0[1]
-    }
-
-    fn admin(&self) -> &str {
-        &self.0[2]
-    }
-
-    fn metrics(&self) -> &str {
-        &self.0[3]
-    }
-}
-
-fn mainstay() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_mainstay"));
-    for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("MAINSTAY_") {
-            command.env_remove(name);
-        }
-    }
-    command
-}
-
-/// A process that is killed by its id when the test ends, however it ends.
-struct Server {
-    process: Child,
-    lines: std::io::Lines<BufReader<std::process::ChildStderr>>,
-}
-
-impl Server {
-    /// Starts `serve` and waits for the log line that says that it serves.
-    fn start(name: &str, data: &Path, ports: &Ports, peers: &str) -> Self {
-        let mut command = mainstay();
-        command.arg("serve").args(["--name", name, "--peers", peers, "--wal", "8MiB", "--memory", "32MiB"]);
-        command.arg("--data").arg(data).args(["--listen", ports.client(), "--listen-peer", ports.peer()]);
-        command.args(["--listen-admin", ports.admin(), "--listen-metrics", ports.metrics()]);
-        command.args(["--site-lag-max", "here=1MiB/5s"]);
-        let mut process = command.stderr(Stdio::piped()).spawn().expect("starts");
-        let lines = BufReader::new(process.stderr.take().expect("piped")).lines();
-        let mut server = Self { process, lines };
-        server.line_with("\"message\":\"serving\"");
-        server
-    }
-
-    /// The next line of the log that holds `text`. Every line is one JSON object with the stable keys.
-    fn line_with(&mut self, text: &str) -> serde_json::Value {
-        for line in self.lines.by_ref() {
-            let line = line.expect("utf-8");
-            let object: serde_json::Value = serde_json::from_str(&line).expect("JSON");
-            assert!(object["time"].is_string() && object["member"].is_string(), "{line}");
-            if line.contains(text) {
-                return object;
-            }
-        }
-        panic!("the log ended without {text}");
-    }
-
-    fn stop(mut self) {
-        kill_process(Pid::from_child(&self.process), Signal::TERM).expect("told");
-        self.line_with("\"message\":\"closed\"");
-        let status = self.process.wait().expect("ends");
-        assert_eq!(status.code(), Some(0));
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-/// One HTTP/1.1 request: status and body.
-fn get(address: &str, path: &str) -> (u16, String) {
-    let mut stream = TcpStream::connect(address).expect("connects");
-    let mut answer = Vec::new();
-    // A port that does not speak HTTP/1 answers with what is no HTTP/1, or resets the connection, perhaps before it has all.
-    let _ = write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-    let _ = stream.read_to_end(&mut answer);
-    let answer = String::from_utf8_lossy(&answer).into_owned();
-    let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or_default();
-    let body = answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default();
-    (status, body)
-}
-
-fn run(args: &[&str]) -> Output {
-    mainstay().args(args).output().expect("runs")
-}
-
-fn json(output: &Output) -> serde_json::Value {
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(0), "{text}");
-    serde_json::from_slice(&output.stdout).expect("one JSON document")
-}
-
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
-}
+use process::{Ports, Server, get, json, mainstay, run, runtime};
 
 #[test]
 fn one_replica_is_born_written_stopped_and_found_again() {
@@ -212,7 +97,7 @@ fn each_port_serves_its_own_and_nothing_else() {
 fn the_status_has_the_promised_keys_and_a_line_for_each_layer() {
     let folder = tempfile::tempdir().expect("a folder");
     let ports = Ports::free();
-    let server = Server::start("a", &folder.path().join("a"), &ports, "");
+    let server = Server::start_with("a", &folder.path().join("a"), &ports, "", &["--site-lag-max", "here=1MiB/5s"]);
     json(&run(&["init", "--members", "a", "--admin", ports.admin(), "--json"]));
     assert!(run(&["member", "set", "a", "--site", "here", "--admin", ports.admin()]).status.success());
     // A leader looks at its sites twice a second.
