@@ -3,7 +3,9 @@
 //! # Invariants
 //! 1. A client's time limit (`grpc-timeout`) ends the wait for its answer: the request is dropped and answered with
 //!    `DEADLINE_EXCEEDED`. What it proposed goes on.
-//! 2. Once `stop` is true nothing is accepted, connections are told to go, and requests under way are answered.
+//! 2. A connection beyond its limit is told to go at once ([`refuse`]), a request beyond one is answered with
+//!    `RESOURCE_EXHAUSTED` before it reaches a service, or as its body outgrows what is left.
+//! 3. Once `stop` is true nothing is accepted, connections are told to go, and requests under way are answered.
 //!
 //! # Why not
 //! tonic's own server: around each request it puts a boxed service and layers for limits, spans and errors that nothing here
@@ -15,23 +17,27 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures_util::future::{Either, Ready, ready};
+use h2::Reason;
 use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Sleep;
 use tonic::Status;
-use tonic::body::Body;
 use tonic::codegen::Service;
 use tonic::codegen::http::{HeaderMap, Request, Response};
 
 use crate::etcd::KvServer;
 use crate::front::{Counted, Front};
+use crate::limits::{Admitted, AnswerBody, Limits, Taken};
 
 /// Requests in flight on one connection.
 const STREAMS_MAX: u32 = 4096;
@@ -45,12 +51,24 @@ const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 /// Pause after a connection could not be accepted: out of file descriptors, most likely.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Connections that are being told to go, at most; more are closed without a word.
+const REFUSALS_MAX: usize = 64;
+/// Longest time for a connection to be told to go.
+const REFUSAL_TIME_MAX: Duration = Duration::from_secs(1);
 /// Digits of a time limit: more than eight are against the protocol.
 const TIMEOUT_DIGITS_MAX: usize = 8;
 
 /// Serves connections until `stop` is true, and then until the last has ended. Dropped, it cuts them off.
-pub(crate) async fn serve(listener: TcpListener, front: Front<KvServer>, stop: watch::Receiver<bool>) {
+pub(crate) async fn serve(
+    listener: TcpListener,
+    front: Front<KvServer>,
+    limits: Arc<Limits>,
+    stop: watch::Receiver<bool>,
+) {
     let mut connections = JoinSet::new();
+    let mut refusals = JoinSet::new();
+    // Of many refusals in a row one is logged.
+    let mut is_full = false;
     let mut stopping = stop.clone();
     loop {
         let accepted = tokio::select! {
@@ -59,10 +77,24 @@ pub(crate) async fn serve(listener: TcpListener, front: Front<KvServer>, stop: w
             _ = stopping.wait_for(|stop| *stop) => break,
         };
         while connections.try_join_next().is_some() {}
+        while refusals.try_join_next().is_some() {}
         match accepted {
-            Ok((stream, _)) => {
-                connections.spawn(serve_connection(stream, front.clone(), stop.clone()));
-            }
+            Ok((stream, _)) => match limits.connections.take_one() {
+                Ok(place) => {
+                    is_full = false;
+                    let requests = Requests { front: front.clone(), limits: limits.clone() };
+                    connections.spawn(serve_connection(stream, requests, place, stop.clone()));
+                }
+                Err(error) => {
+                    if !is_full {
+                        tracing::warn!(%error, "clients are refused");
+                    }
+                    is_full = true;
+                    if refusals.len() < REFUSALS_MAX {
+                        refusals.spawn(refuse(stream));
+                    }
+                }
+            },
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a client");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -73,7 +105,23 @@ pub(crate) async fn serve(listener: TcpListener, front: Front<KvServer>, stop: w
     while connections.join_next().await.is_some() {}
 }
 
-async fn serve_connection(stream: TcpStream, front: Front<KvServer>, mut stop: watch::Receiver<bool>) {
+/// Tells a client to go, in the words of HTTP/2.
+async fn refuse(mut stream: TcpStream) {
+    let telling = async {
+        let mut connection = h2::server::handshake(&mut stream).await.map_err(std::io::Error::other)?;
+        connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+        // It ends with the very error that it was told to send.
+        let _ = std::future::poll_fn(|context| connection.poll_closed(context)).await;
+        drop(connection);
+        stream.shutdown().await?;
+        // Closed at once, the socket would answer what the client still sends with a reset, and the client might see that alone.
+        tokio::io::copy(&mut stream, &mut tokio::io::sink()).await
+    };
+    // Whether it was heard changes nothing: the connection ends here.
+    let _ = tokio::time::timeout(REFUSAL_TIME_MAX, telling).await;
+}
+
+async fn serve_connection(stream: TcpStream, requests: Requests, _place: Taken, mut stop: watch::Receiver<bool>) {
     // Answers are small and waited for.
     let _ = stream.set_nodelay(true);
     let mut http = http2::Builder::new(TokioExecutor::new());
@@ -83,7 +131,7 @@ async fn serve_connection(stream: TcpStream, front: Front<KvServer>, mut stop: w
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .initial_stream_window_size(STREAM_WINDOW_BYTES);
-    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), Requests(front)));
+    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), requests));
     let mut told = false;
     loop {
         tokio::select! {
@@ -102,16 +150,28 @@ async fn serve_connection(stream: TcpStream, front: Front<KvServer>, mut stop: w
 }
 
 /// The requests of one connection.
-struct Requests(Front<KvServer>);
+struct Requests {
+    front: Front<KvServer>,
+    limits: Arc<Limits>,
+}
 
 impl hyper::service::Service<Request<Incoming>> for Requests {
-    type Response = Response<Body>;
+    type Response = Response<AnswerBody>;
     type Error = Infallible;
-    type Future = Limited;
+    type Future = Either<Limited, Ready<Result<Self::Response, Infallible>>>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let limit = time_limit(request.headers()).map(|limit| Box::pin(tokio::time::sleep(limit)));
-        Limited { answering: self.0.clone().call(request.map(Body::new)), limit }
+        match self.limits.admit(request) {
+            Ok((request, admitted)) => {
+                let answering = self.front.clone().call(request);
+                Either::Left(Limited { answering, limit, admitted: Some(admitted) })
+            }
+            Err(error) => {
+                let answer = Status::from(error).into_http();
+                Either::Right(ready(Ok(answer.map(|body| AnswerBody::new(body, None)))))
+            }
+        }
     }
 }
 
@@ -119,22 +179,24 @@ impl hyper::service::Service<Request<Incoming>> for Requests {
 struct Limited {
     answering: Counted,
     limit: Option<Pin<Box<Sleep>>>,
+    /// Goes on with the answer.
+    admitted: Option<Arc<Admitted>>,
 }
 
 impl Future for Limited {
-    type Output = Result<Response<Body>, Infallible>;
+    type Output = Result<Response<AnswerBody>, Infallible>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        if let Poll::Ready(answer) = Pin::new(&mut self.answering).poll(context) {
-            return Poll::Ready(answer);
-        }
-        match &mut self.limit {
-            Some(limit) => {
+        let answer = match (Pin::new(&mut self.answering).poll(context), &mut self.limit) {
+            (Poll::Ready(Ok(answer)), _) => answer,
+            (Poll::Pending, Some(limit)) => {
                 std::task::ready!(limit.as_mut().poll(context));
-                Poll::Ready(Ok(Status::deadline_exceeded("context deadline exceeded").into_http()))
+                Status::deadline_exceeded("context deadline exceeded").into_http()
             }
-            None => Poll::Pending,
-        }
+            (Poll::Pending, None) => return Poll::Pending,
+        };
+        let admitted = self.admitted.take();
+        Poll::Ready(Ok(answer.map(|body| AnswerBody::new(body, admitted))))
     }
 }
 

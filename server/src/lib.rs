@@ -20,6 +20,7 @@ mod connections;
 mod context;
 pub mod demo;
 mod front;
+mod limits;
 mod logs;
 mod metrics;
 mod offline;

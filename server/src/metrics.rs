@@ -21,6 +21,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
 use crate::context::Context;
+use crate::limits::{Limits, Quota};
 use crate::status::{SiteLagSection, Status};
 
 /// A request by what was called and how it ended.
@@ -44,7 +45,7 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
-    pub(crate) fn new(context: Arc<Context>) -> Arc<Self> {
+    pub(crate) fn new(context: Arc<Context>, limits: Arc<Limits>) -> Arc<Self> {
         let mut registry = Registry::with_prefix("mainstay");
         let requests: Family<RequestLabels, Counter> = Family::default();
         registry.register("requests", "Requests on the client port by method and gRPC code", requests.clone());
@@ -56,6 +57,7 @@ impl Metrics {
             seconds.clone(),
         );
         registry.register_collector(Box::new(StatusCollector { context }));
+        registry.register_collector(Box::new(LimitsCollector { limits }));
         let hot = HOT_METHODS.map(|method| {
             let labels = MethodLabels { method: method.to_owned() };
             let ok = RequestLabels { method: method.to_owned(), code: "Ok".into() };
@@ -310,21 +312,30 @@ fn buckets(counts: &LatencyCounts) -> Vec<(f64, u64)> {
     counts.counts.iter().enumerate().map(|(i, count)| (bound(i), *count)).collect()
 }
 
+fn encode(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    kind: &Kind,
+    value: u64,
+) -> Result<(), std::fmt::Error> {
+    match kind {
+        Kind::Gauge => {
+            let metric = ConstGauge::<i64>::new(i64::try_from(value).unwrap_or(i64::MAX));
+            metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
+        }
+        Kind::Counter => {
+            let metric = ConstCounter::<u64>::new(value);
+            metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
+        }
+    }
+}
+
 impl Collector for StatusCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         let Some(status) = self.context.status() else { return Ok(()) };
         for (name, help, kind, value) in ROWS {
-            let value = value(&status);
-            match kind {
-                Kind::Gauge => {
-                    let metric = ConstGauge::<i64>::new(i64::try_from(value).unwrap_or(i64::MAX));
-                    metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)?;
-                }
-                Kind::Counter => {
-                    let metric = ConstCounter::<u64>::new(value);
-                    metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)?;
-                }
-            }
+            encode(&mut encoder, name, help, kind, value(&status))?;
         }
         for (name, help, value) in SITE_ROWS {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
@@ -338,6 +349,44 @@ impl Collector for StatusCollector {
             let counts = counts(node);
             let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
             metric.encode_histogram::<NoLabelSet>(counts.sum.as_secs_f64(), counts.total(), &buckets(&counts), None)?;
+        }
+        Ok(())
+    }
+}
+
+/// Turns the limits into metrics when they are asked for.
+struct LimitsCollector {
+    limits: Arc<Limits>,
+}
+
+impl std::fmt::Debug for LimitsCollector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("LimitsCollector")
+    }
+}
+
+type LimitRow = (&'static str, &'static str, fn(&Limits) -> &Quota);
+
+/// Name, what it counts, quota.
+const LIMIT_ROWS: &[LimitRow] = &[
+    ("client_connections", "Connections of clients", |limits| &limits.connections),
+    ("client_requests", "Requests under way on the client port", |limits| &limits.requests),
+    ("client_streams", "Open streams of clients", |limits| &limits.streams),
+    ("client_request_bytes", "Bytes of the bodies of requests under way", |limits| &limits.request_bytes),
+];
+
+impl Collector for LimitsCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        for (name, what, quota) in LIMIT_ROWS {
+            let quota = quota(&self.limits);
+            let rows = [
+                ("in_use", "now", Kind::Gauge, quota.in_use()),
+                ("max", "at most", Kind::Gauge, quota.limit()),
+                ("refused", "times that one more was refused", Kind::Counter, quota.refused()),
+            ];
+            for (suffix, which, kind, value) in rows {
+                encode(&mut encoder, &format!("{name}_{suffix}"), &format!("{what}: {which}"), &kind, value)?;
+            }
         }
         Ok(())
     }

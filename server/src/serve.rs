@@ -26,6 +26,7 @@ use crate::cli::Failure;
 use crate::context::Context;
 use crate::etcd::{Etcd, EtcdSettings, KvServer, Model, NodeBackend};
 use crate::front::Front;
+use crate::limits::{self, Limits};
 use crate::metrics::Metrics;
 use crate::settings::ServeSettings;
 use crate::{admin, connections, logs, metrics, service};
@@ -40,6 +41,7 @@ const DRAIN_MAX: Duration = Duration::from_secs(3);
 /// Runs until SIGTERM or SIGINT.
 pub(crate) fn run(settings: ServeSettings) -> Result<(), Failure> {
     logs::start(&settings)?;
+    limits::raise_open_files()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().thread_name("mainstay").enable_all().build()?;
     let result = runtime.block_on(serve(settings));
     if let Err(failure) = &result {
@@ -104,7 +106,8 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
     });
 
     let context = Context::new(&settings.name);
-    let metrics = Metrics::new(context.clone());
+    let limits = Limits::new(&settings);
+    let metrics = Metrics::new(context.clone(), limits.clone());
     let (stop_health, stopped_health) = watch::channel(false);
     let health = start_health(&context, &metrics, admin_port, metrics_port, stopped_health)?;
     let turning = tokio::spawn(turn(context.clone()));
@@ -123,7 +126,7 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
         let listener = client.take()?;
         let clients = tokio::spawn(async move {
             if let Some(listener) = listener {
-                connections::serve(listener, front, stopped_clients).await;
+                connections::serve(listener, front, limits, stopped_clients).await;
             }
         });
         let watching = tokio::spawn(log_changes(node.clone()));

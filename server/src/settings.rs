@@ -18,7 +18,11 @@ use mainstay::{BackendChoice, SiteLagBound};
 use serde::Deserialize;
 
 use crate::cli::Failure;
+use crate::limits;
 use crate::units::{ByteSize, Span};
+
+/// Most connections, requests and streams that a limit may allow.
+const COUNT_MAX: u64 = 1 << 20;
 
 /// The file of settings, and the switch that no file may set.
 #[derive(Args, Clone, Debug, Default)]
@@ -117,6 +121,26 @@ pub struct Settings {
     /// Disk interface [default: auto, io_uring where it works, else threads]
     #[arg(long, env = "MAINSTAY_BACKEND", value_enum, help_heading = "Storage")]
     pub backend: Option<Backend>,
+
+    /// Connections that clients may have at once, 1 to 1048576; one more is told to go. At most 256 fewer than the files that
+    /// the process may have open [default: 16384, or what these files allow]
+    #[arg(long, env = "MAINSTAY_CONNECTIONS_MAX", value_name = "COUNT", help_heading = "Limits")]
+    pub connections_max: Option<u64>,
+
+    /// Requests under way at once over all connections of clients, 1 to 1048576; one more is answered with RESOURCE_EXHAUSTED.
+    /// More take more memory in a rush, fewer are refused sooner [default: 8192]
+    #[arg(long, env = "MAINSTAY_REQUESTS_MAX", value_name = "COUNT", help_heading = "Limits")]
+    pub requests_max: Option<u64>,
+
+    /// Streams open at once over all connections of clients, watches, keep-alives and snapshots, 1 to 1048576; one more is answered
+    /// with RESOURCE_EXHAUSTED. They take nothing from --requests-max [default: 16384]
+    #[arg(long, env = "MAINSTAY_STREAMS_MAX", value_name = "COUNT", help_heading = "Limits")]
+    pub streams_max: Option<u64>,
+
+    /// Memory for the bodies of all requests under way, beside --memory, 4MiB to 1TiB; a request that does not fit is answered with
+    /// RESOURCE_EXHAUSTED [default: a quarter of --memory]
+    #[arg(long, env = "MAINSTAY_REQUESTS_MEMORY", value_name = "SIZE", help_heading = "Limits")]
+    pub requests_memory: Option<ByteSize>,
 
     /// Interval of heartbeats [default: 100ms]
     #[arg(long, env = "MAINSTAY_HEARTBEAT", value_name = "TIME", help_heading = "Consensus")]
@@ -220,6 +244,14 @@ pub struct ServeSettings {
     pub background_tasks: usize,
     /// Disk interface.
     pub backend: Backend,
+    /// Connections of clients at once.
+    pub connections_max: u64,
+    /// Requests under way at once.
+    pub requests_max: u64,
+    /// Streams open at once.
+    pub streams_max: u64,
+    /// Bytes of the bodies of all requests under way.
+    pub requests_memory_bytes: u64,
     /// Heartbeat interval.
     pub heartbeat: Duration,
     /// Lower bound of the election timeout.
@@ -267,8 +299,8 @@ impl Settings {
     /// These where set, else those of `lower`.
     fn over(self, lower: Self) -> Self {
         first_of!(self, lower: name, data, peers, site, priority, witness, site_lag_max, listen, listen_peer, listen_admin, listen_metrics, advertise,
-            advertise_peer, insecure_listen_anywhere, memory, wal, memtable, background_tasks, backend, heartbeat,
-            election_timeout, log_level, log_to, log_format)
+            advertise_peer, insecure_listen_anywhere, memory, wal, memtable, background_tasks, backend, connections_max,
+            requests_max, streams_max, requests_memory, heartbeat, election_timeout, log_level, log_to, log_format)
     }
 
     fn check(self) -> Result<ServeSettings, Failure> {
@@ -299,12 +331,22 @@ impl Settings {
         let wal_bytes = self.wal.map_or(mainstay::WAL_BYTES_DEFAULT, |size| size.0);
         let memtable_bytes = self.memtable.map_or(16 << 20, |size| size.0);
         let background_tasks = self.background_tasks.unwrap_or(1);
+        let connections_possible = limits::connections_possible().min(COUNT_MAX);
+        let connections_max = self.connections_max.unwrap_or(connections_possible.min(16_384));
+        let requests_max = self.requests_max.unwrap_or(8192);
+        let streams_max = self.streams_max.unwrap_or(16_384);
+        let requests_memory_bytes = self.requests_memory.map_or(memory_bytes / 4, |size| size.0);
         let heartbeat = self.heartbeat.map_or(Duration::from_millis(100), |span| span.0);
         let election_timeout = self.election_timeout.map_or(Duration::from_millis(300), |span| span.0);
         bounds("memory", memory_bytes, 16 << 20, 1 << 40)?;
         bounds("wal", wal_bytes, 1 << 20, 1 << 40)?;
         bounds("memtable", memtable_bytes, 64 << 10, 1 << 30)?;
         bounds("background-tasks", background_tasks as u64, 1, 16)?;
+        bounds("connections-max", connections_max, 1, connections_possible)?;
+        bounds("requests-max", requests_max, 1, COUNT_MAX)?;
+        bounds("streams-max", streams_max, 1, COUNT_MAX)?;
+        // The largest request of the etcd API always fits, while nothing else is under way.
+        bounds("requests-memory", requests_memory_bytes, 4 << 20, 1 << 40)?;
         if heartbeat < Duration::from_millis(5) || election_timeout < heartbeat * 2 {
             let message = format!(
                 "heartbeat is at least 5ms and election-timeout at least twice as long heartbeat={}ms election-timeout={}ms",
@@ -332,6 +374,10 @@ impl Settings {
             memtable_bytes,
             background_tasks,
             backend: self.backend.unwrap_or(Backend::Auto),
+            connections_max,
+            requests_max,
+            streams_max,
+            requests_memory_bytes,
             heartbeat,
             election_timeout,
             log_level: self.log_level.unwrap_or_else(|| "info".into()),
@@ -482,7 +528,7 @@ mod tests {
     fn what_is_above_wins_and_what_is_below_fills() {
         let upper = Settings { heartbeat: Some(Span(Duration::from_millis(50))), ..Settings::default() };
         let lower = parse_file(
-            "heartbeat = '75ms'\nwal = '32MiB'\nmemory = 33554432\npriority = 7\nwitness = true",
+            "heartbeat = '75ms'\nwal = '32MiB'\nmemory = 33554432\npriority = 7\nwitness = true\nconnections-max = 9",
             Path::new("file"),
         )
         .expect("valid");
@@ -491,6 +537,8 @@ mod tests {
         assert_eq!(found.wal_bytes, 32 << 20);
         assert_eq!(found.memory_bytes, 32 << 20);
         assert_eq!(found.priority, 7);
+        assert_eq!((found.connections_max, found.requests_max, found.streams_max), (9, 8192, 16_384));
+        assert_eq!(found.requests_memory_bytes, 8 << 20, "a quarter of the memory");
         assert!(found.witness && !minimal().check().expect("valid").witness);
         assert_eq!(found.name, "a");
         assert_eq!(found.listen, Some("127.0.0.1:2379".parse().expect("an address")));
@@ -576,6 +624,12 @@ mod tests {
     fn values_out_of_range_are_named_with_their_bounds() {
         let message = refused(Settings { wal: Some(ByteSize(4096)), ..minimal() });
         assert!(message.contains("wal") && message.contains("least=1048576"), "{message}");
+        let message = refused(Settings { connections_max: Some(u64::MAX), ..minimal() });
+        assert!(message.contains("connections-max") && message.contains("most="), "{message}");
+        assert!(refused(Settings { requests_max: Some(0), ..minimal() }).contains("requests-max"));
+        assert!(refused(Settings { streams_max: Some(0), ..minimal() }).contains("streams-max"));
+        let small = Some(ByteSize((4 << 20) - 1));
+        assert!(refused(Settings { requests_memory: small, ..minimal() }).contains("requests-memory"));
         let message = refused(Settings { election_timeout: Some(Span(Duration::from_millis(50))), ..minimal() });
         assert!(message.contains("election-timeout"), "{message}");
         assert!(refused(Settings { name: None, ..minimal() }).contains("MAINSTAY_NAME"));
