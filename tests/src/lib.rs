@@ -9,6 +9,7 @@
 
 pub mod faulty_device;
 pub mod ledger;
+pub mod load;
 pub mod loopback;
 pub mod netns;
 pub mod proxy;

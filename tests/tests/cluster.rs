@@ -1,157 +1,11 @@
 //! Three real processes under load: killed, stopped, refused, restarted. What was acknowledged is there.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use mainstay_server::proto::etcdserverpb::kv_client::KvClient;
 use mainstay_server::proto::etcdserverpb::{PutRequest, RangeRequest};
-use mainstay_tests::{Cluster, Ledger, Server};
-use tokio::runtime::Runtime;
-use tonic::transport::Channel;
-
-/// Keys of one client; each is written again and again.
-const KEYS: u64 = 16;
-
-fn runtime() -> Runtime {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("tokio starts")
-}
-
-/// Clients that write through all servers until they are stopped, one write in flight each.
-struct Load {
-    ledger: Arc<Ledger>,
-    stop: Arc<AtomicBool>,
-    last: Arc<Mutex<Gaps>>,
-    tasks: Vec<tokio::task::JoinHandle<()>>,
-}
-
-use std::sync::Mutex;
-
-/// When something was acknowledged last, and the longest time without.
-struct Gaps {
-    last: Instant,
-    longest: Duration,
-}
-
-impl Gaps {
-    fn new() -> Self {
-        Self { last: Instant::now(), longest: Duration::ZERO }
-    }
-
-    fn acknowledged(&mut self) {
-        self.longest = self.longest.max(self.last.elapsed());
-        self.last = Instant::now();
-    }
-}
-
-impl Load {
-    fn start(runtime: &Runtime, cluster: &Cluster, clients: u64) -> Self {
-        let (ledger, stop) = (Arc::new(Ledger::default()), Arc::new(AtomicBool::new(false)));
-        let last = Arc::new(Mutex::new(Gaps::new()));
-        let _guard = runtime.enter();
-        let channels: Vec<_> = cluster.servers.iter().map(Server::channel).collect();
-        let tasks = (0..clients)
-            .map(|client| {
-                let (ledger, stop, last, channels) = (ledger.clone(), stop.clone(), last.clone(), channels.clone());
-                runtime.spawn(write_until(client, channels, ledger, stop, last))
-            })
-            .collect();
-        Self { ledger, stop, last, tasks }
-    }
-
-    fn reset_gap(&self) {
-        *self.last.lock().expect("no client panics") = Gaps::new();
-    }
-
-    fn longest_gap(&self) -> Duration {
-        self.last.lock().expect("no client panics").longest
-    }
-
-    /// Waits until something that began after now is acknowledged.
-    fn await_progress(&self, count: u64) {
-        let before = self.ledger.acknowledged();
-        mainstay_tests::until("writes are acknowledged again", || self.ledger.acknowledged() >= before + count);
-    }
-
-    fn finish(self, runtime: &Runtime) -> Arc<Ledger> {
-        self.stop.store(true, Ordering::Relaxed);
-        for task in self.tasks {
-            runtime.block_on(task).expect("a client does not panic");
-        }
-        self.ledger
-    }
-}
-
-async fn write_until(
-    client: u64,
-    channels: Vec<Channel>,
-    ledger: Arc<Ledger>,
-    stop: Arc<AtomicBool>,
-    last: Arc<Mutex<Gaps>>,
-) {
-    let mut at = client as usize;
-    for n in 0.. {
-        if stop.load(Ordering::Relaxed) {
-            return;
-        }
-        let key = format!("load/{client:03}/{:03}", n % KEYS).into_bytes();
-        let value = ledger.attempt(&key);
-        let request = PutRequest { key: key.clone().into(), value: value.to_string().into(), ..Default::default() };
-        match KvClient::new(channels[at % channels.len()].clone()).put(request).await {
-            Ok(_) => {
-                ledger.acknowledge(&key, value);
-                last.lock().expect("no client panics").acknowledged();
-            }
-            // The outcome is unknown, or it was refused: the ledger allows both. Another server is asked next.
-            Err(_) => {
-                at += 1;
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        }
-    }
-}
-
-/// Everything below `load/` as one server has it, after it has caught up with all that was acknowledged before.
-fn read_all(runtime: &Runtime, server: &Server) -> BTreeMap<Vec<u8>, u64> {
-    let began = Instant::now();
-    loop {
-        let mut client = {
-            let _guard = runtime.enter();
-            KvClient::new(server.channel())
-        };
-        // A linearizable read on this very server: it waits for the leader's commit index to be applied here.
-        let request =
-            RangeRequest { key: b"load/".to_vec().into(), range_end: b"load0".to_vec().into(), ..Default::default() };
-        match runtime.block_on(client.range(request)) {
-            Ok(response) => {
-                let pairs = response.into_inner().kvs;
-                let number = |value: &[u8]| std::str::from_utf8(value).ok()?.parse().ok();
-                return pairs
-                    .iter()
-                    .map(|pair| (pair.key.to_vec(), number(&pair.value).expect("clients write numbers")))
-                    .collect();
-            }
-            Err(status) => assert!(began.elapsed() < Duration::from_secs(60), "{}: {status}", server.name),
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
-fn assert_nothing_lost(runtime: &Runtime, cluster: &Cluster, ledger: &Ledger) {
-    assert_nothing_lost_on(runtime, &cluster.servers, ledger);
-}
-
-fn assert_nothing_lost_on(runtime: &Runtime, servers: &[Server], ledger: &Ledger) {
-    let mut states = Vec::new();
-    for server in servers {
-        let found = read_all(runtime, server);
-        let wrong = ledger.differences(&found);
-        assert!(wrong.is_empty(), "{} of {} writes: {wrong:#?}", server.name, ledger.acknowledged());
-        states.push(found);
-    }
-    assert!(states.windows(2).all(|pair| pair[0] == pair[1]), "all servers hold the same");
-}
+use mainstay_tests::load::{Load, assert_nothing_lost, read_all, runtime};
+use mainstay_tests::{Cluster, Server};
 
 /// Rounds of `kill_rounds`; `MAINSTAY_KILL_ROUNDS` sets another count.
 fn rounds(default: u64) -> u64 {
@@ -179,7 +33,7 @@ fn kill_rounds_lose_no_acknowledged_write() {
         load.await_progress(10);
     }
     let ledger = load.finish(&runtime);
-    assert_nothing_lost(&runtime, &cluster, &ledger);
+    assert_nothing_lost(&runtime, &cluster.servers, &ledger);
     eprintln!("{} writes acknowledged, 0 lost", ledger.acknowledged());
 }
 
@@ -212,7 +66,7 @@ fn two_replicas_and_a_witness_lose_nothing() {
         load.await_progress(10);
     }
     let ledger = load.finish(&runtime);
-    assert_nothing_lost_on(&runtime, &cluster.servers[..WITNESS], &ledger);
+    assert_nothing_lost(&runtime, &cluster.servers[..WITNESS], &ledger);
     let witness = &cluster.servers[WITNESS];
     let mut client = {
         let _guard = runtime.enter();
@@ -244,7 +98,7 @@ fn a_dead_minority_stops_nobody() {
         assert!(back, "all read again");
     }
     let ledger = load.finish(&runtime);
-    assert_nothing_lost(&runtime, &cluster, &ledger);
+    assert_nothing_lost(&runtime, &cluster.servers, &ledger);
 }
 
 /// SIGTERM of the leader: leadership is handed over first, the process ends with status 0, nothing is lost.
@@ -265,7 +119,7 @@ fn a_stopped_leader_hands_over_and_ends_cleanly() {
         load.await_progress(10);
     }
     let ledger = load.finish(&runtime);
-    assert_nothing_lost(&runtime, &cluster, &ledger);
+    assert_nothing_lost(&runtime, &cluster.servers, &ledger);
 }
 
 /// Without a quorum nothing is acknowledged, and nothing ends: when the others are back, it goes on.
