@@ -38,6 +38,12 @@ impl Ledger {
         lines.values().filter_map(|line| line.acknowledged).sum()
     }
 
+    /// The last acknowledged value of each key.
+    pub fn acknowledged_values(&self) -> BTreeMap<Vec<u8>, u64> {
+        let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().filter_map(|(key, line)| Some((key.clone(), line.acknowledged?))).collect()
+    }
+
     /// Compares what a replica holds with what was acknowledged; returns a line for each key that is wrong.
     pub fn differences(&self, found: &BTreeMap<Vec<u8>, u64>) -> Vec<String> {
         let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);

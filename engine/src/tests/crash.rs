@@ -1,9 +1,13 @@
 //! Power cuts and kills at any moment: what was acknowledged is there, what was not may be.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use mainstay_io::sim::{DiskImage, SimLayout, SimMedia, SimOptions};
+use mainstay_io::{Environment, block_on};
 
 use super::harness::*;
-use crate::{CommandBody, MAIN};
+use crate::{CommandBody, MAIN, Offline};
 
 fn key(n: u64) -> String {
     format!("key-{:03}", n % 120)
@@ -106,4 +110,90 @@ fn every_cut_leaves_a_prefix() {
         }
     }
     store.close();
+}
+
+const WRITERS: usize = 3;
+/// Keys of a writer, which writes one after the other and begins anew.
+const KEYS: u64 = 40;
+const INSTANTS: usize = 200;
+
+/// What a volume held at one instant, and how much of each writer had been acknowledged before it.
+struct Copied {
+    image: DiskImage,
+    acknowledged: [u64; WRITERS],
+    checkpoints: usize,
+}
+
+fn options() -> SimOptions {
+    SimOptions { capacity: 1 << 30, ..SimOptions::default() }
+}
+
+/// A snapshot of the volume under a running process, made below it: all blocks as of one instant. At 200 instants of a run with
+/// flushes, compactions and checkpoints, every checksum of the copy matches, it opens, leaks nothing, and holds of each writer what
+/// it wrote up to one of its writes, which is no earlier than the last that was acknowledged before the instant.
+#[test]
+fn a_copy_of_any_instant_under_load_opens() {
+    // One disk, so that one image of it is of one instant.
+    let media = format(&SimMedia::with_layout(SimLayout::Device, options()), WAL_BYTES);
+    let store = Store::open(&media);
+    let (stop, counts) = (AtomicBool::new(false), [const { AtomicU64::new(0) }; WRITERS]);
+    let mut copies = Vec::new();
+    std::thread::scope(|scope| {
+        for (writer, count) in counts.iter().enumerate() {
+            let (store, stop) = (&store, &stop);
+            scope.spawn(move || {
+                for n in (0..).take_while(|_| !stop.load(Ordering::Relaxed)) {
+                    store.put(&format!("{writer}-{:03}", n % KEYS), format!("{n:<200}").as_bytes());
+                    count.store(n + 1, Ordering::Release);
+                }
+            });
+        }
+        let acknowledged = || counts.each_ref().map(|count| count.load(Ordering::Acquire));
+        for instant in 0..INSTANTS {
+            let before: u64 = acknowledged().iter().sum();
+            while acknowledged().iter().sum::<u64>() < before + 5 {
+                std::thread::yield_now();
+            }
+            if instant % 40 == 20 {
+                let name = format!("c{}", instant / 40);
+                store.must(CommandBody::CreateCheckpoint { name, branch: MAIN });
+            }
+            let acknowledged = acknowledged();
+            // Every second time the power of the storage fails with the snapshot: what was not flushed is there in part.
+            let disk = &media.disks()[0];
+            let image = if instant % 2 == 0 { disk.image() } else { disk.crash_image(instant as u64) };
+            copies.push(Copied { image, acknowledged, checkpoints: (instant + 20) / 40 });
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    store.close();
+    for (instant, copied) in copies.into_iter().enumerate() {
+        let media = check_copy(copied);
+        if instant % 8 == 0 {
+            check_no_leak(&media);
+        }
+    }
+}
+
+fn check_copy(copied: Copied) -> SimMedia {
+    let media = SimMedia::from_images(SimLayout::Device, options(), vec![copied.image]);
+    let opened = media.open().expect("nobody else holds it");
+    let report = block_on(async { Offline::open(opened, &Environment::system()).await?.verify(&mut |_| ()).await });
+    assert_eq!(report.expect("all can be read").damage, []);
+    let store = Store::open(&media);
+    for (writer, least) in copied.acknowledged.into_iter().enumerate() {
+        let number = |key: u64| -> Option<u64> {
+            let value = store.get(&format!("{writer}-{key:03}"))?;
+            Some(String::from_utf8_lossy(&value).trim().parse().expect("a number was written"))
+        };
+        let found: Vec<_> = (0..KEYS).map(number).collect();
+        let written = found.iter().flatten().max().map_or(0, |last| last + 1);
+        assert!(written >= least, "writer {writer}: {least} acknowledged, {written} found");
+        let newest = |key: u64| (written.saturating_sub(KEYS)..written).find(|n| n % KEYS == key);
+        assert_eq!(found, (0..KEYS).map(newest).collect::<Vec<_>>(), "writer {writer}");
+    }
+    assert!(store.group().checkpoints().len() >= copied.checkpoints);
+    drop(store);
+    media.kill(0);
+    media
 }

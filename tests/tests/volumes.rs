@@ -1,0 +1,208 @@
+//! What is done to the volumes of real processes: copied at an instant and put back, lost, exchanged, damaged.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use mainstay_tests::load::{Load, assert_nothing_lost, read_all, runtime};
+use mainstay_tests::{Cluster, Server, until};
+use serde_json::Value;
+
+/// Small, so that a short load rotates, flushes and compacts.
+const SMALL: [&str; 6] = ["--wal", "16MiB", "--memtable", "64KiB", "--memory", "64MiB"];
+const ZONES: [&str; 3] = ["superblock", "wal", "extents"];
+
+fn zones(volume: &Path) -> [Vec<u8>; 3] {
+    ZONES.map(|zone| std::fs::read(volume.join(zone)).expect("a zone can be read"))
+}
+
+/// Writes a volume; blocks of zeroes stay holes.
+fn restore(zones: &[Vec<u8>; 3], volume: &Path) {
+    use std::os::unix::fs::FileExt;
+    const BLOCK: usize = 4096;
+    let _ = std::fs::remove_dir_all(volume);
+    std::fs::create_dir(volume).expect("a folder can be made");
+    for (name, bytes) in ZONES.iter().zip(zones) {
+        let file = std::fs::File::create(volume.join(name)).expect("a file can be made");
+        file.set_len(bytes.len() as u64).expect("a file can be grown");
+        for (n, block) in bytes.chunks(BLOCK).enumerate().filter(|(_, block)| block.iter().any(|byte| *byte != 0)) {
+            file.write_all_at(block, (n * BLOCK) as u64).expect("a block can be written");
+        }
+    }
+}
+
+/// The volumes of these servers as of one instant, while they run: they are stopped, so nothing follows what the kernel has, and
+/// what it has lands within a moment, after which two reads are the same.
+fn snapshot(servers: &[Server]) -> Vec<[Vec<u8>; 3]> {
+    servers.iter().for_each(Server::pause);
+    let read = || servers.iter().map(|server| zones(&server.data)).collect::<Vec<_>>();
+    let mut copies = read();
+    until("the writes in flight have landed", || {
+        let again = read();
+        let same = again == copies;
+        copies = again;
+        same
+    });
+    servers.iter().for_each(Server::resume);
+    copies
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a path of this test is UTF-8")
+}
+
+/// Every checksum of a volume is right, the chain of its log included.
+fn assert_sound(server: &Server, volume: &Path) {
+    let output = server.run(&["verify", "--data", text(volume)]);
+    assert!(output.status.success(), "{}{}", text(volume), String::from_utf8_lossy(&output.stderr));
+}
+
+/// The JSON document that a command prints.
+fn document(server: &Server, arguments: &[&str]) -> Value {
+    let output = server.run(arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("one JSON document")
+}
+
+/// Some flushes have gone by.
+fn await_tables(cluster: &Cluster) {
+    let flushed = |server: &Server| {
+        server.status().is_some_and(|status| status[0]["engine"]["tables"].as_u64().is_some_and(|tables| tables > 0))
+    };
+    until("every volume has tables", || cluster.servers.iter().all(flushed));
+}
+
+/// Everything that was acknowledged when `then` was taken is there, or was written over since.
+fn assert_holds(found: &BTreeMap<Vec<u8>, u64>, then: &BTreeMap<Vec<u8>, u64>) {
+    for (key, value) in then {
+        let found = found.get(key);
+        assert!(found >= Some(value), "{}: {value} acknowledged, {found:?} found", String::from_utf8_lossy(key));
+    }
+}
+
+/// A snapshot of the volume of a cluster of one, which nobody else can help: at five instants under load, the copy verifies, and
+/// a process on it alone has everything that was acknowledged before the instant.
+#[test]
+fn a_snapshot_under_load_holds_all_that_was_acknowledged() {
+    let runtime = runtime();
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let mut cluster = Cluster::describe(folder, &["a"], &SMALL);
+    cluster.servers[0].start();
+    cluster.init();
+    let load = Load::start(&runtime, &cluster, 8);
+    let mut copies = Vec::new();
+    for round in 0..5 {
+        load.await_progress(300);
+        if round == 0 {
+            await_tables(&cluster);
+        }
+        let then = load.ledger.acknowledged_values();
+        copies.push((snapshot(&cluster.servers).remove(0), then));
+    }
+    load.finish(&runtime);
+    for (zones, then) in copies {
+        let server = &mut cluster.servers[0];
+        server.kill();
+        restore(&zones, &server.data);
+        assert_sound(server, &server.data);
+        server.start();
+        assert_holds(&read_all(&runtime, server), &then);
+    }
+}
+
+/// The snapshot of one volume is put under its member while the others go on, and the load with them: it fetches what it had
+/// promised since, and all hold the same in the end. Of the leader too.
+#[test]
+fn a_member_comes_back_on_a_snapshot_of_its_volume() {
+    let runtime = runtime();
+    let mut cluster = Cluster::start(&SMALL);
+    let load = Load::start(&runtime, &cluster, 8);
+    await_tables(&cluster);
+    for restored in [cluster.leader(), (cluster.leader() + 1) % 3] {
+        load.await_progress(100);
+        let zones = snapshot(&cluster.servers[restored..=restored]).remove(0);
+        load.await_progress(300);
+        let server = &mut cluster.servers[restored];
+        server.kill();
+        restore(&zones, &server.data);
+        assert_sound(server, &server.data);
+        server.start();
+        read_all(&runtime, server);
+        let status = server.status().expect("it answers");
+        assert_eq!(status[0]["engine"]["heal"]["went_back"], 1, "its peers remember more: {status:#}");
+    }
+    let ledger = load.finish(&runtime);
+    assert_nothing_lost(&runtime, &cluster.servers, &ledger);
+}
+
+/// Snapshots of all volumes as of one instant are the cluster at that instant: put back, it goes on with everything that was
+/// acknowledged.
+#[test]
+fn snapshots_of_all_volumes_at_one_instant_are_the_cluster() {
+    let runtime = runtime();
+    let mut cluster = Cluster::start(&SMALL);
+    let load = Load::start(&runtime, &cluster, 8);
+    await_tables(&cluster);
+    load.await_progress(200);
+    let then = load.ledger.acknowledged_values();
+    let copies = snapshot(&cluster.servers);
+    load.await_progress(100);
+    load.finish(&runtime);
+    cluster.servers.iter_mut().for_each(Server::kill);
+    for (server, zones) in cluster.servers.iter_mut().zip(&copies) {
+        restore(zones, &server.data);
+        assert_sound(server, &server.data);
+        server.start();
+    }
+    let found: Vec<_> = cluster.servers.iter().map(|server| read_all(&runtime, server)).collect();
+    assert_holds(&found[0], &then);
+    assert!(found.iter().all(|other| *other == found[0]), "all hold the same");
+}
+
+/// Snapshots of the volumes at different instants are no cluster: what one of them has promised another does not know. The one
+/// that goes furthest is, alone, and it has all that was acknowledged before the first of them.
+#[test]
+fn snapshots_at_different_instants_give_a_cluster_from_the_one_that_goes_furthest() {
+    let runtime = runtime();
+    let mut cluster = Cluster::start(&SMALL);
+    let load = Load::start(&runtime, &cluster, 8);
+    await_tables(&cluster);
+    load.await_progress(200);
+    let then = load.ledger.acknowledged_values();
+    let mut copies = Vec::new();
+    for server in 0..3 {
+        copies.push(snapshot(&cluster.servers[server..=server]).remove(0));
+        load.await_progress(50);
+    }
+    load.finish(&runtime);
+    cluster.servers.iter_mut().for_each(Server::kill);
+    for (server, zones) in cluster.servers.iter().zip(&copies) {
+        restore(zones, &server.data);
+    }
+    // Any of them may be asked first: the plan names the one that goes furthest. Node ids of `init` go by the order of names.
+    let volumes = [0, 1, 2].map(|i| text(&cluster.servers[i].data).to_owned());
+    let plan = |survivor: usize, further: &[&str]| {
+        let mut arguments = vec!["recover", "--json", "--data", &volumes[survivor]];
+        let others = (0..3).filter(|i| *i != survivor).flat_map(|i| ["--other", &volumes[i]]);
+        arguments.extend(others.chain(further.iter().copied()));
+        document(&cluster.servers[0], &arguments)
+    };
+    let survivor = plan(0, &["--plan"])["further_ahead"].as_u64().map_or(0, |node| node as usize - 1);
+    let found = plan(survivor, &["--plan"]);
+    assert_eq!((&found["further_ahead"], &found["lossless"]), (&Value::Null, &true.into()), "{found:#}");
+    plan(survivor, &["--apply", "--confirm", found["digest"].as_str().expect("a text")]);
+
+    for (i, server) in cluster.servers.iter_mut().enumerate() {
+        if i != survivor {
+            std::fs::remove_dir_all(&server.data).expect("the volume can be wiped");
+        }
+        server.start();
+    }
+    let admin = &cluster.servers[cluster.leader_among(&[survivor])];
+    for server in cluster.servers.iter().filter(|server| server.name != admin.name) {
+        let add = ["member", "add", &server.name, &server.peer, "--timeout", "60s", "--json", "--admin", &admin.admin];
+        document(admin, &add);
+    }
+    for server in &cluster.servers {
+        assert_holds(&read_all(&runtime, server), &then);
+    }
+}
