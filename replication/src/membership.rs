@@ -36,6 +36,9 @@ const ALIVE_TIMEOUT: Duration = Duration::from_millis(500);
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Entries that a learner may lack and still be promoted.
 const CAUGHT_UP_ENTRIES: u64 = 64;
+/// How long a member has to be elsewhere before that is written into the membership: the process with a copy of its volume may be
+/// there, and its own one about to start.
+const MOVED: Duration = Duration::from_secs(5);
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
 const JOIN_PAUSE_MIN: Duration = Duration::from_millis(100);
 const JOIN_PAUSE_MAX: Duration = Duration::from_secs(2);
@@ -583,10 +586,16 @@ impl<R: Runtime> Inner<R> {
             if who.leader == Some(running.id) && from.node.0 != running.id {
                 who.confirmed = self.leader_read_index(false).await.is_ok();
             }
-            who.members = {
+            // Without a leader a node that restarted may know of no membership that is committed.
+            who.members = if who.confirmed {
                 let metrics = running.metrics.borrow_watched();
                 members_of(metrics.committed_membership_config.membership())
+            } else {
+                self.members()
             };
+            for member in &mut who.members {
+                member.peer_address = self.address_of(member);
+            }
         }
         Ok(who)
     }
@@ -614,9 +623,10 @@ impl<R: Runtime> Inner<R> {
             if who.confirmed {
                 return Some(who.members);
             }
-            if let Some(leader) = who.leader {
-                todo.extend(who.members.iter().filter(|m| m.id.0 == leader).map(|m| m.peer_address.clone()));
-            }
+            // It may have heard where members are that came back elsewhere, and a handshake with them tells the transport. The leader
+            // comes first.
+            let (leader, others): (Vec<_>, _) = who.members.into_iter().partition(|m| Some(m.id.0) == who.leader);
+            todo.extend(others.into_iter().chain(leader).map(|m| m.peer_address));
         }
         None
     }
@@ -634,6 +644,71 @@ impl<R: Runtime> Inner<R> {
             None => *self.log.membership().log_id(),
         };
         at.is_some_and(|at| id.0 <= INIT_IDS || id.0 - INIT_IDS < at.index) && self.member(id).is_none()
+    }
+
+    /// Notes where a member is that says so in its hello, while the membership says otherwise.
+    pub(crate) fn note_address(&self, hello: &Hello) {
+        let Some(member) = self.member(hello.node).filter(|_| hello.node.0 != self.engine.identity().node) else {
+            return;
+        };
+        let mut moved = self.moved.lock().expect("nothing panics while it holds this lock");
+        if member.peer_address == hello.peer_address {
+            moved.remove(&hello.node.0);
+        } else if moved.get(&hello.node.0).is_none_or(|(address, _)| *address != hello.peer_address) {
+            moved.insert(hello.node.0, (hello.peer_address.clone(), R::Instant::now()));
+        }
+    }
+
+    /// Where a member listens, as far as this node knows.
+    fn address_of(&self, member: &MemberInfo) -> PeerAddress {
+        if member.id.0 == self.engine.identity().node {
+            return self.transport.local_address();
+        }
+        let moved = self.moved.lock().expect("nothing panics while it holds this lock");
+        moved.get(&member.id.0).map_or_else(|| member.peer_address.clone(), |(address, _)| address.clone())
+    }
+
+    /// Writes into the membership where a member is that came back elsewhere, so that all find it, also those that start later.
+    /// Not while another process answers as it at the old address.
+    pub(crate) async fn mind_addresses(self: &Arc<Self>, running: &Arc<Running<R>>) {
+        let Some((member, address)) = self.moved_member(running) else { return };
+        let who = async |address: &PeerAddress, expect| {
+            let request = Envelope { method: method::WHO, body: Writer::new().finish() };
+            let answer = self.transport.call(address.clone(), expect, request, ALIVE_TIMEOUT).await?;
+            decode_result(&answer.body, Who::read)
+        };
+        let found = if member.id.0 == running.id {
+            self.me()
+        } else {
+            let (cluster, node) = (self.engine.identity().cluster, member.id.0);
+            if who(&member.peer_address, None).await.is_ok_and(|w| (w.cluster, w.node) == (cluster, node)) {
+                return;
+            }
+            match who(&address, Some(member.id)).await {
+                Ok(who) if who.member.peer_address == address.0 => who.member,
+                _ => return,
+            }
+        };
+        let moved =
+            Member { peer_address: found.peer_address, client_address: found.client_address, ..Member::from(&member) };
+        let change = ChangeMembers::SetNodes(BTreeMap::from([(member.id.0, moved)]));
+        match self.change_members(running, change, true).await {
+            Ok(()) => tracing::info!(id = %member.id, address = address.0, "a member is elsewhere"),
+            Err(error) => tracing::warn!(%error, id = %member.id, "the address of a member is not changed yet"),
+        }
+    }
+
+    /// A member that has been elsewhere for some time, and where.
+    fn moved_member(&self, running: &Running<R>) -> Option<(MemberInfo, PeerAddress)> {
+        let settled = |id: u64| {
+            let moved = self.moved.lock().expect("nothing panics while it holds this lock");
+            moved.get(&id).is_some_and(|(_, since)| since.elapsed() >= MOVED)
+        };
+        self.members().into_iter().find_map(|member| {
+            let address = self.address_of(&member);
+            let moved = address != member.peer_address && (member.id.0 == running.id || settled(member.id.0));
+            moved.then_some((member, address))
+        })
     }
 
     /// Puts caught-up volumes in the place of wiped ones of the same name, once no other change is under way.

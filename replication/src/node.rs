@@ -266,6 +266,8 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) install: Mutex<Option<Arc<InstallJob>>>,
     /// Ids that this node has seen leave the membership.
     pub(crate) removed: Mutex<std::collections::BTreeSet<u64>>,
+    /// Members that said that they are elsewhere than the membership has them, and since when, by their ids.
+    pub(crate) moved: Mutex<BTreeMap<u64, (PeerAddress, R::Instant)>>,
     /// Bytes of tables that were fetched from peers.
     pub(crate) fetched_bytes: AtomicU64,
     /// Snapshots pinned for receivers that asked for one, by their id; one each.
@@ -621,6 +623,7 @@ impl<R: Runtime> Node<R> {
             promise: Mutex::new(None),
             install: Mutex::new(None),
             removed: Mutex::default(),
+            moved: Mutex::new(BTreeMap::new()),
             fetched_bytes: AtomicU64::new(0),
             pinned: Mutex::new(BTreeMap::new()),
             offered_by: Mutex::new(None),

@@ -66,7 +66,10 @@ pub(crate) struct InstallJob {
 
 impl<R: Runtime> Handler for Service<R> {
     fn accept(&self, hello: &Hello) -> Result<()> {
-        self.0.upgrade().ok_or_else(closed)?.accept(hello)
+        let inner = self.0.upgrade().ok_or_else(closed)?;
+        inner.accept(hello)?;
+        inner.note_address(hello);
+        Ok(())
     }
 
     fn handle(&self, from: Hello, request: Envelope) -> Pin<Box<dyn Future<Output = Result<Envelope>> + Send>> {

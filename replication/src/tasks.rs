@@ -376,6 +376,7 @@ impl<R: Runtime> Inner<R> {
             let leads = running.metrics.borrow_watched().state == ServerState::Leader;
             if leads {
                 self.reconcile(running).await;
+                self.mind_addresses(running).await;
             }
             self.unpin_idle();
         }

@@ -290,6 +290,21 @@ impl Cluster {
         Self { servers, folder }
     }
 
+    /// Gives every server another address for peers, 127.0.0.2 and so on, as pods come back under another one, and tells all of them
+    /// that of `seed` and no other. None may run.
+    pub fn move_all(&mut self, seed: usize) {
+        for (i, server) in self.servers.iter_mut().enumerate() {
+            server.peer = format!("127.0.0.{}:{}", i + 2, free_port());
+            server.listen_peer.clone_from(&server.peer);
+        }
+        let known = format!("{}={}", self.servers[seed].name, self.servers[seed].peer);
+        for server in &mut self.servers {
+            let at = server.arguments.iter().position(|argument| argument == "--peers");
+            let peers = at.and_then(|at| server.arguments.get_mut(at + 1)).expect("every server was told its peers");
+            peers.clone_from(&known);
+        }
+    }
+
     /// Which server leads, as one of `among` says that it leads itself.
     pub fn leader_among(&self, among: &[usize]) -> usize {
         let mut leader = None;

@@ -150,3 +150,32 @@ fn a_minority_acknowledges_nothing() {
     cluster.servers[1].start();
     mainstay_tests::until("two of three take writes", || put(&cluster.servers[0]).is_ok());
 }
+
+/// Every process comes back under another address, and was told that of one alone: they find each other and elect, the membership
+/// names the new addresses, and any two go on without that one.
+#[test]
+fn processes_that_all_come_back_elsewhere_find_each_other() {
+    let runtime = runtime();
+    let mut cluster = Cluster::start(&["--wal", "16MiB", "--memory", "64MiB"]);
+    let load = Load::start(&runtime, &cluster, 4);
+    load.await_progress(50);
+    cluster.servers.iter_mut().for_each(Server::kill);
+    const SEED: usize = 0;
+    cluster.move_all(SEED);
+    cluster.servers.iter_mut().for_each(Server::start);
+    load.await_progress(50);
+    let named = |server: &Server| -> Option<bool> {
+        let status = server.status()?;
+        let members = status[0]["raft"]["members"].as_array()?;
+        let at = |other: &Server| members.iter().any(|m| m["name"] == *other.name && m["peer_address"] == *other.peer);
+        Some(cluster.servers.iter().all(at))
+    };
+    mainstay_tests::until("all servers name the new addresses", || {
+        cluster.servers.iter().all(|server| named(server) == Some(true))
+    });
+    cluster.servers[SEED].kill();
+    load.await_progress(50);
+    cluster.servers[SEED].start();
+    let ledger = load.finish(&runtime);
+    assert_nothing_lost(&runtime, &cluster.servers, &ledger);
+}

@@ -28,7 +28,7 @@ pub(super) type Wrap = Arc<dyn Fn(TcpTransport) -> Arc<dyn Transport> + Send + S
 
 /// A process: its disks outlive it.
 pub(super) struct Cell {
-    name: String,
+    pub(super) name: String,
     pub(super) media: SimMedia,
     pub(super) address: PeerAddress,
     life: Option<(Node, TcpTransport)>,
@@ -95,11 +95,18 @@ impl Cluster {
         let name = format!("n{i}");
         let media = media(i as u64);
         format_volume(&media, WAL_BYTES).await;
-        let transport = TcpTransport::bind("127.0.0.1:0", None).await.expect("loopback");
-        let address = transport.local_address();
-        transport.close().await;
+        let address = free_address().await;
         self.peers.insert(name.clone(), address.clone());
         self.cells.push(Cell { name, media, address, life: None });
+    }
+
+    /// Gives every process another address, and tells all of them that of `seed` and no other. None may run.
+    pub(super) async fn move_all(&mut self, seed: usize) {
+        self.peers.clear();
+        for cell in &mut self.cells {
+            cell.address = free_address().await;
+        }
+        self.peers.insert(self.cells[seed].name.clone(), self.cells[seed].address.clone());
     }
 
     pub(super) async fn start_all(&mut self) {
@@ -252,6 +259,13 @@ impl Cluster {
             node.close().await.expect("closes");
         }
     }
+}
+
+async fn free_address() -> PeerAddress {
+    let transport = TcpTransport::bind("127.0.0.1:0", None).await.expect("loopback");
+    let address = transport.local_address();
+    transport.close().await;
+    address
 }
 
 /// Between two looks at a state of which there is no event across nodes; no test relies on its length.

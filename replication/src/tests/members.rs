@@ -175,3 +175,42 @@ fn a_leader_that_is_no_voter_any_more_changes_no_members() {
         cluster.finish().await;
     });
 }
+
+/// All come back under other addresses, and know that of one process, which cannot lead: it lacks the last writes. Those who can
+/// know nobody else but by that one.
+#[test]
+fn members_that_all_come_back_elsewhere_find_each_other_by_one_that_they_know() {
+    run(async {
+        let mut cluster = Cluster::born(5).await;
+        const SEED: usize = 0;
+        cluster.put(1, "k0", "v").await.expect("written");
+        cluster.kill(SEED).await;
+        for k in 1..20 {
+            cluster.put(1, &format!("k{k}"), "v").await.expect("written");
+        }
+        for i in 1..5 {
+            cluster.kill(i).await;
+        }
+        cluster.move_all(SEED).await;
+        cluster.start_all().await;
+        let leader = cluster.leader().await;
+        cluster.put(leader, "k20", "v").await.expect("written");
+        // It is written down, for those that start later and know nobody.
+        let now = |status: &crate::NodeStatus| {
+            let at = |cell: &Cell| status.members.iter().any(|m| m.name == cell.name && m.peer_address == cell.address);
+            status.members.len() == 5 && cluster.cells.iter().all(at)
+        };
+        for i in 0..5 {
+            cluster.until(i, now).await;
+        }
+        cluster.kill(SEED).await;
+        cluster.kill(leader).await;
+        let other = (1..5).find(|i| *i != leader).expect("three are left");
+        cluster.put(other, "k21", "v").await.expect("three of five");
+        for k in 0..22 {
+            let value = cluster.get(other, &format!("k{k}"), ReadLevel::Linearizable).await.expect("read");
+            assert_eq!(value.as_deref(), Some(b"v".as_ref()), "k{k}");
+        }
+        cluster.finish().await;
+    });
+}

@@ -125,3 +125,24 @@ fn a_process_that_runs_in_the_place_of_another_leaves_when_that_is_back() {
         cluster.finish().await;
     });
 }
+
+/// The copy has run in the place of the original for so long that the members know it by its address: what it has acknowledged
+/// meanwhile the original lacks, so the original leaves.
+#[test]
+fn a_process_that_comes_back_when_another_has_taken_its_address_stands_back() {
+    run(async {
+        let (mut cluster, original) = with_a_spare().await;
+        cluster.kill(original).await;
+        let copy = cluster.cells[original].media.images();
+        cluster.cells[3].media.restore(copy);
+        cluster.start(3).await;
+        let there = cluster.cells[3].address.clone();
+        cluster.until(3, |s| s.members.iter().any(|member| member.peer_address == there)).await;
+        cluster.put(3, "k020", "v20").await.expect("written");
+        cluster.start(original).await;
+        cluster.until(original, |s| s.role == "twin").await;
+        cluster.kill(original).await;
+        all_there(&cluster, 21).await;
+        cluster.finish().await;
+    });
+}
