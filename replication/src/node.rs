@@ -144,7 +144,7 @@ pub struct NodeStatus {
     /// Zero before `init` or `join`.
     pub id: NodeId,
     /// `leader`, `follower`, `candidate`, `learner`, `waiting` (no identity yet), `starting`, `recovering` (mends its log, see `failure`),
-    /// `twin` (another process has this identity, see `failure`), `removed`, `failed`, `closed`.
+    /// `foreign` (the peers that it was told of refuse its volume, see `failure`), `twin` (another process has this identity, see `failure`), `removed`, `failed`, `closed`.
     pub role: String,
     /// Raft term.
     pub term: u64,
@@ -193,6 +193,8 @@ pub(crate) enum Phase {
     Starting,
     /// Damage has taken a part of its log: it asks the others, and takes no part before it has it.
     Recovering(String),
+    /// Those that it was told of refuse its volume.
+    Foreign(String),
     /// Takes part.
     Member,
     /// Another process is this member, at that address.
@@ -466,6 +468,7 @@ impl<R: Runtime> Inner<R> {
             Phase::Recovering(reason) => {
                 return Err(Error::new(ErrorKind::Unavailable, format!("the node mends its log: {reason}")));
             }
+            Phase::Foreign(reason) => return Err(Error::new(ErrorKind::Unavailable, reason)),
             Phase::Twin(address) => {
                 return Err(Error::new(ErrorKind::Unavailable, crate::receipts::twin_message(&address)));
             }

@@ -31,6 +31,9 @@ use crate::{Envelope, Error, ErrorKind, NodeId, PeerAddress, Result, Runtime};
 /// How long the process at this member's address may take to say who it is.
 const WHO_TIMEOUT: Duration = Duration::from_millis(500);
 
+/// Between two looks whether the processes that this one was told of still refuse it.
+const REFUSED_PAUSE: Duration = Duration::from_secs(1);
+
 /// Rounds of asking at a start: those that are known, and whom they follow.
 const ASK_ROUNDS: usize = 2;
 
@@ -125,9 +128,49 @@ impl Receipts {
 }
 
 impl<R: Runtime> Inner<R> {
+    /// As [`Inner::take_part`], once one of the processes that this one was told of takes it for a member, or none says that it is
+    /// none.
+    pub(crate) async fn begin(self: &Arc<Self>) -> Result<()> {
+        self.set_phase(Phase::Starting);
+        let Some(mut refusal) = self.refusal().await else { return self.take_part().await };
+        let this = self.clone();
+        self.spawn(async move {
+            loop {
+                let message = foreign_message(&refusal);
+                if this.phase() == Phase::Starting {
+                    tracing::error!(message);
+                }
+                this.set_phase(Phase::Foreign(message));
+                R::sleep(REFUSED_PAUSE).await;
+                match this.refusal().await {
+                    Some(again) => refusal = again,
+                    None => break,
+                }
+            }
+            if let Err(error) = this.take_part().await {
+                this.set_phase(Phase::Failed(error.to_string()));
+            }
+        });
+        Ok(())
+    }
+
+    /// Why no process that this one was told of takes it for a member, if one of them says so and none takes it for one.
+    async fn refusal(&self) -> Option<Error> {
+        let others = self.options.peers.iter().filter(|(name, _)| **name != self.options.name);
+        let asked = others.map(|(_, address)| {
+            let request = Envelope { method: method::WHO, body: Writer::new().finish() };
+            R::timeout(WHO_TIMEOUT, self.transport.call(address.clone(), None, request, WHO_TIMEOUT))
+        });
+        let answers: Vec<_> = join_all(asked).await.into_iter().flatten().collect();
+        if answers.iter().any(Result::is_ok) {
+            return None;
+        }
+        answers.into_iter().filter_map(Result::err).find(|error| error.kind() == ErrorKind::Foreign)
+    }
+
     /// Takes part, once the log is whole, unless the volume went back: then what was promised is fetched first, as by a member that
     /// has lost the end of its log. Where that end was judged already with every other voter heard nobody knows better.
-    pub(crate) async fn begin(self: &Arc<Self>) -> Result<()> {
+    async fn take_part(self: &Arc<Self>) -> Result<()> {
         self.set_phase(Phase::Starting);
         let denied = if self.log.end_is_judged() { None } else { self.denied_receipt().await };
         let Some(Receipt { term, last }) = denied else { return self.mend_vote_and_run().await };
@@ -214,6 +257,14 @@ pub(crate) fn twin_message(address: &str) -> String {
     format!(
         "another process is this member: one of the two has a copy of the other's volume, so end this one and wipe its volume \
          address={address}"
+    )
+}
+
+/// What a node in [`Phase::Foreign`] says.
+fn foreign_message(refusal: &Error) -> String {
+    format!(
+        "the processes that this one was told of refuse its volume: give it the volume that is theirs, or lay this one out anew, \
+         which loses what it holds, and it joins them as a new one: {refusal}"
     )
 }
 

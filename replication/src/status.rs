@@ -63,6 +63,10 @@ impl<R: Runtime> Inner<R> {
                 status.failure = Some(reason);
                 status.members = self.members();
             }
+            Phase::Foreign(reason) => {
+                status.role = "foreign".into();
+                status.failure = Some(reason);
+            }
             Phase::Removed => status.role = "removed".into(),
             Phase::Closed => status.role = "closed".into(),
             Phase::Twin(address) => {

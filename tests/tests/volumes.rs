@@ -206,3 +206,99 @@ fn snapshots_at_different_instants_give_a_cluster_from_the_one_that_goes_furthes
         assert_holds(&read_all(&runtime, server), &then);
     }
 }
+
+/// Of the members as a server knows them: whether there are three that vote, and the id of one of the name.
+fn voters_and_id(server: &Server, name: &str) -> Option<(bool, u64)> {
+    let status = server.status()?;
+    let members = status[0]["raft"]["members"].as_array()?;
+    let three = members.len() == 3 && members.iter().all(|member| member["voter"] == true);
+    let id = members.iter().find(|member| member["name"] == name)?["id"].as_u64()?;
+    Some((three, id))
+}
+
+/// The last of three servers has taken its place again, under a new id and with everything.
+fn assert_replaced(cluster: &Cluster, load: Load, runtime: &tokio::runtime::Runtime) {
+    const ID_BEFORE: u64 = 3;
+    let replaced = |server: &Server| {
+        voters_and_id(server, &cluster.servers[2].name).is_some_and(|(three, id)| three && id > ID_BEFORE)
+    };
+    until("the new volume has taken the place of the old one", || cluster.servers.iter().all(replaced));
+    load.await_progress(20);
+    let ledger = load.finish(runtime);
+    assert_nothing_lost(runtime, &cluster.servers, &ledger);
+}
+
+/// Three servers under load, of which the last is dead.
+fn two_of_three(runtime: &tokio::runtime::Runtime) -> (Cluster, Load) {
+    let mut cluster = Cluster::start(&SMALL);
+    let load = Load::start(runtime, &cluster, 4);
+    load.await_progress(50);
+    cluster.servers[2].kill();
+    load.await_progress(20);
+    (cluster, load)
+}
+
+/// Lays the volume out anew, which the operator decides, and starts its server.
+fn start_anew(server: &mut Server) {
+    document(server, &["format", "--data", text(&server.data), "--wal", "16MiB", "--force", "--json"]);
+    server.start();
+}
+
+/// A volume is gone, and its process starts on an empty folder: the cluster is whole again without anybody.
+#[test]
+fn a_lost_volume_is_replaced_by_itself() {
+    let runtime = runtime();
+    let (mut cluster, load) = two_of_three(&runtime);
+    std::fs::remove_dir_all(&cluster.servers[2].data).expect("the volume can be removed");
+    cluster.servers[2].start();
+    assert_replaced(&cluster, load, &runtime);
+}
+
+/// The volume of another cluster, which would lead alone: it takes no part and says why. Nothing of it is lost before the operator
+/// lays it out anew, and then it joins.
+#[test]
+fn a_volume_of_another_cluster_takes_no_part() {
+    let runtime = runtime();
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let mut other = Cluster::describe(folder, &["c"], &SMALL);
+    other.servers[0].start();
+    other.init();
+    other.leader();
+    other.servers[0].kill();
+    let (mut cluster, load) = two_of_three(&runtime);
+    let server = &mut cluster.servers[2];
+    restore(&zones(&other.servers[0].data), &server.data);
+    server.start();
+    until("it says that the volume is foreign", || {
+        server.status().is_some_and(|status| status[0]["raft"]["role"] == "foreign")
+    });
+    let status = server.status().expect("it answers");
+    let failure = status[0]["raft"]["failure"].as_str().expect("it says why");
+    assert!(failure.contains("a node of another cluster"), "{failure}");
+    assert_eq!(status[0]["ready"], false, "no client is sent there");
+    load.await_progress(50);
+    let server = &mut cluster.servers[2];
+    server.kill();
+    assert_sound(server, &server.data);
+    start_anew(server);
+    assert_replaced(&cluster, load, &runtime);
+}
+
+/// No copy of the superblock can be read: the process ends, says why, and has changed nothing. Laid out anew by the operator, the
+/// volume joins.
+#[test]
+fn a_volume_that_is_damaged_beyond_reading_is_left_as_it_is() {
+    let runtime = runtime();
+    let (mut cluster, load) = two_of_three(&runtime);
+    let server = &mut cluster.servers[2];
+    let mut damaged = zones(&server.data);
+    damaged[0].iter_mut().filter(|byte| **byte != 0).for_each(|byte| *byte ^= 0x55);
+    restore(&damaged, &server.data);
+    server.start();
+    until("the process ends", || !server.runs());
+    assert!(server.log().contains("mainstay format"), "it names the remedy: {}", server.log());
+    assert!(zones(&server.data) == damaged, "the volume is as it was");
+    server.kill();
+    start_anew(server);
+    assert_replaced(&cluster, load, &runtime);
+}
