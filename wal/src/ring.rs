@@ -44,9 +44,9 @@ impl Ring {
         self.bytes - self.place(lsn)
     }
 
-    /// Where the lap after the one of `lsn` begins; None when `lsn` begins a lap itself.
+    /// Where a batch begins that does not fit behind `lsn`: the next lap. None when the longest fits, as at the start of a lap.
     pub(crate) fn lap_next(&self, lsn: Lsn) -> Option<Lsn> {
-        (self.place(lsn) > 0).then(|| Lsn(lsn.0.saturating_add(self.lap_rest(lsn))))
+        (self.lap_rest(lsn) < self.batch_bytes_limit()).then(|| Lsn(lsn.0.saturating_add(self.lap_rest(lsn))))
     }
 
     /// Where a batch of `batch_bytes` begins when the one before it ended at `tail`.

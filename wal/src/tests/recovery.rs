@@ -236,6 +236,9 @@ fn row_p_a_block_that_cannot_be_read_at_the_end_is_corrupt() {
         let bench = Bench::open_without(image.clone(), &[unread], WalOptions { clean_end, ..options(2) });
         assert_eq!(bench.expect("opens").delivered.len(), 5, "unread={unread}");
     }
+    // Where the longest batch fits the next one does not skip to the next lap.
+    let later = WalOptions { start: Lsn(BLOCK as u64), ..options(2) };
+    assert_eq!(Bench::open_without(image, &[0], later).expect("opens").delivered.len(), 4);
 }
 
 #[test]
