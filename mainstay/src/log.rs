@@ -34,6 +34,8 @@ pub(crate) struct Replicated {
     pub(crate) handle: Handle,
     /// Set when the node made its own runtime ([`crate::Node::start_blocking`]).
     pub(crate) runtime: Mutex<Option<Runtime>>,
+    /// For another group than the first: that one, whose runtime both use.
+    pub(crate) _first: Option<Arc<Replicated>>,
 }
 
 impl Drop for Replicated {

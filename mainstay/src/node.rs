@@ -198,13 +198,47 @@ impl Node {
         };
         let node = replication::Node::start(engine.clone(), found, node_options, transport).await?;
         let runtime = Mutex::new(runtime);
-        Ok(Self { inner: Arc::new(Replicated { node: Arc::new(node), engine, handle, runtime }), address })
+        Ok(Self {
+            inner: Arc::new(Replicated { node: Arc::new(node), engine, handle, runtime, _first: None }),
+            address,
+        })
     }
 
     /// The replicated store: the interface of a store alone, with [`Store::with_durability`] and
     /// [`Store::with_read_level`] to choose what a write and a read promise.
     pub fn store(&self) -> Store {
         Store::over(Log::Replicated(self.inner.clone()))
+    }
+
+    /// The store in a group of that name, which is born over the voters of now if it is not there: a log with a leader of its own beside
+    /// the first, for writes that need no order among each other. Batches, snapshots, checkpoints and clones are of one group each.
+    ///
+    /// # Errors
+    /// `Invalid`: the name has no or more than 64 bytes, or there are 128 groups already. `Unsupported`: the cluster has a witness.
+    /// `Unavailable`, `Indeterminate`: the same call again finds what was made.
+    pub fn create_group(&self, name: &str) -> BoxFuture<Result<Store>> {
+        let name = name.to_owned();
+        self.bind(|inner| async move {
+            let node = inner.node.create_group(&name).await?;
+            Ok(group_store(&inner, node))
+        })
+    }
+
+    /// The store in a group that was made.
+    ///
+    /// # Errors
+    /// `NotFound`: nobody made it. `Unavailable`: no leader answers.
+    pub fn open_group(&self, name: &str) -> BoxFuture<Result<Store>> {
+        let name = name.to_owned();
+        self.bind(|inner| async move {
+            let node = inner.node.open_group(&name).await?;
+            Ok(group_store(&inner, node))
+        })
+    }
+
+    /// Names of the groups beside the first, as far as this node has applied that one.
+    pub fn group_names(&self) -> Vec<String> {
+        self.inner.node.group_names()
     }
 
     /// The replica underneath, for a server: commands, barriers, forwarding.
@@ -303,4 +337,11 @@ impl Node {
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         self.log().wait(future)
     }
+}
+
+fn group_store(first: &Arc<Replicated>, node: replication::Node) -> Store {
+    let (engine, handle) = (first.engine.clone(), first.handle.clone());
+    let group =
+        Replicated { node: Arc::new(node), engine, handle, runtime: Mutex::new(None), _first: Some(first.clone()) };
+    Store::over(Log::Replicated(Arc::new(group)))
 }

@@ -19,6 +19,8 @@ use crate::{
 
 /// The group of a store alone on one node.
 const GROUP: GroupId = GroupId(1);
+/// Keyspaces of this crate begin with it.
+const RESERVED_PREFIX: &str = "mainstay.";
 /// The name of the branch that every store is born with.
 const MAIN_NAME: &str = "main";
 
@@ -110,7 +112,7 @@ impl Store {
     /// The keyspace of that name, made if it is absent (in every clone).
     ///
     /// # Errors
-    /// `Invalid` (a name of 0 or more than 255 bytes), and as [`Store::commit`] if it is made.
+    /// `Invalid` (a name of 0 or more than 255 bytes, or one that begins with `mainstay.`), and as [`Store::commit`] if it is made.
     pub fn keyspace(&self, name: &str) -> Result<Keyspace> {
         self.log.wait(self.keyspace_inner(name))
     }
@@ -125,6 +127,7 @@ impl Store {
         if let Some(id) = self.log.group().keyspace(name) {
             return Ok(Keyspace::new(self.clone(), id, name));
         }
+        check_keyspace(name)?;
         let response = self.write(CommandBody::CreateKeyspace { name: name.into() }).await?;
         let id = keyspace_id(&response)?;
         Ok(Keyspace::new(self.clone(), id, name))
@@ -137,14 +140,16 @@ impl Store {
 
     /// Names of the keyspaces that this replica has applied.
     pub fn keyspaces(&self) -> Vec<String> {
-        self.log.group().keyspaces().into_iter().map(|(name, _)| name).collect()
+        let names = self.log.group().keyspaces().into_iter().map(|(name, _)| name);
+        names.filter(|name| check_keyspace(name).is_ok()).collect()
     }
 
     /// Drops a keyspace and its data in every clone; checkpoints keep it. Handles to it answer `Invalid` from then on.
     ///
     /// # Errors
-    /// `NotFound`, and as [`Store::commit`].
+    /// `NotFound`, `Invalid` (a name that begins with `mainstay.`), and as [`Store::commit`].
     pub fn drop_keyspace(&self, name: &str) -> Result<()> {
+        check_keyspace(name)?;
         self.log.wait(self.write(CommandBody::DropKeyspace { name: name.into() })).map(drop)
     }
 
@@ -400,6 +405,15 @@ impl Store {
         let log = self.log.clone();
         self.log.bind(async move { log.close().await })
     }
+}
+
+/// Refuses names that are not for callers.
+fn check_keyspace(name: &str) -> Result<()> {
+    if name.starts_with(RESERVED_PREFIX) {
+        let message = format!("names of keyspaces that begin with {RESERVED_PREFIX} are reserved name={name}");
+        return Err(Error::new(ErrorKind::Invalid, message));
+    }
+    Ok(())
 }
 
 fn keyspace_id(response: &[u8]) -> Result<KeyspaceId> {

@@ -86,3 +86,52 @@ async fn three_nodes_serve_one_store_and_its_clones() {
         node.close().await.expect("closes");
     }
 }
+
+/// What is written in many groups at once shares the writes of the device.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_groups_share_one_log() {
+    const GROUPS: usize = 16;
+    const WRITES: usize = 30;
+    let folder = tempfile::tempdir().expect("a folder");
+    let node = Node::start(options("one", folder.path())).await.expect("starts");
+    node.init(["one"]).await.expect("a cluster");
+    let mut groups = Vec::new();
+    for n in 0..GROUPS {
+        let store = node.create_group(&format!("g{n}")).await.expect("made");
+        groups.push(store.keyspace_async("data").await.expect("made"));
+    }
+    assert_eq!(node.group_names().len(), GROUPS);
+    assert_eq!(node.store().keyspaces(), ["default"], "what groups are made of is not for callers");
+    let reserved = node.store().keyspace_async("mainstay.group.1.x").await.err().expect("reserved");
+    assert_eq!(reserved.kind(), ErrorKind::Invalid);
+    let before = node.engine().wal().stats();
+    let writers = groups.iter().enumerate().map(|(n, data)| {
+        let data = data.clone();
+        tokio::spawn(async move {
+            for key in 0..WRITES {
+                data.insert_async(format!("k{key}"), n.to_string()).await.expect("written");
+            }
+        })
+    });
+    for writer in writers.collect::<Vec<_>>() {
+        writer.await.expect("no panic");
+    }
+    let after = node.engine().wal().stats();
+    let (batches, records) = (after.batches - before.batches, after.records - before.records);
+    assert!(records >= (GROUPS * WRITES) as u64 && batches < records, "{batches} device writes for {records} records");
+    drop(groups);
+    node.close().await.expect("closes");
+
+    // As they were, and apart.
+    let node = Node::start(options("one", folder.path())).await.expect("starts again");
+    while !node.is_leader() {
+        node.changed().await;
+    }
+    for n in 0..GROUPS {
+        let data = node.open_group(&format!("g{n}")).await.expect("there").keyspace_async("data").await.expect("there");
+        let value = data.get_async("k0").await.expect("readable");
+        assert_eq!(value.as_deref(), Some(n.to_string().as_bytes()));
+    }
+    assert_eq!(node.open_group("g16").await.err().map(|e| e.kind()), Some(ErrorKind::NotFound));
+    node.close().await.expect("closes");
+}

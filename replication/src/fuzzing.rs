@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use openraft::raft::AppendEntriesRequest;
 
+use crate::groups::encode_grouped;
 use crate::log_heal::write_base;
 use crate::network::{encode_append, write_offer};
 use crate::state_machine::Offer;
@@ -78,6 +79,7 @@ pub fn seeds() -> Vec<(&'static str, Bytes)> {
         ("refusal", encode_result::<()>(Err(refusal), |_, ()| {})),
         ("hello", crate::tcp::encode_hello(&hello)),
         ("member-add", add.finish()),
+        ("grouped", encode_grouped(2, crate::network::method::VOTE, b"vote")),
     ]
 }
 

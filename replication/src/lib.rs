@@ -10,6 +10,7 @@ mod entry_index;
 mod error;
 #[doc(hidden)]
 pub mod fuzzing;
+mod groups;
 mod heal;
 mod init;
 mod lag;
@@ -49,6 +50,7 @@ pub use batching::{Batching, UnderWay};
 pub use disk::DiskHealth;
 pub use durability::{Durability, ReadLevel};
 pub use error::{Error, ErrorKind, Result};
+pub use groups::{GROUP_KEYSPACE_PREFIX, GROUP_NAME_BYTES_MAX};
 pub use lag::{SiteLag, SiteLagBound};
 pub use log_store::LogHealStatus;
 pub use network::keeps_order;

@@ -254,6 +254,9 @@ impl<R: Runtime> Inner<R> {
     }
 
     async fn execute(self: &Arc<Self>, running: &Arc<Running<R>>, change: Change) -> Result<Vec<MemberInfo>> {
+        if !matches!(change, Change::Transfer(_)) {
+            self.check_first()?;
+        }
         if self.leader_of(running) != Some(running.id) {
             return Err(self.not_leader(running));
         }
@@ -388,7 +391,7 @@ impl<R: Runtime> Inner<R> {
         self.change_members(running, ChangeMembers::AddVoterIds(BTreeSet::from([id])), true).await
     }
 
-    async fn change_members(
+    pub(crate) async fn change_members(
         self: &Arc<Self>,
         running: &Arc<Running<R>>,
         change: ChangeMembers<u64, Member>,
@@ -633,6 +636,9 @@ impl<R: Runtime> Inner<R> {
 
     /// True for an id that the cluster has given up.
     pub(crate) fn was_removed(&self, id: NodeId) -> bool {
+        if let Some(host) = self.host() {
+            return host.was_removed(id);
+        }
         if self.removed.lock().expect("nothing panics while it holds this lock").contains(&id.0) {
             return true;
         }
@@ -717,8 +723,7 @@ impl<R: Runtime> Inner<R> {
         let planned = {
             let metrics = running.metrics.borrow_watched();
             let membership = metrics.membership_config.membership();
-            let near = |id: &u64| lag_of(&metrics, *id).is_some_and(|lag| lag <= CAUGHT_UP_ENTRIES);
-            replacement(membership, &membership.nodes().map(|(id, _)| *id).filter(near).collect())
+            replacement(membership, &caught_up(&metrics, membership))
         };
         let Some((voters, dropped)) = planned else { return };
         let change =
@@ -728,6 +733,15 @@ impl<R: Runtime> Inner<R> {
             Err(error) => tracing::warn!(%error, "a wiped member is not replaced yet"),
         }
     }
+}
+
+/// Members that lack next to nothing, as the leader sees it.
+pub(crate) fn caught_up<R: Runtime>(
+    metrics: &openraft::RaftMetrics<TypeConfig<R>>,
+    membership: &Membership,
+) -> BTreeSet<u64> {
+    let near = |id: &u64| lag_of(metrics, *id).is_some_and(|lag| lag <= CAUGHT_UP_ENTRIES);
+    membership.nodes().map(|(id, _)| *id).filter(near).collect()
 }
 
 /// Entries that a member lacks, as the leader sees it; `None` before it has heard from it.

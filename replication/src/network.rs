@@ -65,12 +65,16 @@ pub(crate) mod method {
     pub(crate) const RECEIPT: u8 = 26;
     /// A promise that the receiver has denied.
     pub(crate) const DENIED: u8 = 27;
+    /// A request for another group than the first.
+    pub(crate) const GROUPED: u8 = 28;
+    /// As `GROUPED`, of one that keeps its order.
+    pub(crate) const GROUPED_IN_TURN: u8 = 29;
 }
 
 /// Whether requests of this method rest on reaching a peer in the order in which they were sent. A connection keeps the
 /// order of all; a [`Transport`] without one has to do it for these.
 pub fn keeps_order(method: u8) -> bool {
-    method == method::APPEND_IN_TURN
+    matches!(method, method::APPEND_IN_TURN | method::GROUPED_IN_TURN)
 }
 
 /// How long entries may take to be durable at a follower. A follower that vanished is noticed by its heartbeats, which

@@ -250,6 +250,14 @@ impl Latch {
 }
 
 pub(crate) struct Inner<R: Runtime> {
+    pub(crate) number: GroupId,
+    /// The replica of the first group, for one of another group. See [`crate::groups`].
+    pub(crate) host: Option<std::sync::Weak<Inner<R>>>,
+    /// Of the host: the replicas of the other groups that are open.
+    pub(crate) groups: Mutex<BTreeMap<GroupId, Arc<Inner<R>>>>,
+    /// Of the host: what the log held of other groups.
+    pub(crate) found: Mutex<Vec<OwnerRecord>>,
+    pub(crate) opening_groups: Semaphore,
     pub(crate) options: NodeOptions,
     pub(crate) engine: Engine,
     pub(crate) group: Group,
@@ -328,9 +336,12 @@ struct StopOnDrop<R: Runtime>(Arc<Inner<R>>);
 
 impl<R: Runtime> Drop for StopOnDrop<R> {
     fn drop(&mut self) {
-        self.0.closing.set();
-        self.0.progress.close();
-        self.0.log.detach();
+        let groups: Vec<_> = self.0.groups().values().cloned().collect();
+        for replica in groups.iter().chain([&self.0]) {
+            replica.closing.set();
+            replica.progress.close();
+            replica.log.detach();
+        }
     }
 }
 
@@ -493,6 +504,88 @@ impl<R: Runtime> Inner<R> {
         }));
     }
 
+    /// Opens the replica of a group: its log and its tables, and what must not wait for openraft.
+    pub(crate) async fn open(
+        engine: Engine,
+        number: GroupId,
+        found: Vec<OwnerRecord>,
+        options: NodeOptions,
+        transport: Arc<dyn Transport>,
+        host: Option<&Arc<Self>>,
+    ) -> Result<Arc<Self>> {
+        let group = engine.group(number, options.group.clone()).await?;
+        let cache_bytes = options.entry_cache_bytes;
+        let flushed = (!options.witness).then(|| group.flushed());
+        if options.witness && group.applied() > LogIndex(0) {
+            return Err(Error::new(ErrorKind::Foreign, "the volume holds tables, and a witness has none"));
+        }
+        let others = if host.is_none() { crate::groups::of_others(&found, number) } else { Vec::new() };
+        let log = LogStore::open(engine.wal().clone(), number, found, cache_bytes, flushed)?;
+        let known = log.membership().membership().get_node(&engine.identity().node).map(|member| member.witness);
+        if known.is_some_and(|witness| witness != options.witness) {
+            let what = if options.witness { "holds data" } else { "is a witness" };
+            let message = format!("this member {what}: remove it and add it with a blank volume to change that");
+            return Err(Error::new(ErrorKind::Foreign, message));
+        }
+        let replayed = log.last().map_or(0, |last| last.index.saturating_sub(group.flushed().0));
+        tracing::info!(node = %options.name, group = number.0, flushed = group.flushed().0, entries = replayed, "opened: entries to apply again");
+        let opening = options.environment.random.id();
+        let room = Room::new(engine.wal().stats().ring_bytes);
+        let apply_lag = Arc::new(ApplyLag::new(options.environment.clock.clone()));
+        let inner = Arc::new(Inner {
+            number,
+            host: host.map(Arc::downgrade),
+            groups: Mutex::default(),
+            found: Mutex::new(others),
+            opening_groups: Semaphore::new(1),
+            options,
+            engine,
+            group,
+            transport,
+            log,
+            replayed,
+            progress: Arc::default(),
+            apply_lag,
+            running: RwLock::new(None),
+            phase: Mutex::new(Phase::Waiting),
+            changed: Notify::new(),
+            closing: Latch::default(),
+            forward: RwLock::new(None),
+            promise: Mutex::new(None),
+            install: Mutex::new(None),
+            removed: Mutex::default(),
+            moved: Mutex::new(BTreeMap::new()),
+            fetched_bytes: AtomicU64::new(0),
+            pinned: Mutex::new(BTreeMap::new()),
+            offered_by: Mutex::new(None),
+            initiating: Semaphore::new(1),
+            adopting: Semaphore::new(1),
+            changing: Semaphore::new(1),
+            rounds: Rounds::default(),
+            lease_rounds: Rounds::default(),
+            hurry: Arc::default(),
+            room,
+            rooms: Arc::default(),
+            lags: crate::lag::Lags::default(),
+            receipts: Arc::default(),
+            opening,
+            locals: crate::write::Locals::default(),
+            proposals: crate::proposals::Proposals::default(),
+            levels: crate::levels::Levels::default(),
+            fresh: Mutex::new(None),
+            turns: crate::turns::Turns::default(),
+            heard: Mutex::new(None),
+            disk: Mutex::default(),
+            disk_hand_overs: AtomicU64::new(0),
+            priority_hand_overs: AtomicU64::new(0),
+            asked_to_lead: Mutex::new(None),
+            handing_over: Semaphore::new(1),
+        });
+        inner.start_owner_task();
+        inner.start_entry_healing();
+        Ok(inner)
+    }
+
     /// [`Inner::run`] on a log that was mended in an earlier life, or had holes that took nothing that is needed.
     pub(crate) async fn mend_vote_and_run(self: &Arc<Self>) -> Result<()> {
         if let Some(term) = self.log.least_vote() {
@@ -590,71 +683,11 @@ impl<R: Runtime> Node<R> {
         }
         raft_config(&options)?;
         options.site_lag_bounds.iter().try_for_each(SiteLagBound::check)?;
-        let group = engine.group(GROUP, options.group.clone()).await?;
-        let cache_bytes = options.entry_cache_bytes;
-        let flushed = (!options.witness).then(|| group.flushed());
-        if options.witness && group.applied() > LogIndex(0) {
-            return Err(Error::new(ErrorKind::Foreign, "the volume holds tables, and a witness has none"));
-        }
-        let log = LogStore::open(engine.wal().clone(), GROUP, found, cache_bytes, flushed)?;
-        let known = log.membership().membership().get_node(&engine.identity().node).map(|member| member.witness);
-        if known.is_some_and(|witness| witness != options.witness) {
-            let what = if options.witness { "holds data" } else { "is a witness" };
-            let message = format!("this member {what}: remove it and add it with a blank volume to change that");
-            return Err(Error::new(ErrorKind::Foreign, message));
-        }
-        let damage = log.damage();
-        let replayed = log.last().map_or(0, |last| last.index.saturating_sub(group.flushed().0));
-        tracing::info!(node = %options.name, flushed = group.flushed().0, entries = replayed, "opened: entries to apply again");
-        let opening = options.environment.random.id();
-        let room = Room::new(engine.wal().stats().ring_bytes);
-        let apply_lag = Arc::new(ApplyLag::new(options.environment.clock.clone()));
-        let inner = Arc::new(Inner {
-            options,
-            engine,
-            group,
-            transport,
-            log,
-            replayed,
-            progress: Arc::default(),
-            apply_lag,
-            running: RwLock::new(None),
-            phase: Mutex::new(Phase::Waiting),
-            changed: Notify::new(),
-            closing: Latch::default(),
-            forward: RwLock::new(None),
-            promise: Mutex::new(None),
-            install: Mutex::new(None),
-            removed: Mutex::default(),
-            moved: Mutex::new(BTreeMap::new()),
-            fetched_bytes: AtomicU64::new(0),
-            pinned: Mutex::new(BTreeMap::new()),
-            offered_by: Mutex::new(None),
-            initiating: Semaphore::new(1),
-            adopting: Semaphore::new(1),
-            changing: Semaphore::new(1),
-            rounds: Rounds::default(),
-            lease_rounds: Rounds::default(),
-            hurry: Arc::default(),
-            room,
-            rooms: Arc::default(),
-            lags: crate::lag::Lags::default(),
-            receipts: Arc::default(),
-            opening,
-            locals: crate::write::Locals::default(),
-            proposals: crate::proposals::Proposals::default(),
-            levels: crate::levels::Levels::default(),
-            fresh: Mutex::new(None),
-            turns: crate::turns::Turns::default(),
-            heard: Mutex::new(None),
-            disk: Mutex::default(),
-            disk_hand_overs: AtomicU64::new(0),
-            priority_hand_overs: AtomicU64::new(0),
-            asked_to_lead: Mutex::new(None),
-            handing_over: Semaphore::new(1),
-        });
-        inner.start_owner_task();
-        inner.start_entry_healing();
+        let inner = Inner::open(engine, GROUP, found, options, transport, None).await?;
+        let damage = inner.log.damage();
+        inner.open_groups().await?;
+        let this = inner.clone();
+        inner.spawn(async move { this.look_after_groups().await });
         let node = Self { _handle: Arc::new(StopOnDrop(inner.clone())), inner: inner.clone() };
         if inner.engine.identity() != Identity::default() {
             // Who asks has to say who it is.
@@ -804,6 +837,32 @@ impl<R: Runtime> Node<R> {
     /// another leader, which keeps leadership for a minute at least before it gives it to a voter with a higher priority.
     pub async fn transfer_leader(&self, to: Option<NodeId>) -> Result<NodeId> {
         self.inner.transfer_leader(to).await
+    }
+
+    /// Gives birth to a group of that name over the voters of the cluster, or finds it: a log with a leader of its own, beside the first
+    /// one on the same volumes. The handle reads and writes in it as this one does in the first; members are changed through the
+    /// first alone.
+    ///
+    /// # Errors
+    /// `Invalid`: a name of 0 or more than [`crate::GROUP_NAME_BYTES_MAX`] bytes, or too many groups. `Unsupported`: the cluster has a
+    /// witness, or this is the handle of such a group. Else as [`Node::write`]: the same call again finds what was made.
+    /// # Cancel safety
+    /// Not cancel safe, but the same call again finishes it.
+    pub async fn create_group(&self, name: &str) -> Result<Self> {
+        Ok(Self { inner: self.inner.create_group(name).await?, _handle: self._handle.clone() })
+    }
+
+    /// The group of that name.
+    ///
+    /// # Errors
+    /// `NotFound`: nobody made it. `Unsupported`: this is the handle of such a group. Else as [`Node::read_barrier`]. Cancel safe.
+    pub async fn open_group(&self, name: &str) -> Result<Self> {
+        Ok(Self { inner: self.inner.open_group(name).await?, _handle: self._handle.clone() })
+    }
+
+    /// Names of the groups beside the first, as far as this node has applied it.
+    pub fn group_names(&self) -> Vec<String> {
+        self.inner.group_names()
     }
 
     /// The replicated state, for local reads; of a witness it is empty.

@@ -170,7 +170,7 @@ impl<R: Runtime> Inner<R> {
 
     /// Takes part, once the log is whole, unless the volume went back: then what was promised is fetched first, as by a member that
     /// has lost the end of its log. Where that end was judged already with every other voter heard nobody knows better.
-    async fn take_part(self: &Arc<Self>) -> Result<()> {
+    pub(crate) async fn take_part(self: &Arc<Self>) -> Result<()> {
         self.set_phase(Phase::Starting);
         let denied = if self.log.end_is_judged() { None } else { self.denied_receipt().await };
         let Some(Receipt { term, last }) = denied else { return self.mend_vote_and_run().await };

@@ -25,6 +25,7 @@ use openraft::raft::AppendEntriesRequest;
 use openraft_rt::Instant;
 use tokio::sync::Notify;
 
+use crate::groups::read_grouped;
 use crate::heal::{read_digests, write_digests};
 use crate::levels::Level;
 use crate::log_heal::{read_base, read_given, read_lost, read_wanted, write_base, write_given};
@@ -74,6 +75,9 @@ impl<R: Runtime> Handler for Service<R> {
 
     fn handle(&self, from: Hello, request: Envelope) -> Pin<Box<dyn Future<Output = Result<Envelope>> + Send>> {
         let Some(inner) = self.0.upgrade() else { return Box::pin(async { Err(closed()) }) };
+        if matches!(request.method, method::GROUPED | method::GROUPED_IN_TURN) {
+            return inner.handle_grouped(from, request);
+        }
         // Taken here, in the order of the connection, and not in the future, which runs beside others.
         let turn = (request.method == method::APPEND_IN_TURN).then(|| inner.turns.take(from.node.0));
         Box::pin(async move {
@@ -86,7 +90,20 @@ impl<R: Runtime> Handler for Service<R> {
 }
 
 impl<R: Runtime> Inner<R> {
+    /// Passes a request on to its group, at once: the order of the connection is that of each group.
+    fn handle_grouped(&self, from: Hello, request: Envelope) -> BoxFuture<Result<Envelope>> {
+        let group = read_grouped(&request.body).and_then(|(number, inside)| {
+            let group = self.groups().get(&number).map(Arc::downgrade);
+            let group = group.ok_or_else(|| Error::new(ErrorKind::Unavailable, "this group is not open here"))?;
+            Ok(Service(group).handle(from, inside))
+        });
+        Box::pin(async move { Ok(Envelope { method: request.method, body: group?.await?.body }) })
+    }
+
     fn accept(&self, hello: &Hello) -> Result<()> {
+        if let Some(host) = self.host() {
+            return host.accept(hello);
+        }
         let mine = self.hello();
         let foreign = |what: &str| Error::new(ErrorKind::Foreign, format!("{what} name={}", hello.name));
         if hello.settings_fingerprint != mine.settings_fingerprint {
@@ -518,6 +535,7 @@ pub(crate) fn decode_any(bytes: &Bytes) {
     let _ = decode_result(bytes, read_given);
     let _ = decode_result(bytes, read_digests);
     let _ = read_lost(bytes);
+    let _ = read_grouped(bytes);
     let _ = read_wanted(bytes);
     let _ = read_receipt(bytes);
     let _ = decode_result(bytes, Remembered::read);

@@ -96,7 +96,11 @@ impl<R: Runtime> Inner<R> {
                     }
                     Select3::Third(()) => {
                         idle.sealed = this.log.take_seal().or(idle.sealed);
-                        if this.phase() == Phase::Member && idle.wants_seal(this.engine.wal().durable()) {
+                        // One seal proves the ring for all groups.
+                        if this.host.is_none()
+                            && this.phase() == Phase::Member
+                            && idle.wants_seal(this.engine.wal().durable())
+                        {
                             this.log.seal();
                         }
                     }
@@ -210,9 +214,13 @@ impl<R: Runtime> Inner<R> {
         let (this, r) = (self.clone(), running.clone());
         self.spawn(async move { this.ask_for_rotations(&r).await });
         let (this, r) = (self.clone(), running.clone());
-        self.spawn(async move { this.look_after_members(&r).await });
-        let (this, r) = (self.clone(), running.clone());
-        self.spawn(async move { this.ask_when_orphaned(&r).await });
+        if self.host.is_some() {
+            self.spawn(async move { this.follow_host(&r).await });
+        } else {
+            self.spawn(async move { this.look_after_members(&r).await });
+            let (this, r) = (self.clone(), running.clone());
+            self.spawn(async move { this.ask_when_orphaned(&r).await });
+        }
         // A dropped node stops as in a crash: openraft ends with it.
         let (this, r) = (self.clone(), running.clone());
         drop(R::spawn(async move {
@@ -457,6 +465,22 @@ impl<R: Runtime> Inner<R> {
         if self.phase() == Phase::Closed {
             return Ok(());
         }
+        let groups: Vec<Arc<Self>> = self.groups().values().cloned().collect();
+        for group in groups {
+            group.close_replica().await;
+        }
+        let failed = matches!(self.phase(), Phase::Failed(_));
+        self.close_replica().await;
+        self.transport.close().await;
+        match self.engine.close().await {
+            // The volume left service already, and its close can say no more than that.
+            Err(_) if failed => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    /// Ends what this replica does, in order.
+    async fn close_replica(self: &Arc<Self>) {
         let running = self.running.read().expect("nothing panics while it holds this lock").clone();
         if let Some(running) = &running
             && self.phase() == Phase::Member
@@ -476,7 +500,6 @@ impl<R: Runtime> Inner<R> {
                 Err(_) => tracing::warn!("leadership was not handed over in time"),
             }
         }
-        let failed = matches!(self.phase(), Phase::Failed(_));
         self.set_phase(Phase::Closed);
         self.closing.set();
         self.progress.close();
@@ -486,12 +509,6 @@ impl<R: Runtime> Inner<R> {
             let _ = running.raft.shutdown().await;
         }
         *self.running.write().expect("nothing panics while it holds this lock") = None;
-        self.transport.close().await;
-        match self.engine.close().await {
-            // The volume left service already, and its close can say no more than that.
-            Err(_) if failed => Ok(()),
-            result => Ok(result?),
-        }
     }
 }
 

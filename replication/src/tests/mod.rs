@@ -4,6 +4,7 @@
 mod cluster;
 mod disk;
 mod disturb;
+mod groups;
 mod guarantees;
 mod heal;
 mod installs;
