@@ -303,7 +303,9 @@ async fn examine(
     if !first && header.follows != tail.end {
         return Ok((Found::Nothing, None));
     }
-    if tail.chain.is_some_and(|chain| chain != header.chain) {
+    // Written behind what the device did not give when the log was opened, and gives now.
+    let anew = header.chain == 0 && header.epoch > tail.epoch;
+    if !anew && tail.chain.is_some_and(|chain| chain != header.chain) {
         let contradicts = header.durable == tail.end;
         return Ok((if contradicts { Found::Contradicts } else { Found::Nothing }, None));
     }

@@ -128,6 +128,10 @@ fn an_end_that_cannot_be_read_is_a_hole_until_something_is_written_behind_it() {
         bench.commit(&payload(7, 3000)).expect("commits");
         let again = Bench::open_without(bench.device.image(), unread, with_holes(3)).expect("opens again");
         assert_eq!(found(&again), [hole.clone(), vec![Some(7)]].concat(), "{unread:?}");
+        // Given again, it is what it was. What lies between, if anything does, is a hole.
+        let given = Bench::open(bench.device.image(), with_holes(3)).expect("opens when it can be read again");
+        let between = if end == Lsn(5 * BLOCK as u64) { vec![] } else { vec![None] };
+        assert_eq!(found(&given), [(0..5).map(Some).collect(), between, vec![Some(7)]].concat(), "{unread:?}");
     }
 }
 
