@@ -100,6 +100,8 @@ pub(crate) struct EntryIndex {
     begun: bool,
     /// Recovery began the log behind a gap, and no purge has filled it yet.
     behind_gap: bool,
+    /// Recovery found that the tables go beyond the log.
+    pub(crate) behind_tables: bool,
     /// Entries that damage has taken; their slots are empty.
     missing: BTreeSet<u64>,
     /// Log ids that are known of missing entries.
@@ -513,12 +515,17 @@ impl EntryIndex {
     pub(crate) fn check(&mut self) -> Result<()> {
         let expect = self.purged.map_or(0, |p| p.index + 1);
         let begins = self.purged.is_some() || !self.slots.is_empty();
-        let short = begins && !self.tableless && self.decided >= self.next() && self.log_id(self.decided).is_none();
+        let short = begins
+            && !self.holes
+            && !self.tableless
+            && self.decided >= self.next()
+            && self.log_id(self.decided).is_none();
         if short {
             // While the ring was full it took no entry, and others committed some that came into tables here. Nothing was promised of
-            // them; what they are called, others have to say.
+            // them; what they are called, any other has to say that has them committed.
             self.holes = true;
-            self.open = true;
+            self.behind_tables = true;
+            self.leave_out(self.decided + 1);
         }
         if self.holes {
             let from_birth = self.purged.is_none() && self.decided == 0 && (!self.tableless || self.first == 1);
@@ -529,8 +536,7 @@ impl EntryIndex {
             }
             // The log was cut up to what is in tables, and which tables those are was lost with a part of the node's log.
             let behind = expect > self.decided.saturating_add(1);
-            let named_by_the_end = short || self.missing.contains(&self.decided);
-            let unnamed = !named_by_the_end && self.state_at(self.decided).is_err();
+            let unnamed = !self.missing.contains(&self.decided) && self.state_at(self.decided).is_err();
             self.base_lost |= behind || unnamed || (!self.slots.is_empty() && self.first != expect);
             return Ok(());
         }

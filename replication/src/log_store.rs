@@ -90,6 +90,8 @@ pub struct LogHealStatus {
     pub entries_healed: u64,
     /// Times that the volume was found to have gone back behind what this member had promised.
     pub went_back: u64,
+    /// Times that the log was found to end before what is in tables: the ring had been full.
+    pub behind_tables: u64,
 }
 
 /// Entries that are asked of others at once.
@@ -135,7 +137,8 @@ impl LogStore {
         }
         index.settle();
         index.check()?;
-        let state = State { index, ..State::default() };
+        let counts = LogHealStatus { behind_tables: index.behind_tables.into(), ..LogHealStatus::default() };
+        let state = State { index, counts, ..State::default() };
         Ok(Self { inner: Arc::new(Inner { wal, group, order: Mutex::new(()), state: Mutex::new(state) }) })
     }
 
