@@ -231,6 +231,8 @@ impl EntryIndex {
         let from = at.index.saturating_add(1);
         if !self.slots.is_empty() && self.first > from && self.first - from <= MISSING_MAX {
             self.lead_back(from);
+            // It was cut as far as tables went that are lost.
+            self.purged = None;
         }
         self.purge(at, membership);
         self.decided = self.decided.max(at.index);
@@ -329,6 +331,21 @@ mod tests {
         let mut behind = replay(vec![R::Purge(log_id(1, 6), m), R::Hole, R::Entry(entry(1, 9))]);
         assert!(behind.check().is_ok());
         assert_eq!(missing(&behind), [(7, 8, Some(log_id(1, 9)))]);
+    }
+
+    #[test]
+    fn a_log_that_was_cut_further_than_its_tables_go_begins_behind_them_again() {
+        let m = StoredMembership::new(Some(log_id(1, 0)), Membership::default());
+        let mut index = EntryIndex::new(1 << 20, 5);
+        let records = vec![R::Purge(log_id(1, 9), m.clone()), R::Hole, R::Entry(entry(1, 10)), R::Entry(entry(1, 11))];
+        (0..).zip(records).for_each(|(n, record)| index.recover(record, pos(n)));
+        index.settle();
+        index.check().expect("with a hole it is no error");
+        assert_eq!(index.base_wanted(), Some((5, log_id(1, 10))));
+        index.rebase(log_id(1, 5), m);
+        assert_eq!((span(&index), missing(&index)), ((6, 12), vec![(6, 9, Some(log_id(1, 10)))]));
+        assert_eq!(index.state_at(5).expect("named").0, Some(log_id(1, 5)));
+        assert!(!index.damage().expect("entries are missing").base);
     }
 
     #[test]
