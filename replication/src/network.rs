@@ -29,7 +29,7 @@ use crate::pipeline::{Hurry, Matched, Pipeline};
 use crate::receipts::{Receipt, Receipts, went_back};
 use crate::room::PeerRooms;
 use crate::state_machine::{Offer, SnapshotHandle};
-use crate::types::{LogId, Member, RaftSnapshot, SnapshotMeta, TypeConfig, Vote};
+use crate::types::{LogId, Member, RaftSnapshot, SnapshotMeta, TypeConfig, Vote, term_of};
 use crate::wire::{Reader, Writer, decode_result};
 use crate::{Envelope, Error, ErrorKind, NodeId, PeerAddress, Result, Runtime, Transport};
 
@@ -133,6 +133,12 @@ impl Sent {
         let last = rpc.entries.last().map(|entry| entry.log_id).or(rpc.prev_log_id);
         Self { term: rpc.vote.leader_id.term, prev: rpc.prev_log_id, last }
     }
+
+    /// What a success promises. Without entries it says that the log goes so far, and may come before the term is durable there.
+    fn promise(&self) -> Receipt {
+        let term = if self.last == self.prev { self.last.map_or(0, |id| term_of(&id)) } else { self.term };
+        Receipt { term, last: self.last }
+    }
 }
 
 impl<R: Runtime> RaftNetworkFactory<TypeConfig<R>> for Networks<R> {
@@ -207,7 +213,7 @@ impl<R: Runtime> Network<R> {
             let (response, room) = decode_result(&answer.await?.body, read_append_answer)?;
             if response.is_success() {
                 rooms.note(target, room, sent.last.map_or(0, |id| id.index));
-                receipts.note(target, Receipt { term: sent.term, last: sent.last });
+                receipts.note(target, sent.promise());
             }
             if matches!(response, AppendEntriesResponse::Conflict)
                 && let Some(receipt) = receipts.contradict(target, sent.term, sent.prev)
@@ -305,8 +311,9 @@ impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
                 Select2::First(closed) => return Err(StreamingError::Closed(closed)),
                 Select2::Second(Ok(Some(answer))) => {
                     if answer == vote {
-                        let receipt = Receipt { term: vote.leader_id.term, last: offer.meta.last_log_id };
-                        self.receipts.note(self.target, receipt);
+                        // As with an answer to no entries.
+                        let term = offer.meta.last_log_id.map_or(0, |id| term_of(&id));
+                        self.receipts.note(self.target, Receipt { term, last: offer.meta.last_log_id });
                     }
                     return Ok(SnapshotResponse::new(answer));
                 }
@@ -464,4 +471,20 @@ pub(crate) fn decode_any<R: Runtime>(bytes: &Bytes) {
     let _ = decode_result(bytes, read_append_answer::<R>);
     let _ = decode_result(bytes, read_vote_response::<R>);
     let _ = decode_result(bytes, read_transfer_response::<R>);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::log_id;
+
+    /// A member whose disk took nothing had answered the heartbeat of a new leader; started again it was called one that went back.
+    #[test]
+    fn an_answer_to_no_entries_promises_the_log_and_not_the_term() {
+        let sent = |prev, last| Sent { term: 8, prev, last };
+        let (before, behind) = (Some(log_id(6, 87)), Some(log_id(8, 88)));
+        assert_eq!(sent(before, before).promise(), Receipt { term: 6, last: before });
+        assert_eq!(sent(before, behind).promise(), Receipt { term: 8, last: behind });
+        assert_eq!(sent(None, None).promise(), Receipt { term: 0, last: None });
+    }
 }
