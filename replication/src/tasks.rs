@@ -172,15 +172,17 @@ impl<R: Runtime> Inner<R> {
             self.options.entry_cache_bytes.min(ring / 4)
         };
         let Some(target) = self.log.purge_target(flushed, tail) else { return };
-        // One less than there could be leaves one to ask for.
-        let upto = if tail == 0 { target } else { target.min(flushed.0 - 1) };
+        // What a leader puts off, because it is being sent, openraft does not take up again as a follower, unless it is asked for
+        // more: one entry is left for that until the rest is gone.
+        let leads = || running.metrics.borrow_watched().state == ServerState::Leader;
+        let upto = if leads() && tail > 0 { target.min(flushed.0 - 1) } else { target };
         if self.purge_by(&running, upto).await {
+            if upto < target {
+                self.purge_by(&running, target).await;
+            }
             return;
         }
-        // What a leader has put off, because it was being sent, openraft does not take up again as a follower, unless it is
-        // asked for more.
-        let leads = running.metrics.borrow_watched().state == ServerState::Leader;
-        if !leads && upto < flushed.0 && self.purge_by(&running, flushed.0).await {
+        if !leads() && upto < flushed.0 && self.purge_by(&running, flushed.0).await {
             return;
         }
         // openraft carries out one step after the other, and one that waits until an entry is durable holds up the purge that
