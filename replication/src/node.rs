@@ -295,7 +295,7 @@ pub(crate) struct Inner<R: Runtime> {
     /// Of what the followers of this node may have to wait for.
     pub(crate) hurry: Arc<Hurry>,
     /// For commands on their way into the log.
-    pub(crate) room: Room,
+    pub(crate) room: Arc<Room>,
     /// What the logs of the others take.
     pub(crate) rooms: Arc<PeerRooms<R>>,
     /// How far the sites lag that have a bound.
@@ -530,7 +530,8 @@ impl<R: Runtime> Inner<R> {
         let replayed = log.last().map_or(0, |last| last.index.saturating_sub(group.flushed().0));
         tracing::info!(node = %options.name, group = number.0, flushed = group.flushed().0, entries = replayed, "opened: entries to apply again");
         let opening = options.environment.random.id();
-        let room = Room::new(engine.wal().stats().ring_bytes);
+        let new_room = || Arc::new(Room::new(engine.wal().stats().ring_bytes));
+        let room = host.map_or_else(new_room, |host| host.room.clone());
         let apply_lag = Arc::new(ApplyLag::new(options.environment.clock.clone()));
         let inner = Arc::new(Inner {
             number,
@@ -841,7 +842,7 @@ impl<R: Runtime> Node<R> {
 
     /// Gives birth to a group of that name over the voters of the cluster, or finds it: a log with a leader of its own, beside the first
     /// one on the same volumes. The handle reads and writes in it as this one does in the first; members are changed through the
-    /// first alone.
+    /// first alone. Unfinished: groups that fill the ring of the log together may hold each other up (docs/replication.md, "Groups").
     ///
     /// # Errors
     /// `Invalid`: a name of 0 or more than [`crate::GROUP_NAME_BYTES_MAX`] bytes, or too many groups. `Unsupported`: the cluster has a

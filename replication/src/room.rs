@@ -40,7 +40,7 @@ const ROTATION_BYTES_MAX: usize = 32;
 /// The right of a command to its part of the ring, until it is answered.
 pub(crate) type Admitted = Option<OwnedSemaphorePermit>;
 
-/// See the module. One for each node.
+/// See the module. One for all groups of a node.
 pub(crate) struct Room {
     blocks: Arc<Semaphore>,
     blocks_max: u32,
@@ -106,7 +106,22 @@ impl<R: Runtime> Inner<R> {
 
     /// Whether the ring would be too full with so many bytes more (Q2).
     fn is_crowded(&self, running: &Running<R>, bytes: u64) -> bool {
-        bytes > self.own_room() && (self.group.frozen_generations() > 0 || self.has_unapplied(running))
+        bytes > self.own_room() && (self.is_awaited(running) || self.is_another_awaited())
+    }
+
+    /// Whether the log of this group cannot be cut up to its end yet.
+    fn is_awaited(&self, running: &Running<R>) -> bool {
+        self.group.frozen_generations() > 0 || self.has_unapplied(running)
+    }
+
+    /// The same of the other groups in this ring.
+    fn is_another_awaited(&self) -> bool {
+        let host = self.host();
+        let awaited = |replica: &Inner<R>| {
+            replica.number != self.number && replica.running().is_ok_and(|running| replica.is_awaited(&running))
+        };
+        let groups: Vec<_> = host.as_deref().unwrap_or(self).groups().values().cloned().collect();
+        host.as_deref().is_some_and(awaited) || groups.iter().any(|group| awaited(group))
     }
 
     fn has_unapplied(&self, running: &Running<R>) -> bool {

@@ -21,6 +21,7 @@ usage: cargo xtask sim [--seeds N] [--start S] [--twice] [--jobs J] [--verbose] 
   --log          run the log of one node alone instead of a cluster
   --store        run a store alone on one node instead of a cluster
   --witness      the last of those that found the cluster holds no data; without this, in one seed of four
+  --group        a group beside the first, born while things go wrong: not in seeds without this yet, docs/rfcs/0001-many-groups.md
   --with FAULT   draw this fault in every seed
   --mutants      plant one bug after the other and run seeds until it is caught (`cargo xtask sim` builds what this needs)
   --mutant NAME  only this one
@@ -47,6 +48,7 @@ struct Args {
     /// In each world.
     single_faults: u64,
     witness: bool,
+    group: bool,
     with: Vec<Fault>,
     mutants: bool,
     mutant: Option<String>,
@@ -158,6 +160,7 @@ fn parse() -> Result<Args, String> {
         store: false,
         single_faults: 0,
         witness: false,
+        group: false,
         with: Vec::new(),
         mutants: false,
         mutant: None,
@@ -177,6 +180,7 @@ fn parse() -> Result<Args, String> {
             "--keep-going" => args.keep_going = true,
             "--store" => args.store = true,
             "--witness" => args.witness = true,
+            "--group" => args.group = true,
             "--with" => {
                 let name = given.next().unwrap_or_default();
                 let fault = Fault::ALL.into_iter().find(|fault| fault.name() == name);
@@ -312,8 +316,9 @@ fn run(args: &Args) -> (u64, u64, Totals) {
             faults => format!("--single-faults {faults}"),
         };
         let witness = if args.witness { " --witness" } else { "" };
+        let group = if args.group { " --group" } else { "" };
         let twice = if args.twice { " --twice" } else { "" };
-        println!("  replay: cargo xtask sim {what} --start {seed}{witness}{twice} --verbose");
+        println!("  replay: cargo xtask sim {what} --start {seed}{witness}{group}{twice} --verbose");
     }
 }
 
@@ -321,6 +326,7 @@ fn run(args: &Args) -> (u64, u64, Totals) {
 fn start(seed: u64, args: &Args, done: mpsc::Sender<Verdict>) {
     let (runs, verbose, lying) = (1 + usize::from(args.twice), args.verbose, args.lying);
     let (with, single_faults, witness) = (args.with.clone(), args.single_faults, args.witness.then_some(true));
+    let group = args.group;
     let began = Instant::now();
     let one = move || {
         (0..runs)
@@ -330,6 +336,7 @@ fn start(seed: u64, args: &Args, done: mpsc::Sender<Verdict>) {
                     world::run(seed, |settings| {
                         settings.with = with;
                         settings.witness = witness;
+                        settings.group = group;
                         settings.verbose = verbose;
                         settings.lying_disks = lying;
                         if single_faults > 0 {

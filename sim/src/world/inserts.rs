@@ -15,9 +15,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use mainstay_engine::{CommandBody, KeyspaceId, MAIN, WriteBatch, WriteOp};
-use mainstay_replication::{Durability, Error, ReadLevel, Write};
+use mainstay_replication::{Durability, Error, ErrorKind, ReadLevel, Write};
 
-use super::cluster::{Called, Cluster, NO_FLOOD};
+use super::cluster::{Called, Cluster, NO_FLOOD, SimNode};
 use super::workload::Notes;
 use crate::application::was_not_applied;
 use crate::rt::{Group, SimRng};
@@ -47,22 +47,37 @@ enum Told {
     Unknown,
 }
 
-/// All inserts of a world.
-#[derive(Default)]
-pub(crate) struct Inserts(Mutex<BTreeMap<u64, (Told, String)>>);
+/// All inserts of a world into one group.
+pub(crate) struct Inserts {
+    /// The name of one beside the first, which whoever writes or reads makes if it is not there.
+    group: Option<&'static str>,
+    all: Mutex<BTreeMap<u64, (Told, String)>>,
+}
 
 fn key(n: u64) -> Bytes {
     Bytes::from(format!("insert-{n:012}"))
 }
 
+/// The handle of the group.
+async fn enter(node: SimNode, group: Option<&'static str>) -> Result<SimNode, Error> {
+    match group {
+        Some(name) => Ok(Arc::new(node.create_group(name).await?)),
+        None => Ok(node),
+    }
+}
+
 impl Inserts {
+    pub(crate) fn into_group(group: Option<&'static str>) -> Arc<Self> {
+        Arc::new(Self { group, all: Mutex::default() })
+    }
+
     fn set(&self, n: u64, told: Told, why: String) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(n, (told, why));
+        self.all.lock().unwrap_or_else(PoisonError::into_inner).insert(n, (told, why));
     }
 
     /// Writes from `first` on that have no answer yet.
     fn pending(&self, first: u64) -> usize {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         all.range(first..).filter(|(_, (told, _))| *told == Told::Pending).count()
     }
 
@@ -91,7 +106,7 @@ impl Inserts {
             self.set(n, Told::Pending, String::new());
             let (me, on, notes) = (self.clone(), cluster.clone(), notes.clone());
             let task = Box::pin(async move {
-                let (told, why) = insert(&on, node, n).await;
+                let (told, why) = insert(&on, node, me.group, n).await;
                 notes.count(match told {
                     Told::Done => "inserts",
                     Told::Refused => "inserts refused",
@@ -111,9 +126,11 @@ impl Inserts {
     /// # Errors
     /// The first answer that was not so, or that the member cannot be read.
     pub(crate) async fn check(&self, cluster: &Arc<Cluster>, i: usize) -> Result<(), String> {
+        let group = self.group;
         let called = cluster
-            .call(i, Duration::from_secs(60), |node| {
+            .call(i, Duration::from_secs(60), move |node| {
                 Box::pin(async move {
+                    let node = enter(node, group).await.map_err(|e| e.to_string())?;
                     let snapshot = node.snapshot("main", ReadLevel::Linearizable).await.map_err(|e| e.to_string())?;
                     let (low, high) = (Bytes::from_static(b"insert-"), Bytes::from_static(b"insert."));
                     let mut scan = snapshot.range(SHARED, Bound::Included(low), Bound::Excluded(high));
@@ -129,7 +146,7 @@ impl Inserts {
             Called::Answered(found) => found.map_err(|e| format!("the scan of inserts on n{i}: {e}"))?,
             Called::Down | Called::Lost => return Err(format!("the scan of inserts on n{i}: no answer")),
         };
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         for (n, (told, why)) in all.iter() {
             let there = match found.remove(&key(*n)) {
                 None => false,
@@ -152,13 +169,16 @@ impl Inserts {
     }
 }
 
-async fn insert(cluster: &Cluster, node: usize, n: u64) -> (Told, String) {
+async fn insert(cluster: &Cluster, node: usize, group: Option<&'static str>, n: u64) -> (Told, String) {
     let op = WriteOp::Put { keyspace: SHARED, key: key(n), value: encode(n) };
     let body = CommandBody::Batch(WriteBatch { branch: MAIN, ops: vec![op] });
     let called = cluster
         .call(node, PATIENCE, move |node| {
             Box::pin(async move {
-                let applied = node.write(Write { body, durability: Durability::Quorum }).await?;
+                // What is not entered is not written, whatever became of the birth.
+                let entered =
+                    enter(node, group).await.map_err(|e| Error::new(ErrorKind::Unavailable, e.to_string()))?;
+                let applied = entered.write(Write { body, durability: Durability::Quorum }).await?;
                 applied.response.map_err(Error::from)
             })
         })

@@ -36,8 +36,9 @@ impl Watcher {
         for i in 0..cluster.size() {
             let Some(node) = cluster.node(i) else { continue };
             let status = node.status();
-            // What one fault has taken from a log is fetched from the others, and said so meanwhile.
-            let heals = cluster.settings.single_faults > 0 && status.role == "recovering";
+            // What one fault has taken from a log is fetched from the others, and said so meanwhile; so is what a full ring did not take.
+            let behind = status.log_heal.behind_tables > 0;
+            let heals = status.role == "recovering" && (behind || cluster.settings.single_faults > 0);
             if let Some(failure) = &status.failure
                 && !heals
                 && !cluster.is_excused(i)
@@ -243,7 +244,7 @@ pub(crate) async fn judge(
     notes: &Arc<Notes>,
     watcher: &mut Watcher,
     clients: &mut [Client],
-    inserts: &Inserts,
+    inserts: &[Arc<Inserts>],
     application: &dyn Application,
     rng: &mut SimRng,
 ) -> Result<(), String> {
@@ -266,7 +267,9 @@ pub(crate) async fn judge(
         }
     }
     for &i in &members {
-        inserts.check(cluster, i).await?;
+        for inserts in inserts {
+            inserts.check(cluster, i).await?;
+        }
         read_registers(cluster, notes, i).await?;
         for client in clients.iter_mut() {
             if !client.check_all(i).await {

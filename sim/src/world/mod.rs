@@ -39,6 +39,8 @@ pub struct Settings {
     pub clock_drift: u64,
     /// Whether the last of those that found the cluster holds no data; without it the seed says so.
     pub witness: Option<bool>,
+    /// Whether there is a group beside the first, but for worlds with a witness.
+    pub group: bool,
     /// Faults that are drawn in any case.
     pub with: Vec<Fault>,
     /// Clients.
@@ -92,6 +94,7 @@ impl Settings {
             // A lease is worth two thirds of the time that a follower waits before it elects.
             clock_drift: if rng.chance(500) { 0 } else { 50_000 },
             witness: None,
+            group: false,
             with: Vec::new(),
             clients: 4,
             // Some are long enough for a disk that stands still for 20 s.
@@ -250,9 +253,16 @@ async fn live(
                 let client = Client::new(id, &cluster, &notes, application, rng.fork(), keyspace);
                 running.push(background(executor, "client", client.run()));
             }
-            let inserts = Arc::new(Inserts::default());
-            let inserting = inserts.clone().run(cluster.clone(), notes.clone(), rng.fork());
-            let inserting = background(executor, "inserts", inserting);
+            // Born while things go wrong; a cluster with a witness has one group.
+            let witness = (0..cluster.size()).any(|i| cluster.is_witness(i));
+            let aside = (settings.group && !witness).then_some("aside");
+            let inserts: Vec<Arc<Inserts>> =
+                [None].into_iter().chain(aside.map(Some)).map(Inserts::into_group).collect();
+            let mut inserting = Vec::new();
+            for inserts in &inserts {
+                let run = inserts.clone().run(cluster.clone(), notes.clone(), rng.fork());
+                inserting.push(background(executor, "inserts", run));
+            }
             let until = executor.now() + settings.length;
             summary.faults = match settings.single_faults {
                 0 => faults::run(cluster.clone(), rng.fork(), until).await,
@@ -266,7 +276,9 @@ async fn live(
             for ended in running {
                 clients.push(ended.await.expect("a client of the world is never killed"));
             }
-            inserting.await.expect("inserts are never killed");
+            for inserting in inserting {
+                inserting.await.expect("inserts are never killed");
+            }
             let mut watcher = watching.await.expect("the watcher is never killed");
             faults::calm(&cluster);
             let judged = judge::judge(&cluster, &notes, &mut watcher, &mut clients, &inserts, &**application, &mut rng);
