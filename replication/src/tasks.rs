@@ -133,7 +133,10 @@ impl<R: Runtime> Inner<R> {
         // A write that nobody waited for may have ended the log of a node at rest.
         let failure = failure.or_else(|| Some(self.engine.wal().failure()?.to_string()));
         if let Some(reason) = failure
-            && matches!(self.phase(), Phase::Waiting | Phase::Starting | Phase::Recovering(_) | Phase::Member)
+            && matches!(
+                self.phase(),
+                Phase::Waiting | Phase::Starting | Phase::Recovering(_) | Phase::Foreign(_) | Phase::Member
+            )
             && !self.closing.is_set()
         {
             self.leave_service(reason).await;

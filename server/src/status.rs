@@ -105,7 +105,7 @@ pub struct RaftSection {
     pub cluster: String,
     /// Own id, 0 before birth.
     pub id: u64,
-    /// `leader`, `follower`, `candidate`, `learner`, `waiting`, `removed` or `failed`.
+    /// As in [`NodeStatus::role`].
     pub role: String,
     /// Term.
     pub term: u64,

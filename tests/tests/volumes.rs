@@ -71,6 +71,21 @@ fn await_tables(cluster: &Cluster) {
     until("every volume has tables", || cluster.servers.iter().all(flushed));
 }
 
+/// Three servers with tables, and clients that write to them.
+fn three_under_load(runtime: &tokio::runtime::Runtime) -> (Cluster, Load) {
+    let cluster = Cluster::start(&SMALL);
+    let load = Load::start(runtime, &cluster, 8);
+    await_tables(&cluster);
+    (cluster, load)
+}
+
+/// Puts a copy under a server that is dead, and starts it.
+fn put_back(server: &mut Server, copy: &[Vec<u8>; 3]) {
+    restore(copy, &server.data);
+    assert_sound(server, &server.data);
+    server.start();
+}
+
 /// Everything that was acknowledged when `then` was taken is there, or was written over since.
 fn assert_holds(found: &BTreeMap<Vec<u8>, u64>, then: &BTreeMap<Vec<u8>, u64>) {
     for (key, value) in then {
@@ -102,9 +117,7 @@ fn a_snapshot_under_load_holds_all_that_was_acknowledged() {
     for (zones, then) in copies {
         let server = &mut cluster.servers[0];
         server.kill();
-        restore(&zones, &server.data);
-        assert_sound(server, &server.data);
-        server.start();
+        put_back(server, &zones);
         assert_holds(&read_all(&runtime, server), &then);
     }
 }
@@ -114,18 +127,14 @@ fn a_snapshot_under_load_holds_all_that_was_acknowledged() {
 #[test]
 fn a_member_comes_back_on_a_snapshot_of_its_volume() {
     let runtime = runtime();
-    let mut cluster = Cluster::start(&SMALL);
-    let load = Load::start(&runtime, &cluster, 8);
-    await_tables(&cluster);
+    let (mut cluster, load) = three_under_load(&runtime);
     for restored in [cluster.leader(), (cluster.leader() + 1) % 3] {
         load.await_progress(100);
         let zones = snapshot(&cluster.servers[restored..=restored]).remove(0);
         load.await_progress(300);
         let server = &mut cluster.servers[restored];
         server.kill();
-        restore(&zones, &server.data);
-        assert_sound(server, &server.data);
-        server.start();
+        put_back(server, &zones);
         read_all(&runtime, server);
         let status = server.status().expect("it answers");
         assert_eq!(status[0]["engine"]["heal"]["went_back"], 1, "its peers remember more: {status:#}");
@@ -139,9 +148,7 @@ fn a_member_comes_back_on_a_snapshot_of_its_volume() {
 #[test]
 fn snapshots_of_all_volumes_at_one_instant_are_the_cluster() {
     let runtime = runtime();
-    let mut cluster = Cluster::start(&SMALL);
-    let load = Load::start(&runtime, &cluster, 8);
-    await_tables(&cluster);
+    let (mut cluster, load) = three_under_load(&runtime);
     load.await_progress(200);
     let then = load.ledger.acknowledged_values();
     let copies = snapshot(&cluster.servers);
@@ -149,9 +156,7 @@ fn snapshots_of_all_volumes_at_one_instant_are_the_cluster() {
     load.finish(&runtime);
     cluster.servers.iter_mut().for_each(Server::kill);
     for (server, zones) in cluster.servers.iter_mut().zip(&copies) {
-        restore(zones, &server.data);
-        assert_sound(server, &server.data);
-        server.start();
+        put_back(server, zones);
     }
     let found: Vec<_> = cluster.servers.iter().map(|server| read_all(&runtime, server)).collect();
     assert_holds(&found[0], &then);
@@ -163,9 +168,7 @@ fn snapshots_of_all_volumes_at_one_instant_are_the_cluster() {
 #[test]
 fn snapshots_at_different_instants_give_a_cluster_from_the_one_that_goes_furthest() {
     let runtime = runtime();
-    let mut cluster = Cluster::start(&SMALL);
-    let load = Load::start(&runtime, &cluster, 8);
-    await_tables(&cluster);
+    let (mut cluster, load) = three_under_load(&runtime);
     load.await_progress(200);
     let then = load.ledger.acknowledged_values();
     let mut copies = Vec::new();

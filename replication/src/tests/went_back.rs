@@ -70,6 +70,16 @@ fn a_member_that_is_told_of_a_promise_that_it_denies_leaves_service() {
     });
 }
 
+/// The fourth process runs on a copy of the volume of a member that is dead.
+async fn in_the_place_of_another() -> (Cluster, usize) {
+    let (mut cluster, original) = with_a_spare().await;
+    cluster.kill(original).await;
+    let copy = cluster.cells[original].media.images();
+    cluster.cells[3].media.restore(copy);
+    cluster.start(3).await;
+    (cluster, original)
+}
+
 /// Three members with twenty writes, a fourth process, and the member whose volume is copied under it.
 async fn with_a_spare() -> (Cluster, usize) {
     let mut cluster = Cluster::blank(4).await;
@@ -110,11 +120,7 @@ fn a_process_with_a_copy_of_the_volume_of_another_stands_back() {
 #[test]
 fn a_process_that_runs_in_the_place_of_another_leaves_when_that_is_back() {
     run(async {
-        let (mut cluster, original) = with_a_spare().await;
-        cluster.kill(original).await;
-        let copy = cluster.cells[original].media.images();
-        cluster.cells[3].media.restore(copy);
-        cluster.start(3).await;
+        let (mut cluster, original) = in_the_place_of_another().await;
         cluster.until(3, |s| s.role == "follower").await;
         cluster.start(original).await;
         cluster.until(3, |s| s.role == "twin").await;
@@ -131,11 +137,7 @@ fn a_process_that_runs_in_the_place_of_another_leaves_when_that_is_back() {
 #[test]
 fn a_process_that_comes_back_when_another_has_taken_its_address_stands_back() {
     run(async {
-        let (mut cluster, original) = with_a_spare().await;
-        cluster.kill(original).await;
-        let copy = cluster.cells[original].media.images();
-        cluster.cells[3].media.restore(copy);
-        cluster.start(3).await;
+        let (mut cluster, original) = in_the_place_of_another().await;
         let there = cluster.cells[3].address.clone();
         cluster.until(3, |s| s.members.iter().any(|member| member.peer_address == there)).await;
         cluster.put(3, "k020", "v20").await.expect("written");
