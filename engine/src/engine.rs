@@ -288,12 +288,13 @@ impl Engine {
         let spawner = &shared.environment.spawner;
         let mut tasks = vec![spawner.spawn("mainstay-upkeep", Box::pin(shared.clone().keep_up()))];
         for n in 0..settings.background_tasks.clamp(1, BACKGROUND_TASKS_MAX) {
-            tasks.push(spawner.spawn(&format!("mainstay-job-{n}"), Box::pin(shared.clone().work_on_jobs())));
+            let jobs = Box::pin(shared.clone().work_on_jobs());
+            tasks.push(spawner.spawn_background(&format!("mainstay-job-{n}"), jobs));
         }
-        tasks.push(spawner.spawn("mainstay-mend", Box::pin(shared.clone().mend())));
+        tasks.push(spawner.spawn_background("mainstay-mend", Box::pin(shared.clone().mend())));
         if settings.scrub_bytes_per_second > 0 {
             let scrub = shared.clone().scrub(settings.scrub_bytes_per_second, settings.scrub_pause);
-            tasks.push(spawner.spawn("mainstay-scrub", Box::pin(scrub)));
+            tasks.push(spawner.spawn_background("mainstay-scrub", Box::pin(scrub)));
         }
         *shared.tasks.lock().unwrap_or_else(PoisonError::into_inner) = tasks;
         Ok(Self { _closer: Arc::new(Closer(shared.clone())), shared })

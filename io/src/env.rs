@@ -51,6 +51,12 @@ pub type TaskHandle = BoxFuture<()>;
 pub trait Spawner: Send + Sync + 'static {
     /// Starts `task` under `name` and returns a handle that resolves when it has ended.
     fn spawn(&self, name: &str, task: BoxFuture<()>) -> TaskHandle;
+
+    /// As [`Spawner::spawn`] for work that can wait, as flush, compaction and scrubbing: where processors are short, those tasks run that
+    /// callers wait for.
+    fn spawn_background(&self, name: &str, task: BoxFuture<()>) -> TaskHandle {
+        self.spawn(name, task)
+    }
 }
 
 /// Everything of the outside world but disk and network.
@@ -118,12 +124,18 @@ impl Random for SystemRandom {
 #[derive(Debug)]
 struct ThreadSpawner;
 
-impl Spawner for ThreadSpawner {
-    fn spawn(&self, name: &str, task: BoxFuture<()>) -> TaskHandle {
+/// The nice value of threads for work that can wait: a tenth of the weight of others, so that it goes on under any load.
+const BACKGROUND_NICE: i32 = 10;
+
+impl ThreadSpawner {
+    fn start(name: &str, background: bool, task: BoxFuture<()>) -> TaskHandle {
         let (ended, completer) = Op::<()>::pending();
         let run = move || {
             // Dropped on return and on panic alike, after the task: either ends the wait.
             let _completer = completer;
+            if background && let Err(e) = lower_priority() {
+                tracing::debug!(error = %e, "a thread for work that can wait runs as urgently as others");
+            }
             block_on(task);
         };
         if let Err(e) = threads::spawn(name, run) {
@@ -136,6 +148,25 @@ impl Spawner for ThreadSpawner {
     }
 }
 
+/// Makes the calling thread one for work that can wait, unless the whole program is. Linux takes the id of a thread for that of a process here.
+fn lower_priority() -> rustix::io::Result<()> {
+    let thread = Some(rustix::thread::gettid());
+    if rustix::process::getpriority_process(thread)? < BACKGROUND_NICE {
+        rustix::process::setpriority_process(thread, BACKGROUND_NICE)?;
+    }
+    Ok(())
+}
+
+impl Spawner for ThreadSpawner {
+    fn spawn(&self, name: &str, task: BoxFuture<()>) -> TaskHandle {
+        Self::start(name, false, task)
+    }
+
+    fn spawn_background(&self, name: &str, task: BoxFuture<()>) -> TaskHandle {
+        Self::start(name, true, task)
+    }
+}
+
 impl std::fmt::Debug for Environment {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Environment")
@@ -144,7 +175,7 @@ impl std::fmt::Debug for Environment {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
     use super::*;
 
@@ -160,6 +191,22 @@ mod tests {
         };
         block_on(env.spawner.spawn("probe", Box::pin(task)));
         assert!(ran.load(Ordering::Acquire));
+    }
+
+    #[test]
+    fn work_that_can_wait_has_a_thread_of_low_priority() {
+        let env = Environment::system();
+        let nice = || rustix::process::getpriority_process(Some(rustix::thread::gettid())).expect("a priority");
+        let usual = nice();
+        let seen = |start: &dyn Fn(BoxFuture<()>) -> TaskHandle| {
+            let seen = Arc::new(AtomicI32::new(i32::MIN));
+            let to = seen.clone();
+            block_on(start(Box::pin(async move { to.store(nice(), Ordering::Release) })));
+            seen.load(Ordering::Acquire)
+        };
+        assert_eq!(seen(&|task| env.spawner.spawn_background("background", task)), usual.max(BACKGROUND_NICE));
+        assert_eq!(seen(&|task| env.spawner.spawn("usual", task)), usual);
+        assert_eq!(nice(), usual, "the priority is that of one thread");
     }
 
     #[test]
