@@ -337,14 +337,20 @@ impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
     }
 }
 
+/// Bytes of an append before its entries: version, vote, three places in the log, count.
+const APPEND_HEAD_BYTES_MAX: usize = 1 + 17 + 3 * 17 + 4;
+/// Bytes of an entry beside its payload: kind, place in the log, length.
+const ENTRY_BYTES: usize = 1 + 16 + 4;
+
 /// `committed` in place of what the request says, and up to where the log of the leader is durable.
 pub(crate) fn encode_append<R: Runtime>(
     rpc: &AppendEntriesRequest<TypeConfig<R>>,
     committed: Option<LogId>,
     durable: Option<LogId>,
 ) -> Bytes {
-    let bytes: usize = rpc.entries.iter().map(|e| crate::wire::entry_parts(e).1.len() + 21).sum();
-    let mut body = Writer::with_capacity(bytes + 64);
+    // A byte short, and all of it is copied into a buffer of twice the size.
+    let bytes: usize = rpc.entries.iter().map(|e| crate::wire::entry_parts(e).1.len() + ENTRY_BYTES).sum();
+    let mut body = Writer::with_capacity(APPEND_HEAD_BYTES_MAX + bytes);
     body.vote(&rpc.vote)
         .option_log_id(rpc.prev_log_id.as_ref())
         .option_log_id(committed.as_ref())

@@ -186,6 +186,21 @@ fn entries_of_an_append_must_follow_each_other() {
     assert_eq!(request(vec![blank(7)]).expect_err("a hole").kind(), ErrorKind::Corrupt);
 }
 
+#[test]
+fn an_append_is_encoded_into_one_buffer() {
+    let payload = EntryPayload::Normal(Payload::new(Bytes::from(vec![7; 100_000])));
+    let request = AppendEntriesRequest::<TypeConfig<TokioRuntime>> {
+        vote: Vote::new_committed(3, 1),
+        prev_log_id: Some(log_id(2, 5)),
+        leader_commit: Some(log_id(2, 4)),
+        entries: vec![Entry { log_id: log_id(3, 6), payload }],
+    };
+    let body = encode_append(&request, request.leader_commit, Some(log_id(2, 3)));
+    let bytes = body.len();
+    let capacity = body.try_into_mut().expect("nobody else has it").capacity();
+    assert_eq!(capacity, bytes, "as much as it takes, and no buffer before it");
+}
+
 /// The rows of the table that begins with `head` in docs/format.md.
 fn documented(head: &str) -> Vec<Vec<String>> {
     let page = include_str!("../../../docs/format.md");
