@@ -3,8 +3,9 @@
 //! # Place
 //! Above the facade; no storage logic. [`settings`] is what is set, `serve` what runs, [`status`] what it says of itself.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+pub mod allocator;
 pub mod cli;
 pub mod codec;
 pub mod etcd;

@@ -52,6 +52,7 @@ struct Options {
 }
 
 fn main() -> std::process::ExitCode {
+    mainstay_server::allocator::configure();
     // The same program is also the replicas that it starts.
     if std::env::args().nth(1).as_deref() == Some("serve") {
         return mainstay_server::cli::main();
