@@ -363,6 +363,11 @@ impl Command {
         out.into()
     }
 
+    /// Whether these bytes are a command without which what is in the log stays needed there: a rotation or an install.
+    pub fn lets_the_log_be_cut(bytes: &[u8]) -> bool {
+        matches!(bytes, [COMMAND_VERSION, KIND_ROTATE | KIND_INSTALL, ..])
+    }
+
     /// Decodes a command. Never panics; an unknown kind or version is `Foreign`, damage is `Corrupt`. Keys and values
     /// are slices of `bytes`.
     pub fn decode(bytes: &Bytes) -> Result<Self> {

@@ -396,17 +396,14 @@ impl EntryIndex {
         ids
     }
 
-    /// The highest index up to which all may be purged so that at most `tail_bytes` of the log before its durable end
-    /// stay for followers that lag.
-    pub(crate) fn purge_for_tail(&self, upto: u64, tail_bytes: u64) -> Option<u64> {
-        let (_, end) = self.durable_end()?;
+    /// The highest index up to `upto` up to which all may be purged so that nothing before `floor` stays.
+    pub(crate) fn purge_before(&self, upto: u64, floor: Lsn) -> Option<u64> {
         let count = usize::try_from((upto + 1).checked_sub(self.first)?).ok()?.min(self.slots.len());
-        let floor = end.batch.0.saturating_sub(tail_bytes);
         // Places grow with the index, so the first that stays is found by halving.
         let (mut lo, mut hi) = (0, count);
         while lo < hi {
             let mid = lo + (hi - lo) / 2;
-            if self.slots[mid].batch.0 < floor { lo = mid + 1 } else { hi = mid }
+            if self.slots[mid].batch < floor { lo = mid + 1 } else { hi = mid }
         }
         (lo > 0).then(|| self.first + lo as u64 - 1)
     }
@@ -699,15 +696,17 @@ mod tests {
     }
 
     #[test]
-    fn tail_is_kept_by_bytes() {
+    fn what_lies_before_a_place_is_purged() {
         let mut index = EntryIndex::new(1 << 20, 0);
         for i in 0..10 {
             index.push(entry(1, i));
             index.durable(log_id(1, i), pos(i));
         }
-        assert_eq!(index.purge_for_tail(8, 0), Some(8));
-        assert_eq!(index.purge_for_tail(8, 3 * 4096), Some(5));
-        assert_eq!(index.purge_for_tail(3, 3 * 4096), Some(3));
-        assert_eq!(index.purge_for_tail(8, 1 << 30), None);
+        let before = |upto, block: u64| index.purge_before(upto, Lsn(block * 4096));
+        assert_eq!(before(8, 9), Some(8));
+        assert_eq!(before(8, 6), Some(5));
+        assert_eq!(before(3, 6), Some(3));
+        assert_eq!(before(8, 0), None);
+        assert_eq!(before(9, 1000), Some(9), "others wrote on, and this group did not");
     }
 }

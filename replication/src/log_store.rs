@@ -28,9 +28,9 @@ use std::ops::{Bound, RangeBounds};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use futures_util::{Stream, StreamExt, stream};
-use mainstay_engine::{Engine, LogIndex, OwnerPin, OwnerRecord};
+use mainstay_engine::{Command, Engine, LogIndex, OwnerPin, OwnerRecord};
 use mainstay_io::BoxFuture;
-use mainstay_wal::{GroupId, Record, RecordKind, RecordPos, Reserve, Wal};
+use mainstay_wal::{GroupId, Lsn, Record, RecordKind, RecordPos, Reserve, Wal};
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use openraft::{OptionalSend, RaftTypeConfig};
 use tokio::sync::{mpsc, oneshot};
@@ -239,9 +239,11 @@ impl LogStore {
         self.state().index.bytes_behind(index)
     }
 
-    /// Up to where to purge so that `tail_bytes` stay for followers that lag.
+    /// Up to where to purge so that entries stay for followers that lag that lie in the last `tail_bytes` of the ring, whoever wrote those:
+    /// a group that has come to rest holds up nobody.
     pub(crate) fn purge_target(&self, flushed: LogIndex, tail_bytes: u64) -> Option<u64> {
-        self.state().index.purge_for_tail(flushed.0, tail_bytes)
+        let floor = Lsn(self.inner.wal.durable().0.saturating_sub(tail_bytes));
+        self.state().index.purge_before(flushed.0, floor)
     }
 
     #[cfg(test)]
@@ -344,7 +346,7 @@ impl LogStore {
                 waiter.durable(crate::types::term_of(&id), id.index);
             }
         };
-        self.queue(record::ENTRY, record::encode_entry(entry), Reserve::Normal, Box::new(done));
+        self.queue(record::ENTRY, record::encode_entry(entry), reserve_of(entry), Box::new(done));
     }
 
     fn entry_written(
@@ -537,6 +539,23 @@ impl LogStore {
             });
         }
         Ok(entries)
+    }
+}
+
+/// Longest entry of [`Reserve::Relief`]: some tens of them fit into that part of the ring.
+const RELIEF_BYTES_MAX: usize = 2048;
+
+/// The first entry of a leader, without which none before it is committed, and what lets the log be cut find room in a ring that is
+/// full of other entries.
+fn reserve_of(entry: &Entry) -> Reserve {
+    match &entry.payload {
+        EntryPayload::Blank => Reserve::Relief,
+        EntryPayload::Normal(payload)
+            if payload.bytes.len() <= RELIEF_BYTES_MAX && Command::lets_the_log_be_cut(&payload.bytes) =>
+        {
+            Reserve::Relief
+        }
+        EntryPayload::Normal(_) | EntryPayload::Membership(_) => Reserve::Normal,
     }
 }
 

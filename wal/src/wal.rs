@@ -47,11 +47,13 @@ impl WalOptions {
 /// value or sends on a channel.
 pub type OnDurable = Box<dyn FnOnce(Result<RecordPos>) + Send>;
 
-/// Which part of the ring a record may use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which part of the ring a record may use, from the least to the most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reserve {
     /// All but the last part of the ring.
     Normal,
+    /// Half of that part too: short records without which what is in the ring stays needed (the first entry of a leader, a rotation).
+    Relief,
     /// All of it: what must be written so that space can be freed (manifest edits, votes, copies forward).
     Critical,
 }
@@ -225,7 +227,7 @@ impl Wal {
     ///
     /// # Errors
     /// Given to `on_durable`: `Invalid` (longer than [`Wal::record_bytes_max`]), `OutOfSpace` (the ring is full for
-    /// this reserve; all that waits under the same reserve is refused with it, so that no record overtakes another),
+    /// this reserve; all that waits under the same reserve or a lesser one is refused with it, so that none of them overtakes it),
     /// `Closed`, `Io` (the write that carried it failed: it may or may not be found at the next open).
     pub fn append(&self, record: Record, reserve: Reserve, on_durable: OnDurable) {
         let payload_bytes = record.payload.iter().map(Bytes::len).sum();

@@ -187,9 +187,8 @@ impl Writer {
         let message = format!("the log is full need_bytes={need} ring_bytes={ring}");
         tracing::warn!(need, ring, ?reserve, "a record found no space in the log");
         let error = Error::new(ErrorKind::OutOfSpace, message);
-        let (refused, kept): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut self.waiting)
-            .into_iter()
-            .partition(|p| p.reserve == Reserve::Normal || reserve == Reserve::Critical);
+        let (refused, kept): (VecDeque<_>, VecDeque<_>) =
+            std::mem::take(&mut self.waiting).into_iter().partition(|p| p.reserve <= reserve);
         self.waiting = kept;
         for pending in refused {
             self.left_bytes += pending.cost();
