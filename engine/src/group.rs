@@ -451,6 +451,12 @@ impl Group {
         }
     }
 
+    /// Asks for a rotation, which the leader proposes ([`Group::next_install`]): the log is wanted to be cut. Without effect when nothing
+    /// was written since the last one.
+    pub fn want_rotation(&self) {
+        self.0.want_rotation();
+    }
+
     /// Resolves when the log or the memory of this replica asks for a rotation: at once while [`Group::next_install`] has one that
     /// was not taken. Where this replica does not lead, it is to ask the leader: a log whose disk is faster writes more and
     /// smaller batches of the same entries, so it fills up sooner. Cancel safe.

@@ -29,6 +29,7 @@ mod read;
 mod receipts;
 mod record;
 mod recover;
+mod relief;
 mod room;
 mod runtime;
 mod service;

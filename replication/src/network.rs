@@ -16,6 +16,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::Stream;
 use mainstay_io::BoxFuture;
+use mainstay_wal::GroupId;
 use openraft::OptionalSend;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
@@ -90,6 +91,7 @@ pub(crate) struct Network<R: Runtime> {
     target: u64,
     address: PeerAddress,
     me: u64,
+    group: GroupId,
     /// This node holds no tables.
     witness: bool,
     applied: Option<LogId>,
@@ -108,6 +110,7 @@ pub(crate) type Durable = Arc<dyn Fn() -> Option<LogId> + Send + Sync>;
 /// Makes a [`Network`] for each node.
 pub(crate) struct Networks<R: Runtime> {
     pub(crate) me: u64,
+    pub(crate) group: GroupId,
     pub(crate) witness: bool,
     /// The last entry that was applied when the node started.
     pub(crate) applied: Option<LogId>,
@@ -154,6 +157,7 @@ impl<R: Runtime> RaftNetworkFactory<TypeConfig<R>> for Networks<R> {
             durable: self.durable.clone(),
             transport: self.transport.clone(),
             hurry: self.hurry.clone(),
+            group: self.group,
             rooms: self.rooms.clone(),
             receipts: self.receipts.clone(),
         }
@@ -208,11 +212,12 @@ impl<R: Runtime> Network<R> {
     ) -> impl Future<Output = Result<AppendEntriesResponse<TypeConfig<R>>>> + Send + 'static {
         let answer = self.send(method, body, timeout);
         let (rooms, receipts, target) = (self.rooms.clone(), self.receipts.clone(), self.target);
+        let group = self.group;
         let (transport, address) = (self.transport.clone(), self.address.clone());
         async move {
             let (response, room) = decode_result(&answer.await?.body, read_append_answer)?;
             if response.is_success() {
-                rooms.note(target, room, sent.last.map_or(0, |id| id.index));
+                rooms.note(target, group, room, sent.last.map_or(0, |id| id.index));
                 receipts.note(target, sent.promise());
             }
             if matches!(response, AppendEntriesResponse::Conflict)

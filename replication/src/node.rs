@@ -296,8 +296,10 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) hurry: Arc<Hurry>,
     /// For commands on their way into the log.
     pub(crate) room: Arc<Room>,
-    /// What the logs of the others take.
+    /// What the rings of the others take: one for all groups of a node, as their rings are.
     pub(crate) rooms: Arc<PeerRooms<R>>,
+    /// A follower gets no further because its ring is full: nothing stays in this log for those that lag.
+    pub(crate) relieves: AtomicBool,
     /// How far the sites lag that have a bound.
     pub(crate) lags: crate::lag::Lags<R>,
     /// What the others have promised.
@@ -532,6 +534,7 @@ impl<R: Runtime> Inner<R> {
         let opening = options.environment.random.id();
         let new_room = || Arc::new(Room::new(engine.wal().stats().ring_bytes));
         let room = host.map_or_else(new_room, |host| host.room.clone());
+        let rooms = host.map_or_else(Arc::default, |host| host.rooms.clone());
         let apply_lag = Arc::new(ApplyLag::new(options.environment.clock.clone()));
         let inner = Arc::new(Inner {
             number,
@@ -566,7 +569,8 @@ impl<R: Runtime> Inner<R> {
             lease_rounds: Rounds::default(),
             hurry: Arc::default(),
             room,
-            rooms: Arc::default(),
+            rooms,
+            relieves: AtomicBool::new(false),
             lags: crate::lag::Lags::default(),
             receipts: Arc::default(),
             opening,
@@ -611,7 +615,8 @@ impl<R: Runtime> Inner<R> {
         let (rooms, receipts) = (self.rooms.clone(), self.receipts.clone());
         let log = self.log.clone();
         let durable: Durable = Arc::new(move || log.last_durable());
-        let networks = Networks { me: id, witness, applied, durable, transport, hurry, rooms, receipts };
+        let group = self.number;
+        let networks = Networks { me: id, group, witness, applied, durable, transport, hurry, rooms, receipts };
         let raft = Raft::<R>::new(id, config, networks, self.log.clone(), machine)
             .boxed()
             .await
@@ -864,6 +869,12 @@ impl<R: Runtime> Node<R> {
     /// Names of the groups beside the first, as far as this node has applied it.
     pub fn group_names(&self) -> Vec<String> {
         self.inner.group_names()
+    }
+
+    /// The groups beside the first that are open here, by name: for what they say of themselves.
+    pub fn groups(&self) -> BTreeMap<String, Self> {
+        let handle = |inner| Self { inner, _handle: self._handle.clone() };
+        self.inner.groups_by_name().into_iter().map(|(name, inner)| (name, handle(inner))).collect()
     }
 
     /// The replicated state, for local reads; of a witness it is empty.

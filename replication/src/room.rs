@@ -18,14 +18,17 @@
 //! some thousand writes at once on a small ring, would stand still for ever; so would one whose followers' rings fill first.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use mainstay_engine::{Command, CommandBody};
 use mainstay_io::BLOCK_BYTES;
+use mainstay_wal::GroupId;
 use openraft_rt::Instant;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::lag::SiteLag;
+use crate::log_store::LogStore;
 use crate::node::{Inner, Running};
 use crate::write::RETRY_PAUSE;
 use crate::{Error, ErrorKind, Result, Runtime};
@@ -124,6 +127,18 @@ impl<R: Runtime> Inner<R> {
         host.as_deref().is_some_and(awaited) || groups.iter().any(|group| awaited(group))
     }
 
+    /// The logs of the groups that this node leads.
+    fn led_logs(&self) -> Vec<(GroupId, LogStore)> {
+        let led = |replica: &Self| {
+            let running = replica.running().ok()?;
+            (replica.leader_of(&running) == Some(running.id)).then(|| (replica.number, replica.log.clone()))
+        };
+        let host = self.host();
+        let of_host = host.as_deref().unwrap_or(self);
+        let groups: Vec<_> = of_host.groups().values().cloned().collect();
+        led(of_host).into_iter().chain(groups.iter().filter_map(|group| led(group))).collect()
+    }
+
     fn has_unapplied(&self, running: &Running<R>) -> bool {
         Self::metrics_of(running, |m| m.last_log_index > m.last_applied.as_ref().map(|id| id.index))
     }
@@ -135,19 +150,11 @@ impl<R: Runtime> Inner<R> {
         if needed == 0 {
             return false;
         }
-        let heard = 2 * self.options.election_timeout;
-        let rooms = {
-            let said = self.rooms.0.lock().expect("nothing panics while it holds this lock");
-            let others = voters.iter().filter(|id| **id != running.id).map(|id| said.get(id).copied());
-            others.collect::<Vec<_>>()
-        };
-        let rooms = rooms.into_iter().map(|said| match said {
-            None => PeerRoom { left: u64::MAX, fresh: false },
-            Some(said) => PeerRoom {
-                left: said.room.saturating_sub(self.log.bytes_behind(said.last)),
-                fresh: said.at.elapsed() < heard,
-            },
-        });
+        let others: Vec<u64> = voters.into_iter().filter(|id| *id != running.id).collect();
+        let led = self.led_logs();
+        let behind =
+            |group, last| led.iter().find(|(number, _)| *number == group).map_or(0, |(_, log)| log.bytes_behind(last));
+        let rooms = others.into_iter().map(|id| self.rooms.of(id, 2 * self.options.election_timeout, behind));
         self.room.on_the_way() > taken_by(needed, rooms.collect())
     }
 
@@ -169,14 +176,13 @@ impl<R: Runtime> Inner<R> {
     }
 }
 
-/// What a follower last said of its log.
-#[derive(Clone, Copy)]
+/// What another node last said of its ring.
 struct Said<I> {
     /// Bytes that its ring takes.
     room: u64,
-    /// It had the entries up to here.
-    last: u64,
     at: I,
+    /// It had the entries up to here, of each group in which it said something.
+    last: BTreeMap<GroupId, u64>,
 }
 
 /// See Q3. What each other node last said, by its id.
@@ -189,10 +195,33 @@ impl<R: Runtime> Default for PeerRooms<R> {
 }
 
 impl<R: Runtime> PeerRooms<R> {
-    /// Takes what `peer` says, which has the entries up to `last`.
-    pub(crate) fn note(&self, peer: u64, room: u64, last: u64) {
-        let said = Said { room, last, at: R::Instant::now() };
-        self.0.lock().expect("nothing panics while it holds this lock").insert(peer, said);
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Said<R::Instant>>> {
+        self.0.lock().expect("nothing panics while it holds this lock")
+    }
+
+    /// Takes what `peer` says, which has the entries of the group up to `last`.
+    pub(crate) fn note(&self, peer: u64, group: GroupId, room: u64, last: u64) {
+        let mut said = self.lock();
+        let said = said.entry(peer).or_insert_with(|| Said { room, at: R::Instant::now(), last: BTreeMap::new() });
+        (said.room, said.at) = (room, R::Instant::now());
+        said.last.insert(group, last);
+    }
+
+    /// What is left in the ring of `peer` behind what it lacks: `behind` tells the bytes of a group's log here behind an entry. One that
+    /// has said nothing yet has room.
+    fn of(&self, peer: u64, heard: Duration, behind: impl Fn(GroupId, u64) -> u64) -> PeerRoom {
+        match self.lock().get(&peer) {
+            None => PeerRoom { left: u64::MAX, fresh: false },
+            Some(said) => {
+                let lacks = said.last.iter().map(|(group, last)| behind(*group, *last)).sum();
+                PeerRoom { left: said.room.saturating_sub(lacks), fresh: said.at.elapsed() < heard }
+            }
+        }
+    }
+
+    /// Whether `peer` said within `heard` that its ring takes nothing more.
+    pub(crate) fn is_full(&self, peer: u64, heard: Duration) -> bool {
+        self.lock().get(&peer).is_some_and(|said| said.room == 0 && said.at.elapsed() < heard)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -15,6 +16,7 @@ use openraft_rt::{Instant, Select3};
 use crate::disk::HandOver;
 use crate::node::{Inner, Phase, Running, Write};
 use crate::priority::Preference;
+use crate::relief::Stuck;
 use crate::types::Payload;
 use crate::{Durability, ErrorKind, Result, Runtime};
 
@@ -167,7 +169,7 @@ impl<R: Runtime> Inner<R> {
         }
         let ring = self.engine.wal().stats().ring_bytes;
         // What lies behind damage cannot be cut while anything before it is kept.
-        let tail = if self.engine.log_is_damaged() {
+        let tail = if self.engine.log_is_damaged() || self.relieves.load(Ordering::Relaxed) {
             0
         } else if self.is_witness() {
             ring / 8 * 3
@@ -371,6 +373,7 @@ impl<R: Runtime> Inner<R> {
         let mut aside = false;
         let mut hand_over = HandOver::new();
         let mut preference = Preference::new();
+        let mut stuck = Stuck::default();
         loop {
             R::sleep(RECONCILE).await;
             self.look_at_disk();
@@ -391,6 +394,7 @@ impl<R: Runtime> Inner<R> {
                 self.reconcile(running).await;
                 self.mind_addresses(running).await;
             }
+            self.relieve_followers(running, &mut stuck).await;
             self.unpin_idle();
         }
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt, stream};
+use mainstay_wal::GroupId;
 use openraft::errors::RPCError;
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, StreamAppendError};
@@ -89,6 +90,7 @@ fn run<T>(test: impl AsyncFnOnce(Arc<Held>, Network<TokioRuntime>) -> T) -> T {
         let held = Arc::new(Held::default());
         let mut networks = Networks {
             me: 1,
+            group: GroupId(1),
             witness: false,
             applied: Some(id(2)),
             durable: Arc::new(|| Some(id(4))),

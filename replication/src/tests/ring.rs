@@ -212,3 +212,93 @@ fn a_leader_that_could_not_cut_its_log_cuts_it_as_a_follower() {
         cluster.finish().await;
     });
 }
+
+/// While it is set no entries of any group but the first arrive anywhere.
+#[derive(Clone, Default)]
+struct Aside(Arc<AtomicBool>);
+
+impl Disturb for Aside {
+    fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
+        if self.0.load(Ordering::Acquire) && outbound.request.method == method::GROUPED_IN_TURN {
+            return Box::pin(async { Err(Error::new(ErrorKind::Unavailable, "held")) });
+        }
+        outbound.send(tcp)
+    }
+}
+
+/// A member with a small ring leads a group without a quorum until its ring is three quarters full, and follows in the first group until
+/// nothing more fits. Each group lacks the entries that would let its part of the ring be cut; one gets tables in their place.
+#[test]
+fn a_ring_that_two_groups_have_filled_is_emptied() {
+    run(async {
+        let aside = Aside::default();
+        let ring = WAL_BYTES / 4;
+        let mut cluster = Cluster::blank(3).await;
+        cluster.wrap = disturbed(aside.clone());
+        cluster.cells[2].media = media(12);
+        format_volume(&cluster.cells[2].media, ring).await;
+        cluster.start_all().await;
+        cluster.node(0).init(&cluster.names()).await.expect("born");
+        let id = |i: usize| cluster.node(i).status().id;
+        let leader = cluster.leader().await;
+        if leader != 0 {
+            cluster.node(leader).transfer_leader(Some(id(0))).await.expect("handed over");
+        }
+        drop(cluster.node(0).create_group("a").await.expect("made"));
+        let groups = || async { (cluster.node(0).open_group("a").await, cluster.node(2).open_group("a").await) };
+        let (Ok(at_first), Ok(group)) = groups().await else { panic!("both are members") };
+        while group.status().leader.is_none() {
+            pause().await;
+        }
+        if group.status().leader != Some(id(2)) {
+            at_first.transfer_leader(Some(id(2))).await.expect("handed over");
+        }
+        while group.status().role != "leader" {
+            pause().await;
+        }
+        aside.0.store(true, Ordering::Release);
+        let mut written = 0;
+        while group.write_local(put(&format!("k{written}"), vec![7; VALUE_BYTES])).await.is_ok() {
+            written += 1;
+        }
+        let lacks = || cluster.node(0).status().last_log.0.saturating_sub(cluster.node(2).status().last_log.0);
+        for n in 0_u64.. {
+            if let Err(error) = cluster.put(0, &format!("k{n}"), vec![8; VALUE_BYTES]).await {
+                assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+            }
+            if used(&cluster, 2) > ring / 8 * 6 && lacks() >= 8 {
+                break;
+            }
+        }
+        aside.0.store(false, Ordering::Release);
+        let last = cluster.node(0).status().last_log;
+        while cluster.node(2).status().group.applied < last || used(&cluster, 2) > ring / 2 {
+            pause().await;
+        }
+        while at_first.status().group.applied < group.status().last_log {
+            pause().await;
+        }
+        drop((at_first, group));
+        cluster.finish().await;
+    });
+}
+
+/// What a group keeps for followers that lag lies at the end of the ring: one that has come to rest does not hold up another that goes on.
+#[test]
+fn a_group_at_rest_keeps_nothing_of_the_ring() {
+    run(async {
+        let cluster = Cluster::born(3).await;
+        let leader = cluster.leader().await;
+        let group = cluster.node(leader).create_group("a").await.expect("made");
+        for n in 0..8 {
+            let write = Write { body: put(&format!("k{n}"), vec![7; VALUE_BYTES]), durability: Durability::Quorum };
+            let token = ClientToken { client: (n + 1_u128).to_be_bytes(), sequence: 1 };
+            group.write_once(token, write).await.expect("written").response.expect("not refused");
+        }
+        drop(group);
+        for n in 0..3 * WAL_BYTES / (64 << 10) {
+            cluster.put(leader, &format!("k{n}"), vec![8; 64 << 10]).await.expect("the log is cut behind both groups");
+        }
+        cluster.finish().await;
+    });
+}
