@@ -7,8 +7,9 @@
 //! - P1. A group is born by an entry of the first group, which creates a keyspace named after it and its first voters. Keyspaces are
 //!   numbered in the order of their entries, so of two births of one name all see the same first one, and no number is used twice.
 //! - P2. All first voters give the same first membership to openraft, and nobody else gives any.
-//! - P3. Who takes part is decided by the first group alone. The leader of every other group follows it: adds first, removes last, and
-//!   never gives up a voter of whom the first group has not let go.
+//! - P3. Who takes part is decided by the first group alone. The leader of every other group follows it: who comes learns first, then
+//!   all votes change hands at once, and no voter is given up of whom the first group has not let go. Who goes loses its vote in the first group, then in all others,
+//!   and only then is it no member: so whoever is wiped for that takes no vote from any.
 //! - P4. Entries of a group are kept in the ring until its replica is opened: those that the tables of the first group name are opened
 //!   before anything is cut.
 
@@ -22,10 +23,12 @@ use mainstay_wal::{GroupId, RecordKind};
 use openraft::ServerState;
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{InitializeError, RaftError};
+use openraft_rt::Instant;
 
 use crate::network::{keeps_order, method};
 use crate::node::{Inner, Phase, Running, Write};
-use crate::types::{Member, Membership};
+use crate::relief::Stuck;
+use crate::types::{Member, Membership, members_of};
 use crate::wire::{Reader, Writer};
 use crate::{
     Durability, Envelope, Error, ErrorKind, Handler, Hello, MemberInfo, MemberRole, NodeId, NodeOptions, PeerAddress,
@@ -106,8 +109,10 @@ fn next_step(group: &Membership, host: &[MemberInfo], caught_up: &BTreeSet<u64>)
     let may_vote: BTreeSet<u64> = host.iter().filter(|m| m.role == MemberRole::Voter).map(|m| m.id.0).collect();
     let joint = group.get_joint_config();
     let voters = joint.last().cloned().unwrap_or_default();
-    let wanted: BTreeSet<u64> =
-        may_vote.iter().filter(|id| voters.contains(id) || caught_up.contains(id)).copied().collect();
+    // All at once, when each of them has the log: a group that took in who comes before it let go of who left would need more votes than
+    // it has lost, and one that let go first would have fewer.
+    let has_come = |id: &u64| voters.contains(id) || caught_up.contains(id);
+    let wanted = if may_vote.iter().all(has_come) { may_vote } else { voters.clone() };
     if !wanted.is_empty() && (wanted != voters || joint.len() > 1) {
         return Some(Step::Voters(wanted));
     }
@@ -197,6 +202,47 @@ impl<R: Runtime> Inner<R> {
     /// Names of the groups that were born, as far as this node has applied the first one.
     pub(crate) fn group_names(&self) -> Vec<String> {
         births(self.group.keyspaces()).into_keys().collect()
+    }
+
+    /// The replicas here of those.
+    pub(crate) fn groups_by_name(&self) -> BTreeMap<String, Arc<Self>> {
+        let open = self.groups();
+        let named = births(self.group.keyspaces()).into_iter();
+        named.filter_map(|(name, birth)| Some((name, open.get(&birth.number)?.clone()))).collect()
+    }
+
+    /// Waits until no group counts on the vote of a member that is a learner of the first one (P3).
+    pub(crate) async fn await_groups_without(self: &Arc<Self>, id: u64, deadline: R::Instant) -> Result<()> {
+        loop {
+            let groups = self.groups_counting_on(id).await?;
+            if groups.is_empty() {
+                return Ok(());
+            }
+            if R::Instant::now() + LOOK >= deadline {
+                let message =
+                    format!("groups count on the member yet: the same call again goes on id={id} groups={groups:?}");
+                return Err(Error::new(ErrorKind::Unavailable, message));
+            }
+            R::sleep(LOOK).await;
+        }
+    }
+
+    /// The groups in which a member has a vote, or may have one.
+    pub(crate) async fn groups_counting_on(self: &Arc<Self>, id: u64) -> Result<Vec<String>> {
+        self.open_groups().await?;
+        let mut counting = Vec::new();
+        for (name, group) in self.groups_by_name() {
+            // A replica that lags may not know yet that the member votes.
+            let is_abreast =
+                R::timeout(LOOK, group.read_barrier(ReadLevel::Linearizable)).await.is_ok_and(|r| r.is_ok());
+            let votes = group.running().is_ok_and(|running| {
+                Self::metrics_of(&running, |m| m.committed_membership_config.voter_ids().any(|voter| voter == id))
+            });
+            if votes || !is_abreast {
+                counting.push(name);
+            }
+        }
+        Ok(counting)
     }
 
     /// Gives birth to a group over the voters of now, or finds it.
@@ -316,21 +362,30 @@ impl<R: Runtime> Inner<R> {
 
     /// Of another group: follows the first one's members while it leads.
     pub(crate) async fn follow_host(self: &Arc<Self>, running: &Arc<Running<R>>) {
+        let mut stuck = Stuck::default();
         loop {
             R::sleep(LOOK).await;
             let Some(host) = self.host() else { return };
             if host.phase() == Phase::Member && running.metrics.borrow_watched().state == ServerState::Leader {
                 self.follow_members(&host, running).await;
             }
+            self.relieve_followers(running, &mut stuck).await;
             self.unpin_idle();
         }
     }
 
     async fn follow_members(self: &Arc<Self>, host: &Arc<Self>, running: &Arc<Running<R>>) {
+        let Ok(first) = host.running() else { return };
+        // Between two sets of voters those of both vote: what comes after counts.
+        let decided = Self::metrics_of(&first, |m| {
+            let membership = m.committed_membership_config.membership();
+            (membership.get_joint_config().len() == 1).then(|| members_of(membership))
+        });
+        let Some(members) = decided else { return };
         let step = {
             let metrics = running.metrics.borrow_watched();
             let membership = metrics.membership_config.membership();
-            next_step(membership, &host.members(), &crate::membership::caught_up(&metrics, membership))
+            next_step(membership, &members, &crate::membership::caught_up(&metrics, membership))
         };
         let Some(step) = step else { return };
         if let Err(error) = self.change_by(running, step).await {
@@ -353,7 +408,6 @@ impl<R: Runtime> Inner<R> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::members_of;
 
     fn set(ids: &[u64]) -> BTreeSet<u64> {
         ids.iter().copied().collect()
@@ -432,6 +486,15 @@ mod tests {
             ),
             // None of those that may vote has the log: nothing is given up.
             (group(&[&[1]], known(&[1, 70])), host(&[70], &[]), set(&[]), None),
+            // One of them lacks it: who is to go stays until it has the log.
+            (group(&[&[1, 2, 3]], known(&[1, 2, 3, 70])), host(&[1, 2, 70], &[3]), set(&[1, 2, 3]), None),
+            (
+                group(&[&[1, 2, 3]], known(&[1, 2, 3, 70])),
+                host(&[1, 2, 70], &[3]),
+                set(&[1, 70]),
+                Some(Step::Voters(set(&[1, 2, 70]))),
+            ),
+            (group(&[&[1, 2, 3]], known(&[1, 2, 3, 70, 71])), host(&[1, 2, 3, 70, 71], &[]), set(&[1, 70]), None),
         ] {
             assert_eq!(next_step(&group, &host, &caught_up), expect, "{group:?} {host:?} {caught_up:?}");
         }

@@ -294,14 +294,18 @@ impl<R: Runtime> Inner<R> {
             Change::Remove(id) => {
                 let info = known(id)?;
                 let voters = self.members().iter().filter(|m| m.role == MemberRole::Voter).count();
-                let change = match info.role {
-                    MemberRole::Voter if voters == 1 => {
-                        return Err(Error::new(ErrorKind::Invalid, "the last voter cannot be removed"));
-                    }
-                    MemberRole::Voter => ChangeMembers::RemoveVoters(BTreeSet::from([id])),
-                    MemberRole::Learner => ChangeMembers::RemoveNodes(BTreeSet::from([id])),
-                };
-                self.change_members(running, change, false).await?;
+                if info.role == MemberRole::Voter && voters == 1 {
+                    return Err(Error::new(ErrorKind::Invalid, "the last voter cannot be removed"));
+                }
+                let ids = BTreeSet::from([id]);
+                if !self.group_names().is_empty() {
+                    self.let_go_of(running, &info).await?;
+                    self.change_members(running, ChangeMembers::RemoveNodes(ids), true).await?;
+                } else if info.role == MemberRole::Voter {
+                    self.change_members(running, ChangeMembers::RemoveVoters(ids), false).await?;
+                } else {
+                    self.change_members(running, ChangeMembers::RemoveNodes(ids), false).await?;
+                }
                 Ok(vec![info])
             }
             Change::Transfer(to) => {
@@ -315,6 +319,23 @@ impl<R: Runtime> Inner<R> {
                 Ok(vec![known(to)?])
             }
         }
+    }
+
+    /// Takes its vote from a member that is about to be removed, here and in all other groups: who is a member no more is wiped, and a
+    /// group that counted on it would have lost a vote for good.
+    async fn let_go_of(self: &Arc<Self>, running: &Arc<Running<R>>, info: &MemberInfo) -> Result<()> {
+        let id = info.id.0;
+        if info.role == MemberRole::Voter && id == running.id {
+            // A learner leads nothing: another goes on with this.
+            let _one =
+                self.handing_over.acquire().await.map_err(|_| Error::new(ErrorKind::Closed, "the node is closed"))?;
+            self.hand_over(running, None).await?;
+            return Err(self.not_leader(running));
+        }
+        if info.role == MemberRole::Voter {
+            self.change_members(running, ChangeMembers::RemoveVoters(BTreeSet::from([id])), true).await?;
+        }
+        self.await_groups_without(id, R::Instant::now() + CHANGE_TIMEOUT).await
     }
 
     /// Makes a process a learner and tells it; again for one that is a member gives its id.
@@ -725,10 +746,25 @@ impl<R: Runtime> Inner<R> {
             let membership = metrics.membership_config.membership();
             replacement(membership, &caught_up(&metrics, membership))
         };
-        let Some((voters, dropped)) = planned else { return };
+        let Some((voters, mut dropped)) = planned else { return };
+        // Groups follow: they let go of a member once it is a learner, and only then is it none.
+        let has_groups = !self.group_names().is_empty();
+        if has_groups {
+            for id in dropped.clone() {
+                if !self.groups_counting_on(id).await.is_ok_and(|groups| groups.is_empty()) {
+                    dropped.remove(&id);
+                }
+            }
+            let membership = Self::metrics_of(running, |m| m.membership_config.membership().clone());
+            let is_so =
+                membership.get_joint_config().len() == 1 && membership.voter_ids().collect::<BTreeSet<_>>() == voters;
+            if is_so && dropped.is_empty() {
+                return;
+            }
+        }
         let change =
             ChangeMembers::Batch(vec![ChangeMembers::RemoveNodes(dropped), ChangeMembers::ReplaceAllVoters(voters)]);
-        match self.change_members_locked(running, change, false).await {
+        match self.change_members_locked(running, change, has_groups).await {
             Ok(()) => tracing::info!("the members are what was planned: new volumes stand for wiped ones"),
             Err(error) => tracing::warn!(%error, "a wiped member is not replaced yet"),
         }

@@ -135,3 +135,32 @@ fn a_group_goes_on_with_any_two_of_three_and_a_wiped_member_gets_it_back() {
         cluster.finish().await;
     });
 }
+
+/// Who was removed may be wiped at once.
+#[test]
+fn a_member_that_was_removed_has_no_vote_in_any_group() {
+    run(async {
+        let cluster = Cluster::born(4).await;
+        let leader = cluster.leader().await;
+        for name in ["a", "b"] {
+            drop(cluster.node(leader).create_group(name).await.expect("made"));
+        }
+        // The one that leads the first group, and one more.
+        for gone in [leader, (leader + 1) % 4] {
+            let id = cluster.node(gone).status().id;
+            let through = (leader + 2) % 4;
+            while let Err(error) = cluster.node(through).remove_member(id).await {
+                assert!(matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Indeterminate), "{error}");
+                if cluster.node(through).status().members.iter().all(|member| member.id != id) {
+                    break;
+                }
+            }
+            for name in ["a", "b"] {
+                let group = group_of(&cluster, through, name).await;
+                let voters = group.status().members.into_iter().filter(|m| m.role == MemberRole::Voter);
+                assert!(voters.map(|member| member.id).all(|voter| voter != id), "{name} without {id}");
+            }
+        }
+        cluster.finish().await;
+    });
+}
