@@ -1,6 +1,6 @@
 //! The nodes of a world: disks, lives, power.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use mainstay_engine::{Engine, EngineSettings, ErrorKind, GroupSettings, LogIndex};
 use mainstay_io::BoxFuture;
 use mainstay_io::sim::DiskImage;
-use mainstay_replication::{CommitToken, MemberInfo, Node, NodeOptions, PeerAddress};
+use mainstay_replication::{CommitToken, MemberInfo, MemberRole, Node, NodeOptions, PeerAddress};
 use openraft_rt::AsyncRuntime;
 use tokio::sync::oneshot;
 
@@ -20,6 +20,8 @@ use crate::rt::{Executor, Group, SimRng, SimRuntime, WallClock, environment};
 
 /// A node as the world holds it.
 pub(crate) type SimNode = Arc<Node<SimRuntime>>;
+/// The last entry of each group, the first one without a name.
+pub(crate) type LastLogs = BTreeMap<Option<String>, LogIndex>;
 
 /// What became of an operation that was handed to a node.
 pub(crate) enum Called<T> {
@@ -295,23 +297,17 @@ impl Cluster {
             let slot = self.members[i].slot();
             (slot.node.clone(), slot.engine.clone())
         };
-        let node = node.map(|node| node.status()).map(|s| {
-            let group = &s.group;
-            format!(
-                "role={} term={} leader={:?} last={} committed={} applied={} flushed={} frozen={} absent={} tables={} damaged={} \
-                 retrying={} failed={} diverged={} waits={} failure={:?}",
-                s.role, s.term, s.leader, s.last_log, s.committed, group.applied, group.flushed, group.frozen_generations,
-                group.absent_jobs, group.tables, group.tables_damaged, group.jobs_retrying, group.jobs_failed, group.diverged,
-                group.applier_waits, s.failure
-            )
-        });
+        let groups = node.iter().flat_map(|node| node.groups());
+        let groups: String =
+            groups.map(|(name, node)| format!("\n        {name}: {}", describe_replica(&node))).collect();
+        let node = node.as_deref().map(describe_replica);
         let engine = engine.map(|engine| engine.status()).map(|s| {
             format!(
                 "wal={}/{} memory={}/{} read_only={:?}",
                 s.wal_used_bytes, s.wal_ring_bytes, s.memory_used_bytes, s.memory_bytes, s.read_only
             )
         });
-        format!("{}: {node:?} {engine:?}", self.members[i].name)
+        format!("{}: {node:?} {engine:?}{groups}", self.members[i].name)
     }
 
     /// [`Cluster::describe`] for all.
@@ -540,18 +536,39 @@ impl Cluster {
         Some(self.node(self.leader()?)?.status().last_log)
     }
 
-    /// Whether every member takes part, follows the leader, and has the entries up to `index`, which are committed.
-    pub(crate) fn is_whole_to(&self, index: LogIndex) -> bool {
-        let Some(leader) = self.leader().and_then(|i| self.node(i)) else { return false };
-        let leader = leader.status();
-        let rests = |member: &MemberInfo| {
-            let status = self.by_name(&member.name).and_then(|i| self.node(i)).map(|node| node.status());
-            status.is_some_and(|s| {
-                let takes_part = matches!(s.role.as_str(), "leader" | "follower" | "learner");
-                takes_part && s.id == member.id && s.leader == Some(leader.id) && s.last_log >= index
+    /// The last entries of the leaders of all groups, the first one without a name; `None` while one of them has no leader.
+    pub(crate) fn last_logs(&self) -> Option<LastLogs> {
+        let mut last = LastLogs::from([(None, self.last_log()?)]);
+        let nodes: Vec<SimNode> = (0..self.size()).filter_map(|i| self.node(i)).collect();
+        for name in nodes.iter().flat_map(|node| node.group_names()).collect::<BTreeSet<_>>() {
+            let replicas = nodes.iter().filter_map(|node| node.groups().remove(&name));
+            let leader = replicas.map(|replica| replica.status()).find(|status| status.role == "leader")?;
+            last.insert(Some(name), leader.last_log);
+        }
+        Some(last)
+    }
+
+    /// Whether, in each of these groups, every member takes part, follows the leader, and has the entries up to that index, which are
+    /// committed.
+    pub(crate) fn are_whole_to(&self, last: &LastLogs) -> bool {
+        let Some(members) = self.view() else { return false };
+        last.iter().all(|(name, index)| {
+            let replica = |member: &MemberInfo| {
+                let node = self.by_name(&member.name).and_then(|i| self.node(i))?;
+                let status = match name {
+                    None => node.status(),
+                    Some(name) => node.groups().get(name)?.status(),
+                };
+                let takes_part = matches!(status.role.as_str(), "leader" | "follower" | "learner");
+                (takes_part && status.id == member.id).then_some(status)
+            };
+            let replicas: Option<Vec<_>> = members.iter().map(replica).collect();
+            replicas.is_some_and(|replicas| {
+                let leader = replicas.iter().find(|status| status.role == "leader" && status.committed >= *index);
+                leader
+                    .is_some_and(|leader| replicas.iter().all(|s| s.leader == Some(leader.id) && s.last_log >= *index))
             })
-        };
-        leader.committed >= index && leader.members.iter().all(rests)
+        })
     }
 
     /// Prints what happens, if the run was asked to.
@@ -560,4 +577,34 @@ impl Cluster {
             eprintln!("{:>12.6} {}", self.executor.now().as_secs_f64(), text());
         }
     }
+}
+
+/// What one replica says of itself; learners have a mark behind their ids.
+fn describe_replica(node: &Node<SimRuntime>) -> String {
+    let s = node.status();
+    let mark = |role| if role == MemberRole::Voter { "" } else { "l" };
+    let members: Vec<_> = s.members.iter().map(|m| format!("{}{}", m.id.0, mark(m.role))).collect();
+    let group = &s.group;
+    format!(
+        "role={} id={} members={} term={} leader={:?} last={} committed={} applied={} flushed={} frozen={} absent={} tables={} \
+         damaged={} retrying={} failed={} diverged={} waits={} failure={:?}",
+        s.role,
+        s.id.0,
+        members.join(","),
+        s.term,
+        s.leader,
+        s.last_log,
+        s.committed,
+        group.applied,
+        group.flushed,
+        group.frozen_generations,
+        group.absent_jobs,
+        group.tables,
+        group.tables_damaged,
+        group.jobs_retrying,
+        group.jobs_failed,
+        group.diverged,
+        group.applier_waits,
+        s.failure
+    )
 }

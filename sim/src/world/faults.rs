@@ -425,8 +425,8 @@ impl Faults {
         let mut last = None;
         self.comes_about(|cluster| {
             // Of the first leader that is seen: clients go on writing.
-            last = last.or_else(|| cluster.last_log());
-            last.is_some_and(|last| cluster.is_whole_to(last))
+            last = last.take().or_else(|| cluster.last_logs());
+            last.as_ref().is_some_and(|last| cluster.are_whole_to(last))
         })
         .await
     }
@@ -458,7 +458,7 @@ impl Faults {
         if !self.quiet().await || cluster.changing.load(Ordering::Relaxed) {
             return;
         }
-        let (Some(copy), Some(last)) = (self.copy.take(), cluster.last_log()) else { return };
+        let (Some(copy), Some(last)) = (self.copy.take(), cluster.last_logs()) else { return };
         cluster.log(|| format!("n{victim} gets an old copy of its volume"));
         cluster.kill(victim);
         cluster.restore(victim, copy);
@@ -469,7 +469,7 @@ impl Faults {
             // The copy may be from before its member was replaced or removed.
             match cluster.node(victim).map(|node| node.status().role).as_deref() {
                 Some("removed") => true,
-                Some("leader" | "follower" | "learner") => cluster.is_whole_to(last),
+                Some("leader" | "follower" | "learner") => cluster.are_whole_to(&last),
                 _ => false,
             }
         });
