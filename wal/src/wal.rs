@@ -52,7 +52,7 @@ pub type OnDurable = Box<dyn FnOnce(Result<RecordPos>) + Send>;
 pub enum Reserve {
     /// All but the last part of the ring.
     Normal,
-    /// Half of that part too: short records without which what is in the ring stays needed (the first entry of a leader, a rotation).
+    /// A quarter of that part too: short records without which what is in the ring stays needed (the first entry of a leader, a rotation).
     Relief,
     /// All of it: what must be written so that space can be freed (manifest edits, votes, copies forward).
     Critical,
