@@ -212,7 +212,6 @@ impl Node {
 
     /// The store in a group of that name, which is born over the voters of now if it is not there: a log with a leader of its own beside
     /// the first, for writes that need no order among each other. Batches, snapshots, checkpoints and clones are of one group each.
-    /// Unfinished: groups that fill the ring of the log together may hold each other up (docs/replication.md, "Groups").
     ///
     /// # Errors
     /// `Invalid`: the name has no or more than 64 bytes, or there are 128 groups already. `Unsupported`: the cluster has a witness.

@@ -10,7 +10,8 @@
 //! - P3. Who takes part is decided by the first group alone. The leader of every other group follows it: who comes learns first, then
 //!   all votes change hands at once, and no voter is given up of whom the first group has not let go. Who goes loses its vote in the first group, then in all others,
 //!   and only then is it no member: so whoever is wiped for that takes no vote from any.
-//! - P4. Entries of a group are kept in the ring until its replica is opened: those that the tables of the first group name are opened
+//! - P4. A process serves all its groups or none: when a replica leaves service, the host does.
+//! - P5. Entries of a group are kept in the ring until its replica is opened: those that the tables of the first group name are opened
 //!   before anything is cut.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -339,6 +340,11 @@ impl<R: Runtime> Inner<R> {
                 Phase::Failed(_) | Phase::Twin(_) | Phase::Removed | Phase::Closed => return self.stop_groups().await,
                 _ => continue,
             }
+            if let Some(reason) = self.failed_group() {
+                // Whoever looks after this process looks at the first group.
+                self.leave_service(reason).await;
+                continue;
+            }
             let now = self.group.applied();
             let waits = self.groups().values().any(|group| group.phase() == Phase::Waiting);
             if seen == Some(now) && !waits {
@@ -351,6 +357,13 @@ impl<R: Runtime> Inner<R> {
                 self.leave_service(format!("a group cannot be opened: {error}")).await;
             }
         }
+    }
+
+    fn failed_group(&self) -> Option<String> {
+        self.groups_by_name().into_iter().find_map(|(name, group)| match group.phase() {
+            Phase::Failed(reason) => Some(format!("a group has left service name={name}: {reason}")),
+            _ => None,
+        })
     }
 
     async fn stop_groups(&self) {

@@ -847,7 +847,7 @@ impl<R: Runtime> Node<R> {
 
     /// Gives birth to a group of that name over the voters of the cluster, or finds it: a log with a leader of its own, beside the first
     /// one on the same volumes. The handle reads and writes in it as this one does in the first; members are changed through the
-    /// first alone. Unfinished: groups that fill the ring of the log together may hold each other up (docs/replication.md, "Groups").
+    /// first alone, and have no vote in any group once they are removed.
     ///
     /// # Errors
     /// `Invalid`: a name of 0 or more than [`crate::GROUP_NAME_BYTES_MAX`] bytes, or too many groups. `Unsupported`: the cluster has a

@@ -164,3 +164,26 @@ fn a_member_that_was_removed_has_no_vote_in_any_group() {
         cluster.finish().await;
     });
 }
+
+/// Whoever looks after a process sees the first group.
+#[test]
+fn a_process_serves_all_its_groups_or_none() {
+    run(async {
+        let mut cluster = Cluster::born(3).await;
+        let leader = cluster.leader().await;
+        let gone = (leader + 1) % 3;
+        drop(cluster.node(leader).create_group("a").await.expect("made"));
+        let group = group_of(&cluster, gone, "a").await;
+        group.inner.leave_service("its tables cannot be written".into()).await;
+        drop(group);
+        cluster.until(gone, |s| s.role == "failed").await;
+        let failure = cluster.node(gone).status().failure.expect("it says why");
+        assert!(failure.contains("name=a: its tables cannot be written"), "{failure}");
+        cluster.kill(gone).await;
+        cluster.start(gone).await;
+        let group = group_of(&cluster, gone, "a").await;
+        put_in(&group, "k", "again").await;
+        drop(group);
+        cluster.finish().await;
+    });
+}
