@@ -9,10 +9,13 @@ const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
 /// Milliseconds that freed memory stays with the process. Bounded, so that what a peak took goes back.
 const PURGE_DELAY_MS: std::ffi::c_long = 60_000;
 
-/// Keeps freed memory for a minute. `MIMALLOC_PURGE_DELAY` in the environment, in milliseconds, comes first. For `main`, before it starts threads.
+/// Keeps freed memory for a minute. `MIMALLOC_PURGE_DELAY` in the environment, in milliseconds, comes first.
+///
+/// # Safety
+/// No other thread runs: they read what is written here whenever they allocate. So it is the first thing that `main` does.
 #[allow(unsafe_code)]
-pub fn configure() {
-    // SAFETY: it writes one number in a table of the allocator, and no thread runs yet that reads it.
+pub unsafe fn configure() {
+    // SAFETY: it writes one number in a table of the allocator; the caller promises that nobody reads it meanwhile.
     unsafe { libmimalloc_sys::mi_option_set_default(PURGE_DELAY, PURGE_DELAY_MS) }
 }
 
@@ -23,11 +26,13 @@ mod tests {
     /// What the environment sets and `configure` leaves; [`the_option_is_the_one_that_is_meant`] starts it.
     #[test]
     #[ignore = "prints for another test"]
+    #[allow(unsafe_code)]
     fn print_the_delay() {
-        super::configure();
-        #[allow(unsafe_code)]
-        // SAFETY: reads one number.
-        let delay = unsafe { libmimalloc_sys::mi_option_get(super::PURGE_DELAY) };
+        // SAFETY: the only test of its process, whose other thread waits for it.
+        let delay = unsafe {
+            super::configure();
+            libmimalloc_sys::mi_option_get(super::PURGE_DELAY)
+        };
         println!("delay={delay}.");
     }
 

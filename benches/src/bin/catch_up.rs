@@ -38,7 +38,8 @@ struct Options {
 }
 
 fn main() -> std::process::ExitCode {
-    mainstay_server::allocator::configure();
+    // SAFETY: no other thread runs yet.
+    unsafe { mainstay_server::allocator::configure() };
     let options = Options::parse();
     match runtime().and_then(|runtime| runtime.block_on(run(&options))) {
         Ok(()) => std::process::ExitCode::SUCCESS,

@@ -55,7 +55,8 @@ struct Options {
 }
 
 fn main() -> std::process::ExitCode {
-    mainstay_server::allocator::configure();
+    // SAFETY: no other thread runs yet.
+    unsafe { mainstay_server::allocator::configure() };
     // The same program is also the replicas that it starts.
     let result = match std::env::args().nth(1).as_deref() {
         Some("serve") => return mainstay_server::cli::main(),

@@ -64,7 +64,8 @@ enum State {
 const STATES: [State; 3] = [State::Well, State::Dead, State::Slow];
 
 fn main() -> std::process::ExitCode {
-    mainstay_server::allocator::configure();
+    // SAFETY: no other thread runs yet.
+    unsafe { mainstay_server::allocator::configure() };
     // The same program is also the replicas that it starts.
     if std::env::args().nth(1).as_deref() == Some("serve") {
         return mainstay_server::cli::main();

@@ -5,6 +5,7 @@
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> std::process::ExitCode {
-    mainstay_server::allocator::configure();
+    // SAFETY: no other thread runs yet.
+    unsafe { mainstay_server::allocator::configure() };
     mainstay_server::demo::main()
 }
