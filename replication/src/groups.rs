@@ -8,8 +8,8 @@
 //!   numbered in the order of their entries, so of two births of one name all see the same first one, and no number is used twice.
 //! - P2. All first voters give the same first membership to openraft, and nobody else gives any.
 //! - P3. Who takes part is decided by the first group alone. The leader of every other group follows it: who comes learns first, then
-//!   all votes change hands at once, and no voter is given up of whom the first group has not let go. Who goes loses its vote in the first group, then in all others,
-//!   and only then is it no member: so whoever is wiped for that takes no vote from any.
+//!   all votes change hands at once, and no voter is given up of whom the first group has not let go. Who goes loses its vote in the
+//!   first group, then in all others, and only then is it no member: so whoever is wiped for that takes no vote from any.
 //! - P4. A process serves all its groups or none: when a replica leaves service, the host does.
 //! - P5. Entries of a group are kept in the ring until its replica is opened: those that the tables of the first group name are opened
 //!   before anything is cut.

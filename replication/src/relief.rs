@@ -61,15 +61,21 @@ impl<R: Runtime> Inner<R> {
             let lacks = reached.filter(|(id, at)| *id != running.id && Some(*at) < m.last_log_index);
             stuck.look(lacks.filter(|(id, _)| self.rooms.is_full(*id, heard)), R::Instant::now())
         });
-        self.relieves.store(least.is_some(), Ordering::Relaxed);
+        let relieved = self.relieves.swap(least.is_some(), Ordering::Relaxed);
         let Some(least) = least else { return };
+        if !relieved {
+            tracing::warn!(
+                group = self.number.0,
+                least,
+                "a follower whose log is full gets tables in place of entries"
+            );
+        }
         let flushed = self.group.flushed();
         if flushed.0 <= least {
             self.group.want_rotation();
-            return;
+        } else {
+            self.purge(flushed).await;
         }
-        tracing::warn!(group = self.number.0, least, %flushed, "a follower whose log is full gets tables");
-        self.purge(flushed).await;
     }
 }
 
