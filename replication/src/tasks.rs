@@ -17,7 +17,7 @@ use crate::disk::HandOver;
 use crate::node::{Inner, Phase, Running, Write};
 use crate::priority::Preference;
 use crate::relief::Stuck;
-use crate::types::Payload;
+use crate::types::{Payload, term_of};
 use crate::{Durability, ErrorKind, Result, Runtime};
 
 /// How often what nothing else wakes is looked at.
@@ -36,6 +36,8 @@ const ORPHAN: Duration = Duration::from_secs(3);
 const RELIEVE: Duration = Duration::from_secs(1);
 /// How long closing waits for another leader.
 const HAND_OVER: Duration = Duration::from_secs(3);
+/// How long closing waits until that one has committed something.
+const FIRST_COMMIT: Duration = Duration::from_secs(1);
 /// Entries behind the tables that closing leaves to the next open: applying them again is cheaper than a flush of all
 /// replicas.
 pub(crate) const CLOSE_REPLAY_MAX: u64 = 8;
@@ -450,24 +452,40 @@ impl<R: Runtime> Inner<R> {
     }
 
     /// Brings what is applied into tables, so that the next open has nothing to apply again. All replicas rotate with it:
-    /// those that are closed next find it done. Without a leader or in time it is left out, and nothing is lost.
+    /// those that are closed next find it done, or wait for their own part of it. Without a leader or in time it is left out, and
+    /// nothing is lost.
     async fn flush_to_close(self: &Arc<Self>, running: &Arc<Running<R>>) {
         let entries = self.behind_tables();
-        if entries <= CLOSE_REPLAY_MAX || self.leader_of(running).is_none() {
+        if entries <= CLOSE_REPLAY_MAX {
             return;
         }
-        let write = Write { body: CommandBody::Rotate, durability: Durability::Quorum };
-        let rotated = match R::timeout(CLOSE_ROTATE, self.write(write).boxed()).await {
-            Ok(Ok(applied)) => applied.index,
-            Ok(Err(error)) => return tracing::warn!(%error, entries, "the next open applies entries again"),
-            Err(_) => return tracing::warn!(entries, "no rotation in time: the next open applies entries again"),
-        };
-        let before = LogIndex(rotated.0.saturating_sub(1));
-        if R::timeout(CLOSE_FLUSH, self.group.flushed_beyond(before)).await.is_err() {
-            let entries = self.behind_tables();
-            return tracing::warn!(entries, "not flushed in time: the next open applies entries again");
+        if self.leader_of(running).is_some() {
+            let write = Write { body: CommandBody::Rotate, durability: Durability::Quorum };
+            match R::timeout(CLOSE_ROTATE, self.write(write).boxed()).await {
+                Ok(Ok(applied)) => {
+                    let before = LogIndex(applied.index.0.saturating_sub(1));
+                    if R::timeout(CLOSE_FLUSH, self.group.flushed_beyond(before)).await.is_err() {
+                        let entries = self.behind_tables();
+                        return tracing::warn!(entries, "not flushed in time: the next open applies entries again");
+                    }
+                    return tracing::info!(entries, left = self.behind_tables(), "flushed to close");
+                }
+                Ok(Err(error)) => tracing::warn!(%error, entries, "no rotation"),
+                Err(_) => tracing::warn!(entries, "no rotation in time"),
+            }
         }
-        tracing::info!(entries, left = self.behind_tables(), "flushed to close");
+        // Others closed before, and rotated: what they have installed is being written here.
+        let until = R::Instant::now() + CLOSE_ROTATE;
+        let is_writing = || self.group.frozen_generations() > 0 || self.group.status().absent_jobs > 0;
+        while self.behind_tables() > CLOSE_REPLAY_MAX && is_writing() {
+            if R::timeout_at(until, self.group.flushed_beyond(self.group.flushed())).await.is_err() {
+                break;
+            }
+        }
+        let left = self.behind_tables();
+        if left > CLOSE_REPLAY_MAX {
+            tracing::warn!(left, "the next open applies entries again");
+        }
     }
 
     pub(crate) async fn close(self: &Arc<Self>) -> Result<()> {
@@ -488,6 +506,16 @@ impl<R: Runtime> Inner<R> {
         }
     }
 
+    /// Of two that are left the one that closes is needed for what the new leader commits first: only then does that one know what was
+    /// committed before, a rotation among it.
+    async fn await_first_commit(&self, running: &Running<R>) {
+        let mut metrics = running.metrics.clone();
+        let committed = metrics.wait_until(|m| m.last_applied.as_ref().is_some_and(|id| term_of(id) >= m.current_term));
+        if R::timeout(FIRST_COMMIT, committed).await.is_err() {
+            tracing::warn!("the new leader has committed nothing in time");
+        }
+    }
+
     /// Ends what this replica does, in order.
     async fn close_replica(self: &Arc<Self>) {
         let running = self.running.read().expect("nothing panics while it holds this lock").clone();
@@ -502,7 +530,10 @@ impl<R: Runtime> Inner<R> {
             && self.leader_of(running) == Some(running.id)
         {
             match R::timeout(HAND_OVER, self.hand_over(running, None)).await {
-                Ok(Ok(to)) => tracing::info!(to, "handed leadership over"),
+                Ok(Ok(to)) => {
+                    tracing::info!(to, "handed leadership over");
+                    self.await_first_commit(running).await;
+                }
                 // A leader without other voters is the common case.
                 Ok(Err(e)) if e.kind() == ErrorKind::Invalid => {}
                 Ok(Err(error)) => tracing::warn!(%error, "leadership was not handed over"),
