@@ -291,7 +291,7 @@ impl Engine {
             let jobs = Box::pin(shared.clone().work_on_jobs());
             tasks.push(spawner.spawn_background(&format!("mainstay-job-{n}"), jobs));
         }
-        tasks.push(spawner.spawn_background("mainstay-mend", Box::pin(shared.clone().mend())));
+        tasks.push(spawner.spawn("mainstay-mend", Box::pin(shared.clone().mend())));
         if settings.scrub_bytes_per_second > 0 {
             let scrub = shared.clone().scrub(settings.scrub_bytes_per_second, settings.scrub_pause);
             tasks.push(spawner.spawn_background("mainstay-scrub", Box::pin(scrub)));

@@ -297,13 +297,14 @@ impl GroupShared {
             }
         }
         self.heal.forget(id);
-        self.heal.counts.tables_healed.fetch_add(1, Ordering::Relaxed);
         tracing::info!(group = %self.id, table = %id, "a damaged table was made anew from other replicas");
         self.engine.work.notify_one();
         if let Err(error) = self.engine.write_pages(&turn, None).await {
             tracing::warn!(%error, "the place of a mended table is not durable yet");
             self.engine.want_pages();
         }
+        // Not before: until its place is durable the next open finds it damaged again.
+        self.heal.counts.tables_healed.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
