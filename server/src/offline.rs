@@ -40,6 +40,7 @@ pub(crate) fn verify(args: &OfflineArgs) -> Result<(), Failure> {
     let document = json!({
         "sound": damage.is_empty(),
         "damage": damage,
+        "superblock_copies_cut_short": report.superblock_copies_cut_short,
         "wal_batches": report.wal_batches,
         "wal_records": report.wal_records,
         "wal_torn_bytes": report.wal_torn_bytes,
@@ -54,6 +55,10 @@ pub(crate) fn verify(args: &OfflineArgs) -> Result<(), Failure> {
             report.tables,
             ByteSize(report.table_bytes)
         );
+        if report.superblock_copies_cut_short > 0 {
+            let count = report.superblock_copies_cut_short;
+            text += &format!("an update of the superblock was cut short: the next start writes {count} copies again\n");
+        }
         if report.wal_torn_bytes > 0 {
             text += &format!("the log ends in {} torn bytes, never acknowledged\n", report.wal_torn_bytes);
         }
@@ -92,7 +97,8 @@ async fn superblock(args: &OfflineArgs) -> Result<(), Failure> {
     let found = open(&args.data).await?.superblock();
     let document = json!({
         "copies": found.copies,
-        "copies_damaged": found.copies_damaged,
+        "copies_differ": found.copies_differ,
+        "copies_cut_short": found.copies_cut_short,
         "format_version": found.format_version,
         "volume": hex(&found.volume),
         "incarnation": hex(&found.incarnation),

@@ -39,8 +39,10 @@ pub struct Offline {
 pub struct SuperblockInfo {
     /// One line for each copy.
     pub copies: Vec<String>,
-    /// Copies that differ from the one that counts.
-    pub copies_damaged: usize,
+    /// Copies that differ from what counts; an open writes them again.
+    pub copies_differ: usize,
+    /// Those of them that are no damage: a crash in the middle of an update left them whole, one update away.
+    pub copies_cut_short: usize,
     /// Format version of the volume.
     pub format_version: u16,
     /// Made at format; in every batch of the log.
@@ -119,6 +121,8 @@ pub struct TableInfo {
 pub struct VerifyReport {
     /// Damage: which part, and what is wrong.
     pub damage: Vec<(String, String)>,
+    /// Copies of the superblock that a crash in the middle of an update left whole and one update away, which an open would write again.
+    pub superblock_copies_cut_short: usize,
     /// Batches of the log that were checked.
     pub wal_batches: u64,
     /// Records in them.
@@ -152,7 +156,8 @@ impl Offline {
         let found = self.found();
         SuperblockInfo {
             copies: self.report.copies.to_vec(),
-            copies_damaged: self.report.damaged,
+            copies_differ: self.report.differ,
+            copies_cut_short: self.report.cut_short,
             format_version: VOLUME_FORMAT_VERSION,
             volume: found.volume,
             incarnation: found.incarnation,
@@ -219,12 +224,11 @@ impl Offline {
     pub async fn verify(&self, progress: &mut (dyn FnMut(&str) + Send)) -> Result<VerifyReport> {
         let mut report = VerifyReport::default();
         progress("superblock");
-        if self.report.damaged > 0 {
-            let what = format!(
-                "{} of {} copies differ; an open writes them again",
-                self.report.damaged,
-                self.report.copies.len()
-            );
+        report.superblock_copies_cut_short = self.report.cut_short;
+        let damaged = self.report.differ.saturating_sub(self.report.cut_short);
+        if damaged > 0 {
+            let what =
+                format!("{damaged} of {} copies are damaged; an open writes them again", self.report.copies.len());
             report.damage.push(("superblock".into(), what));
         }
         progress("manifest");

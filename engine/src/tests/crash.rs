@@ -120,6 +120,8 @@ const INSTANTS: usize = 200;
 /// What a volume held at one instant, and how much of each writer had been acknowledged before it.
 struct Copied {
     image: DiskImage,
+    /// Writes that were not flushed are in it in part.
+    torn: bool,
     acknowledged: [u64; WRITERS],
     checkpoints: usize,
 }
@@ -161,8 +163,9 @@ fn a_copy_of_any_instant_under_load_opens() {
             let acknowledged = acknowledged();
             // Every second time the power of the storage fails with the snapshot: what was not flushed is there in part.
             let disk = &media.disks()[0];
-            let image = if instant % 2 == 0 { disk.image() } else { disk.crash_image(instant as u64) };
-            copies.push(Copied { image, acknowledged, checkpoints: (instant + 20) / 40 });
+            let torn = instant % 2 == 1;
+            let image = if torn { disk.crash_image(instant as u64) } else { disk.image() };
+            copies.push(Copied { image, torn, acknowledged, checkpoints: (instant + 20) / 40 });
         }
         stop.store(true, Ordering::Relaxed);
     });
@@ -179,7 +182,10 @@ fn check_copy(copied: Copied) -> SimMedia {
     let media = SimMedia::from_images(SimLayout::Device, options(), vec![copied.image]);
     let opened = media.open().expect("nobody else holds it");
     let report = block_on(async { Offline::open(opened, &Environment::system()).await?.verify(&mut |_| ()).await });
-    assert_eq!(report.expect("all can be read").damage, []);
+    let mut damage = report.expect("all can be read").damage;
+    // Of a copy of the superblock that tore nobody can tell that it did not rot.
+    damage.retain(|(part, _)| !(copied.torn && part == "superblock"));
+    assert_eq!(damage, []);
     let store = Store::open(&media);
     for (writer, least) in copied.acknowledged.into_iter().enumerate() {
         let number = |key: u64| -> Option<u64> {

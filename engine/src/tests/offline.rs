@@ -35,7 +35,7 @@ fn a_sound_volume_is_shown_and_verified_and_not_changed() {
     let before = media.trace_hash();
     let offline = look(&media).expect("opens");
     let superblock = offline.superblock();
-    assert_eq!((superblock.copies.len(), superblock.copies_damaged, superblock.epoch), (4, 0, 1));
+    assert_eq!((superblock.copies.len(), superblock.copies_differ, superblock.epoch), (4, 0, 1));
     assert!(superblock.clean_end.is_some() && superblock.root_bytes.is_some());
     let groups = block_on(offline.manifest()).expect("reads");
     assert_eq!(groups.iter().map(|g| g.group).collect::<Vec<_>>(), [GROUP]);

@@ -2,6 +2,7 @@
 
 use mainstay_io::Media;
 
+use super::quorum::cut_short;
 use super::superblock::{COPIES, Copy};
 use super::{Superblock, judge, read_copies};
 use crate::Result;
@@ -12,7 +13,9 @@ pub(crate) struct SuperblockReport {
     /// One line for each copy: its sequence, or what is wrong with it.
     pub(crate) copies: [String; COPIES],
     /// Copies that opening would write again.
-    pub(crate) damaged: usize,
+    pub(crate) differ: usize,
+    /// Those of them that a crash in the middle of an update accounts for.
+    pub(crate) cut_short: usize,
     /// The one that opening would take.
     pub(crate) superblock: Superblock,
 }
@@ -25,7 +28,8 @@ pub(crate) async fn inspect(media: &dyn Media) -> Result<SuperblockReport> {
     let copies = read_copies(&media.superblock()).await?;
     let superblock = judge(media.name(), &copies)?;
     let same = |copy: &Copy| matches!(copy, Copy::Whole(found, _) if **found == superblock);
-    let damaged = copies.iter().filter(|copy| !same(copy)).count();
+    let differ = copies.iter().filter(|copy| !same(copy)).count();
+    let cut_short = cut_short(&copies, &superblock);
     let copies = copies.map(|copy| match copy {
         Copy::Blank => "blank".to_string(),
         Copy::NoMagic => "not a superblock".to_string(),
@@ -34,5 +38,5 @@ pub(crate) async fn inspect(media: &dyn Media) -> Result<SuperblockReport> {
         Copy::Newer(version) => format!("format version {version}"),
         Copy::Whole(found, checksum) => format!("sequence {} checksum {checksum:016x}", found.sequence),
     });
-    Ok(SuperblockReport { copies, damaged, superblock })
+    Ok(SuperblockReport { copies, differ, cut_short, superblock })
 }

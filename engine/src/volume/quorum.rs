@@ -75,6 +75,18 @@ pub(crate) fn row(facts: &Facts) -> char {
     }
 }
 
+/// Copies that an update has left behind which a crash cut short: whole, of the content just before or just after `chosen`, and all in the
+/// pair that was being written. A copy that tore is not among them: rot looks the same.
+pub(crate) fn cut_short(copies: &[Copy; COPIES], chosen: &Superblock) -> usize {
+    let checksum = chosen.checksum();
+    let next = |copy: &&Copy| matches!(copy, Copy::Whole(found, sum) if *sum == chosen.parent || found.parent == checksum);
+    let (first, second) = copies.split_at(COPIES / 2);
+    match (first.iter().filter(next).count(), second.iter().filter(next).count()) {
+        (count, 0) | (0, count) => count,
+        _ => 0,
+    }
+}
+
 /// Chooses among the copies.
 pub(crate) fn choose(copies: &[Copy; COPIES]) -> (char, Verdict) {
     let mut contents: Vec<(&Superblock, u64, usize)> = Vec::new();

@@ -100,6 +100,12 @@ fn a_crash_at_any_write_of_an_update_leaves_the_old_or_the_new_superblock() {
                 let mut image = image.clone();
                 image[writes[pair].0..writes[pair].0 + 4096].copy_from_slice(&first);
                 image[writes[pair + 1].0..writes[pair + 1].0 + 4096].copy_from_slice(&second);
+                let report = block_on(inspect(&*MemMedia::from_image(image.clone(), EXTENTS_BYTES))).expect("readable");
+                let torn = [(0, &first), (1, &second)].into_iter().filter(|(i, state)| {
+                    let states = states(pair + i);
+                    Some(*state) != states.first() && Some(*state) != states.last()
+                });
+                assert_eq!(report.differ - report.cut_short, torn.count(), "what is whole is no damage");
                 let (volume, found) = open_image(image).expect("opens after a crash");
                 assert!(found == old || found == new, "{found:?}");
                 assert!(pair == 0 || found == new, "the first pair was durable");
@@ -153,9 +159,9 @@ fn any_two_copies_are_enough_and_the_others_are_written_again() {
             image[b * COPY] ^= 1;
             let media = MemMedia::from_image(image, EXTENTS_BYTES);
             let report = block_on(inspect(&*media)).expect("two are enough");
-            assert_eq!((report.damaged, report.superblock.epoch), (2, 1));
+            assert_eq!((report.differ, report.cut_short, report.superblock.epoch), (2, 0, 1));
             open(&media);
-            assert_eq!(block_on(inspect(&*media)).expect("all are whole").damaged, 0);
+            assert_eq!(block_on(inspect(&*media)).expect("all are whole").differ, 0);
         }
     }
 }
@@ -182,7 +188,7 @@ fn copies_that_cannot_be_read_are_no_corruption() {
     sim.superblock_disk().damage(3 * COPY as u64, 4096);
     assert_eq!(look().expect_err("nor none").kind(), ErrorKind::Io);
     sim.superblock_disk().heal();
-    assert_eq!(look().expect("they are there").damaged, 0);
+    assert_eq!(look().expect("they are there").differ, 0);
 }
 
 #[test]
