@@ -133,9 +133,13 @@ impl Who {
 }
 
 /// The next change that puts new volumes in the place of wiped ones: the voters to have, and the learners to drop. A
-/// learner stands for a voter when it bears its name. A joint configuration that a leader before this one left is ended. Pure, so
-/// that a table of cases tests it.
-fn replacement(membership: &Membership, caught_up: &BTreeSet<u64>) -> Option<(BTreeSet<u64>, BTreeSet<u64>)> {
+/// learner stands for a voter when it bears its name. A learner that is `counted` on stays: a group beside the first has it as a voter
+/// still. A joint configuration that a leader before this one left is ended. Pure, so that a table of cases tests it.
+fn replacement(
+    membership: &Membership,
+    caught_up: &BTreeSet<u64>,
+    counted: &BTreeSet<u64>,
+) -> Option<(BTreeSet<u64>, BTreeSet<u64>)> {
     let members = members_ahead(membership);
     // Ids grow, so the largest of a name is the newest volume of that name.
     let mut newest: BTreeMap<&str, u64> = BTreeMap::new();
@@ -157,11 +161,11 @@ fn replacement(membership: &Membership, caught_up: &BTreeSet<u64>) -> Option<(BT
             (MemberRole::Voter, false) => {
                 voters.insert(member.id.0);
             }
-            (MemberRole::Learner, true) => {
+            (MemberRole::Learner, true) if !counted.contains(&member.id.0) => {
                 dropped.insert(member.id.0);
                 change = true;
             }
-            (MemberRole::Learner, false) => {}
+            (MemberRole::Learner, _) => {}
         }
     }
     change.then_some((voters, dropped))
@@ -298,14 +302,13 @@ impl<R: Runtime> Inner<R> {
                     return Err(Error::new(ErrorKind::Invalid, "the last voter cannot be removed"));
                 }
                 let ids = BTreeSet::from([id]);
-                if !self.group_names().is_empty() {
+                let has_groups = !self.group_names().is_empty();
+                if has_groups {
                     self.let_go_of(running, &info).await?;
-                    self.change_members(running, ChangeMembers::RemoveNodes(ids), true).await?;
-                } else if info.role == MemberRole::Voter {
-                    self.change_members(running, ChangeMembers::RemoveVoters(ids), false).await?;
-                } else {
-                    self.change_members(running, ChangeMembers::RemoveNodes(ids), false).await?;
                 }
+                let votes = info.role == MemberRole::Voter && !has_groups;
+                let change = if votes { ChangeMembers::RemoveVoters(ids) } else { ChangeMembers::RemoveNodes(ids) };
+                self.change_members(running, change, false).await?;
                 Ok(vec![info])
             }
             Change::Transfer(to) => {
@@ -741,26 +744,23 @@ impl<R: Runtime> Inner<R> {
     /// Puts caught-up volumes in the place of wiped ones of the same name, once no other change is under way.
     pub(crate) async fn reconcile(self: &Arc<Self>, running: &Arc<Running<R>>) {
         let Ok(_one) = self.changing.try_acquire() else { return };
-        let planned = {
+        let plan = |counted: &BTreeSet<u64>| {
             let metrics = running.metrics.borrow_watched();
             let membership = metrics.membership_config.membership();
-            replacement(membership, &caught_up(&metrics, membership))
+            replacement(membership, &caught_up(&metrics, membership), counted)
         };
-        let Some((voters, mut dropped)) = planned else { return };
+        let Some((mut voters, mut dropped)) = plan(&BTreeSet::new()) else { return };
         // Groups follow: they let go of a member once it is a learner, and only then is it none.
         let has_groups = !self.group_names().is_empty();
-        if has_groups {
-            for id in dropped.clone() {
+        if has_groups && !dropped.is_empty() {
+            let mut counted = BTreeSet::new();
+            for id in dropped {
                 if !self.groups_counting_on(id).await.is_ok_and(|groups| groups.is_empty()) {
-                    dropped.remove(&id);
+                    counted.insert(id);
                 }
             }
-            let membership = Self::metrics_of(running, |m| m.membership_config.membership().clone());
-            let is_so =
-                membership.get_joint_config().len() == 1 && membership.voter_ids().collect::<BTreeSet<_>>() == voters;
-            if is_so && dropped.is_empty() {
-                return;
-            }
+            let Some(planned) = plan(&counted) else { return };
+            (voters, dropped) = planned;
         }
         let change =
             ChangeMembers::Batch(vec![ChangeMembers::RemoveNodes(dropped), ChangeMembers::ReplaceAllVoters(voters)]);
@@ -862,8 +862,22 @@ mod tests {
     }
 
     fn check_joint(configs: &[&[u64]], members: &[MemberInfo], caught_up: &[u64], expect: Option<(&[u64], &[u64])>) {
-        let got = replacement(&membership(configs, members), &set(caught_up));
+        let got = replacement(&membership(configs, members), &set(caught_up), &set(&[]));
         assert_eq!(got, expect.map(|(v, d)| (set(v), set(d))));
+    }
+
+    #[test]
+    fn a_member_that_a_group_counts_on_is_not_dropped() {
+        let three = [member(1, "a", true), member(2, "b", false), member(3, "c", true), member(70, "b", true)];
+        let plan = |members: &[MemberInfo], counted: &[u64]| {
+            replacement(&membership(&[&[1, 3, 70]], members), &set(&[1, 3, 70, 80]), &set(counted))
+        };
+        assert_eq!(plan(&three, &[]), Some((set(&[1, 3, 70]), set(&[2]))));
+        assert_eq!(plan(&three, &[2]), None);
+        // Wiped again: votes change hands all the same.
+        let twice = [three.as_slice(), &[member(80, "b", false)]].concat();
+        assert_eq!(plan(&twice, &[2]), Some((set(&[1, 3, 80]), set(&[]))));
+        assert_eq!(plan(&twice, &[70]), Some((set(&[1, 3, 80]), set(&[2]))));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use mainstay_tests::LoopDevice;
 const WAL_BYTES: u64 = 8 << 20;
 const DEVICE_BYTES: u64 = 128 << 20;
 /// Runs on a directory before they count as different from the one on a device.
-const RUNS_MAX: usize = 8;
+const RUNS_MAX: usize = 24;
 /// The command, and what it changes in the manifest.
 const RECORDS_OF_A_KEYSPACE: u64 = 2;
 
