@@ -291,6 +291,43 @@ mod tests {
     }
 
     #[test]
+    fn what_the_ring_of_another_takes_is_less_what_it_lacks_of_every_group() {
+        let rooms = PeerRooms::<crate::TokioRuntime>::default();
+        let hour = Duration::from_secs(3600);
+        let (first, second) = (GroupId(1), GroupId(2));
+        // Ten bytes an entry in both logs, which end at 100 and 50.
+        let behind = |group, last| if group == first { (100 - last) * 10 } else { (50 - last) * 10 };
+        let left = |peer, heard| {
+            let room = rooms.of(peer, heard, behind);
+            (room.left, room.fresh)
+        };
+        assert_eq!(left(7, hour), (u64::MAX, false), "it has said nothing yet");
+        rooms.note(7, first, 1000, 90);
+        assert_eq!(left(7, hour), (900, true));
+        rooms.note(7, second, 1000, 20);
+        assert_eq!(left(7, hour), (1000 - 100 - 300, true), "both groups will fill it");
+        // What it said last of its ring counts, in whatever group.
+        rooms.note(7, first, 350, 100);
+        assert_eq!(left(7, hour), (50, true));
+        rooms.note(7, first, 0, 100);
+        assert_eq!(left(7, hour), (0, true));
+        assert_eq!(left(7, Duration::ZERO), (0, false), "it was heard too long ago");
+        assert_eq!(left(8, hour), (u64::MAX, false));
+    }
+
+    #[test]
+    fn a_ring_is_full_while_its_owner_has_just_said_so() {
+        let rooms = PeerRooms::<crate::TokioRuntime>::default();
+        let hour = Duration::from_secs(3600);
+        assert!(!rooms.is_full(7, hour));
+        rooms.note(7, GroupId(1), 1, 5);
+        assert!(!rooms.is_full(7, hour));
+        rooms.note(7, GroupId(2), 0, 5);
+        assert!(rooms.is_full(7, hour) && !rooms.is_full(8, hour));
+        assert!(!rooms.is_full(7, Duration::ZERO), "it was heard too long ago");
+    }
+
+    #[test]
     fn only_a_rotation_makes_room() {
         let encode = |body| Command { time_ms: u64::MAX, body }.encode().expect("encodes");
         assert!(makes_room(&encode(CommandBody::Rotate)));

@@ -13,7 +13,7 @@ const PURGE_DELAY_MS: std::ffi::c_long = 60_000;
 ///
 /// # Safety
 /// No other thread runs: they read what is written here whenever they allocate. So it is the first thing that `main` does.
-#[allow(unsafe_code)]
+#[allow(unsafe_code, reason = "an option of the allocator, written before there are threads")]
 pub unsafe fn configure() {
     // SAFETY: it writes one number in a table of the allocator; the caller promises that nobody reads it meanwhile.
     unsafe { libmimalloc_sys::mi_option_set_default(PURGE_DELAY, PURGE_DELAY_MS) }
@@ -26,7 +26,7 @@ mod tests {
     /// What the environment sets and `configure` leaves; [`the_option_is_the_one_that_is_meant`] starts it.
     #[test]
     #[ignore = "prints for another test"]
-    #[allow(unsafe_code)]
+    #[allow(unsafe_code, reason = "calls what it is about")]
     fn print_the_delay() {
         // SAFETY: the only test of its process, whose other thread waits for it.
         let delay = unsafe {

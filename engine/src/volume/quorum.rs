@@ -79,7 +79,8 @@ pub(crate) fn row(facts: &Facts) -> char {
 /// pair that was being written. A copy that tore is not among them: rot looks the same.
 pub(crate) fn cut_short(copies: &[Copy; COPIES], chosen: &Superblock) -> usize {
     let checksum = chosen.checksum();
-    let next = |copy: &&Copy| matches!(copy, Copy::Whole(found, sum) if *sum == chosen.parent || found.parent == checksum);
+    let next =
+        |copy: &&Copy| matches!(copy, Copy::Whole(found, sum) if *sum == chosen.parent || found.parent == checksum);
     let (first, second) = copies.split_at(COPIES / 2);
     match (first.iter().filter(next).count(), second.iter().filter(next).count()) {
         (count, 0) | (0, count) => count,

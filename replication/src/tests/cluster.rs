@@ -232,6 +232,15 @@ impl Cluster {
         }
     }
 
+    /// Has `i` lead.
+    pub(super) async fn lead(&self, i: usize) {
+        let (leader, id) = (self.leader().await, self.node(i).status().id);
+        if leader != i {
+            self.node(leader).transfer_leader(Some(id)).await.expect("handed over");
+        }
+        self.until(i, |s| s.role == "leader").await;
+    }
+
     pub(super) async fn until(&self, i: usize, what: impl Fn(&NodeStatus) -> bool) -> NodeStatus {
         loop {
             let status = self.node(i).status();

@@ -1,13 +1,16 @@
 //! What a test puts between a node and its sockets.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use mainstay_io::BoxFuture;
 
 use super::cluster::Wrap;
 use crate::network::{method, read_append};
-use crate::{Envelope, Handler, Hello, NodeId, PeerAddress, Result, TcpTransport, TokioRuntime, Transport};
+use crate::{
+    Envelope, Error, ErrorKind, Handler, Hello, NodeId, PeerAddress, Result, TcpTransport, TokioRuntime, Transport,
+};
 
 /// A request on its way out.
 pub(super) struct Outbound {
@@ -34,6 +37,32 @@ impl Outbound {
 pub(super) trait Disturb: Clone + Send + Sync + 'static {
     /// Sends `request` through `tcp`, or does not.
     fn call(&self, tcp: &TcpTransport, request: Outbound) -> BoxFuture<Result<Envelope>>;
+}
+
+/// Refuses the requests that `which` names while it is switched on; everything else goes through.
+#[derive(Clone)]
+pub(super) struct Refuse {
+    which: fn(&Outbound) -> bool,
+    on: Arc<AtomicBool>,
+}
+
+impl Refuse {
+    pub(super) fn new(which: fn(&Outbound) -> bool) -> Self {
+        Self { which, on: Arc::default() }
+    }
+
+    pub(super) fn set(&self, on: bool) {
+        self.on.store(on, Ordering::Release);
+    }
+}
+
+impl Disturb for Refuse {
+    fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
+        if self.on.load(Ordering::Acquire) && (self.which)(&outbound) {
+            return Box::pin(async { Err(Error::new(ErrorKind::Unavailable, "refused by the test")) });
+        }
+        outbound.send(tcp)
+    }
 }
 
 struct Disturbed<D> {

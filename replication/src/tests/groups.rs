@@ -2,17 +2,18 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bytes::Bytes;
 use mainstay_engine::ClientToken;
 
 use super::cluster::*;
 use crate::{Durability, ErrorKind, MemberRole, Node, NodeId, ReadLevel, Write};
 
 /// Once, whatever becomes of a connection.
-async fn put_in(node: &Node, key: &str, value: &str) {
+pub(super) async fn put_in(node: &Node, key: &str, value: impl Into<Bytes> + Clone) {
     static CLIENTS: AtomicU64 = AtomicU64::new(1);
     let client = u128::from(CLIENTS.fetch_add(1, Ordering::Relaxed)).to_be_bytes();
     loop {
-        let write = Write { body: put(key, value.to_owned()), durability: Durability::Quorum };
+        let write = Write { body: put(key, value.clone()), durability: Durability::Quorum };
         match node.write_once(ClientToken { client, sequence: 1 }, write).await {
             Ok(applied) => break drop(applied.response.expect("a put is not refused")),
             Err(error) => assert!(matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::NotLeader), "{error}"),
@@ -26,7 +27,7 @@ async fn get_in(node: &Node, key: &str) -> Option<String> {
     value.map(|value| String::from_utf8(value.to_vec()).expect("text"))
 }
 
-async fn group_of(cluster: &Cluster, i: usize, name: &str) -> Node {
+pub(super) async fn group_of(cluster: &Cluster, i: usize, name: &str) -> Node {
     loop {
         match cluster.node(i).open_group(name).await {
             Ok(group) => break group,
@@ -36,7 +37,7 @@ async fn group_of(cluster: &Cluster, i: usize, name: &str) -> Node {
     }
 }
 
-async fn until(node: &Node, what: impl Fn(&crate::NodeStatus) -> bool) {
+pub(super) async fn until(node: &Node, what: impl Fn(&crate::NodeStatus) -> bool) {
     while !what(&node.status()) {
         pause().await;
     }

@@ -1,36 +1,18 @@
 //! Snapshots whose giver goes, or is one that the receiver has never heard of.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use mainstay_engine::CommandBody;
-use mainstay_io::BoxFuture;
 
 use super::cluster::*;
-use super::disturb::{Disturb, Outbound, disturbed};
-use super::ring::Held;
+use super::disturb::{Outbound, Refuse, disturbed};
 use crate::network::method;
 use crate::types::term_of;
-use crate::{Durability, Envelope, Error, ErrorKind, ReadLevel, Result, TcpTransport, Write};
+use crate::{Durability, ReadLevel, Write};
 
 const KEYS: u64 = 3000;
 
-/// While it is set nobody gets a part of a table.
-#[derive(Clone, Default)]
-struct Withheld(Arc<AtomicBool>);
-
-impl Disturb for Withheld {
-    fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
-        if self.0.load(Ordering::Acquire) && outbound.request.method == method::TABLE_READ {
-            return Box::pin(async { Err(Error::new(ErrorKind::Unavailable, "withheld")) });
-        }
-        outbound.send(tcp)
-    }
-}
-
 /// A cluster of the first three of `count` nodes, with logs that keep little, and what withholds tables.
-async fn cluster_of(count: usize) -> (Cluster, Withheld) {
-    let withheld = Withheld::default();
+async fn cluster_of(count: usize) -> (Cluster, Refuse) {
+    let withheld = Refuse::new(|outbound| outbound.request.method == method::TABLE_READ);
     let mut cluster = Cluster::blank(count).await;
     cluster.memtable_bytes = 128 << 10;
     cluster.entry_cache_bytes = 64 << 10;
@@ -76,11 +58,11 @@ fn an_install_whose_leader_is_gone_for_good_ends_with_the_tables_of_another() {
         let of_leader = cluster.until(leader, |s| s.group.frozen_generations == 0).await.group.flushed;
         cluster.until(other, |s| s.group.flushed >= of_leader).await;
 
-        withheld.0.store(true, Ordering::Release);
+        withheld.set(true);
         cluster.start(away).await;
         until_it_installs(&cluster, away).await;
         cluster.kill(leader).await;
-        withheld.0.store(false, Ordering::Release);
+        withheld.set(false);
 
         let next = cluster.leader().await;
         assert_ne!(next, leader);
@@ -112,7 +94,7 @@ fn a_log_that_is_cut_during_an_install_reaches_back_to_the_tables() {
         let last = cluster.node(away).status().last_log.0;
         cluster.kill(away).await;
         leave_behind(&cluster, leader, last).await;
-        withheld.0.store(true, Ordering::Release);
+        withheld.set(true);
         cluster.start(away).await;
         until_it_installs(&cluster, away).await;
         let node = cluster.node(away);
@@ -128,7 +110,7 @@ fn a_log_that_is_cut_during_an_install_reaches_back_to_the_tables() {
         assert!(purged <= flushed.0, "purged {purged} of what is in tables up to {flushed}");
         drop(node);
         cluster.kill(away).await;
-        withheld.0.store(false, Ordering::Release);
+        withheld.set(false);
         cluster.start(away).await;
         cluster.put(away, "after", "v").await.expect("written");
         cluster.get(away, "after", ReadLevel::Linearizable).await.expect("read");
@@ -151,11 +133,11 @@ fn an_install_ends_when_the_leader_became_a_member_meanwhile() {
         cluster.node(leader).transfer_leader(Some(added.id)).await.expect("handed over");
         let known = |c: &Cluster| c.node(away).inner.member(added.id).is_some();
 
-        withheld.0.store(true, Ordering::Release);
+        withheld.set(true);
         cluster.start(away).await;
         until_it_installs(&cluster, away).await;
         assert!(!known(&cluster), "the story is of a giver that is not known");
-        withheld.0.store(false, Ordering::Release);
+        withheld.set(false);
 
         cluster.put(3, "after", "v").await.expect("written");
         let value = cluster.get(away, "after", ReadLevel::Linearizable).await.expect("read");
@@ -171,7 +153,7 @@ fn an_install_ends_when_the_leader_became_a_member_meanwhile() {
 #[test]
 fn entries_of_a_later_term_make_way_for_a_snapshot_that_goes_beyond_them() {
     run(async {
-        let held = Held::default();
+        let held = Refuse::new(Outbound::has_entries);
         let mut cluster = Cluster::blank(3).await;
         cluster.entry_cache_bytes = 64 << 10;
         cluster.wrap = disturbed(held.clone());
@@ -182,7 +164,7 @@ fn entries_of_a_later_term_make_way_for_a_snapshot_that_goes_beyond_them() {
         for i in cluster.running() {
             cluster.until(i, |s| s.group.applied.0 >= first).await;
         }
-        held.0.store(true, Ordering::Release);
+        held.set(true);
         for k in 0..400 {
             cluster.node(leader).write_local(put(&format!("k{k:06}"), vec![7; 1000])).await.expect("here");
         }
@@ -199,7 +181,7 @@ fn entries_of_a_later_term_make_way_for_a_snapshot_that_goes_beyond_them() {
         for i in cluster.running().collect::<Vec<_>>() {
             cluster.kill(i).await;
         }
-        held.0.store(false, Ordering::Release);
+        held.set(false);
         cluster.start(leader).await;
         cluster.start((0..3).find(|i| ![leader, other].contains(i)).expect("three")).await;
         assert_eq!(cluster.leader().await, leader, "nobody else has its entries");

@@ -1,41 +1,28 @@
 //! What becomes of the log's ring while nothing is committed.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use mainstay_engine::ClientToken;
 use mainstay_io::BoxFuture;
 
 use super::cluster::*;
-use super::disturb::{Disturb, Outbound, disturbed};
+use super::disturb::{Disturb, Outbound, Refuse, disturbed};
+use super::groups::{group_of, put_in, until};
 use crate::network::method;
-use crate::{Durability, Envelope, Error, ErrorKind, PeerAddress, ReadLevel, Result, TcpTransport, Write};
+use crate::{Durability, Envelope, ErrorKind, PeerAddress, ReadLevel, Result, TcpTransport, Write};
 
 const VALUE_BYTES: usize = 4 << 10;
 
-/// While it is set no entries arrive anywhere; everything else does.
-#[derive(Clone, Default)]
-pub(super) struct Held(pub(super) Arc<AtomicBool>);
-
-impl Disturb for Held {
-    fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
-        if self.0.load(Ordering::Acquire) && outbound.has_entries() {
-            return Box::pin(async { Err(Error::new(ErrorKind::Unavailable, "held")) });
-        }
-        outbound.send(tcp)
-    }
-}
-
-/// Three voters that do not get the entries of their leader while it is set, and the leader.
-async fn held_up() -> (Cluster, Held, usize) {
-    let held = Held::default();
+/// Three voters that do not get the entries of their leader, what switches that off, and the leader.
+async fn held_up() -> (Cluster, Refuse, usize) {
+    let held = Refuse::new(Outbound::has_entries);
     let mut cluster = Cluster::blank(3).await;
     cluster.wrap = disturbed(held.clone());
     cluster.start_all().await;
     cluster.node(0).init(&cluster.names()).await.expect("born");
     let leader = cluster.leader().await;
     cluster.put(leader, "before", "v").await.expect("written");
-    held.0.store(true, Ordering::Release);
+    held.set(true);
     (cluster, held, leader)
 }
 
@@ -44,8 +31,8 @@ fn used(cluster: &Cluster, i: usize) -> u64 {
 }
 
 /// Entries arrive again: what waited is committed, and the log is cut.
-async fn goes_on(cluster: &Cluster, held: &Held) {
-    held.0.store(false, Ordering::Release);
+async fn goes_on(cluster: &Cluster, held: &Refuse) {
+    held.set(false);
     let leader = cluster.leader().await;
     // Behind what is stuck, if anything is.
     cluster.put(leader, "after", "v").await.expect("written");
@@ -110,25 +97,13 @@ fn a_leader_without_a_quorum_keeps_room_in_its_log() {
     });
 }
 
-/// While it is set nobody says which tables it made: each install waits for that.
-#[derive(Clone, Default)]
-struct Undecided(Arc<AtomicBool>);
-
-impl Disturb for Undecided {
-    fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
-        if self.0.load(Ordering::Acquire) && outbound.request.method == method::DIGESTS {
-            return Box::pin(async { Err(Error::new(ErrorKind::Unavailable, "undecided")) });
-        }
-        outbound.send(tcp)
-    }
-}
-
 /// Followers with a quarter of the leader's ring, and installs that take their time: the entries that would fill the rings of the
 /// followers wait before the leader's log, and not in it, where the installs would come behind them.
 #[test]
 fn rings_of_followers_that_are_smaller_keep_room_too() {
     run(async {
-        let undecided = Undecided::default();
+        // Nobody says which tables it made: each install waits for that.
+        let undecided = Refuse::new(|outbound| outbound.request.method == method::DIGESTS);
         let mut cluster = Cluster::blank(3).await;
         cluster.wrap = disturbed(undecided.clone());
         cluster.memtable_bytes = 1 << 20;
@@ -138,12 +113,8 @@ fn rings_of_followers_that_are_smaller_keep_room_too() {
         }
         cluster.start_all().await;
         cluster.node(0).init(&cluster.names()).await.expect("born");
-        let first = cluster.node(0).status().id;
-        let leader = cluster.leader().await;
-        if leader != 0 {
-            cluster.node(leader).transfer_leader(Some(first)).await.expect("handed over");
-        }
-        undecided.0.store(true, Ordering::Release);
+        cluster.lead(0).await;
+        undecided.set(true);
         let writers: Vec<_> = (0..64_u64)
             .map(|w| {
                 let node = cluster.node(0);
@@ -213,25 +184,13 @@ fn a_leader_that_could_not_cut_its_log_cuts_it_as_a_follower() {
     });
 }
 
-/// While it is set no entries of any group but the first arrive anywhere.
-#[derive(Clone, Default)]
-struct Aside(Arc<AtomicBool>);
-
-impl Disturb for Aside {
-    fn call(&self, tcp: &TcpTransport, outbound: Outbound) -> BoxFuture<Result<Envelope>> {
-        if self.0.load(Ordering::Acquire) && outbound.request.method == method::GROUPED_IN_TURN {
-            return Box::pin(async { Err(Error::new(ErrorKind::Unavailable, "held")) });
-        }
-        outbound.send(tcp)
-    }
-}
-
 /// A member with a small ring leads a group without a quorum until its ring is three quarters full, and follows in the first group until
 /// nothing more fits. Each group lacks the entries that would let its part of the ring be cut; one gets tables in their place.
 #[test]
 fn a_ring_that_two_groups_have_filled_is_emptied() {
     run(async {
-        let aside = Aside::default();
+        // No entries of any group but the first arrive anywhere.
+        let aside = Refuse::new(|outbound| outbound.request.method == method::GROUPED_IN_TURN);
         let ring = WAL_BYTES / 4;
         let mut cluster = Cluster::blank(3).await;
         cluster.wrap = disturbed(aside.clone());
@@ -239,24 +198,16 @@ fn a_ring_that_two_groups_have_filled_is_emptied() {
         format_volume(&cluster.cells[2].media, ring).await;
         cluster.start_all().await;
         cluster.node(0).init(&cluster.names()).await.expect("born");
-        let id = |i: usize| cluster.node(i).status().id;
-        let leader = cluster.leader().await;
-        if leader != 0 {
-            cluster.node(leader).transfer_leader(Some(id(0))).await.expect("handed over");
-        }
+        cluster.lead(0).await;
         drop(cluster.node(0).create_group("a").await.expect("made"));
-        let groups = || async { (cluster.node(0).open_group("a").await, cluster.node(2).open_group("a").await) };
-        let (Ok(at_first), Ok(group)) = groups().await else { panic!("both are members") };
-        while group.status().leader.is_none() {
-            pause().await;
+        let (at_first, group) = (group_of(&cluster, 0, "a").await, group_of(&cluster, 2, "a").await);
+        let id = cluster.node(2).status().id;
+        until(&group, |s| s.leader.is_some()).await;
+        if group.status().leader != Some(id) {
+            at_first.transfer_leader(Some(id)).await.expect("handed over");
         }
-        if group.status().leader != Some(id(2)) {
-            at_first.transfer_leader(Some(id(2))).await.expect("handed over");
-        }
-        while group.status().role != "leader" {
-            pause().await;
-        }
-        aside.0.store(true, Ordering::Release);
+        until(&group, |s| s.role == "leader").await;
+        aside.set(true);
         let mut written = 0;
         while group.write_local(put(&format!("k{written}"), vec![7; VALUE_BYTES])).await.is_ok() {
             written += 1;
@@ -270,14 +221,12 @@ fn a_ring_that_two_groups_have_filled_is_emptied() {
                 break;
             }
         }
-        aside.0.store(false, Ordering::Release);
+        aside.set(false);
         let last = cluster.node(0).status().last_log;
         while cluster.node(2).status().group.applied < last || used(&cluster, 2) > ring / 2 {
             pause().await;
         }
-        while at_first.status().group.applied < group.status().last_log {
-            pause().await;
-        }
+        until(&at_first, |s| s.group.applied >= group.status().last_log).await;
         drop((at_first, group));
         cluster.finish().await;
     });
@@ -291,9 +240,7 @@ fn a_group_at_rest_keeps_nothing_of_the_ring() {
         let leader = cluster.leader().await;
         let group = cluster.node(leader).create_group("a").await.expect("made");
         for n in 0..8 {
-            let write = Write { body: put(&format!("k{n}"), vec![7; VALUE_BYTES]), durability: Durability::Quorum };
-            let token = ClientToken { client: (n + 1_u128).to_be_bytes(), sequence: 1 };
-            group.write_once(token, write).await.expect("written").response.expect("not refused");
+            put_in(&group, &format!("k{n}"), vec![7; VALUE_BYTES]).await;
         }
         drop(group);
         for n in 0..3 * WAL_BYTES / (64 << 10) {

@@ -6,7 +6,7 @@ use super::*;
 
 #[derive(Clone, Debug)]
 enum Step {
-    Append { bytes: usize, critical: bool },
+    Append { bytes: usize, reserve: Reserve },
     Turn,
     Complete { which: prop::sample::Index },
     Release { which: prop::sample::Index },
@@ -16,8 +16,9 @@ enum Step {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let bytes = prop_oneof![4 => 0_usize..600, 2 => 600_usize..9000, 1 => 9000_usize..16_000];
+    let reserve = prop_oneof![7 => Just(Reserve::Normal), 1 => Just(Reserve::Relief), 2 => Just(Reserve::Critical)];
     let step = prop_oneof![
-        6 => (bytes, prop::bool::weighted(0.2)).prop_map(|(bytes, critical)| Step::Append { bytes, critical }),
+        6 => (bytes, reserve).prop_map(|(bytes, reserve)| Step::Append { bytes, reserve }),
         5 => Just(Step::Turn),
         5 => any::<prop::sample::Index>().prop_map(|which| Step::Complete { which }),
         2 => any::<prop::sample::Index>().prop_map(|which| Step::Release { which }),
@@ -62,7 +63,8 @@ struct Run {
 
 impl Run {
     fn new() -> Self {
-        let bench = Bench::blank(64 * KIB);
+        // The smallest ring of which a block is for what relieves it.
+        let bench = Bench::blank(128 * KIB);
         bench.device.hold(true);
         Self { bench, epoch: 1, clean_end: None, known: Vec::new(), appended: 0 }
     }
@@ -93,11 +95,10 @@ impl Run {
 
     fn step(&mut self, step: &Step) {
         match step {
-            Step::Append { bytes, critical } => {
+            Step::Append { bytes, reserve } => {
                 let payload = payload(self.appended, *bytes);
                 self.appended += 1;
-                let reserve = if *critical { Reserve::Critical } else { Reserve::Normal };
-                let outcome = self.bench.append_as(&payload, reserve);
+                let outcome = self.bench.append_as(&payload, *reserve);
                 self.known.push(Known { payload, outcome, pos: None });
             }
             Step::Turn => {

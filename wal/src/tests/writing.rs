@@ -146,6 +146,26 @@ fn a_full_ring_refuses_and_stays_open() {
 }
 
 #[test]
+fn a_full_ring_takes_what_relieves_it_and_then_only_what_is_critical() {
+    let bench = Bench::blank(MIB);
+    let fill = |reserve, bytes| {
+        (0..)
+            .find_map(|n| {
+                let refused = bench.device.run(bench.wal.append_wait(record(&payload(n, bytes)), reserve)).err()?;
+                assert_eq!(refused.kind(), ErrorKind::OutOfSpace, "{refused}");
+                Some(n)
+            })
+            .expect("it has an end")
+    };
+    // An eighth is kept from entries: 32 blocks, of which 8 take what relieves the ring too.
+    assert_eq!(fill(Reserve::Normal, 3000), 256 - 32);
+    assert_eq!(fill(Reserve::Relief, 100), 8);
+    assert_eq!(fill(Reserve::Normal, 1), 0);
+    assert_eq!(fill(Reserve::Critical, 100), 24);
+    assert_eq!(fill(Reserve::Relief, 100), 0);
+}
+
+#[test]
 fn a_refused_record_is_not_overtaken_by_a_shorter_one_behind_it() {
     let bench = Bench::blank(64 * KIB);
     for i in 0..13 {
