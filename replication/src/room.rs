@@ -11,7 +11,8 @@
 //! - Q3. Nor is a command admitted that could take the ring of a follower beyond three quarters, unless a majority bears it
 //!   without that one. A follower says with each answer to an append how much its ring takes; what the leader's log holds
 //!   behind that, and what is on its way, counts as taken. Whom the leader has not heard lately counts for nothing, while
-//!   enough others are heard; rings differ in size, and the same entries fill one more than another.
+//!   enough others are heard, and of those only who has acknowledged as much as a majority: who died a moment ago takes
+//!   nothing more. Rings differ in size, and the same entries fill one more than another.
 //!
 //! # Why not
 //! the log's own refusal: what it refuses waits at its end, and the rotation behind that. A leader without a quorum, or with
@@ -154,7 +155,8 @@ impl<R: Runtime> Inner<R> {
         let led = self.led_logs();
         let behind =
             |group, last| led.iter().find(|(number, _)| *number == group).map_or(0, |(_, log)| log.bytes_behind(last));
-        let rooms = others.into_iter().map(|id| self.rooms.of(id, 2 * self.options.election_timeout, behind));
+        let heard = 2 * self.options.election_timeout;
+        let rooms = others.into_iter().map(|id| self.rooms.of(id, self.number, heard, behind));
         self.room.on_the_way() > taken_by(needed, rooms.collect())
     }
 
@@ -207,14 +209,15 @@ impl<R: Runtime> PeerRooms<R> {
         said.last.insert(group, last);
     }
 
-    /// What is left in the ring of `peer` behind what it lacks: `behind` tells the bytes of a group's log here behind an entry. One that
-    /// has said nothing yet has room.
-    fn of(&self, peer: u64, heard: Duration, behind: impl Fn(GroupId, u64) -> u64) -> PeerRoom {
+    /// What is left in the ring of `peer` behind what it lacks, and how far it is in the log of `group`: `behind` tells the bytes of a group's
+    /// log here behind an entry. One that has said nothing yet has room.
+    fn of(&self, peer: u64, group: GroupId, heard: Duration, behind: impl Fn(GroupId, u64) -> u64) -> PeerRoom {
         match self.lock().get(&peer) {
-            None => PeerRoom { left: u64::MAX, fresh: false },
+            None => PeerRoom { left: u64::MAX, last: 0, fresh: false },
             Some(said) => {
                 let lacks = said.last.iter().map(|(group, last)| behind(*group, *last)).sum();
-                PeerRoom { left: said.room.saturating_sub(lacks), fresh: said.at.elapsed() < heard }
+                let last = said.last.get(&group).copied().unwrap_or_default();
+                PeerRoom { left: said.room.saturating_sub(lacks), last, fresh: said.at.elapsed() < heard }
             }
         }
     }
@@ -229,14 +232,18 @@ impl<R: Runtime> PeerRooms<R> {
 #[derive(Clone, Copy, Debug)]
 struct PeerRoom {
     left: u64,
+    /// It has acknowledged the log up to here.
+    last: u64,
     /// It was heard lately.
     fresh: bool,
 }
 
-/// What at least `needed` of the others take: of those that are heard, when they are enough.
+/// What at least `needed` of the others take: when enough of them are heard, of those that are and that go with the log.
 fn taken_by(needed: usize, mut others: Vec<PeerRoom>) -> u64 {
-    if others.iter().filter(|other| other.fresh).count() >= needed {
-        others.retain(|other| other.fresh);
+    let mut acknowledged: Vec<u64> = others.iter().filter(|other| other.fresh).map(|other| other.last).collect();
+    acknowledged.sort_unstable_by_key(|last| std::cmp::Reverse(*last));
+    if let Some(committed) = needed.checked_sub(1).and_then(|at| acknowledged.get(at)) {
+        others.retain(|other| other.fresh && other.last >= *committed);
     }
     others.sort_by_key(|other| std::cmp::Reverse(other.left));
     needed.checked_sub(1).and_then(|at| others.get(at)).map_or(u64::MAX, |other| other.left)
@@ -272,8 +279,9 @@ mod tests {
 
     #[test]
     fn a_majority_has_to_take_it_of_those_that_are_heard() {
-        let heard = |left| PeerRoom { left, fresh: true };
-        let silent = |left| PeerRoom { left, fresh: false };
+        let heard = |left| PeerRoom { left, last: 10, fresh: true };
+        let behind = |left| PeerRoom { last: 9, ..heard(left) };
+        let silent = |left| PeerRoom { fresh: false, ..heard(left) };
         for (needed, others, expect) in [
             (0, vec![], u64::MAX),
             (1, vec![heard(5), heard(7)], 7),
@@ -285,6 +293,11 @@ mod tests {
             // Alone: what they took when they were last heard.
             (1, vec![silent(5), silent(7)], 7),
             (2, vec![silent(5), heard(2), silent(7), silent(1)], 5),
+            // Who lacks what a majority has may have died a moment ago.
+            (1, vec![heard(0), behind(7)], 0),
+            (1, vec![behind(3), behind(7)], 7),
+            (2, vec![heard(0), behind(3), behind(7), silent(9)], 3),
+            (2, vec![heard(4), heard(3), behind(7), behind(9)], 3),
         ] {
             assert_eq!(taken_by(needed, others.clone()), expect, "{needed} of {others:?}");
         }
@@ -298,7 +311,7 @@ mod tests {
         // Ten bytes an entry in both logs, which end at 100 and 50.
         let behind = |group, last| if group == first { (100 - last) * 10 } else { (50 - last) * 10 };
         let left = |peer, heard| {
-            let room = rooms.of(peer, heard, behind);
+            let room = rooms.of(peer, second, heard, behind);
             (room.left, room.fresh)
         };
         assert_eq!(left(7, hour), (u64::MAX, false), "it has said nothing yet");
@@ -306,6 +319,8 @@ mod tests {
         assert_eq!(left(7, hour), (900, true));
         rooms.note(7, second, 1000, 20);
         assert_eq!(left(7, hour), (1000 - 100 - 300, true), "both groups will fill it");
+        assert_eq!(rooms.of(7, first, hour, behind).last, 90);
+        assert_eq!(rooms.of(7, second, hour, behind).last, 20);
         // What it said last of its ring counts, in whatever group.
         rooms.note(7, first, 350, 100);
         assert_eq!(left(7, hour), (50, true));
