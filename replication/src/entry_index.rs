@@ -36,7 +36,7 @@
 //! | First record behind a hole | Then missing are |
 //! |---|---|
 //! | entry `i` of the term of `l` | `l + 1 ..= i - 1`: in one term a log only grows |
-//! | entry `i` of another term | the same, and every entry before it that is in no table: one of them may have been truncated in the hole |
+//! | entry `i` of another term | the same, and every entry before it that is in no table: one of them may have been truncated in the hole. Those that are in tables may be others by now too: they are dropped, so that nobody gets them from here, and what the log begins behind is asked of others |
 //! | truncate after `i`, which is `i` here too | nothing |
 //! | truncate after another `i` | as for an entry behind `i`, and `i` itself |
 //! | neither | every entry that is in no table, and all behind `l`: how many, nobody here knows. The log is *open* |
@@ -118,6 +118,8 @@ pub(crate) struct EntryIndex {
     open: bool,
     vote_lost: bool,
     base_lost: bool,
+    /// Entries in tables were dropped that may have been replaced in a hole.
+    beheaded: bool,
 }
 
 fn entry_bytes(entry: &Entry) -> u64 {
@@ -300,7 +302,17 @@ impl EntryIndex {
         if self.purged.is_some_and(|p| p.index > upto.index) {
             return;
         }
-        while self.first <= upto.index && !self.slots.is_empty() {
+        self.drop_before(upto.index + 1);
+        self.anchors = self.anchors.split_off(&upto.index);
+        self.anchors.insert(upto.index, Anchor { log_id: upto, membership, pos: None });
+        self.purged = Some(upto);
+        self.forget_to(upto.index);
+        self.begun = true;
+    }
+
+    /// The log begins at `from`.
+    fn drop_before(&mut self, from: u64) {
+        while self.first < from && !self.slots.is_empty() {
             if self.cache.len() == self.slots.len() {
                 let entry = self.cache.pop_front().expect("as many as slots");
                 self.cached_bytes -= entry_bytes(&entry);
@@ -308,7 +320,7 @@ impl EntryIndex {
             self.slots.pop_front();
             self.first += 1;
         }
-        self.first = upto.index + 1;
+        self.first = from;
         // The run that the first entry left belongs to begins there now.
         let later = self.terms.split_off(&self.first);
         let current = self.terms.pop_last();
@@ -321,11 +333,6 @@ impl EntryIndex {
         self.missing = self.missing.split_off(&self.first);
         self.missing_ids = self.missing_ids.split_off(&self.first);
         self.repaired = self.repaired.split_off(&self.first);
-        self.anchors = self.anchors.split_off(&upto.index);
-        self.anchors.insert(upto.index, Anchor { log_id: upto, membership, pos: None });
-        self.purged = Some(upto);
-        self.forget_to(upto.index);
-        self.begun = true;
     }
 
     /// Remembers what the state at `at` is called, before the engine takes it over.
@@ -534,7 +541,8 @@ impl EntryIndex {
             // The log was cut up to what is in tables, and which tables those are was lost with a part of the node's log.
             let behind = expect > self.decided.saturating_add(1);
             let unnamed = !self.missing.contains(&self.decided) && self.state_at(self.decided).is_err();
-            self.base_lost |= behind || unnamed || (!self.slots.is_empty() && self.first != expect);
+            let begins = self.beheaded || !self.slots.is_empty();
+            self.base_lost |= behind || unnamed || (begins && self.first != expect);
             return Ok(());
         }
         if !self.slots.is_empty() && self.first != expect {

@@ -59,10 +59,15 @@ impl EntryIndex {
         }
     }
 
-    /// Entries before `end` that are in no table may be others by now.
+    /// Entries before `end` may be others by now. Those in tables are not needed here, and nobody shall get them from here.
     fn doubt(&mut self, end: u64) {
-        let from = self.first.max(self.decided.saturating_add(1));
         let end = end.min(self.next());
+        let tables = self.decided.saturating_add(1).min(end);
+        if self.decided > 0 && tables > self.first {
+            self.drop_before(tables);
+            self.beheaded = true;
+        }
+        let from = self.first.max(self.decided.saturating_add(1));
         for index in from..end {
             self.slots[(index - self.first) as usize] = NOWHERE;
             self.missing.insert(index);
@@ -331,6 +336,45 @@ mod tests {
         let mut behind = replay(vec![R::Purge(log_id(1, 6), m), R::Hole, R::Entry(entry(1, 9))]);
         assert!(behind.check().is_ok());
         assert_eq!(missing(&behind), [(7, 8, Some(log_id(1, 9)))]);
+    }
+
+    /// The entries of a term that lost were in the log, the hole took their truncation and those of the next term, and all of that was
+    /// flushed later.
+    #[test]
+    fn entries_in_tables_that_a_hole_may_have_replaced_are_given_to_nobody() {
+        let m = StoredMembership::new(Some(log_id(1, 0)), Membership::default());
+        let recover = |decided: u64, behind: Vec<Recovered>| {
+            let mut index = EntryIndex::new(1 << 20, decided);
+            let before = [R::Purge(log_id(1, 3), m.clone())].into_iter().chain((4..9).map(|i| R::Entry(entry(1, i))));
+            (0..).zip(before.chain([R::Hole]).chain(behind)).for_each(|(n, record)| index.recover(record, pos(n)));
+            index.settle();
+            index.check().expect("with a hole it is no error");
+            index
+        };
+        // The tables end behind the hole.
+        let overwritten = || (9..13).map(|i| R::Entry(entry(3, i)));
+        let mut ill = recover(11, overwritten().collect());
+        assert_eq!((span(&ill), missing(&ill)), ((9, 13), vec![]));
+        assert_eq!((4..9).filter_map(|i| ill.log_id(i)).collect::<Vec<_>>(), []);
+        assert_eq!(ill.base_wanted(), Some((11, log_id(3, 11))));
+        ill.rebase(log_id(3, 11), m.clone());
+        assert_eq!((span(&ill), ill.damage()), ((12, 13), None));
+        // An entry behind the hole takes the place of one before it.
+        let ill = recover(11, (7..13).map(|i| R::Entry(entry(3, i))).collect());
+        assert_eq!((span(&ill), ill.base_wanted()), ((7, 13), Some((11, log_id(3, 11)))));
+        // They end before it: what is in no table is asked for, as ever.
+        let ill = recover(6, overwritten().collect());
+        assert_eq!((span(&ill), missing(&ill)), ((7, 13), vec![(7, 8, Some(log_id(3, 9)))]));
+        assert_eq!(ill.base_wanted(), Some((6, log_id(3, 9))));
+        // A truncation says the same of what lies before it.
+        let ill = recover(11, [R::Truncate(Some(log_id(2, 8)))].into_iter().chain(overwritten()).collect());
+        assert_eq!((span(&ill), ill.base_wanted()), ((9, 13), Some((11, log_id(3, 11)))));
+        // With nothing behind the truncation, the state of another replica is all that is left to ask for.
+        let ill = recover(11, vec![R::Truncate(Some(log_id(2, 8)))]);
+        assert_eq!((ill.is_empty(), ill.damage().map(|d| d.base), ill.base_wanted()), (true, Some(true), None));
+        // Later in the log it was cut behind all that.
+        let ill = recover(11, overwritten().chain([R::Purge(log_id(3, 10), m.clone())]).collect());
+        assert_eq!((span(&ill), ill.damage()), ((11, 13), None));
     }
 
     #[test]
