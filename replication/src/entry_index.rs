@@ -39,7 +39,7 @@
 //! | entry `i` of another term | the same, and every entry before it that is in no table: one of them may have been truncated in the hole. Those that are in tables may be others by now too: they are dropped, so that nobody gets them from here, and what the log begins behind is asked of others |
 //! | truncate after `i`, which is `i` here too | nothing |
 //! | truncate after another `i` | as for an entry behind `i`, and `i` itself |
-//! | neither | every entry that is in no table, and all behind `l`: how many, nobody here knows. The log is *open* |
+//! | neither | every entry that is in no table, and all behind `l`: how many, nobody here knows. The log is *open*. Those that are in tables are dropped as above |
 //!
 //! A vote in the hole is known again from a vote behind it, or outbid by the term of an entry behind it; else it is lost.
 
@@ -532,6 +532,9 @@ impl EntryIndex {
             self.leave_out(self.decided + 1);
         }
         if self.holes {
+            if self.open {
+                self.drop_tables_to(self.next());
+            }
             let from_birth = self.purged.is_none() && self.decided == 0 && (!self.tableless || self.first == 1);
             if from_birth && !self.slots.is_empty() && self.first <= MISSING_MAX {
                 // Nothing is in tables, so nothing was purged. A witness has none ever: of it that is said of the first entry alone,

@@ -206,6 +206,17 @@ impl<R: Runtime> Inner<R> {
     /// What this log begins behind, from one that has an entry of it. Nobody has to lead for that.
     async fn ask_for_base(&self, voters: &[Voter]) -> Option<Base> {
         let (index, known) = self.log.base_wanted()?;
+        self.base_from(voters, index, known).await
+    }
+
+    /// The same where no entry here is known to be right: from the log that goes furthest, which has all that is committed.
+    async fn base_of_most_complete(&self, voters: &[Voter]) -> Option<Base> {
+        let index = self.log.decided().0;
+        let (to, last, _) = self.most_complete(voters, index).await.ok()?;
+        self.base_from(&[to], index, last?).await
+    }
+
+    async fn base_from(&self, voters: &[Voter], index: u64, known: LogId) -> Option<Base> {
         let mut body = Writer::new();
         write_wanted(&mut body, index, known);
         let body = body.finish();
@@ -226,9 +237,16 @@ impl<R: Runtime> Inner<R> {
         let closed = |error: std::io::Error| Error::new(ErrorKind::Closed, error.to_string());
         let (voters, known) = self.voters_of(members);
         if damage.base {
-            return match self.ask_for_base(&voters).await {
+            let alone = known && voters.is_empty();
+            let base = match (alone, damage.open_from.is_some()) {
+                (true, _) => Some(self.log.own_base().ok_or_else(|| halt("where the log begins", &[]))?),
+                (false, true) if known => self.base_of_most_complete(&voters).await,
+                (false, true) => None,
+                (false, false) => self.ask_for_base(&voters).await,
+            };
+            return match base {
                 Some((at, membership)) => {
-                    tracing::info!(at = at.index, "another log told what this one begins behind");
+                    tracing::info!(at = at.index, alone, "it is known what the log begins behind");
                     self.log.rebase(at, membership).await.map_err(closed)
                 }
                 None => self.import_state(&voters, "where the log begins is lost").await,

@@ -5,7 +5,7 @@
 
 use mainstay_wal::RecordPos;
 
-use super::{EntryIndex, NOWHERE};
+use super::{Anchor, EntryIndex, NOWHERE};
 use crate::types::{Entry, EntryPayload, LogId, StoredMembership, term_of};
 
 /// Entries that damage has taken, `from ..= to`.
@@ -62,11 +62,7 @@ impl EntryIndex {
     /// Entries before `end` may be others by now. Those in tables are not needed here, and nobody shall get them from here.
     fn doubt(&mut self, end: u64) {
         let end = end.min(self.next());
-        let tables = self.decided.saturating_add(1).min(end);
-        if self.decided > 0 && tables > self.first {
-            self.drop_before(tables);
-            self.beheaded = true;
-        }
+        self.drop_tables_to(end);
         let from = self.first.max(self.decided.saturating_add(1));
         for index in from..end {
             self.slots[(index - self.first) as usize] = NOWHERE;
@@ -78,6 +74,21 @@ impl EntryIndex {
             self.set_terms(from, end, 0);
             self.empty_cache();
         }
+    }
+
+    /// Drops entries before `end` that are in tables. Of the last of them it stays known what it was thought to be: who is asked depends on
+    /// it, and one that has nobody to ask goes on from it.
+    pub(super) fn drop_tables_to(&mut self, end: u64) {
+        let end = self.decided.saturating_add(1).min(end);
+        if self.decided == 0 || end <= self.first {
+            return;
+        }
+        let last = end - 1;
+        let thought =
+            self.log_id(last).map(|log_id| Anchor { log_id, membership: self.membership_at(last), pos: None });
+        self.drop_before(end);
+        self.anchors.extend(thought.map(|anchor| (last, anchor)));
+        self.beheaded = true;
     }
 
     /// Everything from the end of the log to before `index` is missing.
@@ -199,9 +210,9 @@ impl EntryIndex {
     }
 
     /// What is asked of other logs when it is lost what this one begins behind: the log id and the membership at an index, which is
-    /// the one of the tables, and the first entry from there on that is known.
+    /// the one of the tables, and the first entry from there on that is known. None where no entry is known to be right.
     pub(crate) fn base_wanted(&self) -> Option<(u64, LogId)> {
-        if !self.base_lost || self.slots.is_empty() {
+        if !self.base_lost || self.slots.is_empty() || self.open {
             return None;
         }
         let index = if self.tableless { self.decided.max(self.first.checked_sub(1)?) } else { self.decided };
@@ -209,9 +220,16 @@ impl EntryIndex {
         self.log_id(known).map(|known| (index, known))
     }
 
+    /// What the log begins behind as far as it is known here, for one that is the only voter.
+    pub(crate) fn own_base(&self) -> Option<(LogId, StoredMembership)> {
+        let (id, membership) = self.state_at(self.decided).ok()?;
+        Some((id?, membership))
+    }
+
     /// The answer: none when this log cannot tell. Both logs have the entry `known`, so up to there they are the same.
     pub(crate) fn base_for(&self, index: u64, known: LogId) -> Option<(LogId, StoredMembership)> {
-        let same = (self.first..self.next()).contains(&known.index) && self.log_id(known.index) == Some(known);
+        let same = (self.first..self.next()).contains(&known.index) && self.log_id(known.index) == Some(known)
+            || self.purged == Some(known);
         let whole = !self.base_lost && self.missing.range(..=index).next().is_none();
         let kept = index <= known.index && self.purged.is_none_or(|purged| purged.index <= index);
         if !(same && whole && kept) {
@@ -355,7 +373,8 @@ mod tests {
         let overwritten = || (9..13).map(|i| R::Entry(entry(3, i)));
         let mut ill = recover(11, overwritten().collect());
         assert_eq!((span(&ill), missing(&ill)), ((9, 13), vec![]));
-        assert_eq!((4..9).filter_map(|i| ill.log_id(i)).collect::<Vec<_>>(), []);
+        assert_eq!((4..9).filter_map(|i| ill.pos(i)).collect::<Vec<_>>(), []);
+        assert_eq!(ill.own_base(), Some((log_id(3, 11), m.clone())));
         assert_eq!(ill.base_wanted(), Some((11, log_id(3, 11))));
         ill.rebase(log_id(3, 11), m.clone());
         assert_eq!((span(&ill), ill.damage()), ((12, 13), None));
@@ -372,6 +391,16 @@ mod tests {
         // With nothing behind the truncation, the state of another replica is all that is left to ask for.
         let ill = recover(11, vec![R::Truncate(Some(log_id(2, 8)))]);
         assert_eq!((ill.is_empty(), ill.damage().map(|d| d.base), ill.base_wanted()), (true, Some(true), None));
+        // Nothing behind the hole: the same of all that was found, and how the log ended is asked for as ever.
+        let mut ill = recover(6, vec![]);
+        assert_eq!((span(&ill), missing(&ill), ill.base_wanted()), ((7, 9), vec![], None));
+        assert_eq!(ill.damage().map(|d| (d.base, d.open_from)), Some((true, Some(7))));
+        ill.rebase(log_id(2, 6), m.clone());
+        assert_eq!(ill.damage().map(|d| (d.base, d.open_from)), Some((false, Some(7))));
+        let alone = recover(6, vec![]);
+        assert_eq!(alone.own_base(), Some((log_id(1, 6), m.clone())), "what it was thought to be");
+        let ill = recover(11, vec![]);
+        assert_eq!((ill.is_empty(), ill.damage().map(|d| (d.base, d.open_from))), (true, Some((true, Some(9)))));
         // Later in the log it was cut behind all that.
         let ill = recover(11, overwritten().chain([R::Purge(log_id(3, 10), m.clone())]).collect());
         assert_eq!((span(&ill), ill.damage()), ((11, 13), None));

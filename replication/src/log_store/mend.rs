@@ -259,6 +259,10 @@ impl LogStore {
         self.state().index.base_wanted()
     }
 
+    pub(crate) fn own_base(&self) -> Option<(LogId, StoredMembership)> {
+        self.state().index.own_base()
+    }
+
     pub(crate) fn base_for(&self, index: u64, known: LogId) -> Option<(LogId, StoredMembership)> {
         self.state().index.base_for(index, known)
     }
