@@ -19,7 +19,7 @@
 //! | entry `i` | last < `i - 1` | ignored: the one before it had been refused for space, so this was never acknowledged |
 //! | entry `i` | no entry, purged < `i - 1` | begins the log at `i` for now: what lies between was purged later, and cut. If no such purge follows, it stood behind a refused one: dropped at the end |
 //! | truncate after `i` | | drops `i + 1 ..` |
-//! | purge up to `i` | entries from after `i + 1` | ignored: a later purge, still to come, let the ring be cut there |
+//! | purge up to `i` | entries from after `i + 1` | ignored: a later purge, still to come, let the ring be cut there; or repairs, still to come, put back what lies between |
 //! | purge up to `i` | else | drops `..= i`, remembers log id and membership of `i` |
 //! | snapshot about to be installed at `i` | | remembers log id and membership of `i` |
 //! | vote | | replaces the vote |
@@ -100,6 +100,8 @@ pub(crate) struct EntryIndex {
     begun: bool,
     /// Recovery began the log behind a gap, and no purge has filled it yet.
     behind_gap: bool,
+    /// A purge that recovery met while the log began further behind.
+    purge_before_gap: Option<(LogId, StoredMembership, RecordPos)>,
     /// Recovery found that the tables go beyond the log.
     pub(crate) behind_tables: bool,
     /// Entries that damage has taken; their slots are empty.
@@ -482,7 +484,8 @@ impl EntryIndex {
             }
             Recovered::Purge(upto, membership) => {
                 if !self.slots.is_empty() && upto.index + 1 < self.first {
-                    // The entries between were purged later, and cut: that purge is still to come.
+                    // The entries between were purged later, and cut: that purge is still to come. Or they are put back.
+                    self.purge_before_gap = Some((upto, membership, pos));
                     return;
                 }
                 self.behind_gap = false;
@@ -498,6 +501,13 @@ impl EntryIndex {
 
     /// Ends recovery: entries behind a gap that no purge filled were never acknowledged.
     pub(crate) fn settle(&mut self) {
+        if let Some((upto, membership, pos)) = self.purge_before_gap.take()
+            && upto.index + 1 == self.first
+        {
+            self.behind_gap = false;
+            self.purge(upto, membership);
+            self.anchor_durable(upto, pos);
+        }
         if self.behind_gap && self.holes {
             self.behind_gap = false;
             let from = self.purged.map_or(0, |p| p.index.saturating_add(1));

@@ -87,7 +87,9 @@ impl EntryIndex {
         let thought =
             self.log_id(last).map(|log_id| Anchor { log_id, membership: self.membership_at(last), pos: None });
         self.drop_before(end);
-        self.anchors.extend(thought.map(|anchor| (last, anchor)));
+        if let Some(anchor) = thought {
+            self.anchors.entry(last).or_insert(anchor);
+        }
         self.beheaded = true;
     }
 
@@ -404,6 +406,23 @@ mod tests {
         // Later in the log it was cut behind all that.
         let ill = recover(11, overwritten().chain([R::Purge(log_id(3, 10), m.clone())]).collect());
         assert_eq!((span(&ill), ill.damage()), ((11, 13), None));
+    }
+
+    /// The hole is cut off, and with it what was written again behind it.
+    #[test]
+    fn entries_that_were_put_back_behind_a_purge_are_found_there() {
+        let m = StoredMembership::new(Some(log_id(1, 0)), Membership::default());
+        let repairs = |range: std::ops::Range<u64>| range.map(|i| R::Repair(entry(1, i))).collect::<Vec<_>>();
+        let recover = |repaired: Vec<Recovered>| {
+            let before = vec![R::Entry(entry(2, 9)), R::Entry(entry(2, 10)), R::Purge(log_id(1, 5), m.clone())];
+            replay([before, repaired].concat())
+        };
+        let mut whole = recover(repairs(6..9));
+        whole.check().expect("whole");
+        assert_eq!((span(&whole), whole.purged(), whole.damage()), ((6, 11), Some(log_id(1, 5)), None));
+        assert_eq!(whole.anchors().map(|a| a.pos).collect::<Vec<_>>(), [Some(pos(2))]);
+        // The first of them is missing: as before, that is no whole log.
+        assert_eq!(recover(repairs(7..9)).check().expect_err("a hole").kind(), crate::ErrorKind::Corrupt);
     }
 
     #[test]
