@@ -303,7 +303,7 @@ impl GroupShared {
             tracing::warn!(%error, "the place of a mended table is not durable yet");
             self.engine.want_pages();
         }
-        // Not before: until its place is durable the next open finds it damaged again.
+        // Not before its place was to be made durable: until it is, the next open finds the table damaged again.
         self.heal.counts.tables_healed.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
