@@ -5,6 +5,7 @@
 //! 1. The log is released up to `start` only after a superblock is durable that says so, and whose pages hold every edit
 //!    before it. Records that are not durable yet lie behind what was durable when the purge began, so they are never cut.
 //! 2. While the volume is full no job starts, but for one attempt each time that something asks for it.
+//! 3. A durable write that failed is final: upkeep ends with it, and every group leaves service.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -14,7 +15,7 @@ use mainstay_wal::{Lsn, RecordPos};
 use super::pages::flushed_of;
 use super::{EngineShared, Slot};
 use crate::group::{GroupShared, JobClass};
-use crate::{ErrorKind, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// Freed bytes that wait for a superblock before one is written for them alone.
 const PARKED_BYTES_MAX: u64 = 64 << 20;
@@ -119,6 +120,12 @@ impl EngineShared {
         self.set_full(true);
     }
 
+    /// True until upkeep takes the wish back to try.
+    #[cfg(test)]
+    pub(crate) fn wants_pages(&self) -> bool {
+        self.pages_wanted.load(Ordering::Acquire)
+    }
+
     /// Asks for a purge when half of the ring is used and the log has grown since the last one.
     pub(crate) fn check_log(&self) {
         if self.log_is_half_full() {
@@ -161,18 +168,30 @@ impl EngineShared {
             if self.is_closing() {
                 return;
             }
-            if let Err(error) = self.keep_up_once().await {
-                if error.kind() == ErrorKind::OutOfSpace {
-                    self.set_full(true);
-                } else {
-                    tracing::error!(%error, "the manifest pages could not be written");
-                    if error.kind() == ErrorKind::Closed && !self.is_closing() {
-                        // Nor ever will be: the log fills up, and nothing that was freed comes back.
-                        self.open_groups().iter().for_each(|group| group.give_up(&error));
-                    }
-                }
+            let Err(error) = self.keep_up_once().await else { continue };
+            if error.kind() == ErrorKind::OutOfSpace {
+                self.set_full(true);
+                continue;
+            }
+            tracing::error!(%error, "the manifest pages could not be written");
+            if self.is_closing() {
+                continue;
+            }
+            let failed = self.failure();
+            if failed.is_some() || error.kind() == ErrorKind::Closed {
+                // Nor ever will be: the log fills up, and nothing that was freed comes back.
+                self.open_groups().iter().for_each(|group| group.give_up(&error));
+            }
+            if failed.is_some() {
+                return;
             }
         }
+    }
+
+    /// Why nothing can be made durable on this volume any more until it is opened again.
+    fn failure(&self) -> Option<Error> {
+        let log = self.wal().failure().map(Error::from);
+        log.or_else(|| self.volume.failure())
     }
 
     async fn keep_up_once(&self) -> Result<()> {

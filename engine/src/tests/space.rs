@@ -122,6 +122,34 @@ fn a_volume_whose_tables_cannot_be_synced_leaves_service() {
     store.close();
 }
 
+/// Upkeep tried again at once, and each time for the first time: a line of the log for each, without a pause, until the owner had
+/// closed the volume. The groups heard of it at the second attempt.
+#[test]
+fn upkeep_ends_with_the_superblock() {
+    let media = media();
+    let store = Store::open(&media);
+    store.put("a", b"1");
+    media.superblock_disk().fail_next(mainstay_io::sim::IoKind::DurableWrite);
+    let shared = store.engine.shared_ref();
+    shared.want_pages();
+    for _ in 0..1_000_000 {
+        if store.group().failure().is_some() {
+            break;
+        }
+        std::thread::yield_now();
+    }
+    assert!(store.group().failure().is_some(), "one failure is final");
+    // Who looks after the volume takes the wish back before it tries; nobody does any more.
+    shared.want_pages();
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert!(shared.wants_pages(), "nothing is tried that cannot succeed");
+    drop(store);
+    media.kill(1);
+    let store = Store::open(&media);
+    assert_eq!(store.get("a").as_deref(), Some(&b"1"[..]));
+    store.close();
+}
+
 /// A replica restarted with a ring that was nearly full and held nothing that was needed. It could append nothing, so the log
 /// did not grow, so no cut of it was due: it stayed behind for ever.
 #[test]

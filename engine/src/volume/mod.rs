@@ -243,6 +243,12 @@ impl Volume {
         Ok(copies as u64)
     }
 
+    /// Why neither superblock nor tables can be made durable any more.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        let superblock = self.0.current().failed.clone();
+        superblock.or_else(|| self.0.extents_zone.device().poisoned().map(Error::from))
+    }
+
     /// Waits until no task of an update holds the volume open any more.
     pub(crate) async fn quiet(&self) {
         loop {
