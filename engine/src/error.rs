@@ -17,6 +17,9 @@ pub enum ErrorKind {
     Unavailable,
     /// It may have been applied: read before trying again.
     Indeterminate,
+    /// A condition of the batch does not hold, or others wrote what the transaction depends on. Nothing was applied: read
+    /// again and retry.
+    Conflict,
     /// Free space or call an operator; reads go on.
     OutOfSpace,
     /// Bytes do not match their checksum. Call an operator.

@@ -22,7 +22,7 @@ use crate::{Error, ErrorKind, MemberInfo, MemberRole, NodeId, PeerAddress, Resul
 /// Version of every record and message here.
 pub(crate) const VERSION: u8 = 1;
 /// The kinds of errors by their number on the wire; numbers are only added. Any other is [`ErrorKind::Internal`].
-const KINDS: [ErrorKind; 12] = [
+const KINDS: [ErrorKind; 13] = [
     ErrorKind::Invalid,
     ErrorKind::NotFound,
     ErrorKind::NotLeader,
@@ -35,6 +35,7 @@ const KINDS: [ErrorKind; 12] = [
     ErrorKind::Unsupported,
     ErrorKind::Closed,
     ErrorKind::Io,
+    ErrorKind::Conflict,
 ];
 const KIND_INTERNAL: u8 = 255;
 /// Longest name or address.

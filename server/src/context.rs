@@ -95,6 +95,7 @@ pub(crate) fn grpc_status(error: mainstay::Error) -> tonic::Status {
         K::NotFound => Code::NotFound,
         K::NotLeader | K::Unavailable | K::Closed => Code::Unavailable,
         K::Indeterminate => Code::Unknown,
+        K::Conflict => Code::Aborted,
         K::OutOfSpace => Code::ResourceExhausted,
         K::Corrupt => Code::DataLoss,
         K::Foreign | K::Locked => Code::FailedPrecondition,

@@ -41,6 +41,8 @@ typedef enum MainstayCode {
   MAINSTAY_IO = 12,
   // A mistake in Mainstay.
   MAINSTAY_INTERNAL = 13,
+  // A condition does not hold: nothing was applied; read again and retry.
+  MAINSTAY_CONFLICT = 14,
 } MainstayCode;
 
 // Mutations collected for one commit.

@@ -40,6 +40,8 @@ pub enum MainstayCode {
     MAINSTAY_IO = 12,
     /// A mistake in Mainstay.
     MAINSTAY_INTERNAL = 13,
+    /// A condition does not hold: nothing was applied; read again and retry.
+    MAINSTAY_CONFLICT = 14,
 }
 
 use MainstayCode::*;
@@ -76,6 +78,7 @@ impl From<Error> for Failure {
             ErrorKind::NotLeader => MAINSTAY_NOT_LEADER,
             ErrorKind::Unavailable => MAINSTAY_UNAVAILABLE,
             ErrorKind::Indeterminate => MAINSTAY_INDETERMINATE,
+            ErrorKind::Conflict => MAINSTAY_CONFLICT,
             ErrorKind::OutOfSpace => MAINSTAY_OUT_OF_SPACE,
             ErrorKind::Corrupt => MAINSTAY_CORRUPT,
             ErrorKind::Foreign => MAINSTAY_FOREIGN,

@@ -255,6 +255,7 @@ fn errors_cross_the_wire_as_they_are_and_numbers_of_tomorrow_are_internal() {
         (9, ErrorKind::Unsupported),
         (10, ErrorKind::Closed),
         (11, ErrorKind::Io),
+        (12, ErrorKind::Conflict),
         (255, ErrorKind::Internal),
     ];
     let mut errors: Vec<_> = kinds.map(|(number, kind)| (number, Error::new(kind, "why"))).into();
@@ -270,7 +271,7 @@ fn errors_cross_the_wire_as_they_are_and_numbers_of_tomorrow_are_internal() {
         reader.end().expect("nothing behind");
         assert_eq!((read.kind(), read.leader(), read.to_string()), (error.kind(), error.leader(), error.to_string()));
     }
-    let newer = Bytes::from_static(&[1, 12, 0, 0, 0, 0]);
+    let newer = Bytes::from_static(&[1, 13, 0, 0, 0, 0]);
     let read = Reader::open(&newer).expect("this version").error().expect("whole");
     assert_eq!(read.kind(), ErrorKind::Internal);
 }

@@ -154,6 +154,7 @@ pub(crate) fn status_of(error: &replication::Error) -> Status {
         K::Closed => Refusal::Stopped,
         K::Invalid => return Status::invalid_argument(error.to_string()),
         K::NotFound => return Status::not_found(error.to_string()),
+        K::Conflict => return Status::aborted(error.to_string()),
         K::Foreign | K::Unsupported => return Status::failed_precondition(error.to_string()),
         _ => return Status::internal(error.to_string()),
     };
