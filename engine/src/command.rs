@@ -13,8 +13,9 @@
 use bytes::Bytes;
 
 use crate::codec::{Decoder, TABLE_BYTES_MIN, check_name, put_bytes, put_table, put_varint, take_table};
+use crate::condition::{Condition, put_conditions, take_conditions};
 use crate::once::not_once;
-use crate::{BranchId, ClientToken, Error, ErrorKind, JobId, KeyspaceId, Result, TableId};
+use crate::{BranchId, ClientToken, ConditionalBatch, Error, ErrorKind, JobId, KeyspaceId, Result, TableId};
 
 /// Longest message of a refusal in bytes.
 const REFUSAL_BYTES_MAX: usize = 4096;
@@ -86,7 +87,7 @@ pub enum CommandBody {
     Once {
         /// Which request of which client.
         token: ClientToken,
-        /// `Batch` or `Custom`.
+        /// `Batch`, `BatchIf` or `Custom`.
         body: Box<CommandBody>,
     },
     /// A command of the embedder's state machine, on one branch.
@@ -99,6 +100,10 @@ pub enum CommandBody {
     /// Applies batches that were proposed together, each as if it came alone: all or nothing by itself, in order. The
     /// response tells which were refused: see [`decode_refusals`].
     Batches(Vec<WriteBatch>),
+    /// Applies a batch if its conditions hold.
+    BatchIf(ConditionalBatch),
+    /// As `Batches`, where some have conditions. Each is decided behind those before it.
+    BatchesIf(Vec<ConditionalBatch>),
 }
 
 /// Mutations applied all or none to one branch. The later of two mutations of one key wins.
@@ -116,9 +121,9 @@ impl WriteBatch {
     /// # Errors
     /// `Invalid` for an empty key, or a key or value over its limit.
     pub fn encode(&self) -> Result<EncodedBatch> {
-        let mut out = Vec::with_capacity(self.encoded_bytes());
-        encode_batch(&mut out, self)?;
-        Ok(EncodedBatch(out))
+        let mut batch = Vec::with_capacity(self.encoded_bytes());
+        encode_batch(&mut batch, self)?;
+        Ok(EncodedBatch { conditions: Vec::new(), batch })
     }
 
     /// About the bytes of the encoding.
@@ -128,14 +133,39 @@ impl WriteBatch {
     }
 }
 
+impl ConditionalBatch {
+    /// As [`WriteBatch::encode`].
+    ///
+    /// # Errors
+    /// `Invalid` for an empty key, or a key or value over its limit.
+    pub fn encode(&self) -> Result<EncodedBatch> {
+        let mut encoded = self.batch.encode()?;
+        put_conditions(&mut encoded.conditions, &self.conditions)?;
+        Ok(encoded)
+    }
+
+    /// About the bytes of the encoding.
+    fn encoded_bytes(&self) -> usize {
+        let conditions: usize = self.conditions.iter().map(Condition::bytes).sum();
+        conditions.saturating_add(self.batch.encoded_bytes())
+    }
+}
+
 /// A batch as an entry carries it.
 #[derive(Clone, Debug)]
-pub struct EncodedBatch(Vec<u8>);
+pub struct EncodedBatch {
+    /// With their count before them; empty for a plain batch.
+    conditions: Vec<u8>,
+    batch: Vec<u8>,
+}
 
 impl EncodedBatch {
+    /// Bytes that a plain batch takes more in an entry with others that have conditions: the count of none.
+    pub const BESIDE_CONDITIONS_BYTES: usize = 1;
+
     /// Its length in bytes.
     pub fn bytes(&self) -> usize {
-        self.0.len()
+        self.conditions.len().saturating_add(self.batch.len())
     }
 }
 
@@ -201,10 +231,12 @@ const KIND_DROP_CLONE: u8 = 9;
 const KIND_CUSTOM: u8 = 10;
 const KIND_BATCHES: u8 = 11;
 const KIND_ONCE: u8 = 12;
+const KIND_BATCH_IF: u8 = 13;
+const KIND_BATCHES_IF: u8 = 14;
 
 /// The kinds as docs/format.md has them.
 #[cfg(test)]
-pub(crate) const KINDS: [(u8, &str); 12] = [
+pub(crate) const KINDS: [(u8, &str); 14] = [
     (KIND_BATCH, "Batch"),
     (KIND_CREATE_KEYSPACE, "CreateKeyspace"),
     (KIND_DROP_KEYSPACE, "DropKeyspace"),
@@ -217,6 +249,8 @@ pub(crate) const KINDS: [(u8, &str); 12] = [
     (KIND_CUSTOM, "Custom"),
     (KIND_BATCHES, "Batches"),
     (KIND_ONCE, "Once"),
+    (KIND_BATCH_IF, "BatchIf"),
+    (KIND_BATCHES_IF, "BatchesIf"),
 ];
 
 const OP_PUT: u8 = 1;
@@ -224,6 +258,8 @@ const OP_DELETE: u8 = 2;
 
 /// Bytes of the shortest batch: a branch and a count.
 const BATCH_BYTES_MIN: usize = 2;
+/// The same with the count of its conditions.
+const BATCH_IF_BYTES_MIN: usize = BATCH_BYTES_MIN + 1;
 
 impl WriteOp {
     /// Where it writes.
@@ -251,13 +287,18 @@ impl WriteOp {
     /// Refuses what no table can hold.
     pub(crate) fn check(&self) -> Result<()> {
         check_key(self.key())?;
-        match self.value() {
-            Some(value) if value.len() > VALUE_BYTES_MAX => Err(Error::new(
-                ErrorKind::Invalid,
-                format!("a value is too long length={} length_max={VALUE_BYTES_MAX}", value.len()),
-            )),
-            _ => Ok(()),
-        }
+        self.value().map_or(Ok(()), |value| check_value(value))
+    }
+}
+
+/// Refuses a value over the limit.
+pub(crate) fn check_value(value: &[u8]) -> Result<()> {
+    match value.len() {
+        0..=VALUE_BYTES_MAX => Ok(()),
+        length => Err(Error::new(
+            ErrorKind::Invalid,
+            format!("a value is too long length={length} length_max={VALUE_BYTES_MAX}"),
+        )),
     }
 }
 
@@ -293,6 +334,8 @@ impl Command {
             CommandBody::Custom { .. } => KIND_CUSTOM,
             CommandBody::Batches(_) => KIND_BATCHES,
             CommandBody::Once { .. } => KIND_ONCE,
+            CommandBody::BatchIf(_) => KIND_BATCH_IF,
+            CommandBody::BatchesIf(_) => KIND_BATCHES_IF,
         };
         out.push(kind);
         out.extend_from_slice(&self.time_ms.to_le_bytes());
@@ -329,6 +372,10 @@ impl Command {
                         out.push(KIND_BATCH);
                         encode_batch(&mut out, batch)?;
                     }
+                    CommandBody::BatchIf(batch) => {
+                        out.push(KIND_BATCH_IF);
+                        encode_batch_if(&mut out, batch)?;
+                    }
                     CommandBody::Custom { branch, command } => {
                         out.push(KIND_CUSTOM);
                         encode_custom(&mut out, *branch, command);
@@ -342,23 +389,41 @@ impl Command {
                     encode_batch(&mut out, batch)?;
                 }
             }
+            CommandBody::BatchIf(batch) => encode_batch_if(&mut out, batch)?,
+            CommandBody::BatchesIf(batches) => {
+                put_varint(&mut out, batches.len() as u64);
+                for batch in batches {
+                    encode_batch_if(&mut out, batch)?;
+                }
+            }
         }
         Ok(out.into())
     }
 
     /// Encodes a command of batches that are encoded already: [`CommandBody::Batch`] for one, else
-    /// [`CommandBody::Batches`].
+    /// [`CommandBody::Batches`]; where any has conditions [`CommandBody::BatchIf`] and [`CommandBody::BatchesIf`].
     pub fn encode_batches(time_ms: u64, batches: &[EncodedBatch]) -> Bytes {
-        let bytes: usize = batches.iter().map(|batch| batch.0.len()).sum();
+        let bytes = |batch: &EncodedBatch| batch.bytes().saturating_add(EncodedBatch::BESIDE_CONDITIONS_BYTES);
+        let bytes: usize = batches.iter().map(bytes).sum();
+        let conditional = batches.iter().any(|batch| !batch.conditions.is_empty());
         let mut out = Vec::with_capacity(bytes.saturating_add(32));
         out.push(COMMAND_VERSION);
-        out.push(if batches.len() == 1 { KIND_BATCH } else { KIND_BATCHES });
+        out.push(match (batches.len(), conditional) {
+            (1, false) => KIND_BATCH,
+            (_, false) => KIND_BATCHES,
+            (1, true) => KIND_BATCH_IF,
+            (_, true) => KIND_BATCHES_IF,
+        });
         out.extend_from_slice(&time_ms.to_le_bytes());
         if batches.len() != 1 {
             put_varint(&mut out, batches.len() as u64);
         }
         for batch in batches {
-            out.extend_from_slice(&batch.0);
+            if conditional && batch.conditions.is_empty() {
+                put_varint(&mut out, 0);
+            }
+            out.extend_from_slice(&batch.conditions);
+            out.extend_from_slice(&batch.batch);
         }
         out.into()
     }
@@ -408,12 +473,18 @@ impl Command {
                 let body = match from.u8()? {
                     KIND_BATCH => CommandBody::Batch(decode_batch(&mut from)?),
                     KIND_CUSTOM => CommandBody::Custom { branch: BranchId(from.varint()?), command: from.rest() },
+                    KIND_BATCH_IF => CommandBody::BatchIf(decode_batch_if(&mut from)?),
                     kind => {
                         let message = format!("a command of this kind is not applied once kind={kind}");
                         return Err(Error::new(ErrorKind::Foreign, message));
                     }
                 };
                 CommandBody::Once { token, body: Box::new(body) }
+            }
+            KIND_BATCH_IF => CommandBody::BatchIf(decode_batch_if(&mut from)?),
+            KIND_BATCHES_IF => {
+                let count = from.count(BATCH_IF_BYTES_MIN)?;
+                CommandBody::BatchesIf((0..count).map(|_| decode_batch_if(&mut from)).collect::<Result<_>>()?)
             }
             kind => return Err(Error::new(ErrorKind::Foreign, format!("a command of an unknown kind kind={kind}"))),
         };
@@ -434,6 +505,8 @@ impl Command {
         match body {
             CommandBody::Batch(batch) => batch.encoded_bytes(),
             CommandBody::Batches(batches) => batches.iter().map(WriteBatch::encoded_bytes).sum(),
+            CommandBody::BatchIf(batch) => batch.encoded_bytes(),
+            CommandBody::BatchesIf(batches) => batches.iter().map(ConditionalBatch::encoded_bytes).sum(),
             CommandBody::Custom { command, .. } => command.len(),
             _ => 64,
         }
@@ -461,6 +534,15 @@ fn encode_batch(out: &mut Vec<u8>, batch: &WriteBatch) -> Result<()> {
     Ok(())
 }
 
+fn encode_batch_if(out: &mut Vec<u8>, batch: &ConditionalBatch) -> Result<()> {
+    put_conditions(out, &batch.conditions)?;
+    encode_batch(out, &batch.batch)
+}
+
+fn decode_batch_if(from: &mut Decoder) -> Result<ConditionalBatch> {
+    Ok(ConditionalBatch { conditions: take_conditions(from)?, batch: decode_batch(from)? })
+}
+
 fn encode_custom(out: &mut Vec<u8>, branch: BranchId, command: &[u8]) {
     put_varint(out, branch.0);
     out.extend_from_slice(command);
@@ -483,18 +565,27 @@ fn decode_batch(from: &mut Decoder) -> Result<WriteBatch> {
     Ok(WriteBatch { branch, ops })
 }
 
-/// The response to [`CommandBody::Batches`]: nothing if all were applied.
+/// Kinds of a refusal as they cross from the applier to who proposed the batches.
+const REFUSED_INVALID: u8 = 0;
+const REFUSED_NOT_FOUND: u8 = 1;
+const REFUSED_CONFLICT: u8 = 2;
+
+/// The response to [`CommandBody::Batches`] and [`CommandBody::BatchesIf`]: nothing if all were applied.
 pub(crate) fn encode_refusals(refusals: &[(usize, Error)]) -> Bytes {
     let mut out = Vec::new();
     for (place, error) in refusals {
         put_varint(&mut out, *place as u64);
-        out.push(u8::from(error.kind() == ErrorKind::NotFound));
+        out.push(match error.kind() {
+            ErrorKind::NotFound => REFUSED_NOT_FOUND,
+            ErrorKind::Conflict => REFUSED_CONFLICT,
+            _ => REFUSED_INVALID,
+        });
         put_bytes(&mut out, error.to_string().as_bytes());
     }
     out.into()
 }
 
-/// Which of the batches of a [`CommandBody::Batches`] were refused and why, from its response: places from 0, in order.
+/// Which of the batches of a [`CommandBody::Batches`] or [`CommandBody::BatchesIf`] were refused and why, from its response: places from 0, in order.
 ///
 /// # Errors
 /// `Corrupt` for bytes that are no such response.
@@ -504,8 +595,9 @@ pub fn decode_refusals(response: &Bytes) -> Result<Vec<(usize, Error)>> {
     while !from.is_empty() {
         let place = usize::try_from(from.varint()?).map_err(|_| from.corrupt("a place is too large"))?;
         let kind = match from.u8()? {
-            0 => ErrorKind::Invalid,
-            1 => ErrorKind::NotFound,
+            REFUSED_INVALID => ErrorKind::Invalid,
+            REFUSED_NOT_FOUND => ErrorKind::NotFound,
+            REFUSED_CONFLICT => ErrorKind::Conflict,
             _ => return Err(from.corrupt("an unknown kind of refusal")),
         };
         let message = from.bytes(0, REFUSAL_BYTES_MAX)?;

@@ -8,6 +8,7 @@
 mod apply;
 mod core;
 mod jobs;
+mod judge;
 mod mend;
 mod present;
 mod transfer;

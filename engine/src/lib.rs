@@ -6,6 +6,7 @@
 mod cache;
 mod codec;
 mod command;
+mod condition;
 mod engine;
 mod error;
 mod group;
@@ -35,6 +36,7 @@ pub use command::{
     Command, CommandBody, EncodedBatch, InstallTable, KEY_BYTES_MAX, VALUE_BYTES_MAX, WriteBatch, WriteOp,
     decode_refusals,
 };
+pub use condition::{Condition, ConditionalBatch};
 pub use engine::{Engine, EngineSettings, EngineStatus, Identity, OwnerPin, OwnerRecord};
 pub use engine::{GroupInfo, Offline, SuperblockInfo, TableInfo, VerifyReport, VersionSetInfo};
 pub use engine::{SCRUB_BYTES_PER_SECOND, SCRUB_PAUSE};

@@ -228,7 +228,12 @@ impl Shared {
     async fn propose(&self, command: Command) -> Result<Applied> {
         // What frees space or memory goes on when writes have to wait.
         let reserve = match &command.body {
-            CommandBody::Batch(_) | CommandBody::Batches(_) | CommandBody::Custom { .. } | CommandBody::Once { .. } => {
+            CommandBody::Batch(_)
+            | CommandBody::Batches(_)
+            | CommandBody::BatchIf(_)
+            | CommandBody::BatchesIf(_)
+            | CommandBody::Custom { .. }
+            | CommandBody::Once { .. } => {
                 self.group.admit().await?;
                 self.engine.wal().admit().await?;
                 Reserve::Normal

@@ -82,8 +82,8 @@ impl Slot {
         }
     }
 
-    fn lookup(&self) -> Lookup {
-        self.value().map_or(Lookup::Deleted, Lookup::Value)
+    fn version(&self) -> (LogIndex, Lookup) {
+        (LogIndex(self.index), self.value().map_or(Lookup::Deleted, Lookup::Value))
     }
 
     fn fence(&self) -> Fence {
@@ -392,10 +392,15 @@ impl Memtable {
         self.root.store(Arc::new(root_new));
     }
 
-    /// The newest version of a key with an index of at most `at`.
+    /// The newest version of a key with an index of at most `at`, without that index.
     pub(crate) fn get(&self, key: &[u8], at: LogIndex) -> Option<Lookup> {
+        self.get_version(key, at).map(|(_, lookup)| lookup)
+    }
+
+    /// The newest version of a key with an index of at most `at`.
+    pub(crate) fn get_version(&self, key: &[u8], at: LogIndex) -> Option<(LogIndex, Lookup)> {
         let place = Place { key, index: at.0 };
-        let found = |slot: &Slot| (slot.key() == key).then(|| slot.lookup());
+        let found = |slot: &Slot| (slot.key() == key).then(|| slot.version());
         self.visit(&place, false, |_, state| match state.slots.get(state.position(&place)) {
             Some(slot) => found(slot),
             // The versions of the key may go on in the neighbour, which then begins with one.

@@ -9,6 +9,7 @@
 //!    one that is not was not.
 //! 2. A client has one request at a time: only the answer of its last one is kept.
 //! 3. Only the log decides: the clock that a client is forgotten by is that of the entries.
+//! 4. That a condition did not hold is an answer, and written as one: a later proposal of the request is refused as the first.
 //! # Why not
 //! A table in memory: it would have to be rebuilt at each open and each install, and to be replayed from where the tables end.
 
@@ -20,7 +21,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::codec::Decoder;
-use crate::{Apply, CommandBody, Error, ErrorKind, Result, StateMachine, WriteOp};
+use crate::condition::{encode_broken, first_broken};
+use crate::{Apply, CommandBody, Condition, Error, ErrorKind, Result, StateMachine, WriteOp};
 
 /// The keyspace that holds the last answer of each client, in the branch that its requests write.
 pub const CLIENTS_KEYSPACE: &str = "mainstay.clients";
@@ -100,13 +102,20 @@ pub(crate) async fn apply_once(
     }
     let response = match body {
         CommandBody::Batch(batch) => {
-            for op in &batch.ops {
-                match op {
-                    WriteOp::Put { keyspace, key, value } => apply.put(*keyspace, key.clone(), value.clone())?,
-                    WriteOp::Delete { keyspace, key } => apply.delete(*keyspace, key.clone())?,
+            write(apply, &batch.ops)?;
+            Bytes::new()
+        }
+        CommandBody::BatchIf(conditional) => {
+            conditional.conditions.iter().try_for_each(Condition::check)?;
+            match first_broken(&conditional.conditions, apply).await? {
+                // Remembered, unlike other refusals: the caller may be told of it and do something else, while another proposal
+                // of the request is still on its way and could find that the condition holds again.
+                Some(place) => encode_broken(place),
+                None => {
+                    write(apply, &conditional.batch.ops)?;
+                    Bytes::new()
                 }
             }
-            Bytes::new()
         }
         CommandBody::Custom { command, .. } => match state_machine {
             Some(state_machine) => state_machine.apply(apply, command.clone()).await?,
@@ -117,6 +126,16 @@ pub(crate) async fn apply_once(
     let answered = Answered { sequence: token.sequence, time_ms: apply.time_ms(), response: response.clone() };
     apply.put(clients, Bytes::copy_from_slice(&token.client), answered.encode())?;
     Ok(response)
+}
+
+fn write(apply: &mut Apply, ops: &[WriteOp]) -> Result<()> {
+    for op in ops {
+        match op {
+            WriteOp::Put { keyspace, key, value } => apply.put(*keyspace, key.clone(), value.clone())?,
+            WriteOp::Delete { keyspace, key } => apply.delete(*keyspace, key.clone())?,
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn no_state_machine() -> Error {

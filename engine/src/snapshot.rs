@@ -55,6 +55,18 @@ impl Snapshot {
         }
     }
 
+    /// The value of a key, and the index of the entry that wrote it: the same on every replica and in every clone, and
+    /// untouched by flush, compaction and restart.
+    ///
+    /// # Errors
+    /// As [`Snapshot::get`].
+    pub async fn get_version(&self, keyspace: KeyspaceId, key: &[u8]) -> Result<Option<(LogIndex, Value)>> {
+        match self.view(keyspace)? {
+            Some(view) => view.get_version(key, self.index).await,
+            None => Ok(None),
+        }
+    }
+
     /// The id of a keyspace in this view.
     pub fn keyspace(&self, name: &str) -> Option<KeyspaceId> {
         self.names.keyspaces.get(name).copied()
@@ -112,6 +124,11 @@ impl Scan {
             Some(cursor) => cursor.next().await,
             None => Ok(None),
         }
+    }
+
+    /// The entry that wrote the pair that [`Scan::next`] has just given.
+    pub(crate) fn version(&self) -> LogIndex {
+        self.cursor.as_ref().ok().and_then(Option::as_ref).map_or(LogIndex(0), |cursor| cursor.version())
     }
 
     /// The next pair from the high end.

@@ -135,14 +135,54 @@ impl Apply {
     /// # Errors
     /// `NotFound` for an unknown keyspace, `Io`, `Corrupt`.
     pub async fn get(&self, keyspace: KeyspaceId, key: &[u8]) -> Result<Option<Bytes>> {
+        Ok(self.get_version(keyspace, key).await?.map(|(_, value)| value))
+    }
+
+    /// The value of a key, and the entry that wrote it: this one for what it has written itself.
+    ///
+    /// # Errors
+    /// As [`Apply::get`].
+    pub async fn get_version(&self, keyspace: KeyspaceId, key: &[u8]) -> Result<Option<(LogIndex, Bytes)>> {
         self.pause().await;
         if let Some(value) = self.writes.get(keyspace, key) {
-            return Ok(value.clone());
+            return Ok(value.clone().map(|value| (self.index, value)));
         }
         if self.is_new(keyspace) {
             return Ok(None);
         }
-        self.noted(self.before.get(keyspace, key).await)
+        self.noted(self.before.get_version(keyspace, key).await)
+    }
+
+    /// Whether the bounds hold `count` pairs, none of them written after `since`. Looks at so many pairs and one more at most.
+    pub(crate) async fn is_unchanged(
+        &self,
+        keyspace: KeyspaceId,
+        lower: &Bound<Bytes>,
+        upper: &Bound<Bytes>,
+        since: LogIndex,
+        count: u64,
+    ) -> Result<bool> {
+        if is_empty(lower, upper) {
+            return Ok(count == 0);
+        }
+        let own = self.own(keyspace, lower, upper, false).filter(|(_, value)| value.is_some()).count() as u64;
+        if own > 0 && self.index > since {
+            return Ok(false);
+        }
+        let (mut live, mut scan) = (own, self.before.range(keyspace, lower.clone(), upper.clone()));
+        while live <= count && !self.is_new(keyspace) {
+            self.pause().await;
+            let Some((key, _)) = self.noted(scan.next().await)? else { break };
+            if self.writes.get(keyspace, &key).is_some() {
+                // It was counted as its own, or is removed.
+                continue;
+            }
+            if scan.version() > since {
+                return Ok(false);
+            }
+            live += 1;
+        }
+        Ok(live == count)
     }
 
     /// Up to `limit` pairs within the bounds, in order of keys.
@@ -222,6 +262,11 @@ impl Apply {
         self.check_keyspace(keyspace)?;
         self.writes.write(keyspace, key, None);
         Ok(())
+    }
+
+    /// Writes a mutation that was checked before.
+    pub(crate) fn write(&mut self, op: &WriteOp) {
+        self.writes.write(op.keyspace(), op.key().clone(), op.value().cloned());
     }
 
     fn is_new(&self, keyspace: KeyspaceId) -> bool {

@@ -2,11 +2,13 @@
 //!
 //! `cargo run --example seeds` in this folder, after a change of a format.
 
+use std::ops::Bound;
 use std::path::Path;
 
 use bytes::Bytes;
 use mainstay_engine::{
-    BranchId, Command, CommandBody, InstallTable, JobId, KeyspaceId, MAIN, TableId, WriteBatch, WriteOp,
+    BranchId, Command, CommandBody, Condition, ConditionalBatch, InstallTable, JobId, KeyspaceId, LogIndex, MAIN,
+    TableId, WriteBatch, WriteOp,
 };
 
 fn main() -> std::io::Result<()> {
@@ -87,6 +89,45 @@ fn commands() -> Vec<(&'static str, CommandBody)> {
                 body: Box::new(CommandBody::Custom { branch: BranchId(3), command: Bytes::from_static(b"custom") }),
             },
         ),
+        ("batch-if", CommandBody::BatchIf(conditional())),
+        (
+            "batches-if",
+            CommandBody::BatchesIf(vec![
+                conditional(),
+                ConditionalBatch {
+                    conditions: Vec::new(),
+                    batch: WriteBatch { branch: BranchId(3), ops: vec![put("key", "other")] },
+                },
+            ]),
+        ),
+        (
+            "once-batch-if",
+            CommandBody::Once {
+                token: mainstay_engine::ClientToken { client: [7; 16], sequence: 9 },
+                body: Box::new(CommandBody::BatchIf(conditional())),
+            },
+        ),
         ("custom", CommandBody::Custom { branch: BranchId(3), command: Bytes::from_static(b"custom") }),
     ]
+}
+
+/// With a condition of each kind.
+fn conditional() -> ConditionalBatch {
+    let (keyspace, key) = (KeyspaceId(1), Bytes::from_static(b"key"));
+    let conditions = vec![
+        Condition::Absent { keyspace, key: key.clone() },
+        Condition::Present { keyspace, key: key.clone() },
+        Condition::Value { keyspace, key: key.clone(), value: Bytes::from_static(b"value") },
+        Condition::Version { keyspace, key: key.clone(), version: LogIndex(300) },
+        Condition::Range {
+            keyspace,
+            lower: Bound::Included(key.clone()),
+            upper: Bound::Excluded(Bytes::from_static(b"z")),
+            since: LogIndex(300),
+            count: 2,
+        },
+        Condition::Range { keyspace, lower: Bound::Unbounded, upper: Bound::Unbounded, since: LogIndex(1), count: 0 },
+    ];
+    let op = WriteOp::Put { keyspace, key, value: Bytes::from_static(b"value") };
+    ConditionalBatch { conditions, batch: WriteBatch { branch: MAIN, ops: vec![op] } }
 }

@@ -4,7 +4,7 @@
 //! 1. What an entry does depends on the entries before it alone: not on which jobs have finished here, nor on where a restart
 //!    began its replay.
 //! 2. Everything an entry writes becomes readable in one step, when the applied index reaches it.
-//! 3. No I/O, but for reads of the embedder's state machine and of the answers to clients that ask for it.
+//! 3. No I/O, but for reads of the embedder's state machine, of conditions, and of the answers to clients that ask for it.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,7 +19,7 @@ use crate::manifest::{Effects, ManifestOp};
 use crate::memtable::Memtable;
 use crate::once::{apply_once, no_state_machine, not_once};
 use crate::state_machine::Apply;
-use crate::{BranchId, ClientToken, Command, CommandBody, Error, ErrorKind, KeyspaceId, LogIndex, MAIN, Result};
+use crate::{BranchId, ClientToken, Command, CommandBody, Error, ErrorKind, KeyspaceId, LogIndex, Result};
 
 /// What a mutation counts besides its key and value when the bytes since the last rotation are summed.
 pub(super) const OP_OVERHEAD_BYTES: u64 = 32;
@@ -47,6 +47,8 @@ impl GroupShared {
                 self.apply_custom(index, command.time_ms, *branch, custom.clone()).await?
             }
             CommandBody::Once { token, body } => self.apply_token(index, command.time_ms, *token, body).await?,
+            CommandBody::BatchIf(batch) => self.apply_batch_if(index, command.time_ms, batch).await?,
+            CommandBody::BatchesIf(batches) => self.apply_batches_if(index, command.time_ms, batches).await?,
             body => {
                 let mut core = self.lock();
                 let mut entry = self.enter(&mut core, index);
@@ -133,14 +135,14 @@ impl GroupShared {
         let index = entry.index;
         match body {
             CommandBody::Batch(batch) => {
-                self.check_batch(core, index, batch.branch, &batch.ops)?;
+                self.check_batch(core, index, batch.branch, &batch.ops, [])?;
                 self.write(core, entry, batch.branch, &batch.ops);
                 Ok(Bytes::new())
             }
             CommandBody::Batches(batches) => {
                 let mut refusals = Vec::new();
                 for (place, batch) in batches.iter().enumerate() {
-                    match self.check_batch(core, index, batch.branch, &batch.ops) {
+                    match self.check_batch(core, index, batch.branch, &batch.ops, []) {
                         Ok(()) => self.write(core, entry, batch.branch, &batch.ops),
                         Err(error) => refusals.push((place, error)),
                     }
@@ -203,24 +205,39 @@ impl GroupShared {
                 self.rotate(core, entry);
                 Ok(Bytes::new())
             }
-            CommandBody::Custom { .. } | CommandBody::Once { .. } => {
+            CommandBody::Custom { .. }
+            | CommandBody::Once { .. }
+            | CommandBody::BatchIf(_)
+            | CommandBody::BatchesIf(_) => {
                 unreachable!("what reads the store takes its own way")
             }
         }
     }
 
-    fn check_batch(&self, core: &Core, index: LogIndex, branch: BranchId, ops: &[WriteOp]) -> Result<()> {
+    /// Refuses what cannot be written, and looks into keyspaces that are not there.
+    pub(super) fn check_batch(
+        &self,
+        core: &Core,
+        index: LogIndex,
+        branch: BranchId,
+        ops: &[WriteOp],
+        looks: impl IntoIterator<Item = KeyspaceId>,
+    ) -> Result<()> {
         if !core.logical.has_branch_before(branch, index) {
             return Err(no_branch(branch));
         }
         let mut known = None;
-        for op in ops {
-            op.check()?;
-            let keyspace = op.keyspace();
+        let mut find = |keyspace| {
             if known != Some(keyspace) && !core.logical.has_keyspace_before(keyspace, index) {
                 return Err(no_keyspace(keyspace));
             }
             known = Some(keyspace);
+            Ok(())
+        };
+        looks.into_iter().try_for_each(&mut find)?;
+        for op in ops {
+            op.check()?;
+            find(op.keyspace())?;
         }
         Ok(())
     }
@@ -266,10 +283,10 @@ impl GroupShared {
                 if let Some(error) = apply.broken() {
                     return Err(self.unread(error));
                 }
-                answer.map(|response| (response, apply))
+                answer.map(|response| (response, vec![(branch, apply)]))
             }
         };
-        Ok(self.finish_apply(index, branch, answer).await)
+        Ok(self.finish_apply(index, answer).await)
     }
 
     async fn apply_token(
@@ -281,26 +298,28 @@ impl GroupShared {
     ) -> Result<Result<Bytes>> {
         let branch = match body {
             CommandBody::Batch(batch) => Ok(batch.branch),
+            CommandBody::BatchIf(conditional) => Ok(conditional.batch.branch),
             CommandBody::Custom { branch, .. } => Ok(*branch),
             _ => Err(not_once()),
         };
         let prepared = branch.and_then(|branch| Ok((branch, self.prepare_custom(index, time_ms, branch)?)));
-        let (branch, answer) = match prepared {
-            Err(error) => (MAIN, Err(error)),
+        let answer = match prepared {
+            Err(error) => Err(error),
             Ok((branch, mut apply)) => {
                 let answer = apply_once(&mut apply, token, body, self.state_machine.as_ref()).await;
                 if let Some(error) = apply.broken() {
                     return Err(self.unread(error));
                 }
-                (branch, answer.map(|response| (response, apply)))
+                answer.map(|response| (response, vec![(branch, apply)]))
             }
         };
-        Ok(self.finish_apply(index, branch, answer).await)
+        let response = self.finish_apply(index, answer).await;
+        Ok(response.and_then(|response| self.answer_once(body, response)))
     }
 
     /// This replica could not read what the others read, so it has no answer. While they may yet give it what it lacks the
     /// entry is not applied, and may be again; else the group leaves service.
-    fn unread(&self, error: &Error) -> Error {
+    pub(super) fn unread(&self, error: &Error) -> Error {
         // It may hold in memory what it made of the entry.
         if let Some(state_machine) = &self.state_machine {
             state_machine.restored(self.applied());
@@ -315,40 +334,43 @@ impl GroupShared {
 
     /// Writes what was decided, or nothing, and makes the entry readable. Between some thousand mutations others get the core
     /// and the thread: nothing of the entry is readable before its end, and nobody but the applier changes the generation.
-    async fn finish_apply(
+    pub(super) async fn finish_apply(
         self: &Arc<Self>,
         index: LogIndex,
-        branch: BranchId,
-        answer: Result<(Bytes, Apply)>,
+        answer: Result<(Bytes, Vec<(BranchId, Apply)>)>,
     ) -> Result<Bytes> {
         let (mut entry, response) = {
             let mut core = self.lock();
             let mut entry = self.enter(&mut core, index);
             // The manifest has made them already, and readers, the next entry among them, have to find them from here on.
             entry.publish |= entry.replayed && core.logical.keyspaces.values().any(|k| k.created == index);
-            let response = answer.and_then(|(response, apply)| {
-                let (created, ops) = apply.into_parts();
-                for (name, id) in created {
-                    let effects = self.op(&mut core, &mut entry, ManifestOp::CreateKeyspace { name })?;
-                    assert!(
-                        entry.replayed || effects.keyspace == Some(id),
-                        "keyspaces are numbered as they were promised"
-                    );
+            let response = answer.and_then(|(response, applies)| {
+                let mut writes = Vec::with_capacity(applies.len());
+                for (branch, apply) in applies {
+                    let (created, ops) = apply.into_parts();
+                    for (name, id) in created {
+                        let effects = self.op(&mut core, &mut entry, ManifestOp::CreateKeyspace { name })?;
+                        assert!(
+                            entry.replayed || effects.keyspace == Some(id),
+                            "keyspaces are numbered as they were promised"
+                        );
+                    }
+                    writes.push((branch, ops));
                 }
-                Ok((response, ops))
+                Ok((response, writes))
             });
-            if let Ok((_, ops)) = &response
-                && ops.len() <= WRITES_AT_ONCE
+            if let Ok((_, writes)) = &response
+                && writes.iter().map(|(_, ops)| ops.len()).sum::<usize>() <= WRITES_AT_ONCE
             {
-                self.write(&mut core, &mut entry, branch, ops);
+                writes.iter().for_each(|(branch, ops)| self.write(&mut core, &mut entry, *branch, ops));
                 self.leave(&mut core, entry);
                 return response.map(|(response, _)| response);
             }
             (entry, response)
         };
-        if let Ok((_, ops)) = &response {
+        for (branch, ops) in response.iter().flat_map(|(_, writes)| writes) {
             for some in ops.chunks(WRITES_AT_ONCE) {
-                self.write(&mut self.lock(), &mut entry, branch, some);
+                self.write(&mut self.lock(), &mut entry, *branch, some);
                 yield_once().await;
             }
         }
@@ -356,7 +378,7 @@ impl GroupShared {
         response.map(|(response, _)| response)
     }
 
-    fn prepare_custom(&self, index: LogIndex, time_ms: u64, branch: BranchId) -> Result<Apply> {
+    pub(super) fn prepare_custom(&self, index: LogIndex, time_ms: u64, branch: BranchId) -> Result<Apply> {
         let core = self.lock();
         if !core.logical.has_branch_before(branch, index) {
             return Err(no_branch(branch));

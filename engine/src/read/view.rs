@@ -32,27 +32,36 @@ impl ReadView {
     /// # Cancel safety
     /// Cancel safe.
     pub(crate) async fn get(&self, key: &[u8], at: LogIndex) -> Result<Option<Bytes>> {
+        Ok(self.get_version(key, at).await?.map(|(_, value)| value))
+    }
+
+    /// The value of a key at `at`, and the entry that wrote it. A tombstone is nothing here: whether there still is one
+    /// depends on what this replica has compacted.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(crate) async fn get_version(&self, key: &[u8], at: LogIndex) -> Result<Option<(LogIndex, Bytes)>> {
         Ok(match self.lookup(key, at).await? {
-            Some(Lookup::Value(value)) => Some(value),
-            Some(Lookup::Deleted) | None => None,
+            Some((index, Lookup::Value(value))) => Some((index, value)),
+            Some((_, Lookup::Deleted)) | None => None,
         })
     }
 
-    async fn lookup(&self, key: &[u8], at: LogIndex) -> Result<Option<Lookup>> {
+    async fn lookup(&self, key: &[u8], at: LogIndex) -> Result<Option<(LogIndex, Lookup)>> {
         for memtable in &self.memtables {
-            if let Some(lookup) = memtable.get(key, at) {
+            if let Some(lookup) = memtable.get_version(key, at) {
                 return Ok(Some(lookup));
             }
         }
         for table in &self.l0 {
-            if let Some(lookup) = table.get(key, at).await? {
+            if let Some(lookup) = table.get_version(key, at).await? {
                 return Ok(Some(lookup));
             }
         }
         for level in &self.levels {
             let place = level.partition_point(|table| table.meta().last.as_ref() < key);
             if let Some(table) = level.get(place)
-                && let Some(lookup) = table.get(key, at).await?
+                && let Some(lookup) = table.get_version(key, at).await?
             {
                 return Ok(Some(lookup));
             }
@@ -162,6 +171,11 @@ impl ScanCursor {
         }
         self.finished = true;
         Ok(None)
+    }
+
+    /// The entry that wrote the pair that [`ScanCursor::next`] has just given.
+    pub(crate) fn version(&self) -> LogIndex {
+        self.front.as_ref().map_or(LogIndex(0), Merge::index)
     }
 
     /// The next pair from the high end.

@@ -113,13 +113,21 @@ impl Table {
         self.meta.first.as_ref() <= key && key <= self.meta.last.as_ref()
     }
 
+    /// The version of a key in this table, if its index is at most `at`, without that index.
+    ///
+    /// # Errors
+    /// As [`Table::get_version`].
+    pub(crate) async fn get(&self, key: &[u8], at: LogIndex) -> Result<Option<Lookup>> {
+        Ok(self.get_version(key, at).await?.map(|(_, lookup)| lookup))
+    }
+
     /// The version of a key in this table, if its index is at most `at`.
     ///
     /// # Errors
     /// `Corrupt` when a block does not match its checksum, and the errors of reading.
     /// # Cancel safety
     /// Cancel safe.
-    pub(crate) async fn get(&self, key: &[u8], at: LogIndex) -> Result<Option<Lookup>> {
+    pub(crate) async fn get_version(&self, key: &[u8], at: LogIndex) -> Result<Option<(LogIndex, Lookup)>> {
         if !self.covers(key) || self.root.index_min > at.0 {
             return Ok(None);
         }
@@ -146,13 +154,14 @@ impl Table {
         let block = self.block(&handle).await?;
         let found = block.search(key).map_err(|error| self.corrupt(error, &handle))?;
         let Some(found) = found.filter(|found| found.exact && found.index <= at) else { return Ok(None) };
-        Ok(Some(match found.kind {
+        let lookup = match found.kind {
             EntryKind::Tombstone => Lookup::Deleted,
             EntryKind::Value if found.value.len() <= COPY_BYTES_MAX => {
                 Lookup::Value(Bytes::copy_from_slice(block.part(&found.value)))
             }
             EntryKind::Value => Lookup::Value(block.slice(found.value)),
-        }))
+        };
+        Ok(Some((found.index, lookup)))
     }
 
     /// Reads every byte and checks it: the digest, every checksum, order, counts, first and last key, the filters, and

@@ -28,6 +28,9 @@ fn the_document_has_the_versions_kinds_and_bounds_of_the_code() {
     for (kind, name) in crate::command::KINDS {
         check("Commands", &[format!("| {kind} | {name} |")]);
     }
+    for (kind, name) in crate::condition::CONDITION_KINDS {
+        check("Commands", &[format!("| {kind} {name} |")]);
+    }
     check(
         "Entries of a local log",
         &[
