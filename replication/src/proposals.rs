@@ -3,7 +3,8 @@
 //! # Place
 //! between `Node::write` and the proposal of an entry
 //! # Invariants
-//! - P1. A batch goes into one entry, alone or with others, and is applied as if it had come alone: all or nothing by itself.
+//! - P1. A batch goes into one entry, alone or with others, and is applied as if it had come alone: all or nothing by itself, and
+//!   one with conditions behind those before it in the entry.
 //! - P2. There is no timer: a batch that finds no entry under way goes at once. What arrives while one is forms the next entry,
 //!   which goes behind it as soon as it is as large, or when the first is done. So few writers wait for nobody, and many
 //!   make few large entries: two groups that take turns, never many small ones.
@@ -21,7 +22,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use mainstay_engine::{Applied, Command, EncodedBatch, WriteBatch, decode_refusals};
+use mainstay_engine::{Applied, Command, EncodedBatch, decode_refusals};
 use mainstay_io::yield_once;
 use openraft_rt::Instant;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
@@ -81,7 +82,8 @@ impl<R: Runtime> Proposals<R> {
 impl<R: Runtime> Queue<R> {
     /// The batches of the next entry, whose record holds `bytes_max` of them; one at least if any waits.
     fn take(&mut self, bytes_max: usize) -> Vec<Waiting<R>> {
-        let count = count_together(self.waiting.iter().map(|waiting| waiting.batch.bytes()), bytes_max);
+        let bytes = |waiting: &Waiting<R>| waiting.batch.bytes() + EncodedBatch::BESIDE_CONDITIONS_BYTES;
+        let count = count_together(self.waiting.iter().map(bytes), bytes_max);
         self.waiting.drain(..count).collect()
     }
 }
@@ -122,10 +124,9 @@ impl<R: Runtime> Drop for Driver<R> {
 }
 
 impl<R: Runtime> Inner<R> {
-    pub(crate) async fn write_batch(self: &Arc<Self>, batch: WriteBatch) -> Result<Applied> {
+    pub(crate) async fn write_batch(self: &Arc<Self>, batch: EncodedBatch) -> Result<Applied> {
         self.running()?;
         let deadline = R::Instant::now() + WRITE_TIMEOUT;
-        let batch = batch.encode()?;
         self.check_length(batch.bytes())?;
         let cost = (batch.bytes() + OVERHEAD_BYTES).min(WAITING_BYTES_MAX);
         let cost = u32::try_from(cost).expect("64 MiB at most");

@@ -101,7 +101,8 @@ impl<R: Runtime> Inner<R> {
             _ => return Err(unsupported(&write.durability)),
         }
         let applied = match write.body {
-            CommandBody::Batch(batch) => self.write_batch(batch).await?,
+            CommandBody::Batch(batch) => self.write_batch(batch.encode()?).await?,
+            CommandBody::BatchIf(batch) => self.write_batch(batch.encode()?).await?,
             body => self.propose(self.encode(body)?, false).await?,
         };
         // What was refused at apply has changed nothing that could be lost.
@@ -167,6 +168,12 @@ impl<R: Runtime> Inner<R> {
     }
 
     pub(crate) async fn write_local(self: &Arc<Self>, body: CommandBody) -> Result<CommitToken> {
+        if matches!(body, CommandBody::BatchIf(_) | CommandBody::BatchesIf(_)) {
+            // It is answered before it is applied, and only then known whether its conditions hold.
+            let message =
+                "a batch with conditions is not answered at this durability: write it at a quorum durability=Local";
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
         let running = self.running()?;
         if self.leader_of(&running) != Some(running.id) || self.is_witness() {
             return Err(self.not_leader(&running));

@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods, reason = "tests over real sockets run on tokio, and their disks on threads")]
 
 mod cluster;
+mod conditions;
 mod disk;
 mod disturb;
 mod groups;
