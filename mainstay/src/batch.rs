@@ -1,15 +1,43 @@
-//! Mutations applied all or none.
+//! Mutations applied all or none, and what must hold for them to be.
 
 use bytes::Bytes;
-use mainstay_engine::{KeyspaceId, WriteOp};
+use mainstay_engine::{BranchId, CommandBody, Condition, ConditionalBatch, KeyspaceId, WriteBatch, WriteOp};
 
 use crate::{Keyspace, LogIndex};
 
 /// Mutations over any keyspaces of one store, applied all or none by [`crate::Store::commit`]. The later of two mutations
 /// of one key wins.
+///
+/// A batch may have conditions: see [`Batch::require_value`] and the others beside it. They are decided when the batch is applied,
+/// on the state before its mutations, and by every replica alike. If one does not hold the batch changes nothing and is
+/// answered with [`crate::ErrorKind::Conflict`], whose message names keyspace and key. A batch of conditions alone asks whether they hold.
+///
+/// ```
+/// # fn main() -> mainstay::Result<()> {
+/// # let dir = tempfile::tempdir().expect("a temporary directory");
+/// # let store = mainstay::Store::builder().wal_bytes(16 << 20).open(dir.path().join("store"))?;
+/// use mainstay::{Batch, ErrorKind};
+///
+/// let jobs = store.keyspace("jobs")?;
+/// jobs.insert("7", "waiting")?;
+///
+/// // Whoever turns "waiting" into a name has the job.
+/// let take = |name: &str| {
+///     let mut batch = Batch::new();
+///     batch.require_value(&jobs, "7", "waiting").insert(&jobs, "7", name);
+///     store.commit(batch)
+/// };
+/// take("ada")?;
+/// let late = take("alan").unwrap_err();
+/// assert_eq!(late.kind(), ErrorKind::Conflict);
+/// assert_eq!(jobs.get("7")?.as_deref(), Some(&b"ada"[..]));
+/// # store.close()
+/// # }
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
-    pub(crate) ops: Vec<WriteOp>,
+    conditions: Vec<Condition>,
+    ops: Vec<WriteOp>,
     bytes: usize,
 }
 
@@ -26,8 +54,12 @@ impl Batch {
 
     /// As [`Batch::insert`], sharing the memory of key and value.
     pub fn insert_bytes(&mut self, keyspace: &Keyspace, key: Bytes, value: Bytes) -> &mut Self {
+        self.insert_in(keyspace.id(), key, value)
+    }
+
+    pub(crate) fn insert_in(&mut self, keyspace: KeyspaceId, key: Bytes, value: Bytes) -> &mut Self {
         self.bytes += key.len() + value.len();
-        self.ops.push(WriteOp::Put { keyspace: keyspace.id(), key, value });
+        self.ops.push(WriteOp::Put { keyspace, key, value });
         self
     }
 
@@ -42,25 +74,82 @@ impl Batch {
         self
     }
 
+    /// The batch is applied only if the key is absent: never written, or removed.
+    pub fn require_absent(&mut self, keyspace: &Keyspace, key: impl AsRef<[u8]>) -> &mut Self {
+        self.require_version(keyspace, key, None)
+    }
+
+    /// The batch is applied only if the key has a value, whichever.
+    pub fn require_present(&mut self, keyspace: &Keyspace, key: impl AsRef<[u8]>) -> &mut Self {
+        let key = Bytes::copy_from_slice(key.as_ref());
+        self.require([Condition::Present { keyspace: keyspace.id(), key }])
+    }
+
+    /// The batch is applied only if the key has exactly this value. One that was written, changed and written back counts as
+    /// the same; [`Batch::require_version`] tells them apart.
+    pub fn require_value(&mut self, keyspace: &Keyspace, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> &mut Self {
+        let (key, value) = (Bytes::copy_from_slice(key.as_ref()), Bytes::copy_from_slice(value.as_ref()));
+        self.require([Condition::Value { keyspace: keyspace.id(), key, value }])
+    }
+
+    /// The batch is applied only if the key was not written since it had this version: [`crate::Snapshot::version`], or the
+    /// [`Commit::index`] of the batch that wrote it. None: the key is absent.
+    ///
+    /// There is no condition on the index of a removal, which is forgotten sooner on one replica than on another.
+    pub fn require_version(
+        &mut self,
+        keyspace: &Keyspace,
+        key: impl AsRef<[u8]>,
+        version: Option<LogIndex>,
+    ) -> &mut Self {
+        self.require([unchanged(keyspace.id(), Bytes::copy_from_slice(key.as_ref()), version)])
+    }
+
+    pub(crate) fn require(&mut self, conditions: impl IntoIterator<Item = Condition>) -> &mut Self {
+        for condition in conditions {
+            self.bytes += condition.bytes();
+            self.conditions.push(condition);
+        }
+        self
+    }
+
+    /// What it proposes to a branch: without conditions a plain batch.
+    pub(crate) fn into_body(self, branch: BranchId) -> CommandBody {
+        let batch = WriteBatch { branch, ops: self.ops };
+        match self.conditions {
+            none if none.is_empty() => CommandBody::Batch(batch),
+            conditions => CommandBody::BatchIf(ConditionalBatch { conditions, batch }),
+        }
+    }
+
     /// Count of mutations.
     pub fn len(&self) -> usize {
         self.ops.len()
     }
 
-    /// True without mutations.
+    /// True without mutations and conditions.
     pub fn is_empty(&self) -> bool {
-        self.ops.is_empty()
+        self.ops.is_empty() && self.conditions.is_empty()
     }
 
-    /// Bytes of keys and values.
+    /// Bytes of keys and values, and about those of the conditions.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Removes all mutations, keeping the memory.
+    /// Removes all mutations and conditions, keeping the memory.
     pub fn clear(&mut self) {
         self.ops.clear();
+        self.conditions.clear();
         self.bytes = 0;
+    }
+}
+
+/// That a key has the version that was found; none: that it is absent.
+pub(crate) fn unchanged(keyspace: KeyspaceId, key: Bytes, version: Option<LogIndex>) -> Condition {
+    match version {
+        Some(version) => Condition::Version { keyspace, key, version },
+        None => Condition::Absent { keyspace, key },
     }
 }
 

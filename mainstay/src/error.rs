@@ -34,7 +34,8 @@ impl Error {
         self.leader.as_deref()
     }
 
-    /// True when the same call may succeed later and was certainly not applied.
+    /// True when the same call may succeed later and was certainly not applied. Not so a [`ErrorKind::Conflict`]: what it was decided
+    /// on has to be read again.
     pub fn is_retryable(&self) -> bool {
         matches!(self.kind, ErrorKind::NotLeader | ErrorKind::Unavailable)
     }

@@ -51,6 +51,21 @@ impl Snapshot {
         Box::pin(async move { Ok(inner.get(id, &key).await?) })
     }
 
+    /// The index of the entry that wrote the value of a key, none of an absent key: for [`crate::Batch::require_version`]. The same on
+    /// every replica and in every clone.
+    ///
+    /// # Errors
+    /// As [`Snapshot::get`].
+    pub fn version(&self, keyspace: &Keyspace, key: impl AsRef<[u8]>) -> Result<Option<LogIndex>> {
+        mainstay_io::block_on(self.version_async(keyspace, key))
+    }
+
+    /// As [`Snapshot::version`], without blocking the thread. Cancel safe.
+    pub fn version_async(&self, keyspace: &Keyspace, key: impl AsRef<[u8]>) -> BoxFuture<Result<Option<LogIndex>>> {
+        let (inner, id, key) = (self.inner.clone(), keyspace.id(), Bytes::copy_from_slice(key.as_ref()));
+        Box::pin(async move { Ok(inner.get_version(id, &key).await?.map(|(version, _)| version)) })
+    }
+
     /// The pairs within `bounds` in order of keys; `.rev()` for the other way.
     pub fn range<K: AsRef<[u8]>>(&self, keyspace: &Keyspace, bounds: impl RangeBounds<K>) -> Scan {
         let (lower, upper) = owned_bounds(&bounds);

@@ -7,7 +7,6 @@ use std::sync::atomic::AtomicBool;
 use bytes::Bytes;
 use mainstay_engine::{
     BranchId, BranchInfo, CheckpointInfo, ClientToken, CommandBody, EngineStatus, GroupStatus, LocalLog, MAIN,
-    WriteBatch,
 };
 use mainstay_io::{BoxFuture, Media};
 use mainstay_wal::GroupId;
@@ -157,7 +156,9 @@ impl Store {
     ///
     /// # Errors
     /// Not applied: `Invalid` (an empty key, a key over 64 KiB, a value over 16 MiB, a dropped keyspace), `NotLeader`,
-    /// `Unavailable`, `OutOfSpace`, `Unsupported`, `Closed`. `Indeterminate`: read before trying again.
+    /// `Unavailable`, `OutOfSpace`, `Unsupported`, `Closed`; of a batch with conditions `Conflict` (one does not hold: read again
+    /// and retry), and `Unsupported` at [`Durability::Local`] where there are other replicas: that is answered before the
+    /// batch is applied. `Indeterminate`: read before trying again.
     pub fn commit(&self, batch: Batch) -> Result<Commit> {
         self.log.wait(self.commit_inner(batch, self.durability.clone()))
     }
@@ -182,7 +183,7 @@ impl Store {
     }
 
     async fn commit_inner(&self, batch: Batch, durability: Durability) -> Result<Commit> {
-        let body = CommandBody::Batch(WriteBatch { branch: self.branch.id, ops: batch.ops });
+        let body = batch.into_body(self.branch.id);
         let (applied, token) = self.log.write(body, durability).await?;
         applied.response?;
         Ok(Commit { token })
@@ -194,7 +195,8 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::commit`]; after `Indeterminate` and `Unavailable` give the same batch with the same token again. `Invalid` when a
-    /// later request of this client was answered, `Unsupported` at [`Durability::Local`] where there are other replicas.
+    /// later request of this client was answered, `Unsupported` at [`Durability::Local`] where there are other replicas. `Conflict` is the
+    /// outcome of the request, and answered again: another attempt takes the next sequence.
     pub fn commit_once(&self, token: ClientToken, batch: Batch) -> Result<Commit> {
         self.log.wait(self.commit_once_inner(token, batch))
     }
@@ -206,7 +208,7 @@ impl Store {
     }
 
     async fn commit_once_inner(&self, client: ClientToken, batch: Batch) -> Result<Commit> {
-        let body = CommandBody::Batch(WriteBatch { branch: self.branch.id, ops: batch.ops });
+        let body = batch.into_body(self.branch.id);
         let (applied, token) = self.log.write_once(client, body, self.durability.clone()).await?;
         applied.response?;
         Ok(Commit { token })

@@ -1,6 +1,6 @@
 //! The store of one node through the facade.
 
-use mainstay::{Batch, ClientToken, Entry, ErrorKind, ReadLevel, Result, Store, StoreBuilder};
+use mainstay::{Batch, ClientToken, Entry, ErrorKind, LogIndex, ReadLevel, Result, Store, StoreBuilder};
 
 fn builder() -> StoreBuilder {
     Store::builder().wal_bytes(8 << 20).memory_bytes(32 << 20)
@@ -66,6 +66,41 @@ fn a_batch_is_all_or_nothing_over_keyspaces() {
     assert_eq!(refused.kind(), ErrorKind::Invalid);
     assert_eq!(left.get("k").expect("readable").as_deref(), Some(&b"1"[..]));
     assert_eq!(right.get("k").expect("readable").as_deref(), Some(&b"2"[..]));
+    store.close().expect("closes");
+}
+
+#[test]
+fn a_batch_is_applied_if_its_conditions_hold_and_else_changes_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = builder().open(folder.path().join("store")).expect("opens");
+    let (a, b) = (store.keyspace("a").expect("made"), store.keyspace("b").expect("made"));
+    let mut first = Batch::new();
+    first.require_absent(&a, "k").insert(&a, "k", "1").insert(&b, "k", "1");
+    let commit = store.commit(first.clone()).expect("absent");
+    let error = store.commit(first.clone()).expect_err("there by now");
+    assert_eq!((error.kind(), error.is_retryable()), (ErrorKind::Conflict, false));
+    assert!(error.to_string().ends_with("keyspace=a key=k"), "{error}");
+    let snapshot = store.snapshot().expect("a view");
+    assert_eq!(snapshot.version(&a, "k").expect("readable"), Some(commit.index()));
+    assert_eq!(snapshot.version(&a, "none").expect("readable"), None);
+
+    let attempt = |mut batch: Batch| {
+        batch.insert(&b, "k", "2");
+        store.commit(batch).err().map(|error| error.kind())
+    };
+    let conflict = Some(ErrorKind::Conflict);
+    assert_eq!(attempt(Batch::new().require_value(&a, "k", "2").clone()), conflict);
+    assert_eq!(attempt(Batch::new().require_present(&a, "none").clone()), conflict);
+    assert_eq!(attempt(Batch::new().require_version(&a, "k", Some(LogIndex(1))).clone()), conflict);
+    assert_eq!(attempt(Batch::new().require_version(&a, "k", None).clone()), conflict);
+    assert_eq!(b.get("k").expect("readable").as_deref(), Some(&b"1"[..]));
+    let mut all = Batch::new();
+    all.require_value(&a, "k", "1").require_present(&b, "k").require_absent(&a, "none");
+    all.require_version(&a, "k", Some(commit.index()));
+    assert_eq!(attempt(all), None);
+    assert_eq!(b.get("k").expect("readable").as_deref(), Some(&b"2"[..]));
+    first.clear();
+    assert!(first.is_empty() && first.bytes() == 0);
     store.close().expect("closes");
 }
 
