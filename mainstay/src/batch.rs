@@ -161,6 +161,11 @@ pub struct Commit {
 }
 
 impl Commit {
+    /// Of what is in the log already.
+    pub(crate) fn at(index: LogIndex) -> Self {
+        Self { token: mainstay_replication::CommitToken { term: 0, index } }
+    }
+
     /// The index of the entry: the version of every key that it wrote.
     pub fn index(&self) -> LogIndex {
         self.token.index

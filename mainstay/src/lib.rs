@@ -97,6 +97,38 @@
 //! # }
 //! ```
 //!
+//! # Conditions and transactions
+//!
+//! A [`Batch`] may say what must hold for it to be applied, and a [`Transaction`] reads one snapshot and commits only if nothing it
+//! depends on was written since. Both are decided by every replica alike, at one place of the log.
+//!
+//! ```
+//! # fn main() -> mainstay::Result<()> {
+//! # let dir = tempfile::tempdir().expect("a temporary directory");
+//! # let store = mainstay::Store::builder().wal_bytes(16 << 20).open(dir.path().join("store"))?;
+//! use mainstay::{ErrorKind, Isolation};
+//!
+//! let accounts = store.keyspace("accounts")?;
+//! accounts.insert("ada", [90])?;
+//!
+//! // Tried again, a bounded number of times, when others were faster.
+//! let (left, _) = store.transact(Isolation::Serializable, |transaction| {
+//!     let has = transaction.get(&accounts, "ada")?.map_or(0, |value| value[0]);
+//!     transaction.insert(&accounts, "ada", [has - 20])?;
+//!     transaction.insert(&accounts, "alan", [20])?;
+//!     Ok(has - 20)
+//! })?;
+//! assert_eq!(left, 70);
+//!
+//! // By hand: a conflict changes nothing.
+//! let mut late = store.transaction(Isolation::Snapshot)?;
+//! accounts.insert("ada", [0])?;
+//! late.insert(&accounts, "ada", [100])?;
+//! assert_eq!(late.commit().unwrap_err().kind(), ErrorKind::Conflict);
+//! # store.close()
+//! # }
+//! ```
+//!
 //! # Your own commands
 //!
 //! A [`StateMachine`] decides commands of your own at apply, on every replica alike: see `examples/state_machine.rs`.
@@ -116,6 +148,7 @@ mod options;
 mod platform;
 mod snapshot;
 mod store;
+mod transaction;
 
 pub use batch::{Batch, Commit};
 pub use error::{Error, ErrorKind, Result};
@@ -133,6 +166,9 @@ pub use node::{Node, NodeOptions};
 pub use options::{MEMORY_BYTES_DEFAULT, StoreBuilder, WAL_BYTES_DEFAULT, target_of};
 pub use snapshot::{Entry, Scan, Snapshot};
 pub use store::{Store, StoreStatus};
+pub use transaction::{
+    Isolation, TRANSACT_ATTEMPTS_MAX, TRANSACTION_BYTES_MAX, TransactFuture, Transaction, TransactionScan,
+};
 
 pub(crate) use store::Branch;
 

@@ -103,6 +103,10 @@ impl Store {
         Self { read_level, ..self.clone() }
     }
 
+    pub(crate) fn durability(&self) -> Durability {
+        self.durability.clone()
+    }
+
     /// The name of the branch: `main`, or that of the clone.
     pub fn branch_name(&self) -> &str {
         &self.branch.name
@@ -182,7 +186,7 @@ impl Store {
         self.log.bind(async move { this.commit_inner(batch, durability).await })
     }
 
-    async fn commit_inner(&self, batch: Batch, durability: Durability) -> Result<Commit> {
+    pub(crate) async fn commit_inner(&self, batch: Batch, durability: Durability) -> Result<Commit> {
         let body = batch.into_body(self.branch.id);
         let (applied, token) = self.log.write(body, durability).await?;
         applied.response?;
@@ -207,7 +211,7 @@ impl Store {
         self.log.bind(async move { this.commit_once_inner(token, batch).await })
     }
 
-    async fn commit_once_inner(&self, client: ClientToken, batch: Batch) -> Result<Commit> {
+    pub(crate) async fn commit_once_inner(&self, client: ClientToken, batch: Batch) -> Result<Commit> {
         let body = batch.into_body(self.branch.id);
         let (applied, token) = self.log.write_once(client, body, self.durability.clone()).await?;
         applied.response?;
