@@ -6,8 +6,8 @@
 //! - N1. What is sent is encoded by `wire` (pitfall 8), with its length bounded: at most `READ_BYTES_MAX` of entries
 //!   beyond the first in one append.
 //! - N2. A transport that could not deliver is `Unreachable`, never a granted pre-vote.
-//! - N3. A snapshot is offered and not sent: the receiver fetches the tables it lacks. The offer is repeated while the
-//!   receiver works, so a dead receiver is noticed within [`OFFER_WAIT`].
+//! - N3. A snapshot is offered and not sent: the receiver fetches the tables it lacks. It is asked again and again while it
+//!   works, so one that is dead, or has never heard of the offer, is noticed within [`OFFER_TIMEOUT`].
 
 use std::future::Future;
 use std::sync::Arc;
@@ -70,6 +70,8 @@ pub(crate) mod method {
     pub(crate) const GROUPED: u8 = 28;
     /// As `GROUPED`, of one that keeps its order.
     pub(crate) const GROUPED_IN_TURN: u8 = 29;
+    /// What has become of a snapshot that was offered.
+    pub(crate) const AWAIT_SNAPSHOT: u8 = 30;
 }
 
 /// Whether requests of this method rest on reaching a peer in the order in which they were sent. A connection keeps the
@@ -81,10 +83,12 @@ pub fn keeps_order(method: u8) -> bool {
 /// How long entries may take to be durable at a follower. A follower that vanished is noticed by its heartbeats, which
 /// end the connection.
 pub(crate) const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a receiver of a snapshot holds an offer before it says that it still works on it.
-pub(crate) const OFFER_WAIT: Duration = Duration::from_secs(10);
-/// How long a leader waits for that answer.
-const OFFER_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a receiver of a snapshot holds a question about it before it says that it still works on it.
+pub(crate) const OFFER_WAIT: Duration = Duration::from_secs(1);
+/// How long a leader waits for that answer: until then nothing tells a receiver that works from an offer that was lost.
+pub(crate) const OFFER_TIMEOUT: Duration = Duration::from_secs(3);
+/// What an offer takes longer than that for its manifest: even a slow link carries so many bytes in a second.
+pub(crate) const OFFER_BYTES_PER_SECOND: u64 = 256 << 10;
 
 /// Sends Raft's messages to one node.
 pub(crate) struct Network<R: Runtime> {
@@ -238,6 +242,38 @@ impl<R: Runtime> Network<R> {
     }
 }
 
+/// A request about a snapshot: method, body, and how long its answer may take.
+type Question = (u8, Bytes, Duration);
+
+fn offer_snapshot(vote: &Vote, offer: &Offer) -> Question {
+    let mut body = Writer::with_capacity(256 + offer.manifest.len());
+    body.vote(vote);
+    write_offer(&mut body, offer);
+    let transfer = Duration::from_secs(offer.manifest.len() as u64 / OFFER_BYTES_PER_SECOND);
+    (method::SNAPSHOT, body.finish(), OFFER_TIMEOUT + transfer)
+}
+
+fn await_snapshot(vote: &Vote, at: Option<&LogId>) -> Question {
+    let mut body = Writer::new();
+    body.vote(vote).option_log_id(at);
+    (method::AWAIT_SNAPSHOT, body.finish(), OFFER_TIMEOUT)
+}
+
+/// Which snapshot is asked about: the vote of its leader, and the last entry in it.
+pub(crate) fn read_await_snapshot(body: &Bytes) -> Result<(Vote, Option<LogId>)> {
+    let mut reader = Reader::open(body)?;
+    let asked = (reader.vote()?, reader.option(Reader::log_id)?);
+    reader.end()?;
+    Ok(asked)
+}
+
+/// The answer to who offered a snapshot: nothing while it is being installed.
+pub(crate) fn write_installed(out: &mut Writer, vote: Option<Vote>) {
+    out.option(vote, |w, vote| {
+        w.vote(&vote);
+    });
+}
+
 type Answers<'s, R> = futures_util::stream::BoxStream<'s, Result<Matched<R>, RPCError<TypeConfig<R>>>>;
 
 impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
@@ -305,13 +341,10 @@ impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
         };
         let offer = Offer { meta: snapshot.meta.clone(), manifest: export.manifest.clone(), from: self.me };
         let mut cancel = std::pin::pin!(cancel);
+        let mut question = offer_snapshot(&vote, &offer);
         loop {
-            let mut body = Writer::with_capacity(256 + offer.manifest.len());
-            body.vote(&vote);
-            write_offer(&mut body, &offer);
-            let call = std::pin::pin!(
-                self.call(method::SNAPSHOT, body.finish(), OFFER_TIMEOUT, |r| { r.option(Reader::vote) })
-            );
+            let (method, body, timeout) = question;
+            let call = std::pin::pin!(self.call(method, body, timeout, |r| r.option(Reader::vote)));
             match R::select2(cancel.as_mut(), call).await {
                 Select2::First(closed) => return Err(StreamingError::Closed(closed)),
                 Select2::Second(Ok(Some(answer))) => {
@@ -322,7 +355,8 @@ impl<R: Runtime> RaftNetworkV2<TypeConfig<R>> for Network<R> {
                     }
                     return Ok(SnapshotResponse::new(answer));
                 }
-                Select2::Second(Ok(None)) => {}
+                // It has the manifest, which is long, and needs it no second time.
+                Select2::Second(Ok(None)) => question = await_snapshot(&vote, offer.meta.last_log_id.as_ref()),
                 // Backs off also after a timeout: openraft would try again at once.
                 Select2::Second(Err(error)) => return Err(StreamingError::Unreachable(unreachable(&error))),
             }

@@ -30,8 +30,8 @@ use crate::heal::{read_digests, write_digests};
 use crate::levels::Level;
 use crate::log_heal::{read_base, read_given, read_lost, read_wanted, write_base, write_given};
 use crate::network::{
-    OFFER_WAIT, method, read_append, read_offer, read_transfer_request, read_vote_request, write_append_answer,
-    write_offer, write_transfer_response, write_vote_response,
+    OFFER_WAIT, method, read_append, read_await_snapshot, read_offer, read_transfer_request, read_vote_request,
+    write_append_answer, write_installed, write_offer, write_transfer_response, write_vote_response,
 };
 use crate::node::{Inner, Running};
 use crate::receipts::{Receipt, Remembered, read_receipt};
@@ -63,6 +63,17 @@ pub(crate) struct InstallJob {
     at: Option<LogId>,
     result: Mutex<Option<Result<Vote>>>,
     done: Notify,
+}
+
+impl InstallJob {
+    /// Whether it brings what was offered under that vote up to `at`.
+    fn is_of(&self, vote: &Vote, at: Option<LogId>) -> bool {
+        self.vote == *vote && self.at >= at
+    }
+
+    fn result(&self) -> MutexGuard<'_, Option<Result<Vote>>> {
+        self.result.lock().expect("nothing panics while it holds this lock")
+    }
 }
 
 impl<R: Runtime> Handler for Service<R> {
@@ -195,12 +206,21 @@ impl<R: Runtime> Inner<R> {
                 // It may have become a member behind the end of the log here.
                 *self.offered_by.lock().expect("nothing panics while it holds this lock") =
                     Some((from.node, from.peer_address));
-                let answer = self.take_offer(&running, vote, offer).await;
-                Ok(encode_result(answer, |w, vote| {
-                    w.option(vote, |w, vote| {
-                        w.vote(&vote);
-                    });
-                }))
+                let answer = match self.take_offer(&running, vote, offer) {
+                    Ok(install) => self.wait_for(install).await,
+                    Err(error) => Err(error),
+                };
+                Ok(encode_result(answer, write_installed))
+            }
+            method::AWAIT_SNAPSHOT => {
+                self.raft_peer(&from)?;
+                let (vote, at) = read_await_snapshot(&body)?;
+                let answer = match self.install_of(&vote, at) {
+                    Some(install) => self.wait_for(install).await,
+                    // This process has forgotten it.
+                    None => Err(Error::new(ErrorKind::Unavailable, "no such snapshot is being installed")),
+                };
+                Ok(encode_result(answer, write_installed))
             }
             method::TABLE_READ => {
                 self.cluster_peer(&from)?;
@@ -370,57 +390,71 @@ impl<R: Runtime> Inner<R> {
         Ok(())
     }
 
-    /// Starts to install an offered snapshot, or joins the install at work; `None` while it goes on.
-    async fn take_offer(self: &Arc<Self>, running: &Arc<Running<R>>, vote: Vote, offer: Offer) -> Result<Option<Vote>> {
+    /// Starts to install an offered snapshot, or finds the install at work.
+    fn take_offer(self: &Arc<Self>, running: &Arc<Running<R>>, vote: Vote, offer: Offer) -> Result<Arc<InstallJob>> {
         let at = offer.meta.last_log_id;
-        let job = {
-            let mut install = self.install.lock().expect("nothing panics while it holds this lock");
-            match &*install {
-                Some(job) if job.vote == vote && job.at >= at => job.clone(),
-                Some(job) if job.result.lock().expect("nothing panics while it holds this lock").is_none() => {
-                    return Err(Error::new(ErrorKind::Unavailable, "another snapshot is being installed"));
-                }
-                _ => {
-                    let job = Arc::new(InstallJob { vote, at, result: Mutex::new(None), done: Notify::new() });
-                    *install = Some(job.clone());
-                    let (running, job2) = (running.clone(), job.clone());
-                    let this = self.clone();
-                    self.spawn(async move {
-                        // openraft answers at once for what it knows to be committed, though it may not be durable here: the
-                        // sender would count on entries that a power cut takes.
-                        while at.is_some_and(|at| this.log.is_on_its_way(at.index)) {
-                            R::sleep(DURABLE_PAUSE).await;
-                        }
-                        let data = SnapshotHandle::Remote { manifest: offer.manifest, from: offer.from };
-                        let snapshot = RaftSnapshot { meta: offer.meta, snapshot: data };
-                        // openraft would take the end of the snapshot for that of a log that goes on behind it.
-                        let result = if at.is_some_and(|at| this.log.holds(&vote, at)) {
-                            Ok(vote)
-                        } else {
-                            if let Some(at) = at
-                                && let Some(index) = this.log.denied_by(at)
-                            {
-                                this.drop_denied(&running, vote, at, index).await;
-                            }
-                            let result = running.raft.install_full_snapshot(vote, snapshot).await;
-                            result.map(|r| r.vote).map_err(|e| raft_error(&e))
-                        };
-                        *job2.result.lock().expect("nothing panics while it holds this lock") = Some(result);
-                        job2.done.notify_waiters();
-                    });
-                    job
-                }
+        let mut install = self.install();
+        match &*install {
+            Some(job) if job.is_of(&vote, at) => Ok(job.clone()),
+            Some(job) if job.result().is_none() => {
+                Err(Error::new(ErrorKind::Unavailable, "another snapshot is being installed"))
             }
-        };
+            _ => {
+                let job = Arc::new(InstallJob { vote, at, result: Mutex::new(None), done: Notify::new() });
+                *install = Some(job.clone());
+                let (this, running, mine) = (self.clone(), running.clone(), job.clone());
+                self.spawn(async move {
+                    let result = this.install_offered(&running, vote, offer).await;
+                    *mine.result() = Some(result);
+                    mine.done.notify_waiters();
+                });
+                Ok(job)
+            }
+        }
+    }
+
+    async fn install_offered(self: &Arc<Self>, running: &Arc<Running<R>>, vote: Vote, offer: Offer) -> Result<Vote> {
+        let at = offer.meta.last_log_id;
+        // openraft answers at once for what it knows to be committed, though it may not be durable here: the sender would count
+        // on entries that a power cut takes.
+        while at.is_some_and(|at| self.log.is_on_its_way(at.index)) {
+            R::sleep(DURABLE_PAUSE).await;
+        }
+        let data = SnapshotHandle::Remote { manifest: offer.manifest, from: offer.from };
+        let snapshot = RaftSnapshot { meta: offer.meta, snapshot: data };
+        // openraft would take the end of the snapshot for that of a log that goes on behind it.
+        if at.is_some_and(|at| self.log.holds(&vote, at)) {
+            return Ok(vote);
+        }
+        if let Some(at) = at
+            && let Some(index) = self.log.denied_by(at)
+        {
+            self.drop_denied(running, vote, at, index).await;
+        }
+        let result = running.raft.install_full_snapshot(vote, snapshot).await;
+        result.map(|r| r.vote).map_err(|e| raft_error(&e))
+    }
+
+    fn install(&self) -> MutexGuard<'_, Option<Arc<InstallJob>>> {
+        self.install.lock().expect("nothing panics while it holds this lock")
+    }
+
+    /// The install of that snapshot, if it is at work or was a moment ago.
+    fn install_of(&self, vote: &Vote, at: Option<LogId>) -> Option<Arc<InstallJob>> {
+        self.install().clone().filter(|job| job.is_of(vote, at))
+    }
+
+    /// What an install has come to; `None` while it goes on.
+    async fn wait_for(&self, job: Arc<InstallJob>) -> Result<Option<Vote>> {
         let mut done = std::pin::pin!(job.done.notified());
         done.as_mut().enable();
-        if job.result.lock().expect("nothing panics while it holds this lock").is_none() {
+        if job.result().is_none() {
             let pause = std::pin::pin!(R::sleep(OFFER_WAIT));
             let _ = R::select2(done, pause).await;
         }
-        let result = job.result.lock().expect("nothing panics while it holds this lock").clone();
+        let result = job.result().clone();
         if result.is_some() {
-            let mut install = self.install.lock().expect("nothing panics while it holds this lock");
+            let mut install = self.install();
             if install.as_ref().is_some_and(|i| Arc::ptr_eq(i, &job)) {
                 *install = None;
             }
@@ -529,6 +563,7 @@ pub(crate) fn decode_any(bytes: &Bytes) {
     let _ = read_append::<R>(bytes);
     let _ = read_vote_request::<R>(bytes);
     let _ = read_transfer_request::<R>(bytes);
+    let _ = read_await_snapshot(bytes);
     let _ = decode_result(bytes, read_offer);
     let _ = decode_result(bytes, Level::read);
     let _ = decode_result(bytes, crate::DiskHealth::read);

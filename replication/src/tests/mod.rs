@@ -13,6 +13,7 @@ mod lag;
 mod log;
 mod machine;
 mod members;
+mod offers;
 mod pipeline;
 mod priority;
 mod recover;

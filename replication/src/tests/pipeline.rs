@@ -19,27 +19,27 @@ use crate::types::{Entry, EntryPayload, LogId, Member, Payload, TypeConfig, Vote
 use crate::wire::encode_result;
 use crate::{Envelope, Error, ErrorKind, Handler, Hello, NodeId, PeerAddress, Result, TokioRuntime, Transport};
 
-type Config = TypeConfig<TokioRuntime>;
+pub(super) type Config = TypeConfig<TokioRuntime>;
 type Request = AppendEntriesRequest<Config>;
 type Response = AppendEntriesResponse<Config>;
 type Answer = Result<Matched<TokioRuntime>, RPCError<Config>>;
 
-struct Call {
-    request: Envelope,
-    timeout: Duration,
-    answer: oneshot::Sender<Result<Envelope>>,
+pub(super) struct Call {
+    pub(super) request: Envelope,
+    pub(super) timeout: Duration,
+    pub(super) answer: oneshot::Sender<Result<Envelope>>,
 }
 
 /// Keeps what was sent until the test answers it.
 #[derive(Default)]
-struct Held(Mutex<Vec<Option<Call>>>, Notify);
+pub(super) struct Held(Mutex<Vec<Option<Call>>>, Notify);
 
 impl Held {
-    fn sent(&self) -> usize {
+    pub(super) fn sent(&self) -> usize {
         self.0.lock().expect("not poisoned").len()
     }
 
-    fn take(&self, i: usize) -> Call {
+    pub(super) fn take(&self, i: usize) -> Call {
         self.0.lock().expect("not poisoned")[i].take().expect("not answered yet")
     }
 
@@ -48,7 +48,7 @@ impl Held {
         let _ = self.take(i).answer.send(Ok(Envelope { method: 0, body }));
     }
 
-    fn fail(&self, i: usize, kind: ErrorKind) {
+    pub(super) fn fail(&self, i: usize, kind: ErrorKind) {
         let _ = self.take(i).answer.send(Err(Error::new(kind, "broken")));
     }
 
@@ -84,7 +84,7 @@ impl Transport for Held {
     }
 }
 
-fn run<T>(test: impl AsyncFnOnce(Arc<Held>, Network<TokioRuntime>) -> T) -> T {
+pub(super) fn run<T>(test: impl AsyncFnOnce(Arc<Held>, Network<TokioRuntime>) -> T) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let held = Arc::new(Held::default());
@@ -126,7 +126,7 @@ fn requests(indexes: std::ops::RangeInclusive<u64>) -> impl futures_util::Stream
     stream::iter(indexes.map(|i| request(i, Some(10))).collect::<Vec<_>>())
 }
 
-fn option() -> RPCOption {
+pub(super) fn option() -> RPCOption {
     RPCOption::new(Duration::from_millis(100))
 }
 
