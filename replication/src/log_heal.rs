@@ -137,7 +137,8 @@ impl<R: Runtime> Inner<R> {
                         tracing::warn!(%error, "the log is not whole yet");
                         // What is lost may have changed them.
                         members = this.confirmed_members(me).await;
-                        if members.as_deref().is_some_and(|members| gives_up(members, me)) {
+                        // That the first group says, of all.
+                        if this.host.is_none() && members.as_deref().is_some_and(|members| gives_up(members, me)) {
                             return this.set_phase(Phase::Removed);
                         }
                         this.set_phase(Phase::Recovering(error.to_string()));

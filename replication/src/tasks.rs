@@ -258,7 +258,9 @@ impl<R: Runtime> Inner<R> {
             };
             if !committed.is_empty() {
                 let gone: Vec<u64> = known.difference(&committed).copied().collect();
-                if gone.contains(&running.id) && !voter_once {
+                // The first group decides for all. The leader of another one that does not know the first one's last entries yet lets go of
+                // whom they have made a member, and takes it in again.
+                if gone.contains(&running.id) && !voter_once && self.host.is_none() {
                     self.leave(running);
                 }
                 let mut removed = self.removed.lock().expect("nothing panics while it holds this lock");

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use mainstay_engine::ClientToken;
+use openraft::ChangeMembers;
 
 use super::cluster::*;
 use crate::{Durability, ErrorKind, MemberRole, Node, NodeId, ReadLevel, Write};
@@ -39,6 +40,18 @@ pub(super) async fn group_of(cluster: &Cluster, i: usize, name: &str) -> Node {
 
 pub(super) async fn until(node: &Node, what: impl Fn(&crate::NodeStatus) -> bool) {
     while !what(&node.status()) {
+        pause().await;
+    }
+}
+
+async fn leading(cluster: &Cluster, name: &str) -> Node {
+    loop {
+        for i in cluster.running().collect::<Vec<_>>() {
+            let group = group_of(cluster, i, name).await;
+            if group.status().role == "leader" {
+                return group;
+            }
+        }
         pause().await;
     }
 }
@@ -162,6 +175,29 @@ fn a_member_that_was_removed_has_no_vote_in_any_group() {
                 assert!(voters.map(|member| member.id).all(|voter| voter != id), "{name} without {id}");
             }
         }
+        cluster.finish().await;
+    });
+}
+
+/// The leader of a group was started again and did not know yet that the first group has a new member: it let go of that member, and took it in
+/// again half a second later. The member took that for its removal, and stayed idle in the group for good.
+#[test]
+fn a_replica_that_its_group_has_let_go_takes_part_again_while_the_first_group_names_it() {
+    run(async {
+        let cluster = Cluster::born(3).await;
+        drop(cluster.node(0).create_group("a").await.expect("made"));
+        let ids = [1, 2, 3].map(NodeId);
+        votes(&cluster, "a", &ids).await;
+        // The one that leads it hears of its own removal.
+        let gone = leading(&cluster, "a").await;
+        let id = gone.status().id;
+        let running = gone.inner.running().expect("it takes part");
+        let stay = ids.into_iter().filter(|other| *other != id).map(|other| other.0).collect();
+        gone.inner.change_members(&running, ChangeMembers::ReplaceAllVoters(stay), false).await.expect("let go");
+        votes(&cluster, "a", &ids).await;
+        put_in(&gone, "k", "again").await;
+        assert_eq!(get_in(&gone, "k").await.as_deref(), Some("again"));
+        drop((gone, running));
         cluster.finish().await;
     });
 }
