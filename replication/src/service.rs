@@ -552,6 +552,12 @@ impl<R: Runtime> Peers for NodePeers<R> {
         })
     }
 
+    fn awaited(&self) -> Option<LogId> {
+        let job = self.0.upgrade()?.install().clone()?;
+        let waits = job.result().is_none();
+        job.at.filter(|_| waits)
+    }
+
     fn is_closing(&self) -> bool {
         self.0.upgrade().is_none_or(|inner| inner.closing.is_set())
     }

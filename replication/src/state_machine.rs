@@ -132,6 +132,8 @@ pub(crate) trait Peers: Send + Sync + 'static {
     fn read_table(&self, from: u64, id: TableId, offset: u64, length: u64) -> BoxFuture<Result<Bytes>>;
     /// A snapshot of another member that reaches `least`, pinned there for this node.
     fn offer(&self, least: Option<LogId>) -> BoxFuture<Result<Offer>>;
+    /// The end of the snapshot that openraft has been given and waits for the applier to take over.
+    fn awaited(&self) -> Option<LogId>;
     /// True once the node closes: an install gives up.
     fn is_closing(&self) -> bool;
 }
@@ -303,10 +305,10 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
             if self.peers.is_closing() {
                 return Err(io_error("closed while an entry waited for a damaged block"));
             }
+            let awaited = self.peers.awaited();
             R::sleep(INSTALL_RETRY).await;
             match self.peers.offer(Some(id)).await {
-                // With a state beyond the log here openraft would have to be told, and it did not ask.
-                Ok(offer) if offer.meta.last_log_id <= self.log.last() => {
+                Ok(offer) if self.may_go_on_from(&offer, awaited) => {
                     if self.try_take_over(&offer).await? {
                         self.go_on_from(offer.meta);
                         return Ok(None);
@@ -316,6 +318,14 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
                 Err(error) => tracing::debug!(%error, "no state to be had yet that holds the entry"),
             }
         }
+    }
+
+    /// Whether the state of a peer may take the place of this one between two entries. With one beyond the log here openraft would have to be
+    /// told. It knows when it has asked: then an install of what lies behind the log, `awaited` before, waits yet for this very entry
+    /// to be applied, and nothing comes into the log meanwhile. Like any install it may go further than it was asked to.
+    fn may_go_on_from(&self, offer: &Offer, awaited: Option<LogId>) -> bool {
+        let last = self.log.last();
+        offer.meta.last_log_id <= last || (last < awaited && awaited == self.peers.awaited())
     }
 
     /// The state of a peer took the place of this one.
@@ -448,13 +458,18 @@ impl<R: Runtime, S: State> RaftStateMachine<TypeConfig<R>> for StateMachine<R, S
             // What this node exported: it holds the tables and asks nobody.
             SnapshotHandle::Local(export) => (export.manifest, 0),
         };
-        if meta.last_log_id.is_some_and(|id| id.index <= self.state.applied().0)
-            && meta.last_log_id <= self.last_applied
-        {
+        let asked = meta.last_log_id.map_or(0, |id| id.index);
+        let applied = self.state.applied().0;
+        if meta.last_log_id.is_some() && asked <= applied && meta.last_log_id <= self.last_applied {
+            if self.log.last() < meta.last_log_id {
+                // An entry that waited has gone further. The log is about to be purged up to here, and knows no membership of here.
+                self.log.begin_install(meta, self.state.flushed()).await?;
+            }
+            self.told = self.told.max(asked);
+            self.progress.advance(applied);
             return Ok(());
         }
         let offer = Offer { meta: meta.clone(), manifest, from };
-        let asked = meta.last_log_id.map_or(0, |id| id.index);
         let meta = self.take_over(offer).await?;
         self.told = self.told.max(asked);
         let at = meta.last_log_id.map_or(0, |id| id.index);

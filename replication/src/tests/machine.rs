@@ -1,6 +1,7 @@
 //! The state machine where the log and its openraft disagree about how far it is.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use futures_util::stream;
@@ -9,6 +10,7 @@ use mainstay_io::BoxFuture;
 use openraft::storage::RaftStateMachine;
 
 use super::{Bench, Double};
+use crate::progress::Progress;
 use crate::state_machine::{Exported, Offer, Peers, SnapshotHandle, State, StateMachine};
 use crate::types::{Entry, EntryPayload, LogId, SnapshotMeta, StoredMembership, TypeConfig, log_id};
 use crate::{Error, ErrorKind, Result, TokioRuntime};
@@ -84,6 +86,10 @@ impl Peers for MovedOn {
         Box::pin(async { Ok(Offer { meta: meta_at(9), manifest: manifest_at(9), from: 2 }) })
     }
 
+    fn awaited(&self) -> Option<LogId> {
+        None
+    }
+
     fn is_closing(&self) -> bool {
         false
     }
@@ -101,8 +107,43 @@ impl Peers for Rotten {
         MovedOn.offer(least)
     }
 
+    fn awaited(&self) -> Option<LogId> {
+        None
+    }
+
     fn is_closing(&self) -> bool {
         false
+    }
+}
+
+/// Others have moved on to 9, and openraft has been given a snapshot that ends at `awaited`. Gives up when it was asked some times.
+struct Ahead {
+    awaited: u64,
+    asked: AtomicU64,
+}
+
+impl Ahead {
+    fn new(awaited: u64) -> Arc<Self> {
+        Arc::new(Self { awaited, asked: AtomicU64::new(0) })
+    }
+}
+
+impl Peers for Ahead {
+    fn read_table(&self, from: u64, id: TableId, offset: u64, length: u64) -> BoxFuture<Result<Bytes>> {
+        MovedOn.read_table(from, id, offset, length)
+    }
+
+    fn offer(&self, least: Option<LogId>) -> BoxFuture<Result<Offer>> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        MovedOn.offer(least)
+    }
+
+    fn awaited(&self) -> Option<LogId> {
+        Some(log_id(1, self.awaited))
+    }
+
+    fn is_closing(&self) -> bool {
+        self.asked.load(Ordering::Relaxed) >= 3
     }
 }
 
@@ -155,6 +196,48 @@ fn an_entry_that_reads_what_nobody_has_any_more_is_taken_over_with_the_state() {
         RaftStateMachine::<Config>::apply(&mut alone, entries).await.expect_err("closed while it waited");
         let (applied, _) = RaftStateMachine::<Config>::applied_state(&mut alone).await.expect("known");
         assert_eq!(applied, Some(log_id(1, 6)), "and applied nothing that it could not read");
+    });
+}
+
+/// A replica waited for ever: an entry for a block that is damaged here and that nobody has any more, the install of a snapshot, which the leader
+/// had begun to offer, for that entry, and the log for the install, so that no state of another member was one that it reached.
+#[test]
+fn an_entry_that_cannot_be_read_gives_way_to_the_install_that_waits_behind_it() {
+    type Config = TypeConfig<TokioRuntime>;
+    type Machine = StateMachine<TokioRuntime, Fetching>;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let mut bench = Bench::new(1 << 20).await;
+        let body = mainstay_engine::CommandBody::Rotate;
+        let command = Command { time_ms: 1, body }.encode().expect("encodes");
+        let entry = |index| Entry {
+            log_id: log_id(1, index),
+            payload: EntryPayload::Normal(crate::types::Payload::new(command.clone())),
+        };
+        super::log::append(&mut bench.store, (0..7).map(entry).collect()).await;
+        let blind = || Fetching { blind_at: Some(5), ..Fetching::default() };
+        let entries = || stream::iter((1..=6).map(|index| Ok((entry(index), None))));
+
+        // What the log reaches openraft may have by itself: it is no sign that it waits for more.
+        let mut machine = Machine::open(blind(), bench.store.clone(), Ahead::new(6), Arc::default()).expect("opens");
+        RaftStateMachine::<Config>::apply(&mut machine, entries()).await.expect_err("closed while it waited");
+
+        let progress: Arc<Progress> = Arc::default();
+        let mut machine = Machine::open(blind(), bench.store.clone(), Ahead::new(8), progress.clone()).expect("opens");
+        RaftStateMachine::<Config>::apply(&mut machine, entries()).await.expect("applied");
+        let (applied, _) = RaftStateMachine::<Config>::applied_state(&mut machine).await.expect("known");
+        assert_eq!(applied, Some(log_id(1, 9)), "the newer one, with all of the log in it");
+
+        let handle = SnapshotHandle::Remote { manifest: manifest_at(8), from: 2 };
+        RaftStateMachine::<Config>::install_snapshot(&mut machine, &meta_at(8), handle).await.expect("it is in there");
+        let (applied, _) = RaftStateMachine::<Config>::applied_state(&mut machine).await.expect("known");
+        assert_eq!(applied, Some(log_id(1, 9)), "nothing was taken back");
+        assert_eq!(progress.applied(), LogIndex(9), "reads wait for no entry behind it");
+        let named = RaftStateMachine::<Config>::try_create_snapshot_builder(&mut machine, false).await;
+        assert!(named.is_none(), "openraft knows of 8 only");
+        RaftStateMachine::<Config>::apply(&mut machine, stream::iter([Ok((entry(9), None))])).await.expect("applied");
+        let named = RaftStateMachine::<Config>::try_create_snapshot_builder(&mut machine, false).await;
+        assert!(named.is_some(), "openraft has caught up");
     });
 }
 

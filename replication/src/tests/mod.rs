@@ -162,6 +162,10 @@ impl Peers for NoPeers {
         Box::pin(async { Err(Error::new(ErrorKind::Unavailable, "nobody is there")) })
     }
 
+    fn awaited(&self) -> Option<LogId> {
+        None
+    }
+
     fn is_closing(&self) -> bool {
         true
     }
