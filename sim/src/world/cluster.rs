@@ -531,6 +531,13 @@ impl Cluster {
             .map(|(_, i)| i)
     }
 
+    /// The replicas of a node that runs, by group, the first one without a name.
+    pub(crate) fn replicas(&self, i: usize) -> Option<BTreeMap<Option<String>, SimNode>> {
+        let node = self.node(i)?;
+        let beside = node.groups().into_iter().map(|(name, replica)| (Some(name), Arc::new(replica)));
+        Some(beside.chain([(None, node.clone())]).collect())
+    }
+
     /// The last entry of the leader.
     pub(crate) fn last_log(&self) -> Option<LogIndex> {
         Some(self.node(self.leader()?)?.status().last_log)
@@ -548,10 +555,13 @@ impl Cluster {
         Some(last)
     }
 
-    /// Whether, in each of these groups, every member takes part, follows the leader, and has the entries up to that index, which are
-    /// committed.
-    pub(crate) fn are_whole_to(&self, last: &LastLogs) -> bool {
-        let Some(members) = self.view() else { return false };
+    /// Whether, in every group, each member takes part, follows the leader, and has the entries up to the index in `last`, which are
+    /// committed. What is not in it yet, a group that was born since, comes in as it is now.
+    pub(crate) fn are_whole_to(&self, last: &mut LastLogs) -> bool {
+        let (Some(members), Some(now)) = (self.view(), self.last_logs()) else { return false };
+        for (name, index) in now {
+            last.entry(name).or_insert(index);
+        }
         last.iter().all(|(name, index)| {
             let replica = |member: &MemberInfo| {
                 let node = self.by_name(&member.name).and_then(|i| self.node(i))?;

@@ -16,7 +16,7 @@ use std::time::Duration;
 use mainstay_io::sim::IoKind;
 use mainstay_replication::{MemberInfo, MemberRole, NodeId};
 
-use super::cluster::{Called, Cluster, NO_FLOOD, VolumeCopy};
+use super::cluster::{Called, Cluster, LastLogs, NO_FLOOD, VolumeCopy};
 use crate::disk::Zone;
 use crate::net::NetSettings;
 use crate::rt::{Group, SimRng};
@@ -422,13 +422,9 @@ impl Faults {
         cluster.net.mend_all();
         (0..cluster.size()).for_each(|i| cluster.disk(i).calm());
         cluster.down().into_iter().for_each(|node| start_if_down(cluster, node));
-        let mut last = None;
-        self.comes_about(|cluster| {
-            // Of the first leader that is seen: clients go on writing.
-            last = last.take().or_else(|| cluster.last_logs());
-            last.as_ref().is_some_and(|last| cluster.are_whole_to(last))
-        })
-        .await
+        // Of the first leader of each group that is seen: clients go on writing.
+        let mut last = LastLogs::new();
+        self.comes_about(|cluster| cluster.are_whole_to(&mut last)).await
     }
 
     async fn comes_about(&self, mut what: impl FnMut(&Cluster) -> bool) -> bool {
@@ -458,7 +454,7 @@ impl Faults {
         if !self.quiet().await || cluster.changing.load(Ordering::Relaxed) {
             return;
         }
-        let (Some(copy), Some(last)) = (self.copy.take(), cluster.last_logs()) else { return };
+        let (Some(copy), Some(mut last)) = (self.copy.take(), cluster.last_logs()) else { return };
         cluster.log(|| format!("n{victim} gets an old copy of its volume"));
         cluster.kill(victim);
         cluster.restore(victim, copy);
@@ -469,7 +465,7 @@ impl Faults {
             // The copy may be from before its member was replaced or removed.
             match cluster.node(victim).map(|node| node.status().role).as_deref() {
                 Some("removed") => true,
-                Some("leader" | "follower" | "learner") => cluster.are_whole_to(&last),
+                Some("leader" | "follower" | "learner") => cluster.are_whole_to(&mut last),
                 _ => false,
             }
         });

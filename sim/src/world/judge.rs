@@ -6,16 +6,16 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use mainstay_engine::{CommandBody, MAIN, Snapshot, WriteBatch};
-use mainstay_replication::{Durability, MemberRole, ReadLevel, Write};
+use mainstay_engine::{CommandBody, LogIndex, MAIN, Snapshot, WriteBatch};
+use mainstay_replication::{Durability, MemberRole, Node, ReadLevel, Write};
 
-use super::cluster::{Called, Cluster};
+use super::cluster::{Called, Cluster, SimNode};
 use super::faults::HEALS_ITSELF;
 use super::inserts::Inserts;
 use super::workload::{Client, Notes, read_registers};
 use crate::application::{Application, Session};
 use crate::check;
-use crate::rt::SimRng;
+use crate::rt::{SimRng, SimRuntime};
 
 /// How often the state of all nodes is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -146,18 +146,25 @@ async fn progress(cluster: &Arc<Cluster>, members: &[usize]) -> Result<(), Strin
     Ok(())
 }
 
-/// Waits until every member has applied the same and holds every table it should, and nothing moves any more.
+/// Where each replica of a node stands, by group: what it has applied, how many installs it lacks, where its log ends.
+type Places = BTreeMap<Option<String>, (LogIndex, u64, LogIndex)>;
+
+fn places(cluster: &Cluster, i: usize) -> Option<Places> {
+    let place = |replica: &SimNode| {
+        let status = replica.status();
+        (status.group.applied, status.group.absent_jobs, status.last_log)
+    };
+    Some(cluster.replicas(i)?.iter().map(|(name, replica)| (name.clone(), place(replica))).collect())
+}
+
+/// Waits until every member has applied the same of every group and holds every table it should, and nothing moves any more.
 async fn settle(cluster: &Arc<Cluster>, members: &[usize]) -> Result<(), String> {
     let deadline = cluster.executor.now() + HEAL_MAX;
     let mut before = Vec::new();
     loop {
-        let now: Vec<_> = members
-            .iter()
-            .map(|i| {
-                cluster.node(*i).map(|node| node.status()).map(|s| (s.group.applied, s.group.absent_jobs, s.last_log))
-            })
-            .collect();
-        let level = now.iter().all(|s| matches!(s, Some((applied, 0, last)) if applied == last && *s == now[0]));
+        let now: Vec<_> = members.iter().map(|i| places(cluster, *i)).collect();
+        let rests = |places: &Places| places.values().all(|(applied, absent, last)| *absent == 0 && applied == last);
+        let level = now.iter().all(|places| places.as_ref().is_some_and(rests) && *places == now[0]);
         if level && now == before {
             return Ok(());
         }
@@ -168,6 +175,15 @@ async fn settle(cluster: &Arc<Cluster>, members: &[usize]) -> Result<(), String>
         // Longer than a flush, a compaction and the round that installs it.
         cluster.executor.sleep_until(cluster.executor.now() + Duration::from_secs(1)).await;
     }
+}
+
+/// The manifest of each replica of a node, by group.
+fn digests(cluster: &Cluster, i: usize) -> Option<BTreeMap<Option<String>, (u128, LogIndex)>> {
+    let digest = |replica: &SimNode| {
+        let group = replica.status().group;
+        (group.digest, group.digest_index)
+    };
+    Some(cluster.replicas(i)?.iter().map(|(name, replica)| (name.clone(), digest(replica))).collect())
 }
 
 /// What the documentation tells the operator of damaged tables, while the product does not mend them by itself.
@@ -210,23 +226,36 @@ pub(super) async fn scan(
 }
 
 /// Everything that a replica holds: each branch and checkpoint by name.
-async fn contents(cluster: &Arc<Cluster>, i: usize) -> Result<BTreeMap<String, (u64, u128)>, String> {
+async fn contents_of(replica: &Node<SimRuntime>) -> Result<BTreeMap<String, (u64, u128)>, String> {
+    replica.read_barrier(ReadLevel::Linearizable).await.map_err(|e| e.to_string())?;
+    let group = replica.group();
+    let keyspaces = group.keyspaces();
+    let mut found = BTreeMap::new();
+    for branch in group.branches() {
+        let view = group.snapshot(branch.id).map_err(|e| e.to_string())?;
+        let held = scan(&view, &keyspaces).await.map_err(|e| format!("branch {}: {e}", branch.name))?;
+        found.insert(format!("branch {}", branch.name), held);
+    }
+    for checkpoint in group.checkpoints() {
+        let view = group.checkpoint(&checkpoint.name).map_err(|e| e.to_string())?;
+        let held = scan(&view, &keyspaces).await.map_err(|e| format!("{}: {e}", checkpoint.name))?;
+        found.insert(format!("checkpoint {}", checkpoint.name), held);
+    }
+    Ok(found)
+}
+
+/// What a node holds of each group, the first one without a name.
+async fn contents(
+    cluster: &Arc<Cluster>,
+    i: usize,
+) -> Result<BTreeMap<Option<String>, BTreeMap<String, (u64, u128)>>, String> {
     let called = cluster
         .call(i, Duration::from_secs(120), |node| {
             Box::pin(async move {
-                node.read_barrier(ReadLevel::Linearizable).await.map_err(|e| e.to_string())?;
-                let group = node.group();
-                let keyspaces = group.keyspaces();
-                let mut found = BTreeMap::new();
-                for branch in group.branches() {
-                    let view = group.snapshot(branch.id).map_err(|e| e.to_string())?;
-                    let held = scan(&view, &keyspaces).await.map_err(|e| format!("branch {}: {e}", branch.name))?;
-                    found.insert(format!("branch {}", branch.name), held);
-                }
-                for checkpoint in group.checkpoints() {
-                    let view = group.checkpoint(&checkpoint.name).map_err(|e| e.to_string())?;
-                    let held = scan(&view, &keyspaces).await.map_err(|e| format!("{}: {e}", checkpoint.name))?;
-                    found.insert(format!("checkpoint {}", checkpoint.name), held);
+                let mut found = BTreeMap::from([(None, contents_of(&node).await?)]);
+                for (name, replica) in node.groups() {
+                    let held = contents_of(&replica).await.map_err(|e| format!("group {name}: {e}"))?;
+                    found.insert(Some(name), held);
                 }
                 Ok::<_, String>(found)
             })
@@ -255,9 +284,9 @@ pub(crate) async fn judge(
     watcher.look(cluster);
     // A witness has nothing that could be compared.
     let members: Vec<usize> = members.into_iter().filter(|i| !cluster.is_witness(*i)).collect();
-    let status: Vec<_> = members.iter().filter_map(|i| cluster.node(*i).map(|node| node.status().group)).collect();
-    if status.iter().any(|s| (s.digest, s.digest_index) != (status[0].digest, status[0].digest_index)) {
-        return Err(format!("replicas settled on different manifests: {status:?}"));
+    let digests: Vec<_> = members.iter().map(|i| digests(cluster, *i)).collect();
+    if digests.iter().any(|digest| *digest != digests[0]) {
+        return Err(format!("replicas settled on different manifests: {digests:?}\n    {}", cluster.describe_all()));
     }
     let first = contents(cluster, members[0]).await?;
     for &i in &members[1..] {
@@ -282,4 +311,65 @@ pub(crate) async fn judge(
     }
     application.judge()?;
     check::check(&notes.history()).map_err(|violation| format!("not linearizable: {violation}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use mainstay_replication::Error;
+
+    use super::*;
+    use crate::net::{Net, NetSettings};
+    use crate::rt::Executor;
+    use crate::transactions::Transactions;
+    use crate::world::{Settings, birth};
+
+    async fn write_aside(cluster: &Arc<Cluster>, through: usize) {
+        let called = cluster
+            .call(through, Duration::from_secs(5), |node| {
+                Box::pin(async move {
+                    let body = CommandBody::Batch(WriteBatch { branch: MAIN, ops: Vec::new() });
+                    let aside = node.create_group("aside").await?;
+                    aside.write(Write { body, durability: Durability::Quorum }).await?;
+                    Ok::<_, Error>(())
+                })
+            })
+            .await;
+        assert!(matches!(called, Called::Answered(Ok(()))), "two of three are there");
+    }
+
+    /// A member whose replica of the second group had nothing of it was taken for whole, and read.
+    #[test]
+    fn a_member_that_lacks_entries_of_any_group_is_not_whole() {
+        let mut rng = SimRng::new(7);
+        let mut settings = Settings::draw(&mut rng);
+        (settings.nodes, settings.spares, settings.witness, settings.clock_drift) = (3, 0, Some(false), 0);
+        let executor = Executor::new(7);
+        let net = Net::new(&executor, NetSettings::calm());
+        let cluster = Cluster::new(&executor, &net, &settings, Transactions::new(), &mut rng);
+        executor.block_on(async {
+            (0..3).for_each(|i| cluster.start(i));
+            birth(&cluster).await.expect("born");
+            let members = whole(&cluster).await.expect("three");
+            let last = cluster.last_logs().expect("there is a leader");
+            let leader = cluster.leader().expect("there is one");
+            write_aside(&cluster, leader).await;
+            settle(&cluster, &members).await.expect("all have both groups");
+            assert!(cluster.are_whole_to(&mut last.clone()));
+
+            let away = (leader + 1) % 3;
+            for other in (0..3).filter(|i| *i != away) {
+                net.cut(cluster.address(away), cluster.address(other));
+                net.cut(cluster.address(other), cluster.address(away));
+            }
+            write_aside(&cluster, leader).await;
+            assert!(!cluster.are_whole_to(&mut last.clone()), "one lacks what was written since");
+            settle(&cluster, &members).await.expect_err("the first group is at rest, the second is not");
+
+            net.mend_all();
+            settle(&cluster, &members).await.expect("all have both groups again");
+            assert!(cluster.are_whole_to(&mut last.clone()));
+            (0..3).for_each(|i| cluster.kill(i));
+        });
+        executor.shut_down();
+    }
 }
