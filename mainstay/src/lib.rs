@@ -145,6 +145,7 @@ mod keyspace;
 mod log;
 mod node;
 mod options;
+mod placed;
 mod platform;
 mod snapshot;
 mod store;
@@ -159,11 +160,12 @@ pub use mainstay_engine::{
 };
 pub use mainstay_io::{BackendChoice, BoxFuture, Target};
 pub use mainstay_replication::{
-    CommitToken, Durability, MemberInfo, MemberRole, NodeId, NodeStatus, PeerAddress, ReadLevel, SiteLag, SiteLagBound,
-    Transport,
+    CommitToken, Durability, MemberInfo, MemberRole, NodeId, NodeStatus, PeerAddress, RangeInfo, ReadLevel, SiteLag,
+    SiteLagBound, Transport,
 };
 pub use node::{Node, NodeOptions};
 pub use options::{MEMORY_BYTES_DEFAULT, StoreBuilder, WAL_BYTES_DEFAULT, target_of};
+pub use placed::{Placed, PlacedBatch, PlacedScan};
 pub use snapshot::{Entry, Scan, Snapshot};
 pub use store::{Store, StoreStatus};
 pub use transaction::{

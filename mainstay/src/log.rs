@@ -95,6 +95,19 @@ impl Log {
         }
     }
 
+    /// As [`Log::bind`] for a future that borrows.
+    pub(crate) async fn enter<T>(&self, future: impl Future<Output = T>) -> T {
+        let mut future = std::pin::pin!(future);
+        std::future::poll_fn(|cx| {
+            let _entered = match self {
+                Self::Alone(_) => None,
+                Self::Replicated(replicated) => Some(replicated.handle.enter()),
+            };
+            future.as_mut().poll(cx)
+        })
+        .await
+    }
+
     /// Waits on this thread.
     pub(crate) fn wait<T>(&self, future: impl Future<Output = T>) -> T {
         match self {

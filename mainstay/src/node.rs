@@ -10,7 +10,7 @@ use mainstay_replication::{self as replication, MemberInfo, NodeId, NodeStatus, 
 use tokio::runtime::{Handle, Runtime};
 
 use crate::log::{Log, Replicated};
-use crate::{Error, ErrorKind, Result, Store, StoreBuilder, platform, target_of};
+use crate::{Error, ErrorKind, Placed, Result, Store, StoreBuilder, platform, target_of};
 
 /// How a node is started.
 #[derive(Clone)]
@@ -239,6 +239,16 @@ impl Node {
     /// Names of the groups beside the first, as far as this node has applied that one.
     pub fn group_names(&self) -> Vec<String> {
         self.inner.node.group_names()
+    }
+
+    /// The keyspace of that name whose ranges of keys lie in different groups; made if it is absent, as one range of the first group. It
+    /// has nothing in common with a keyspace of [`Node::store`] of the same name.
+    ///
+    /// # Errors
+    /// `Invalid`: a name of 0 or more than 200 bytes. `Unavailable`, `Indeterminate`: the same call again finds what was made.
+    pub fn placed(&self, name: &str) -> BoxFuture<Result<Placed>> {
+        let (name, log) = (name.to_owned(), self.log());
+        self.bind(|inner| async move { Ok(Placed::new(log, inner.node.placed(&name).await?)) })
     }
 
     /// The replica underneath, for a server: commands, barriers, forwarding.

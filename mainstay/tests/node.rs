@@ -1,6 +1,6 @@
 //! The replicated store through the facade.
 
-use mainstay::{Batch, Durability, ErrorKind, Node, NodeOptions, ReadLevel, Store};
+use mainstay::{Batch, Durability, ErrorKind, Node, NodeOptions, PlacedBatch, ReadLevel, Store};
 
 fn options(name: &str, path: &std::path::Path) -> NodeOptions {
     NodeOptions::new(name, path.join(name)).storage(Store::builder().wal_bytes(8 << 20).memory_bytes(32 << 20))
@@ -134,4 +134,53 @@ async fn many_groups_share_one_log() {
     }
     assert_eq!(node.open_group("g16").await.err().map(|e| e.kind()), Some(ErrorKind::NotFound));
     node.close().await.expect("closes");
+}
+
+/// The blocking forms from a thread without a runtime, the others under an executor that is not the node's.
+#[test]
+fn a_placed_keyspace_is_one_map_wherever_its_ranges_are() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let node = Node::start_blocking(options("one", folder.path())).expect("starts");
+    node.block_on(node.init(["one"])).expect("a cluster");
+    drop(node.block_on(node.create_group("east")).expect("made"));
+    let cities = node.block_on(node.placed("cities")).expect("made");
+    assert_eq!(cities.name(), "cities");
+    for name in ["athens", "berlin", "cairo", "delhi"] {
+        cities.insert(name, name.to_uppercase()).expect("written");
+    }
+    node.block_on(cities.split("c")).expect("split");
+    node.block_on(cities.move_range("cairo", Some("east"))).expect("moved");
+    let ranges = node.block_on(cities.ranges()).expect("known");
+    let held: Vec<_> = ranges.iter().map(|range| (&range.first[..], range.group.as_deref())).collect();
+    assert_eq!(held, [(&b""[..], None), (&b"c"[..], Some("east"))]);
+
+    let mut batch = PlacedBatch::new();
+    batch.remove("cairo").insert("dakar", "DAKAR");
+    assert_eq!((batch.len(), batch.is_empty()), (2, false));
+    cities.commit(batch.clone()).expect("of one group");
+    batch.insert("bergen", "BERGEN");
+    let refused = cities.commit(batch).expect_err("of two");
+    assert_eq!(refused.kind(), ErrorKind::Invalid);
+    assert!(refused.to_string().contains("key=bergen"), "{refused}");
+    let local = cities.with_durability(Durability::Local).insert("x", "y").expect_err("decided at apply");
+    assert_eq!(local.kind(), ErrorKind::Unsupported);
+
+    let names = |scan: mainstay::PlacedScan| -> Vec<String> {
+        scan.map(|entry| String::from_utf8(entry.expect("read").key.to_vec()).expect("text")).collect()
+    };
+    assert_eq!(names(cities.iter()), ["athens", "berlin", "dakar", "delhi"]);
+    assert_eq!(names(cities.prefix("d")), ["dakar", "delhi"]);
+    let local = cities.with_read_level(ReadLevel::Local);
+    let last = local.range("b".."delhi").next_back().expect("one").expect("read");
+    assert_eq!((&last.key[..], &last.value[..]), (&b"dakar"[..], &b"DAKAR"[..]));
+    let elsewhere = mainstay_io::block_on(async {
+        let mut scan = cities.iter();
+        let first = scan.next_async().await.expect("read");
+        (first.map(|entry| entry.key), cities.get_async("cairo").await.expect("read"))
+    });
+    assert_eq!(elsewhere, (Some("athens".into()), None));
+    assert_eq!(node.store().keyspaces(), ["default"], "what it is made of is not for callers");
+    cities.remove("athens").expect("removed");
+    assert_eq!(cities.get("athens").expect("read"), None);
+    node.block_on(node.close()).expect("closes");
 }

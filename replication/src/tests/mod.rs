@@ -16,6 +16,7 @@ mod members;
 mod offers;
 mod pipeline;
 mod priority;
+mod ranges;
 mod recover;
 mod ring;
 mod suite;

@@ -12,6 +12,7 @@ use mainstay_replication::{Durability, MemberRole, Node, ReadLevel, Write};
 use super::cluster::{Called, Cluster, SimNode};
 use super::faults::HEALS_ITSELF;
 use super::inserts::Inserts;
+use super::placed;
 use super::workload::{Client, Notes, read_registers};
 use crate::application::{Application, Session};
 use crate::check;
@@ -267,13 +268,20 @@ async fn contents(
     }
 }
 
+/// What other clients did than those with a model of their own.
+pub(crate) struct Aside<'a> {
+    pub(crate) inserts: &'a [Arc<Inserts>],
+    /// Whether there is a keyspace placed on groups.
+    pub(crate) placed: bool,
+}
+
 /// The last judgement. Problems go to the cluster's list; an `Err` ends it early.
 pub(crate) async fn judge(
     cluster: &Arc<Cluster>,
     notes: &Arc<Notes>,
     watcher: &mut Watcher,
     clients: &mut [Client],
-    inserts: &[Arc<Inserts>],
+    aside: &Aside<'_>,
     application: &dyn Application,
     rng: &mut SimRng,
 ) -> Result<(), String> {
@@ -296,8 +304,11 @@ pub(crate) async fn judge(
         }
     }
     for &i in &members {
-        for inserts in inserts {
+        for inserts in aside.inserts {
             inserts.check(cluster, i).await?;
+        }
+        if aside.placed {
+            placed::check(cluster, notes, i).await?;
         }
         read_registers(cluster, notes, i).await?;
         for client in clients.iter_mut() {

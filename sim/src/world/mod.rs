@@ -5,6 +5,7 @@ mod faults;
 mod inserts;
 mod judge;
 mod operator;
+mod placed;
 mod single;
 mod workload;
 
@@ -25,6 +26,7 @@ pub(crate) use cluster::{Called, Cluster};
 pub use faults::{Fault, FaultStats, HEALS_ITSELF};
 use inserts::Inserts;
 use judge::Watcher;
+use placed::PlacedClient;
 pub(crate) use workload::Notes;
 use workload::{Client, OWNED};
 
@@ -263,6 +265,11 @@ async fn live(
                 let run = inserts.clone().run(cluster.clone(), notes.clone(), rng.fork());
                 inserting.push(background(executor, "inserts", run));
             }
+            // They give birth to groups of their own.
+            for id in 0..aside.map_or(0, |_| placed::CLIENTS) {
+                let client = PlacedClient::new(id, &cluster, &notes, rng.fork());
+                inserting.push(background(executor, "placed", client.run()));
+            }
             let until = executor.now() + settings.length;
             summary.faults = match settings.single_faults {
                 0 => faults::run(cluster.clone(), rng.fork(), until).await,
@@ -277,11 +284,12 @@ async fn live(
                 clients.push(ended.await.expect("a client of the world is never killed"));
             }
             for inserting in inserting {
-                inserting.await.expect("inserts are never killed");
+                inserting.await.expect("what the world runs is never killed");
             }
             let mut watcher = watching.await.expect("the watcher is never killed");
             faults::calm(&cluster);
-            let judged = judge::judge(&cluster, &notes, &mut watcher, &mut clients, &inserts, &**application, &mut rng);
+            let aside = judge::Aside { inserts: &inserts, placed: aside.is_some() };
+            let judged = judge::judge(&cluster, &notes, &mut watcher, &mut clients, &aside, &**application, &mut rng);
             if let Err(e) = judged.await {
                 cluster.problem(e);
             }
