@@ -1,4 +1,5 @@
-//! How much clients may have of this process at once: connections, requests, open streams, and bytes of requests.
+//! How much clients may have of this process at once: connections, requests, open streams, and bytes of requests; and how much data
+//! its volume may hold.
 //!
 //! # Place
 //! `connections` takes from the quotas before anything is done for a client; `metrics` shows them. Peers, admin and metrics
@@ -49,6 +50,7 @@ impl From<OverLimit> for Status {
 }
 
 /// A count with a bound.
+#[derive(Debug)]
 pub(crate) struct Quota {
     what: &'static str,
     setting: &'static str,
@@ -67,6 +69,22 @@ impl Quota {
         let taken = Taken::nothing_of(self);
         taken.take(1)?;
         Ok(taken)
+    }
+
+    /// Of what is not taken by anybody but looked at from time to time: so much is in use now.
+    pub(crate) fn observe(&self, in_use: u64) {
+        self.in_use.store(in_use, Ordering::Relaxed);
+    }
+
+    /// False when no more may be added to what was last observed; counted as a refusal.
+    pub(crate) fn admits(&self) -> bool {
+        let admits = self.in_use() < self.limit;
+        self.refused.fetch_add(u64::from(!admits), Ordering::Relaxed);
+        admits
+    }
+
+    pub(crate) fn is_reached(&self) -> bool {
+        self.in_use() >= self.limit
     }
 
     pub(crate) fn in_use(&self) -> u64 {
@@ -118,6 +136,8 @@ pub(crate) struct Limits {
     pub(crate) requests: Arc<Quota>,
     pub(crate) streams: Arc<Quota>,
     pub(crate) request_bytes: Arc<Quota>,
+    /// Observed, not taken: what is written is stored later, and in another size.
+    pub(crate) data: Arc<Quota>,
 }
 
 impl Limits {
@@ -127,6 +147,7 @@ impl Limits {
             requests: Quota::new("requests under way", "requests-max", settings.requests_max),
             streams: Quota::new("open streams", "streams-max", settings.streams_max),
             request_bytes: Quota::new("bytes of requests under way", "requests-memory", settings.requests_memory_bytes),
+            data: Quota::new("bytes of data", "data-max", settings.data_bytes_max.unwrap_or(u64::MAX)),
         })
     }
 

@@ -373,6 +373,7 @@ const LIMIT_ROWS: &[LimitRow] = &[
     ("client_requests", "Requests under way on the client port", |limits| &limits.requests),
     ("client_streams", "Open streams of clients", |limits| &limits.streams),
     ("client_request_bytes", "Bytes of the bodies of requests under way", |limits| &limits.request_bytes),
+    ("data_bytes", "Bytes of data on the volume, looked at every second", |limits| &limits.data),
 ];
 
 impl Collector for LimitsCollector {

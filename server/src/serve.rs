@@ -121,7 +121,8 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
     if let Some(node) = started {
         context.set_node(node.clone());
         let (stop_clients, stopped_clients) = watch::channel(false);
-        let etcd = Etcd::start(NodeBackend::new(node.clone(), model.clone()), model.clone(), EtcdSettings::default());
+        let bounded = EtcdSettings { data: Some(limits.data.clone()), ..EtcdSettings::default() };
+        let etcd = Etcd::start(NodeBackend::new(node.clone(), model.clone()), model.clone(), bounded);
         let front = front(&context, &metrics, &etcd);
         let listener = client.take()?;
         let clients = tokio::spawn(async move {

@@ -118,6 +118,11 @@ pub struct Settings {
     #[arg(long, env = "MAINSTAY_BACKGROUND_TASKS", value_name = "COUNT", help_heading = "Storage")]
     pub background_tasks: Option<usize>,
 
+    /// Bytes of data on the volume from which on puts are refused, while reads, deletes and compactions go on; 1MiB to 1PiB
+    /// [default: none, the volume's own size]
+    #[arg(long, env = "MAINSTAY_DATA_MAX", value_name = "SIZE", help_heading = "Limits")]
+    pub data_max: Option<ByteSize>,
+
     /// Disk interface [default: auto, io_uring where it works, else threads]
     #[arg(long, env = "MAINSTAY_BACKEND", value_enum, help_heading = "Storage")]
     pub backend: Option<Backend>,
@@ -252,6 +257,8 @@ pub struct ServeSettings {
     pub streams_max: u64,
     /// Bytes of the bodies of all requests under way.
     pub requests_memory_bytes: u64,
+    /// Bytes of data from which on puts are refused.
+    pub data_bytes_max: Option<u64>,
     /// Heartbeat interval.
     pub heartbeat: Duration,
     /// Lower bound of the election timeout.
@@ -300,7 +307,7 @@ impl Settings {
     fn over(self, lower: Self) -> Self {
         first_of!(self, lower: name, data, peers, site, priority, witness, site_lag_max, listen, listen_peer, listen_admin, listen_metrics, advertise,
             advertise_peer, insecure_listen_anywhere, memory, wal, memtable, background_tasks, backend, connections_max,
-            requests_max, streams_max, requests_memory, heartbeat, election_timeout, log_level, log_to, log_format)
+            requests_max, streams_max, requests_memory, data_max, heartbeat, election_timeout, log_level, log_to, log_format)
     }
 
     fn check(self) -> Result<ServeSettings, Failure> {
@@ -347,6 +354,8 @@ impl Settings {
         bounds("streams-max", streams_max, 1, COUNT_MAX)?;
         // The largest request of the etcd API always fits, while nothing else is under way.
         bounds("requests-memory", requests_memory_bytes, 4 << 20, 1 << 40)?;
+        let data_bytes_max = self.data_max.map(|size| size.0);
+        data_bytes_max.map_or(Ok(()), |bytes| bounds("data-max", bytes, 1 << 20, 1 << 50))?;
         if heartbeat < Duration::from_millis(5) || election_timeout < heartbeat * 2 {
             let message = format!(
                 "heartbeat is at least 5ms and election-timeout at least twice as long heartbeat={}ms election-timeout={}ms",
@@ -378,6 +387,7 @@ impl Settings {
             requests_max,
             streams_max,
             requests_memory_bytes,
+            data_bytes_max,
             heartbeat,
             election_timeout,
             log_level: self.log_level.unwrap_or_else(|| "info".into()),

@@ -10,6 +10,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use mainstay_server::proto::etcdserverpb as pb;
 use mainstay_server::proto::etcdserverpb::kv_client::KvClient;
 use mainstay_server::proto::etcdserverpb::lease_client::LeaseClient;
+use mainstay_server::proto::etcdserverpb::maintenance_client::MaintenanceClient;
 use mainstay_server::proto::etcdserverpb::watch_client::WatchClient;
 use process::{Ports, Server, get, json, mainstay, run, runtime};
 use prost::Message;
@@ -249,6 +250,66 @@ fn a_request_that_does_not_fit_in_the_memory_is_answered_at_once_and_fits_later(
     limited.server.stop();
 }
 
+async fn alarms(maintenance: &mut MaintenanceClient<Channel>) -> Vec<pb::AlarmMember> {
+    let request = pb::AlarmRequest { action: pb::alarm_request::AlarmAction::Get as i32, ..Default::default() };
+    maintenance.alarm(request).await.expect("answered").into_inner().alarms
+}
+
+#[test]
+fn data_over_the_limit_refuses_puts_and_nothing_else() {
+    let limited = Limited::start(&["--data-max", "1MiB", "--memtable", "64KiB"]);
+    runtime().block_on(async {
+        let mut kv = KvClient::new(limited.channel().await);
+        let mut maintenance = MaintenanceClient::new(limited.channel().await);
+        let key = |n: usize| format!("k{n:05}").into_bytes();
+        // Values that do not compress, until one is refused.
+        let value = |n: usize| (0..4096_usize).map(|i| (((i * 31 + n) * 2_654_435_761) >> 7) as u8).collect::<Vec<_>>();
+        let mut written = 0;
+        let refused = loop {
+            let put = pb::PutRequest { key: key(written).into(), value: value(written).into(), ..Default::default() };
+            match kv.put(put).await {
+                Ok(_) => written += 1,
+                Err(status) => break status,
+            }
+            assert!(written < 20_000, "nothing bounds it");
+        };
+        let exceeded = "etcdserver: mvcc: database space exceeded";
+        assert_eq!((refused.code(), refused.message()), (Code::ResourceExhausted, exceeded));
+        assert!(written * 4096 >= 1 << 19, "written={written}");
+        let raised = alarms(&mut maintenance).await;
+        assert_eq!(raised.iter().map(|alarm| alarm.alarm).collect::<Vec<_>>(), [pb::AlarmType::Nospace as i32]);
+        assert!(limited.metric("data_bytes_in_use") >= limited.metric("data_bytes_max"));
+        assert!(limited.metric("data_bytes_refused_total") >= 1);
+        // A transaction that may put is one of them, in whatever branch; one that deletes is not, nor is a read.
+        let put_op = pb::RequestOp { request: Some(pb::request_op::Request::RequestPut(put(1))) };
+        let inner = pb::TxnRequest { failure: vec![put_op], ..Default::default() };
+        let nested = pb::RequestOp { request: Some(pb::request_op::Request::RequestTxn(inner)) };
+        check_refused(kv.txn(pb::TxnRequest { success: vec![nested], ..Default::default() }).await, exceeded);
+        let mut lease = LeaseClient::new(limited.channel().await);
+        check_refused(lease.lease_grant(pb::LeaseGrantRequest { ttl: 60, id: 0 }).await, exceeded);
+        let read = kv.range(pb::RangeRequest { key: key(0).into(), ..Default::default() }).await.expect("reads go on");
+        assert_eq!(read.into_inner().kvs[0].value, value(0));
+
+        let all = pb::DeleteRangeRequest { key: key(0).into(), range_end: b"l".to_vec().into(), prev_kv: false };
+        let deleted = kv.delete_range(all).await.expect("deletes go on").into_inner();
+        assert_eq!(deleted.deleted, written as i64);
+        let revision = deleted.header.expect("a header").revision;
+        kv.compact(pb::CompactionRequest { revision, physical: true }).await.expect("compactions go on");
+    });
+    // Until compaction has dropped what was deleted, a larger limit ends it.
+    let Limited { ports, server, _folder: folder } = limited;
+    server.stop();
+    let server = Server::start_with("a", &folder.path().join("a"), &ports, "", &["--data-max", "64MiB"]);
+    let limited = Limited { ports, server, _folder: folder };
+    runtime().block_on(async {
+        let mut kv = KvClient::new(limited.channel().await);
+        kv.put(put(1)).await.expect("there is room");
+        let mut maintenance = MaintenanceClient::new(limited.channel().await);
+        assert_eq!(alarms(&mut maintenance).await, [], "an alarm ends with its cause");
+    });
+    limited.server.stop();
+}
+
 #[test]
 fn a_limit_that_cannot_be_kept_is_refused_at_the_start() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -268,6 +329,7 @@ fn a_limit_that_cannot_be_kept_is_refused_at_the_start() {
     check(&mut serve(&["--requests-max", "0"]), "requests-max is out of range value=0 least=1 most=1048576");
     check(&mut serve(&["--streams-max", "many"]), "many");
     check(&mut serve(&["--requests-memory", "1MiB"]), "requests-memory is out of range value=1048576 least=4194304");
+    check(&mut serve(&["--data-max", "1KiB"]), "data-max is out of range value=1024 least=1048576");
     check(serve(&[]).env("MAINSTAY_REQUESTS_MAX", "0"), "requests-max is out of range value=0");
     // Of 400 open files, 256 are for the rest of the process.
     let mut few_files = Command::new("sh");

@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status};
 use super::backend::Backend;
 use super::context::{COMMIT_TOKEN_KEY, Context};
 use super::error::{Refusal, status_of};
-use super::model::check::{check_delete, check_put, check_range, check_txn, is_read_only, is_serializable};
+use super::model::check::{check_delete, check_put, check_range, check_txn, is_read_only, is_serializable, may_put};
 use super::model::command::{self, encode_command};
 use super::service::Core;
 use crate::proto::etcdserverpb as pb;
@@ -60,6 +60,7 @@ impl<B: Backend> Kv for KvService<B> {
         let context = Context::of(core, request.metadata())?;
         let put = request.into_inner();
         check_put(&put)?;
+        core.admit_growth()?;
         let blind = !put.prev_kv && put.lease == 0 && !put.ignore_value && !put.ignore_lease;
         if context.durability == Durability::Local && context.token.is_none() && blind {
             return Box::pin(self.put_local(&context, put)).await;
@@ -96,6 +97,9 @@ impl<B: Backend> Kv for KvService<B> {
             let level = if serializable { ReadLevel::Local } else { ReadLevel::Linearizable };
             Box::pin(async { Ok::<_, Status>(core.read(&context, level).await?.read_txn(&txn).await?) }).await?
         } else {
+            if may_put(&txn) {
+                core.admit_growth()?;
+            }
             core.write(&context, &command::Request::Txn(txn)).await?
         };
         core.sign(&mut response.header);

@@ -33,6 +33,7 @@ impl<B: Backend> Lease for LeaseService<B> {
         let core = &self.0;
         let context = Context::of(core, request.metadata())?;
         let grant = request.into_inner();
+        core.admit_growth()?;
         let mut response: pb::LeaseGrantResponse = core.write(&context, &command::Request::LeaseGrant(grant)).await?;
         core.sign(&mut response.header);
         Ok(Response::new(response))

@@ -36,7 +36,8 @@ fn alarms<B: Backend>(core: &Core<B>) -> Vec<pb::AlarmMember> {
     let status = core.backend.status();
     let mut alarms = Vec::new();
     let mut raise = |alarm: pb::AlarmType| alarms.push(pb::AlarmMember { member_id: status.id.0, alarm: alarm as i32 });
-    if core.backend.engine_status().read_only.is_some() {
+    let over_quota = core.settings.data.as_ref().is_some_and(|data| data.is_reached());
+    if over_quota || core.backend.engine_status().read_only.is_some() {
         raise(pb::AlarmType::Nospace);
     }
     if status.group.diverged || status.group.tables_damaged > 0 {

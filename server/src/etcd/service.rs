@@ -25,6 +25,7 @@ use super::model::command::{Request, encode_command};
 use super::model::{Model, View};
 use super::proposer::Proposer;
 use super::watch::WatchService;
+use crate::limits::Quota;
 use crate::proto::etcdserverpb as pb;
 
 /// Room for what surrounds a request of the largest size in its message.
@@ -43,11 +44,14 @@ pub struct EtcdSettings {
     pub txn_ops_max: usize,
     /// How often a watch with progress notifications is told the revision when nothing happens. Default 10 minutes.
     pub watch_progress_interval: Duration,
+    /// How much data the volume may hold before what adds to it is refused. Default: no bound of its own.
+    pub(crate) data: Option<Arc<Quota>>,
 }
 
 impl Default for EtcdSettings {
     fn default() -> Self {
-        Self { request_bytes_max: 3 << 19, txn_ops_max: 128, watch_progress_interval: Duration::from_secs(600) }
+        let watch_progress_interval = Duration::from_secs(600);
+        Self { request_bytes_max: 3 << 19, txn_ops_max: 128, watch_progress_interval, data: None }
     }
 }
 
@@ -127,6 +131,12 @@ impl<B: Backend> Core<B> {
     /// A header at what is applied here.
     pub(super) async fn header_now(&self, branch: BranchId) -> Result<Option<pb::ResponseHeader>, Status> {
         Ok(self.header(self.view(branch).await?.tip().revision))
+    }
+
+    /// Refuses what would add to the data of a volume that may hold no more, as etcd does.
+    pub(super) fn admit_growth(&self) -> Result<(), Refusal> {
+        let admits = self.settings.data.as_ref().is_none_or(|data| data.admits());
+        if admits { Ok(()) } else { Err(Refusal::NoSpace) }
     }
 
     /// Proposes a request and decodes the answer.
@@ -292,6 +302,9 @@ fn closed() -> mainstay_replication::Error {
 /// Keeps the facts fresh.
 async fn keep_facts<B: Backend>(core: Arc<Core<B>>) {
     loop {
+        if let Some(data) = &core.settings.data {
+            data.observe(core.backend.engine_status().extent_bytes);
+        }
         let now = Facts::read(&core.backend);
         core.facts.send_if_modified(|facts| {
             let changed = *facts != now;

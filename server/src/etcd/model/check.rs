@@ -170,6 +170,15 @@ pub(crate) fn is_read_only(request: &pb::TxnRequest) -> bool {
     request.success.iter().chain(&request.failure).all(|op| matches!(&op.request, Some(Op::RequestRange(_))))
 }
 
+/// Whether a transaction may put something, in any of its branches.
+pub(crate) fn may_put(request: &pb::TxnRequest) -> bool {
+    request.success.iter().chain(&request.failure).any(|op| match &op.request {
+        Some(Op::RequestPut(_)) => true,
+        Some(Op::RequestTxn(inner)) => may_put(inner),
+        _ => false,
+    })
+}
+
 /// Whether a read-only transaction may be answered from what this replica has.
 pub(crate) fn is_serializable(request: &pb::TxnRequest) -> bool {
     request
