@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 pub mod allocator;
+mod aside;
 pub mod cli;
 pub mod codec;
 pub mod etcd;

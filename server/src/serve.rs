@@ -8,6 +8,7 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,13 +29,15 @@ use crate::etcd::{Etcd, EtcdSettings, KvServer, Model, NodeBackend};
 use crate::front::Front;
 use crate::limits::{self, Limits};
 use crate::metrics::Metrics;
-use crate::settings::ServeSettings;
-use crate::{admin, connections, logs, metrics, service};
+use crate::settings::{BadVolume, ServeSettings};
+use crate::{admin, aside, connections, logs, metrics, service};
 
 /// Bytes of a request or an answer: the largest value, its key and room for what stands around them.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 20 << 20;
 /// Longest wait for a leader to take over when this process stops.
 const HAND_OVER_MAX: Duration = Duration::from_secs(5);
+/// How long all who answer say that a volume is foreign before it is set aside.
+const FOREIGN_FOR: Duration = Duration::from_secs(10);
 /// Longest wait for running requests when this process stops. Watches have no end of their own.
 const DRAIN_MAX: Duration = Duration::from_secs(3);
 
@@ -113,12 +116,23 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
     let turning = tokio::spawn(turn(context.clone()));
 
     let model = Model::new();
+    let sets_aside = settings.bad_volume == BadVolume::SetAside;
+    if sets_aside {
+        aside::finish(&settings.data)?;
+    }
     let started = tokio::select! {
-        node = Node::start(node_options(&settings, advertise, &model)) => Some(node?),
+        node = Node::start(node_options(&settings, advertise, &model)) => Some(node),
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
     };
-    if let Some(node) = started {
+    let mut foreign = None;
+    if let Some(started) = started {
+        let node = match started {
+            Err(error) if sets_aside && error.kind() == mainstay::ErrorKind::Corrupt => {
+                return Err(end_with_volume_aside(&settings.data, &error.to_string()));
+            }
+            started => started?,
+        };
         context.set_node(node.clone());
         let (stop_clients, stopped_clients) = watch::channel(false);
         let bounded = EtcdSettings { data: Some(limits.data.clone()), ..EtcdSettings::default() };
@@ -140,6 +154,7 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
         tokio::select! {
             _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
             _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
+            reason = is_foreign(&node), if sets_aside => foreign = Some(reason),
         }
         context.stop();
         hand_over(&node).await;
@@ -155,6 +170,9 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
     let _ = stop_health.send(true);
     // Probes that are under way get their answer; the thread ends by itself.
     let _ = tokio::time::timeout(Duration::from_secs(1), health).await;
+    if let Some(reason) = foreign {
+        return Err(end_with_volume_aside(&settings.data, &reason));
+    }
     tracing::info!("closed");
     Ok(())
 }
@@ -256,6 +274,33 @@ async fn log_changes(node: Node) {
 
 /// The one group of a node, so far.
 const GROUP: u64 = 1;
+
+/// Sets the volume aside; what the process ends with.
+fn end_with_volume_aside(data: &Path, reason: &str) -> Failure {
+    match aside::set_aside(data) {
+        Ok(aside) => {
+            let aside = aside.display();
+            Failure::other(format!(
+                "the volume was set aside: start again to join as a new member path={aside}: {reason}"
+            ))
+        }
+        Err(failure) => Failure::other(format!("{failure}: {reason}")),
+    }
+}
+
+/// Resolves when the volume has been that of another cluster for [`FOREIGN_FOR`] without a break, to what the node says of it.
+async fn is_foreign(node: &Node) -> String {
+    let mut since = None;
+    loop {
+        let status = node.status();
+        let now = tokio::time::Instant::now();
+        since = (status.role == "foreign").then(|| since.unwrap_or(now));
+        if since.is_some_and(|since| now.duration_since(since) >= FOREIGN_FOR) {
+            return status.failure.unwrap_or_default();
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
 
 /// Gives leadership away if this process has it and somebody can take it.
 async fn hand_over(node: &Node) {

@@ -123,6 +123,11 @@ pub struct Settings {
     #[arg(long, env = "MAINSTAY_DATA_MAX", value_name = "SIZE", help_heading = "Limits")]
     pub data_max: Option<ByteSize>,
 
+    /// What becomes of a volume that is damaged beyond opening, or of another cluster: the process ends or takes no part, or its files are
+    /// moved into the folder `aside` beside them and the process ends, so that the next start joins as a new member [default: keep]
+    #[arg(long, env = "MAINSTAY_BAD_VOLUME", value_enum, help_heading = "Storage")]
+    pub bad_volume: Option<BadVolume>,
+
     /// Disk interface [default: auto, io_uring where it works, else threads]
     #[arg(long, env = "MAINSTAY_BACKEND", value_enum, help_heading = "Storage")]
     pub backend: Option<Backend>,
@@ -166,6 +171,16 @@ pub struct Settings {
     /// Form of messages [default: json]
     #[arg(long, env = "MAINSTAY_LOG_FORMAT", value_enum, help_heading = "Logs")]
     pub log_format: Option<LogFormat>,
+}
+
+/// What becomes of a volume that cannot serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum BadVolume {
+    /// It stays, for an operator to look at
+    Keep,
+    /// Its files are moved aside once, and the process ends
+    SetAside,
 }
 
 /// Disk interfaces.
@@ -247,6 +262,8 @@ pub struct ServeSettings {
     pub memtable_bytes: u64,
     /// Flush and compaction tasks.
     pub background_tasks: usize,
+    /// What becomes of a volume that cannot serve.
+    pub bad_volume: BadVolume,
     /// Disk interface.
     pub backend: Backend,
     /// Connections of clients at once.
@@ -306,7 +323,7 @@ impl Settings {
     /// These where set, else those of `lower`.
     fn over(self, lower: Self) -> Self {
         first_of!(self, lower: name, data, peers, site, priority, witness, site_lag_max, listen, listen_peer, listen_admin, listen_metrics, advertise,
-            advertise_peer, insecure_listen_anywhere, memory, wal, memtable, background_tasks, backend, connections_max,
+            advertise_peer, insecure_listen_anywhere, memory, wal, memtable, background_tasks, bad_volume, backend, connections_max,
             requests_max, streams_max, requests_memory, data_max, heartbeat, election_timeout, log_level, log_to, log_format)
     }
 
@@ -382,6 +399,7 @@ impl Settings {
             wal_bytes,
             memtable_bytes,
             background_tasks,
+            bad_volume: self.bad_volume.unwrap_or(BadVolume::Keep),
             backend: self.backend.unwrap_or(Backend::Auto),
             connections_max,
             requests_max,

@@ -233,7 +233,11 @@ fn assert_replaced(cluster: &Cluster, load: Load, runtime: &tokio::runtime::Runt
 
 /// Three servers under load, of which the last is dead.
 fn two_of_three(runtime: &tokio::runtime::Runtime) -> (Cluster, Load) {
-    let mut cluster = Cluster::start(&SMALL);
+    two_of_three_with(runtime, &SMALL)
+}
+
+fn two_of_three_with(runtime: &tokio::runtime::Runtime, arguments: &[&str]) -> (Cluster, Load) {
+    let mut cluster = Cluster::start(arguments);
     let load = Load::start(runtime, &cluster, 4);
     load.await_progress(50);
     cluster.servers[2].kill();
@@ -304,4 +308,51 @@ fn a_volume_that_is_damaged_beyond_reading_is_left_as_it_is() {
     server.kill();
     start_anew(server);
     assert_replaced(&cluster, load, &runtime);
+}
+
+/// What the operator asked for: the process ends with the volume set aside, and joins anew when it is started again.
+fn assert_set_aside(mut cluster: Cluster, load: Load, runtime: &tokio::runtime::Runtime, volume: &[Vec<u8>; 3]) {
+    let server = &mut cluster.servers[2];
+    until("the process ends", || !server.runs());
+    assert!(server.log().contains("the volume was set aside"), "{}", server.log());
+    let aside = server.data.join("aside");
+    // Closed in order, it may have grown by a superblock's pages.
+    let kept = zones(&aside).iter().zip(volume).all(|(kept, was)| kept.len() >= was.len());
+    assert!(kept, "nothing of it is deleted");
+    assert!(!server.data.join("superblock").exists());
+    server.kill();
+    server.start();
+    assert_replaced(&cluster, load, runtime);
+}
+
+#[test]
+fn a_damaged_volume_is_set_aside_where_the_operator_asked_for_it() {
+    let runtime = runtime();
+    let (mut cluster, load) = two_of_three_with(&runtime, &[&SMALL[..], &["--bad-volume", "set-aside"]].concat());
+    let server = &mut cluster.servers[2];
+    let mut damaged = zones(&server.data);
+    // The magic stays: it is a volume, and no copy of its superblock is whole.
+    for copy in damaged[0].chunks_mut(256 << 10) {
+        copy[8..4096].iter_mut().for_each(|byte| *byte ^= 0x55);
+    }
+    restore(&damaged, &server.data);
+    server.start();
+    assert_set_aside(cluster, load, &runtime, &damaged);
+}
+
+#[test]
+fn a_foreign_volume_is_set_aside_where_the_operator_asked_for_it() {
+    let runtime = runtime();
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let mut other = Cluster::describe(folder, &["c"], &SMALL);
+    other.servers[0].start();
+    other.init();
+    other.leader();
+    other.servers[0].kill();
+    let (mut cluster, load) = two_of_three_with(&runtime, &[&SMALL[..], &["--bad-volume", "set-aside"]].concat());
+    let server = &mut cluster.servers[2];
+    let volume = zones(&other.servers[0].data);
+    restore(&volume, &server.data);
+    server.start();
+    assert_set_aside(cluster, load, &runtime, &volume);
 }
