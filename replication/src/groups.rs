@@ -29,7 +29,7 @@ use openraft_rt::Instant;
 use crate::network::{keeps_order, method};
 use crate::node::{Inner, Phase, Running, Write};
 use crate::relief::Stuck;
-use crate::types::{Member, Membership, members_of};
+use crate::types::{LogId, Member, Membership, members_of};
 use crate::wire::{Reader, Writer};
 use crate::{
     Durability, Envelope, Error, ErrorKind, Handler, Hello, MemberInfo, MemberRole, NodeId, NodeOptions, PeerAddress,
@@ -123,6 +123,21 @@ fn next_step(group: &Membership, host: &[MemberInfo], caught_up: &BTreeSet<u64>)
     (!gone.is_empty()).then_some(Step::Gone(gone))
 }
 
+/// What a replica of another group than the first remembers of the members of both.
+pub(crate) struct Followed<R: Runtime> {
+    /// Where the memberships of the first group and of this one stand that were found to be equal.
+    compared: Option<(Option<LogId>, Option<LogId>)>,
+    /// A change is being made.
+    at_work: bool,
+    stuck: Stuck<R::Instant>,
+}
+
+impl<R: Runtime> Default for Followed<R> {
+    fn default() -> Self {
+        Self { compared: None, at_work: false, stuck: Stuck::default() }
+    }
+}
+
 /// The way of one group to its peers.
 pub(crate) struct GroupTransport<R: Runtime> {
     pub(crate) host: Weak<Inner<R>>,
@@ -149,7 +164,14 @@ impl<R: Runtime> Transport for GroupTransport<R> {
         let kind = if keeps_order(request.method) { method::GROUPED_IN_TURN } else { method::GROUPED };
         let body = encode_grouped(self.number.0, request.method, &request.body);
         let call = host.transport.call(address, expect, Envelope { method: kind, body }, timeout);
-        Box::pin(async move { Ok(Envelope { method: request.method, body: call.await?.body }) })
+        let host = self.host.clone();
+        Box::pin(async move {
+            let body = call.await?.body;
+            if let (Some(host), Some(id)) = (host.upgrade(), expect) {
+                host.liveness.hear(id.0);
+            }
+            Ok(Envelope { method: request.method, body })
+        })
     }
 
     fn local_address(&self) -> PeerAddress {
@@ -345,16 +367,18 @@ impl<R: Runtime> Inner<R> {
                 self.leave_service(reason).await;
                 continue;
             }
+            let groups: Vec<Arc<Self>> = self.groups().values().cloned().collect();
             let now = self.group.applied();
-            let waits = self.groups().values().any(|group| group.phase() == Phase::Waiting);
-            if seen == Some(now) && !waits {
-                continue;
+            if seen != Some(now) || groups.iter().any(|group| group.phase() == Phase::Waiting) {
+                seen = Some(now);
+                if let Err(error) = self.open_groups().await
+                    && !self.closing.is_set()
+                {
+                    self.leave_service(format!("a group cannot be opened: {error}")).await;
+                }
             }
-            seen = Some(now);
-            if let Err(error) = self.open_groups().await
-                && !self.closing.is_set()
-            {
-                self.leave_service(format!("a group cannot be opened: {error}")).await;
+            for group in groups {
+                group.follow_host(self).await;
             }
         }
     }
@@ -373,37 +397,58 @@ impl<R: Runtime> Inner<R> {
         }
     }
 
-    /// Of another group: follows the first one's members while it leads.
-    pub(crate) async fn follow_host(self: &Arc<Self>, running: &Arc<Running<R>>) {
-        let mut stuck = Stuck::default();
-        loop {
-            R::sleep(LOOK).await;
-            let Some(host) = self.host() else { return };
-            if host.phase() == Phase::Member && running.metrics.borrow_watched().state == ServerState::Leader {
-                self.follow_members(&host, running).await;
-            }
-            self.relieve_followers(running, &mut stuck).await;
-            self.unpin_idle();
-        }
+    fn followed(&self) -> MutexGuard<'_, Followed<R>> {
+        self.followed.lock().expect("nothing panics while it holds this lock")
     }
 
-    async fn follow_members(self: &Arc<Self>, host: &Arc<Self>, running: &Arc<Running<R>>) {
-        let Ok(first) = host.running() else { return };
+    /// Of another group, at each look of its host: follows the first one's members while it leads.
+    async fn follow_host(self: &Arc<Self>, host: &Arc<Self>) {
+        let Ok(running) = self.running() else { return };
+        let leads = running.metrics.borrow_watched().state == ServerState::Leader;
+        if leads
+            && !self.followed().at_work
+            && let Some(step) = self.wanted_step(host, &running)
+        {
+            // It may take long, and others are looked at meanwhile.
+            self.followed().at_work = true;
+            let (this, running) = (self.clone(), running.clone());
+            self.spawn(async move {
+                if let Err(error) = this.change_by(&running, step).await {
+                    tracing::debug!(group = this.number.0, %error, "the members are not those of the first group yet");
+                }
+                this.followed().at_work = false;
+            });
+        }
+        let mut stuck = std::mem::take(&mut self.followed().stuck);
+        self.relieve_followers(&running, &mut stuck).await;
+        self.followed().stuck = stuck;
+        self.unpin_idle();
+    }
+
+    /// See P3. At rest a comparison of where the two memberships stand.
+    fn wanted_step(&self, host: &Self, running: &Running<R>) -> Option<Step> {
+        let first = host.running().ok()?;
+        let decided_at = Self::metrics_of(&first, |m| *m.committed_membership_config.log_id());
+        let compared = (decided_at, Self::metrics_of(running, |m| *m.membership_config.log_id()));
+        if self.followed().compared == Some(compared) {
+            return None;
+        }
         // Between two sets of voters those of both vote: what comes after counts.
-        let decided = Self::metrics_of(&first, |m| {
+        let members = Self::metrics_of(&first, |m| {
             let membership = m.committed_membership_config.membership();
             (membership.get_joint_config().len() == 1).then(|| members_of(membership))
-        });
-        let Some(members) = decided else { return };
-        let step = {
+        })?;
+        let (step, learns) = {
             let metrics = running.metrics.borrow_watched();
             let membership = metrics.membership_config.membership();
-            next_step(membership, &members, &crate::membership::caught_up(&metrics, membership))
+            let step = next_step(membership, &members, &crate::membership::caught_up(&metrics, membership));
+            (step, membership.nodes().count() != membership.voter_ids().count())
         };
-        let Some(step) = step else { return };
-        if let Err(error) = self.change_by(running, step).await {
-            tracing::debug!(group = self.number.0, %error, "the members are not those of the first group yet");
+        // A learner may catch up while neither changes.
+        if step.is_none() && !learns {
+            self.followed().compared = Some(compared);
         }
+        step
     }
 
     async fn change_by(self: &Arc<Self>, running: &Arc<Running<R>>, step: Step) -> Result<()> {

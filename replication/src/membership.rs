@@ -448,6 +448,7 @@ impl<R: Runtime> Inner<R> {
                     "this leader was removed: another one changes the members",
                 ));
             }
+            self.awaken(running).await;
             let attempt = R::timeout_at(deadline, running.raft.change_membership(change.clone(), retain));
             let answer = match R::select2(std::pin::pin!(attempt), std::pin::pin!(self.removed_here())).await {
                 Select2::First(answer) => answer,

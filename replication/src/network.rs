@@ -72,6 +72,8 @@ pub(crate) mod method {
     pub(crate) const GROUPED_IN_TURN: u8 = 29;
     /// What has become of a snapshot that was offered.
     pub(crate) const AWAIT_SNAPSHOT: u8 = 30;
+    /// A sign of life for all groups of a process.
+    pub(crate) const PULSE: u8 = 31;
 }
 
 /// Whether requests of this method rest on reaching a peer in the order in which they were sent. A connection keeps the

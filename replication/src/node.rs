@@ -258,6 +258,12 @@ pub(crate) struct Inner<R: Runtime> {
     /// Of the host: what the log held of other groups.
     pub(crate) found: Mutex<Vec<OwnerRecord>>,
     pub(crate) opening_groups: Semaphore,
+    /// Of the host: which other processes live, and what they lead.
+    pub(crate) liveness: crate::liveness::Liveness<R>,
+    /// Of another group than the first: what its host remembers of it between two looks.
+    pub(crate) rest: crate::rest::Rest<R>,
+    /// Of another group than the first: what was found when its members were last compared with those of the first.
+    pub(crate) followed: Mutex<crate::groups::Followed<R>>,
     pub(crate) options: NodeOptions,
     pub(crate) engine: Engine,
     pub(crate) group: Group,
@@ -359,8 +365,9 @@ impl<R: Runtime> std::fmt::Debug for Node<R> {
     }
 }
 
-/// openraft's settings. Those that safety or a promise of ours rests on are asserted here and nowhere an option.
-fn raft_config(options: &NodeOptions) -> Result<openraft::Config> {
+/// openraft's settings. Those that safety or a promise of ours rests on are asserted here and nowhere an option. Of a group `beside` the
+/// first the host keeps the time: see [`crate::rest`].
+fn raft_config(options: &NodeOptions, beside: bool) -> Result<openraft::Config> {
     let lease = u64::try_from(options.election_timeout.as_millis()).unwrap_or(u64::MAX);
     let heartbeat = u64::try_from(options.heartbeat.as_millis()).unwrap_or(u64::MAX);
     if heartbeat == 0 || lease < heartbeat.saturating_mul(2) || lease > 600_000 {
@@ -387,7 +394,8 @@ fn raft_config(options: &NodeOptions) -> Result<openraft::Config> {
         enable_pre_vote: Some(true),
         // A leader without a quorum goes silent for this long at a time, so that one node that still hears it does not
         // keep a connected majority from electing. Lease and election timeout are both `election_timeout_max`.
-        quorum_loss_probe_interval: Some(2 * lease.max(heartbeat + 2)),
+        quorum_loss_probe_interval: (!beside).then_some(2 * lease.max(heartbeat + 2)),
+        enable_tick: !beside,
         // Flushes decide when there is a snapshot, and bytes decide what is purged.
         snapshot_policy: SnapshotPolicy::Never,
         max_in_snapshot_log_to_keep: u64::MAX,
@@ -409,7 +417,8 @@ fn raft_config(options: &NodeOptions) -> Result<openraft::Config> {
     );
     assert_eq!(config.allow_log_reversion, Some(false), "a log that went back is another volume");
     assert_eq!(config.enable_pre_vote, Some(true));
-    assert!(config.quorum_loss_probe_interval.is_some());
+    assert!(beside || config.quorum_loss_probe_interval.is_some());
+    assert_eq!(config.enable_tick, !beside, "somebody keeps the time of each group");
     assert_eq!(config.snapshot_policy, SnapshotPolicy::Never);
     Ok(config)
 }
@@ -542,6 +551,9 @@ impl<R: Runtime> Inner<R> {
             groups: Mutex::default(),
             found: Mutex::new(others),
             opening_groups: Semaphore::new(1),
+            liveness: crate::liveness::Liveness::default(),
+            rest: crate::rest::Rest::default(),
+            followed: Mutex::default(),
             options,
             engine,
             group,
@@ -602,7 +614,7 @@ impl<R: Runtime> Inner<R> {
     /// Starts openraft under the identity of the volume.
     pub(crate) async fn run(self: &Arc<Self>) -> Result<()> {
         let id = self.engine.identity().node;
-        let config = Arc::new(raft_config(&self.options)?);
+        let config = Arc::new(raft_config(&self.options, self.host.is_some())?);
         let restarted = self.log.has_vote();
         let peers = Arc::new(crate::service::NodePeers(Arc::downgrade(self)));
         let witness = self.is_witness();
@@ -687,13 +699,15 @@ impl<R: Runtime> Node<R> {
         if options.site.len() > crate::wire::NAME_BYTES_MAX {
             return Err(Error::new(ErrorKind::Invalid, "the label of a site has at most 255 bytes"));
         }
-        raft_config(&options)?;
+        raft_config(&options, false)?;
         options.site_lag_bounds.iter().try_for_each(SiteLagBound::check)?;
         let inner = Inner::open(engine, GROUP, found, options, transport, None).await?;
         let damage = inner.log.damage();
         inner.open_groups().await?;
         let this = inner.clone();
         inner.spawn(async move { this.look_after_groups().await });
+        let this = inner.clone();
+        inner.spawn(async move { this.tend_groups().await });
         let node = Self { _handle: Arc::new(StopOnDrop(inner.clone())), inner: inner.clone() };
         if inner.engine.identity() != Identity::default() {
             // Who asks has to say who it is.

@@ -262,6 +262,9 @@ impl<R: Runtime> Inner<R> {
 
     /// Whether a member has acknowledged a message of this leader lately: one that answers other requests may take no part in Raft.
     pub(crate) fn hears(&self, running: &Running<R>, id: NodeId) -> bool {
+        if let Some(heard) = self.hears_process(id, self.options.election_timeout * 2) {
+            return heard;
+        }
         let metrics = running.metrics.borrow_watched();
         let at = metrics.heartbeat.as_ref().and_then(|heartbeats| heartbeats.get(&id.0)?.as_ref());
         at.is_some_and(|at| at.elapsed() < self.options.election_timeout * 2)

@@ -181,6 +181,7 @@ impl<R: Runtime> Inner<R> {
         if mainstay_io::mutant!(StaleLease) {
             return Some(self.group.applied());
         }
+        self.note_use();
         let linearizer = running.raft.get_read_linearizer(ReadPolicy::LeaseRead).await.ok()?;
         Some(LogIndex(linearizer.read_log_id().index()))
     }
@@ -198,6 +199,13 @@ impl<R: Runtime> Inner<R> {
         }
         if mainstay_io::mutant!(ReadIndexAlone) {
             return Ok(self.group.applied());
+        }
+        self.note_use();
+        if !self.may_have_majority(&running) {
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                "no quorum confirms the leader: too few of the others are heard",
+            ));
         }
         let round = running.raft.get_read_linearizer(ReadPolicy::ReadIndex);
         match R::timeout(READ_TIMEOUT, round).await {

@@ -203,10 +203,17 @@ impl<R: Runtime> PeerRooms<R> {
 
     /// Takes what `peer` says, which has the entries of the group up to `last`.
     pub(crate) fn note(&self, peer: u64, group: GroupId, room: u64, last: u64) {
+        self.note_room(peer, room);
+        if let Some(said) = self.lock().get_mut(&peer) {
+            said.last.insert(group, last);
+        }
+    }
+
+    /// Takes what `peer` says of its ring, and of no group.
+    pub(crate) fn note_room(&self, peer: u64, room: u64) {
         let mut said = self.lock();
         let said = said.entry(peer).or_insert_with(|| Said { room, at: R::Instant::now(), last: BTreeMap::new() });
         (said.room, said.at) = (room, R::Instant::now());
-        said.last.insert(group, last);
     }
 
     /// What is left in the ring of `peer` behind what it lacks, and how far it is in the log of `group`: `behind` tells the bytes of a group's

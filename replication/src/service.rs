@@ -28,6 +28,7 @@ use tokio::sync::Notify;
 use crate::groups::read_grouped;
 use crate::heal::{read_digests, write_digests};
 use crate::levels::Level;
+use crate::liveness::read_pulse;
 use crate::log_heal::{read_base, read_given, read_lost, read_wanted, write_base, write_given};
 use crate::network::{
     OFFER_WAIT, method, read_append, read_await_snapshot, read_offer, read_transfer_request, read_vote_request,
@@ -86,6 +87,9 @@ impl<R: Runtime> Handler for Service<R> {
 
     fn handle(&self, from: Hello, request: Envelope) -> Pin<Box<dyn Future<Output = Result<Envelope>> + Send>> {
         let Some(inner) = self.0.upgrade() else { return Box::pin(async { Err(closed()) }) };
+        if inner.host.is_none() {
+            inner.liveness.hear(from.node.0);
+        }
         if matches!(request.method, method::GROUPED | method::GROUPED_IN_TURN) {
             return inner.handle_grouped(from, request);
         }
@@ -179,6 +183,9 @@ impl<R: Runtime> Inner<R> {
                 let vote = read_vote_request::<R>(&body)?;
                 if R::Instant::now() < running.votes_from && !vote.leadership_transfer {
                     return Err(Error::new(ErrorKind::Unavailable, "restarted a moment ago: no vote yet"));
+                }
+                if !vote.leadership_transfer && self.stands_by_leader(&running) {
+                    return Err(Error::new(ErrorKind::Unavailable, "the leader of this group is well: no vote"));
                 }
                 let answer = if request.method == method::VOTE {
                     running.raft.vote(vote).await
@@ -365,6 +372,11 @@ impl<R: Runtime> Inner<R> {
                 Ok(encode_result(answer, |w, info| {
                     w.member_infos(&info);
                 }))
+            }
+            method::PULSE => {
+                self.cluster_peer(&from)?;
+                self.take_pulse(from.node.0, read_pulse(&body)?);
+                Ok(encode_result(Ok(self.pulse()), |w, pulse| pulse.write(w)))
             }
             method::WHO => {
                 let answer = self.who(&from).await;
@@ -577,6 +589,7 @@ pub(crate) fn decode_any(bytes: &Bytes) {
     let _ = decode_result(bytes, read_digests);
     let _ = read_lost(bytes);
     let _ = read_grouped(bytes);
+    let _ = read_pulse(bytes);
     let _ = read_wanted(bytes);
     let _ = read_receipt(bytes);
     let _ = decode_result(bytes, Remembered::read);

@@ -11,7 +11,7 @@ use mainstay_wal::Lsn;
 use openraft::ServerState;
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
-use openraft_rt::{Instant, Select3};
+use openraft_rt::{Instant, Select2, Select3};
 
 use crate::disk::HandOver;
 use crate::node::{Inner, Phase, Running, Write};
@@ -82,8 +82,16 @@ impl<R: Runtime> Inner<R> {
                 let event = {
                     let request = std::pin::pin!(requests.recv());
                     let flushed = std::pin::pin!(this.group.flushed_beyond(seen));
-                    let tick = std::pin::pin!(R::sleep(HOUSEKEEPING));
-                    R::select3(request, flushed, tick).await
+                    if this.host.is_some() {
+                        // The host looks after the rest.
+                        match R::select2(request, flushed).await {
+                            Select2::First(request) => Select3::First(request),
+                            Select2::Second(()) => Select3::Second(()),
+                        }
+                    } else {
+                        let tick = std::pin::pin!(R::sleep(HOUSEKEEPING));
+                        R::select3(request, flushed, tick).await
+                    }
                 };
                 this.log.resume();
                 this.look_after_volume(&mut relieved).await;
@@ -101,10 +109,7 @@ impl<R: Runtime> Inner<R> {
                     Select3::Third(()) => {
                         idle.sealed = this.log.take_seal().or(idle.sealed);
                         // One seal proves the ring for all groups.
-                        if this.host.is_none()
-                            && this.phase() == Phase::Member
-                            && idle.wants_seal(this.engine.wal().durable())
-                        {
+                        if this.phase() == Phase::Member && idle.wants_seal(this.engine.wal().durable()) {
                             this.log.seal();
                         }
                     }
@@ -132,7 +137,7 @@ impl<R: Runtime> Inner<R> {
 
     /// Leaves service when the volume has failed, and sees that a full ring is cut: a node that starts with one appends
     /// nothing, and without appends nobody else would ask for it.
-    async fn look_after_volume(&self, relieved: &mut R::Instant) {
+    pub(crate) async fn look_after_volume(&self, relieved: &mut R::Instant) {
         let failure = self.group.failure().map(|e| e.to_string());
         // A write that nobody waited for may have ended the log of a node at rest.
         let failure = failure.or_else(|| Some(self.engine.wal().failure()?.to_string()));
@@ -223,9 +228,7 @@ impl<R: Runtime> Inner<R> {
         let (this, r) = (self.clone(), running.clone());
         self.spawn(async move { this.ask_for_rotations(&r).await });
         let (this, r) = (self.clone(), running.clone());
-        if self.host.is_some() {
-            self.spawn(async move { this.follow_host(&r).await });
-        } else {
+        if self.host.is_none() {
             self.spawn(async move { this.look_after_members(&r).await });
             let (this, r) = (self.clone(), running.clone());
             self.spawn(async move { this.ask_when_orphaned(&r).await });
@@ -309,9 +312,9 @@ impl<R: Runtime> Inner<R> {
                 let ended = std::pin::pin!(ended.wait_until(|m| m.state != ServerState::Leader || m.vote != vote));
                 let next = std::pin::pin!(self.group.next_install());
                 let command = match R::select2(ended, next).await {
-                    openraft_rt::Select2::First(Ok(_)) => break,
-                    openraft_rt::Select2::First(Err(_)) => return,
-                    openraft_rt::Select2::Second(command) => command,
+                    Select2::First(Ok(_)) => break,
+                    Select2::First(Err(_)) => return,
+                    Select2::Second(command) => command,
                 };
                 if let CommandBody::Install { job, .. } = &command.body
                     && !self.agree(running, *job).await
@@ -358,6 +361,7 @@ impl<R: Runtime> Inner<R> {
 
     /// `None` when it was not appended and may be tried again.
     async fn propose_install(&self, running: &Arc<Running<R>>, bytes: bytes::Bytes) -> Option<()> {
+        self.awaken(running).await;
         match running.raft.client_write(Payload::new(bytes)).await {
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_))) => None,
             Ok(response) => {

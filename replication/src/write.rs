@@ -160,6 +160,7 @@ impl<R: Runtime> Inner<R> {
             Ok(Err(error)) => return Attempt::Done(Err(error)),
             Err(_) => return Attempt::Done(Err(self.not_admitted(running, &command))),
         };
+        self.awaken(running).await;
         let write = running.raft.client_write(Payload::new(command));
         match R::timeout_at(deadline, write).await {
             Ok(result) => classify(result),
@@ -183,6 +184,7 @@ impl<R: Runtime> Inner<R> {
             Ok(admitted) => admitted?,
             Err(_) => return Err(self.not_admitted(&running, &command)),
         };
+        self.awaken(&running).await;
         let (waiter, durable) = LocalWaiter::new();
         let payload = Payload { bytes: command, waiter: Some(waiter) };
         let raft = running.raft.clone();

@@ -6,6 +6,8 @@ mod inserts;
 mod judge;
 mod operator;
 mod placed;
+#[cfg(test)]
+mod rest;
 mod single;
 mod workload;
 
@@ -135,10 +137,10 @@ impl Settings {
     }
 }
 
-/// Requests that change nothing when they arrive twice: appends, votes, reads of tables and of positions, greetings
+/// Requests that change nothing when they arrive twice: appends, votes, reads of tables and of positions, greetings, pulses
 /// (docs/format.md, peer protocol). A forwarded write is not among them.
 fn repeatable(method: u8) -> bool {
-    matches!(method, 1 | 2 | 3 | 6 | 8 | 15 | 16)
+    matches!(method, 1 | 2 | 3 | 6 | 8 | 15 | 16 | 31)
 }
 
 /// What a run did, whatever its verdict.
