@@ -207,6 +207,7 @@ impl Engine {
             None => BTreeMap::new(),
         };
         let mut options = WalOptions::new(superblock.volume, superblock.epoch, superblock.wal_start, found.clean_end);
+        options.closed = found.closed;
         options.in_flight_max = settings.wal_in_flight_max;
         options.holes = settings.log_holes;
         // The error of a record keeps its kind on its way through the log.
@@ -414,7 +415,11 @@ impl Engine {
         let purged = shared.purge().await;
         let end = shared.wal().close().await?;
         purged?;
-        shared.volume.update(move |superblock| superblock.clean_end = Some(end)).await?;
+        let ended = move |superblock: &mut crate::volume::Superblock| {
+            superblock.clean_end = Some(end);
+            superblock.closed = true;
+        };
+        shared.volume.update(ended).await?;
         shared.volume.quiet().await;
         shared.volume.shutdown().await
     }

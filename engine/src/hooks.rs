@@ -119,6 +119,7 @@ pub mod fuzz {
             epoch: 6,
             wal_start: Lsn(8192),
             clean_end: Some(Lsn(16384)),
+            closed: true,
             root: Some(root),
         }
         .encode(0)

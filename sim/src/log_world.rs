@@ -23,6 +23,8 @@ struct Super {
     epoch: u64,
     start: Lsn,
     clean_end: Option<Lsn>,
+    /// In the life before this one.
+    closed: bool,
 }
 
 /// What a life of the log has been told.
@@ -65,7 +67,7 @@ pub fn run(seed: u64, lives: u64, lying_disks: bool) -> Result<u64, String> {
 async fn live(executor: &Arc<Executor>, settings: &Settings, rng: &mut SimRng, lives: u64) -> Result<u64, String> {
     let wal_bytes = rng.range(1, 4) << 20;
     let disk = Disk::new(executor, settings, rng.u64());
-    let mut stored = Super { epoch: 0, start: Lsn(0), clean_end: None };
+    let mut stored = Super { epoch: 0, start: Lsn(0), clean_end: None, closed: false };
     let mut formatted = false;
     // Records below `released` may be gone; those below `acknowledged` and not released must be there.
     let (mut released, mut acknowledged, mut next) = (0, 0, 0);
@@ -86,6 +88,7 @@ async fn live(executor: &Arc<Executor>, settings: &Settings, rng: &mut SimRng, l
             epoch: stored.epoch,
             start: stored.start,
             clean_end: stored.clean_end,
+            closed: stored.closed,
             in_flight_max: rng.range(1, 6) as usize,
             batch_bytes_max: 1 << rng.range(16, 21),
             holes: false,
@@ -118,10 +121,10 @@ async fn live(executor: &Arc<Executor>, settings: &Settings, rng: &mut SimRng, l
                  {acknowledged}, appended to {next}, {recovery:?}"
             ));
         }
-        if stored.clean_end.is_some() && end != next {
+        if stored.closed && end != next {
             return Err(format!("life {life}: a clean log lost records: holds to {end}, appended to {next}"));
         }
-        stored.clean_end = None;
+        stored.closed = false;
         next = end;
         let told = Arc::new(Mutex::new(Told { next, positions: found.into_iter().collect(), problems: Vec::new() }));
         let death = executor.now() + Duration::from_micros(rng.range(10, 60_000));
@@ -175,7 +178,7 @@ async fn live(executor: &Arc<Executor>, settings: &Settings, rng: &mut SimRng, l
         acknowledged = told.lock().unwrap_or_else(PoisonError::into_inner).next;
         if rng.chance(200) {
             let end = wal.close().await.map_err(|e| format!("life {life}: close: {e}"))?;
-            stored.clean_end = Some(end);
+            (stored.clean_end, stored.closed) = (Some(end), true);
             acknowledged = told.lock().unwrap_or_else(PoisonError::into_inner).next;
             if acknowledged != next {
                 return Err(format!("life {life}: closed with {acknowledged} of {next} acknowledged"));

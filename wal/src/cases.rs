@@ -9,7 +9,7 @@
 //! it says itself that it follows `b`. `proof` means that some later header of this volume, of the same epoch or a newer
 //! one, was written when `b` was already durable. `short` means that the last close was clean and ended behind `b`. `doubt`
 //! means that a torn tail is not to be believed: the device does not give a block in which the next batch may lie, or it is torn
-//! and acknowledged bytes before it are damaged; and no clean close says that nothing was there.
+//! and acknowledged bytes before it are damaged; and the log went on since it was last closed cleanly, or may have.
 //!
 //! ```text
 //! row  at           lap        proof  short  doubt   verdict            story

@@ -52,6 +52,7 @@ pub async fn inspect(
     volume: [u8; 16],
     start: Lsn,
     clean_end: Option<Lsn>,
+    closed: bool,
     visit: &mut (dyn FnMut(BatchInfo) -> Result<()> + Send),
 ) -> Result<Recovery> {
     let mut records_count = 0;
@@ -75,7 +76,7 @@ pub async fn inspect(
             records,
         })
     };
-    let expect = Expect { volume, start, epoch_limit: u64::MAX, clean_end, holes: false };
+    let expect = Expect { volume, start, epoch_limit: u64::MAX, clean_end, closed, holes: false };
     let ending = walk(zone, &expect, &mut visit_batch).await?;
     let (batches, torn_bytes) = (ending.batches, ending.torn_bytes);
     Ok(Recovery { end: ending.end, batches, records: records_count, torn_bytes, holes: 0 })

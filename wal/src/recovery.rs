@@ -35,6 +35,8 @@ pub(crate) struct Expect {
     /// Every epoch in the log is below this.
     pub(crate) epoch_limit: u64,
     pub(crate) clean_end: Option<Lsn>,
+    /// Nobody has opened the log since it was closed at `clean_end`.
+    pub(crate) closed: bool,
     /// Go on behind acknowledged bytes that are damaged (rows K, L and P): the owner has them from elsewhere.
     pub(crate) holes: bool,
 }
@@ -187,9 +189,8 @@ pub(crate) async fn walk(
         }
         let short = expect.clean_end.is_some_and(|clean| tail.end < clean);
         let unread = unread_at(&reader, &ring, &tail, torn.as_ref());
-        // Of a log that was closed cleanly it is known what was there.
-        let open = expect.clean_end.is_none();
-        let doubt = open && (unread.is_some() || (torn.is_some() && damaged));
+        // Of a log that was closed cleanly, and not opened since, it is known what was there.
+        let doubt = !expect.closed && (unread.is_some() || (torn.is_some() && damaged));
         let row = decide(&Facts { at, lap, proof: scan.proof, short, doubt });
         tracing::trace!(lsn = tail.end.0, row = %row.letter, "log position judged");
         let bad = if lap == Found::Nothing { tail.end } else { ring.lap_next(tail.end).unwrap_or(tail.end) };
@@ -222,6 +223,7 @@ pub(crate) async fn walk(
                     (Some(header), _) => Tail { end: header.end(), chain: Some(header.checksum), epoch: header.epoch },
                     // No header of an earlier lap, and none that was cut, says that it lies here (invariant 2).
                     (None, clean_end) => {
+                        let clean_end = clean_end.filter(|clean| tail.end < *clean);
                         let end = match (scan.next.or(clean_end), unread) {
                             (Some(end), _) => end,
                             (None, Some(unread)) => reader.behind_unread(unread).await?,

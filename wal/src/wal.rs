@@ -39,7 +39,16 @@ pub struct Record {
 impl WalOptions {
     /// Options with the default bounds.
     pub fn new(volume: [u8; 16], epoch: u64, start: Lsn, clean_end: Option<Lsn>) -> Self {
-        Self { volume, epoch, start, clean_end, in_flight_max: 3, batch_bytes_max: 1 << 20, holes: false }
+        Self {
+            volume,
+            epoch,
+            start,
+            clean_end,
+            closed: false,
+            in_flight_max: 3,
+            batch_bytes_max: 1 << 20,
+            holes: false,
+        }
     }
 }
 
@@ -69,6 +78,8 @@ pub struct WalOptions {
     pub start: Lsn,
     /// Where the log ended when it was closed cleanly. A shorter log is then `Corrupt`.
     pub clean_end: Option<Lsn>,
+    /// Nobody has opened it since: it ends there, whatever the device does not give. Default no.
+    pub closed: bool,
     /// Batches in flight, 1 to 8. Default 3.
     pub in_flight_max: usize,
     /// Bytes of a batch above which no further record is added. Default 1 MiB.
@@ -162,6 +173,7 @@ impl Wal {
             start: options.start,
             epoch_limit: options.epoch,
             clean_end: options.clean_end,
+            closed: options.closed,
             holes: options.holes,
         };
         let (mut records, mut holes) = (0, 0);

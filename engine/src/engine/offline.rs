@@ -189,7 +189,8 @@ impl Offline {
             Ok(())
         };
         let zone = self.volume.wal_zone();
-        let walk = mainstay_wal::inspect(&zone, found.volume, found.wal_start, found.clean_end, &mut hand_over);
+        let walk =
+            mainstay_wal::inspect(&zone, found.volume, found.wal_start, found.clean_end, found.closed, &mut hand_over);
         Ok(walk.await?)
     }
 

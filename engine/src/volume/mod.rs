@@ -124,6 +124,7 @@ impl Volume {
             epoch: 0,
             wal_start: Lsn(0),
             clean_end: None,
+            closed: false,
             root: None,
         };
         write_copies(&zone, &superblock).await
@@ -145,7 +146,12 @@ impl Volume {
         let found = judge(media.name(), &copies)?;
         mend(&zone, &copies, &found).await?;
         let volume = Self::over(media, environment, found.clone(), None)?;
-        volume.update(|superblock| superblock.epoch += 1).await?;
+        volume
+            .update(|superblock| {
+                superblock.epoch += 1;
+                superblock.closed = false;
+            })
+            .await?;
         Ok((volume, found))
     }
 

@@ -47,6 +47,7 @@ const OFFSET_CHECKSUM: usize = BLOCK_BYTES - 8;
 
 const FLAG_CLEAN_END: u16 = 1;
 const FLAG_ROOT: u16 = 2;
+const FLAG_CLOSED: u16 = 4;
 const EXTENT_BYTES: usize = 8;
 
 const _: () = assert!(COPIES as u64 * COPY_STRIDE_BYTES == SUPERBLOCK_ZONE_BYTES);
@@ -85,6 +86,8 @@ pub(crate) struct Superblock {
     /// Where the log ended at the last clean close. It stays when the log goes on: the log never becomes shorter again, so
     /// it is a lower bound for the end of the log for ever.
     pub(crate) clean_end: Option<Lsn>,
+    /// Nobody has opened the volume since the close that `clean_end` is from: the log ends there.
+    pub(crate) closed: bool,
     /// The manifest pages; None until the first were written.
     pub(crate) root: Option<Root>,
 }
@@ -107,7 +110,8 @@ impl Superblock {
         let mut block = AlignedBuf::zeroed(BLOCK_BYTES);
         let mut put = |at: usize, bytes: &[u8]| block[at..at + bytes.len()].copy_from_slice(bytes);
         let flags =
-            if self.clean_end.is_some() { FLAG_CLEAN_END } else { 0 } | if self.root.is_some() { FLAG_ROOT } else { 0 };
+            [(self.clean_end.is_some(), FLAG_CLEAN_END), (self.root.is_some(), FLAG_ROOT), (self.closed, FLAG_CLOSED)];
+        let flags = flags.into_iter().filter(|(set, _)| *set).fold(0, |flags, (_, flag)| flags | flag);
         put(0, &MAGIC);
         put(OFFSET_VERSION, &VOLUME_FORMAT_VERSION.to_le_bytes());
         put(OFFSET_FLAGS, &flags.to_le_bytes());
@@ -172,6 +176,7 @@ impl Superblock {
             epoch: u64_at(OFFSET_EPOCH)?,
             wal_start: Lsn(u64_at(OFFSET_WAL_START)?),
             clean_end: (flags & FLAG_CLEAN_END != 0).then_some(clean_end),
+            closed: flags & FLAG_CLOSED != 0,
             root,
         })
     }

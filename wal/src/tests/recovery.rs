@@ -233,8 +233,20 @@ fn row_p_a_block_that_cannot_be_read_at_the_end_is_corrupt() {
     check(&refused(&lap, &[0], lap_options), ErrorKind::Corrupt, 13 * BLOCK, 'P');
     // Further on nothing can have been acknowledged while this is not there, and of a clean log the end is known.
     for (unread, clean_end) in [(6 * BLOCK, None), (5 * BLOCK, Some(Lsn(5 * BLOCK as u64)))] {
-        let bench = Bench::open_without(image.clone(), &[unread], WalOptions { clean_end, ..options(2) });
+        let closed = clean_end.is_some();
+        let bench = Bench::open_without(image.clone(), &[unread], WalOptions { clean_end, closed, ..options(2) });
         assert_eq!(bench.expect("opens").delivered.len(), 5, "unread={unread}");
+    }
+    // One that went on behind a clean close says nothing of its end.
+    for clean_end in [3, 5] {
+        let went_on = WalOptions { clean_end: Some(Lsn((clean_end * BLOCK) as u64)), ..options(2) };
+        check(
+            &refused(&image, &[4 * BLOCK], went_on.clone()),
+            ErrorKind::Corrupt,
+            4 * BLOCK,
+            if clean_end == 5 { 'L' } else { 'P' },
+        );
+        check(&refused(&image, &[5 * BLOCK], went_on), ErrorKind::Corrupt, 5 * BLOCK, 'P');
     }
     // Where the longest batch fits the next one does not skip to the next lap.
     let later = WalOptions { start: Lsn(BLOCK as u64), ..options(2) };
@@ -368,7 +380,8 @@ fn inspecting_sees_every_batch_and_changes_nothing() {
         batches.push((batch.lsn.0, batch.follows.0, batch.epoch, batch.records.len(), batch.bytes));
         Ok(())
     };
-    let found = device.run(crate::inspect(&device.zone(), VOLUME, options.start, None, &mut visit)).expect("walks");
+    let found =
+        device.run(crate::inspect(&device.zone(), VOLUME, options.start, None, false, &mut visit)).expect("walks");
     let block = BLOCK as u64;
     let lap = 16 * block;
     assert_eq!(

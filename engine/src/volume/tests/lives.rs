@@ -142,7 +142,8 @@ impl Life {
         let (volume, found) = Volume::open(self.media.open()?, &self.environment).await?;
         self.check_root(&volume, &found).await?;
         let epoch = volume.superblock().epoch;
-        let options = WalOptions::new(found.volume, epoch, found.wal_start, found.clean_end);
+        let closed = found.closed;
+        let options = WalOptions { closed, ..WalOptions::new(found.volume, epoch, found.wal_start, found.clean_end) };
         let mut delivered = Vec::new();
         let mut deliver = |_, _, pos, payload: Bytes| {
             delivered.push((pos, payload));
@@ -164,7 +165,11 @@ impl Life {
             }
         }
         let end = wal.close().await?;
-        volume.update(move |superblock| superblock.clean_end = Some(end)).await
+        let ended = move |superblock: &mut super::Superblock| {
+            superblock.clean_end = Some(end);
+            superblock.closed = true;
+        };
+        volume.update(ended).await
     }
 
     fn append(&self, wal: &Wal) -> Op<()> {

@@ -317,6 +317,7 @@ fn every_mixture_of_copies_has_a_row() {
         epoch: 0,
         wal_start: Lsn(0),
         clean_end: None,
+        closed: false,
         root: None,
     };
     let after =
