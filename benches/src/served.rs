@@ -30,6 +30,17 @@ pub fn runtime() -> Outcome<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
 }
 
+/// What a program ends with; an error is printed.
+pub fn exit_of(outcome: Outcome<()>) -> std::process::ExitCode {
+    match outcome {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
 /// Ports of the loopback interface that were free a moment ago.
 ///
 /// # Errors

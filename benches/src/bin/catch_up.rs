@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use mainstay::{Batch, Keyspace, Node, NodeOptions};
-use mainstay_benches::served::{NAMES, Outcome, free_ports, runtime};
+use mainstay_benches::served::{NAMES, Outcome, exit_of, free_ports, runtime};
 
 /// As the server has it.
 #[global_allocator]
@@ -41,13 +41,7 @@ fn main() -> std::process::ExitCode {
     // SAFETY: no other thread runs yet.
     unsafe { mainstay_server::allocator::configure() };
     let options = Options::parse();
-    match runtime().and_then(|runtime| runtime.block_on(run(&options))) {
-        Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            std::process::ExitCode::FAILURE
-        }
-    }
+    exit_of(runtime().and_then(|runtime| runtime.block_on(run(&options))))
 }
 
 /// Where the writes of an absence go.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use mainstay::{Keyspace, Node, NodeOptions};
-use mainstay_benches::served::{NAMES, Outcome, START_MAX, Served, end, free_ports, log_file, runtime};
+use mainstay_benches::served::{NAMES, Outcome, START_MAX, Served, end, exit_of, free_ports, log_file, runtime};
 use mainstay_benches::work::{histogram, key, value};
 use mainstay_server::bench::Report;
 
@@ -63,13 +63,7 @@ fn main() -> std::process::ExitCode {
         Some("library") => library_replica(),
         _ => run(Options::parse()),
     };
-    match result {
-        Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            std::process::ExitCode::FAILURE
-        }
-    }
+    exit_of(result)
 }
 
 /// As `mainstay bench` runs: on one thread.

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::Parser;
-use mainstay_benches::served::{NAMES, Outcome, Served, runtime};
+use mainstay_benches::served::{NAMES, Outcome, Served, exit_of, runtime};
 use mainstay_server::bench::Report;
 
 /// As the server has it.
@@ -70,13 +70,7 @@ fn main() -> std::process::ExitCode {
     if std::env::args().nth(1).as_deref() == Some("serve") {
         return mainstay_server::cli::main();
     }
-    match run(&Options::parse()) {
-        Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            std::process::ExitCode::FAILURE
-        }
-    }
+    exit_of(run(&Options::parse()))
 }
 
 fn run(options: &Options) -> Outcome<()> {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use mainstay_benches::served::{NAMES, Outcome, Served, Signal, runtime};
+use mainstay_benches::served::{NAMES, Outcome, Served, Signal, exit_of, runtime};
 use mainstay_server::proto::etcdserverpb::PutRequest;
 use mainstay_server::proto::etcdserverpb::kv_client::KvClient;
 use tonic::transport::{Channel, Endpoint};
@@ -58,13 +58,7 @@ fn main() -> std::process::ExitCode {
     if std::env::args().nth(1).as_deref() == Some("serve") {
         return mainstay_server::cli::main();
     }
-    match run(&Options::parse()) {
-        Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            std::process::ExitCode::FAILURE
-        }
-    }
+    exit_of(run(&Options::parse()))
 }
 
 fn run(options: &Options) -> Outcome<()> {

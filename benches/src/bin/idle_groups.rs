@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use mainstay::{Batch, Node, NodeOptions};
-use mainstay_benches::served::{NAMES, Outcome, free_ports, runtime};
+use mainstay_benches::served::{NAMES, Outcome, exit_of, free_ports, runtime};
 
 /// As the server has it.
 #[global_allocator]
@@ -37,13 +37,7 @@ fn main() -> std::process::ExitCode {
     // SAFETY: no other thread runs yet.
     unsafe { mainstay_server::allocator::configure() };
     let options = Options::parse();
-    match runtime().and_then(|runtime| runtime.block_on(run(&options))) {
-        Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            std::process::ExitCode::FAILURE
-        }
-    }
+    exit_of(runtime().and_then(|runtime| runtime.block_on(run(&options))))
 }
 
 async fn run(options: &Options) -> Outcome<()> {
@@ -82,7 +76,9 @@ async fn measure(groups: usize, time: Duration) -> Outcome<()> {
     let each = NAMES.len() as f64 * seconds;
     let millis = (after.0 - before.0) as f64 * 1000.0 / TICKS_A_SECOND / each;
     let wakes = (after.1 - before.1) as f64 / each;
-    println!("{groups:4} groups beside the first: {millis:7.2} ms of processor and {wakes:7.0} wakes a second a replica");
+    println!(
+        "{groups:4} groups beside the first: {millis:7.2} ms of processor and {wakes:7.0} wakes a second a replica"
+    );
     Ok(())
 }
 
