@@ -120,12 +120,6 @@ impl EngineShared {
         self.set_full(true);
     }
 
-    /// True until upkeep takes the wish back to try.
-    #[cfg(test)]
-    pub(crate) fn wants_pages(&self) -> bool {
-        self.pages_wanted.load(Ordering::Acquire)
-    }
-
     /// Asks for a purge when half of the ring is used and the log has grown since the last one.
     pub(crate) fn check_log(&self) {
         if self.log_is_half_full() {
@@ -162,7 +156,7 @@ impl EngineShared {
     }
 
     /// Keeps the log short and lets freed extents go until the engine is closed.
-    pub(super) async fn keep_up(self: Arc<Self>) {
+    pub(crate) async fn keep_up(self: Arc<Self>) {
         loop {
             self.upkeep.notified().await;
             if self.is_closing() {

@@ -165,6 +165,19 @@ fn damage_at_others_does_not_end_an_install() {
     });
 }
 
+/// An entry of which only the index matters.
+fn entry(index: u64) -> Entry {
+    let command = Command { time_ms: 1, body: mainstay_engine::CommandBody::Rotate }.encode().expect("encodes");
+    Entry { log_id: log_id(1, index), payload: EntryPayload::Normal(crate::types::Payload::new(command)) }
+}
+
+/// A log of so many of them.
+async fn bench_with(entries: u64) -> Bench {
+    let mut bench = Bench::new(1 << 20).await;
+    super::log::append(&mut bench.store, (0..entries).map(entry).collect()).await;
+    bench
+}
+
 /// The others have compacted away the table that the next entry reads, which is damaged here and nowhere else to be had: the
 /// replica goes on with the state of one of them. It waits for one that holds the entry and that its own log reaches.
 #[test]
@@ -173,14 +186,7 @@ fn an_entry_that_reads_what_nobody_has_any_more_is_taken_over_with_the_state() {
     type Machine = StateMachine<TokioRuntime, Fetching>;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
-        let mut bench = Bench::new(1 << 20).await;
-        let body = mainstay_engine::CommandBody::Rotate;
-        let command = Command { time_ms: 1, body }.encode().expect("encodes");
-        let entry = |index| Entry {
-            log_id: log_id(1, index),
-            payload: EntryPayload::Normal(crate::types::Payload::new(command.clone())),
-        };
-        super::log::append(&mut bench.store, (0..12).map(entry).collect()).await;
+        let bench = bench_with(12).await;
         let blind = || Fetching { blind_at: Some(7), ..Fetching::default() };
         let mut machine =
             Machine::open(blind(), bench.store.clone(), Arc::new(MovedOn), Arc::default()).expect("opens");
@@ -207,14 +213,7 @@ fn an_entry_that_cannot_be_read_gives_way_to_the_install_that_waits_behind_it() 
     type Machine = StateMachine<TokioRuntime, Fetching>;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
-        let mut bench = Bench::new(1 << 20).await;
-        let body = mainstay_engine::CommandBody::Rotate;
-        let command = Command { time_ms: 1, body }.encode().expect("encodes");
-        let entry = |index| Entry {
-            log_id: log_id(1, index),
-            payload: EntryPayload::Normal(crate::types::Payload::new(command.clone())),
-        };
-        super::log::append(&mut bench.store, (0..7).map(entry).collect()).await;
+        let bench = bench_with(7).await;
         let blind = || Fetching { blind_at: Some(5), ..Fetching::default() };
         let entries = || stream::iter((1..=6).map(|index| Ok((entry(index), None))));
 

@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -49,7 +50,8 @@ pub(crate) fn mainstay() -> Command {
 /// A process that is killed by its id when the test ends, however it ends.
 pub(crate) struct Server {
     process: Child,
-    lines: std::io::Lines<BufReader<std::process::ChildStderr>>,
+    /// What it logs. Taken off the pipe as it comes: a process whose pipe is full stands still at its next line.
+    lines: Receiver<String>,
 }
 
 impl Server {
@@ -65,7 +67,10 @@ impl Server {
         command.arg("--data").arg(data).args(["--listen", ports.client(), "--listen-peer", ports.peer()]);
         command.args(["--listen-admin", ports.admin(), "--listen-metrics", ports.metrics()]).args(args);
         let mut process = command.stderr(Stdio::piped()).spawn().expect("starts");
-        let lines = BufReader::new(process.stderr.take().expect("piped")).lines();
+        let log = BufReader::new(process.stderr.take().expect("piped"));
+        let (line, lines) = channel();
+        // Ends with the process, or with the last line that somebody could still ask for.
+        std::thread::spawn(move || log.lines().map_while(Result::ok).try_for_each(|text| line.send(text)));
         let mut server = Self { process, lines };
         server.line_with("\"message\":\"serving\"");
         server
@@ -73,8 +78,7 @@ impl Server {
 
     /// The next line of the log that holds `text`. Every line is one JSON object with the stable keys.
     pub(crate) fn line_with(&mut self, text: &str) -> serde_json::Value {
-        for line in self.lines.by_ref() {
-            let line = line.expect("utf-8");
+        for line in self.lines.iter() {
             let object: serde_json::Value = serde_json::from_str(&line).expect("JSON");
             assert!(object["time"].is_string() && object["member"].is_string(), "{line}");
             if line.contains(text) {

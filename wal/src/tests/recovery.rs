@@ -238,14 +238,9 @@ fn row_p_a_block_that_cannot_be_read_at_the_end_is_corrupt() {
         assert_eq!(bench.expect("opens").delivered.len(), 5, "unread={unread}");
     }
     // One that went on behind a clean close says nothing of its end.
-    for clean_end in [3, 5] {
+    for (clean_end, before) in [(3, 'P'), (5, 'L')] {
         let went_on = WalOptions { clean_end: Some(Lsn((clean_end * BLOCK) as u64)), ..options(2) };
-        check(
-            &refused(&image, &[4 * BLOCK], went_on.clone()),
-            ErrorKind::Corrupt,
-            4 * BLOCK,
-            if clean_end == 5 { 'L' } else { 'P' },
-        );
+        check(&refused(&image, &[4 * BLOCK], went_on.clone()), ErrorKind::Corrupt, 4 * BLOCK, before);
         check(&refused(&image, &[5 * BLOCK], went_on), ErrorKind::Corrupt, 5 * BLOCK, 'P');
     }
     // Where the longest batch fits the next one does not skip to the next lap.
