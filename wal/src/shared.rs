@@ -45,8 +45,8 @@ pub(crate) struct Queue {
     pub(crate) waiting: VecDeque<Pending>,
     /// Cost of all records that are not yet in a batch, those included that the writer has taken.
     pub(crate) queued_bytes: usize,
-    /// The writer, when it sleeps and a new record is a reason to wake.
-    pub(crate) writer: Option<Waker>,
+    /// The writer, when it sleeps and new records are a reason to wake: as soon as so many wait here.
+    pub(crate) writer: Option<(Waker, usize)>,
     pub(crate) admits: Vec<Waker>,
     pub(crate) closers: Vec<Waker>,
     pub(crate) closing: bool,
@@ -119,9 +119,10 @@ impl Shared {
         }
         queue.queued_bytes = queue.queued_bytes.saturating_add(pending.cost());
         queue.waiting.push_back(pending);
-        let writer = queue.writer.take();
+        let waiting = queue.waiting.len();
+        let writer = queue.writer.take_if(|(_, due)| waiting >= *due);
         drop(queue);
-        if let Some(writer) = writer {
+        if let Some((writer, _)) = writer {
             writer.wake();
         }
     }
@@ -155,7 +156,7 @@ impl Shared {
         queue.closing = true;
         let writer = queue.writer.take();
         drop(queue);
-        if let Some(writer) = writer {
+        if let Some((writer, _)) = writer {
             writer.wake();
         }
     }

@@ -8,9 +8,11 @@
 //! 3. The end of a batch is at most `IN_FLIGHT_SPAN_MAX` from the durable position unless the batch is alone in flight;
 //!    recovery relies on it to know how far to look.
 //! 4. After a failed write nothing is written and nothing is acknowledged.
+//! 5. Behind batches in flight the next goes out once it is full or holds as many records as they do together; what they hold
+//!    shrinks as they complete. A write costs the device much the same whatever its length, so many small ones would only queue
+//!    there, and none is acknowledged before those in front of it.
 //! # Why not
-//! A timer or a minimum batch: what waits while batches are in flight is the batch, and an idle log answers after one
-//! write.
+//! A timer, or a minimum for a batch that nothing is in front of: an idle log answers after one write.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -110,18 +112,24 @@ impl Writer {
         admits.into_iter().for_each(Waker::wake);
     }
 
+    fn records_in_flight(&self) -> usize {
+        self.in_flight.iter().map(|batch| batch.answers.len()).sum()
+    }
+
     /// Prepares to sleep; false when there is something to do. The waker is left under the lock under which the queue
-    /// was seen empty. While nothing more can go to the device it is not left: then only a completion is a reason to
-    /// wake.
+    /// was seen too short, with the length at which it is to wake. While nothing more can go to the device it is not left:
+    /// then only a completion is a reason to wake.
     fn sleep(&mut self, cx: &Context<'_>) -> bool {
-        let can_write = self.waiting.is_empty() && self.in_flight.len() < self.in_flight_max;
+        let due = self.records_in_flight().max(1);
+        let can_write = self.waiting.len() < due && self.in_flight.len() < self.in_flight_max;
         if !can_write {
             return true;
         }
+        let missing = due - self.waiting.len();
         let mut queue = self.shared.lock();
-        let idle = queue.waiting.is_empty() && !(queue.closing && self.in_flight.is_empty());
+        let idle = queue.waiting.len() < missing && !(queue.closing && self.in_flight.is_empty());
         if idle {
-            queue.writer = Some(cx.waker().clone());
+            queue.writer = Some((cx.waker().clone(), missing));
         }
         idle
     }
@@ -304,6 +312,9 @@ impl Future for Writer {
             while this.in_flight.len() < this.in_flight_max {
                 this.take();
                 let Some(plan) = this.plan() else { break };
+                if plan.count == this.waiting.len() && plan.count < this.records_in_flight() {
+                    break;
+                }
                 this.submit(&plan);
                 submitted = true;
             }

@@ -6,12 +6,7 @@ use super::*;
 fn a_failed_write_closes_the_log_for_good() {
     let bench = Bench::blank(MIB);
     bench.commit(b"durable").expect("commits");
-    bench.device.hold(true);
-    let mut in_flight = Vec::new();
-    for i in 0..3 {
-        in_flight.push(bench.append(&payload(i, 100)));
-        bench.device.turn();
-    }
+    let in_flight = bench.three_in_flight(0, 100);
     let queued = bench.append(b"queued");
     bench.device.complete(1, false);
     assert!(bench.device.turn(), "the task has ended");

@@ -68,6 +68,19 @@ impl Bench {
         self.append_as(payload, Reserve::Normal)
     }
 
+    /// Gives the device three batches, of which the last has two records, as many as those before it. Holds them.
+    pub(crate) fn three_in_flight(&self, first: usize, bytes: usize) -> Vec<Outcome> {
+        self.device.hold(true);
+        let outcomes = [1, 1, 2].into_iter().flat_map(|records| {
+            let outcomes: Vec<Outcome> = (0..records).map(|i| self.append(&payload(first + i, bytes))).collect();
+            self.device.turn();
+            outcomes
+        });
+        let outcomes = outcomes.collect();
+        assert_eq!(self.device.held().len(), 3);
+        outcomes
+    }
+
     pub(crate) fn append_as(&self, payload: &[u8], reserve: Reserve) -> Outcome {
         let outcome = Outcome::default();
         self.wal.append(record(payload), reserve, outcome.setter());

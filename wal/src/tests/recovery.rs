@@ -273,11 +273,7 @@ fn every_row_has_a_test() {
 /// Behind three batches that are committed three more in flight: the first is lost, the others are whole.
 fn first_of_three_in_flight_lost() -> Bench {
     let bench = Bench::open(committed(3), options(2)).expect("opens");
-    bench.device.hold(true);
-    for i in 0..3 {
-        let _ = bench.append(&payload(50 + i, 3000));
-        bench.device.turn();
-    }
+    let _ = bench.three_in_flight(50, 1900);
     bench.device.complete(1, true);
     bench.device.complete(1, true);
     bench
@@ -292,7 +288,7 @@ fn what_was_cut_is_never_adopted_later() {
     let bench = bench.crash(3);
     assert_eq!((bench.delivered.len(), bench.recovery.end), (3, Lsn(3 * BLOCK as u64)));
     assert_eq!(bench.recovery.torn_bytes, 3 * BLOCK as u64);
-    bench.commit(&payload(60, 3000)).expect("commits");
+    bench.commit(&payload(60, 1900)).expect("commits");
     let image = bench.device.image();
     assert_eq!(Bench::open(image.clone(), options(4)).expect("opens").delivered.len(), 4);
     let start = Lsn(4 * BLOCK as u64);

@@ -35,13 +35,7 @@ fn what_waits_becomes_one_batch_with_one_write() {
 #[test]
 fn batches_are_acknowledged_in_order_whatever_the_order_of_completions() {
     let bench = Bench::blank(MIB);
-    bench.device.hold(true);
-    let mut outcomes = Vec::new();
-    for i in 0..3 {
-        outcomes.push(bench.append(&payload(i, 100)));
-        bench.device.turn();
-    }
-    assert_eq!(bench.device.held().len(), 3);
+    let outcomes = bench.three_in_flight(0, 100);
     bench.device.complete(2, true);
     bench.device.complete(1, true);
     bench.device.turn();
@@ -64,7 +58,7 @@ fn no_more_batches_are_in_flight_than_allowed_and_the_rest_shares_the_next() {
         let _ = bench.append(&payload(i, 100));
         bench.device.turn();
     }
-    assert_eq!(bench.device.held().len(), 3);
+    assert_eq!(bench.device.held().len(), 3, "of one, one and two records");
     let wakes = bench.device.wakes();
     let last = bench.append(&payload(10, 100));
     assert_eq!(bench.device.wakes(), wakes, "a record cannot be written now, so it wakes nobody");
@@ -78,6 +72,51 @@ fn no_more_batches_are_in_flight_than_allowed_and_the_rest_shares_the_next() {
     bench.device.turn();
     assert_eq!(bench.device.counts().0, 4);
     assert!(matches!(last.get(), Some(Ok(pos)) if pos.batch == Lsn(3 * 4096)));
+}
+
+/// Few records behind many wait for more of them or for the device, whichever comes first.
+#[test]
+fn behind_batches_in_flight_goes_one_of_as_many_records() {
+    let bench = Bench::blank(MIB);
+    bench.device.hold(true);
+    let first: Vec<Outcome> = (0..4).map(|i| bench.append(&payload(i, 100))).collect();
+    bench.device.turn();
+    let wakes = bench.device.wakes();
+    let mut second: Vec<Outcome> = (4..7).map(|i| bench.append(&payload(i, 100))).collect();
+    bench.device.turn();
+    assert_eq!((bench.device.held().len(), bench.device.wakes()), (1, wakes), "three behind four wake nobody");
+    second.push(bench.append(&payload(7, 100)));
+    assert_eq!(bench.device.wakes(), wakes + 1, "four do");
+    bench.device.turn();
+    assert_eq!(bench.device.held().len(), 2);
+
+    let third = bench.append(&payload(8, 100));
+    bench.device.turn();
+    assert_eq!(bench.device.held().len(), 2, "one behind eight waits");
+    bench.device.complete(0, true);
+    bench.device.complete(0, true);
+    bench.device.turn();
+    assert_eq!(bench.device.held().len(), 1, "and goes when the device is done with them");
+    bench.device.complete(0, true);
+    bench.device.turn();
+    assert!(first.iter().chain(&second).chain([&third]).all(|o| matches!(o.get(), Some(Ok(_)))));
+    assert_eq!((bench.wal.stats().batches, bench.wal.stats().records), (3, 9));
+}
+
+/// Long records: a batch holds few of them, and is not waited for until it holds more than it can.
+#[test]
+fn a_batch_of_long_records_goes_when_it_is_full() {
+    let bench = Bench::open(vec![0; 8 * MIB], WalOptions { batch_bytes_max: 64 * KIB, ..options(1) }).expect("opens");
+    bench.device.hold(true);
+    let outcomes: Vec<Outcome> = (0..7).map(|i| bench.append(&payload(i, 24 * KIB))).collect();
+    bench.device.turn();
+    assert_eq!(bench.device.held().len(), 3, "two in each, and one that does not fit");
+    bench.device.hold(false);
+    while !bench.device.held().is_empty() {
+        bench.device.complete(0, true);
+    }
+    bench.device.turn();
+    assert!(outcomes.iter().all(|o| matches!(o.get(), Some(Ok(_)))));
 }
 
 #[test]
