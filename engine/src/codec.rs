@@ -30,6 +30,29 @@ pub(crate) fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend_from_slice(bytes);
 }
 
+/// Bytes of a bound of a span: what follows the longest key at once is one longer.
+pub(crate) const SPAN_BYTES_MAX: usize = crate::command::KEY_BYTES_MAX + 1;
+
+/// Appends the keys from `first` and before `end`.
+pub(crate) fn put_span(out: &mut Vec<u8>, first: &[u8], end: Option<&Bytes>) {
+    put_bytes(out, first);
+    out.push(end.is_some().into());
+    if let Some(end) = end {
+        put_bytes(out, end);
+    }
+}
+
+/// Reads what [`put_span`] wrote.
+pub(crate) fn take_span(from: &mut Decoder) -> Result<(Bytes, Option<Bytes>)> {
+    let first = from.bytes(0, SPAN_BYTES_MAX)?;
+    let end = match from.u8()? {
+        0 => None,
+        1 => Some(from.bytes(0, SPAN_BYTES_MAX)?),
+        _ => return Err(from.corrupt("an end is neither there nor absent")),
+    };
+    Ok((first, end))
+}
+
 /// Reads what the functions above wrote.
 pub(crate) struct Decoder {
     rest: Bytes,

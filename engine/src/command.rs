@@ -12,7 +12,10 @@
 
 use bytes::Bytes;
 
-use crate::codec::{Decoder, TABLE_BYTES_MIN, check_name, put_bytes, put_table, put_varint, take_table};
+use crate::codec::{
+    Decoder, SPAN_BYTES_MAX, TABLE_BYTES_MIN, check_name, put_bytes, put_span, put_table, put_varint, take_span,
+    take_table,
+};
 use crate::condition::{Condition, put_conditions, take_conditions};
 use crate::once::not_once;
 use crate::{BranchId, ClientToken, ConditionalBatch, Error, ErrorKind, JobId, KeyspaceId, Result, TableId};
@@ -104,6 +107,18 @@ pub enum CommandBody {
     BatchIf(ConditionalBatch),
     /// As `Batches`, where some have conditions. Each is decided behind those before it.
     BatchesIf(Vec<ConditionalBatch>),
+    /// Has what a keyspace of a branch holds written down to the last level, so that the space of what was removed and
+    /// superseded comes back: see [`crate::Group::compacted`]. What is written behind it is not waited for.
+    Compact {
+        /// The branch.
+        branch: BranchId,
+        /// The keyspace.
+        keyspace: KeyspaceId,
+        /// Keys from here; empty for all up to `end`.
+        first: Bytes,
+        /// And before here; none for all behind `first`.
+        end: Option<Bytes>,
+    },
 }
 
 /// Mutations applied all or none to one branch. The later of two mutations of one key wins.
@@ -233,10 +248,11 @@ const KIND_BATCHES: u8 = 11;
 const KIND_ONCE: u8 = 12;
 const KIND_BATCH_IF: u8 = 13;
 const KIND_BATCHES_IF: u8 = 14;
+const KIND_COMPACT: u8 = 15;
 
 /// The kinds as docs/format.md has them.
 #[cfg(test)]
-pub(crate) const KINDS: [(u8, &str); 14] = [
+pub(crate) const KINDS: [(u8, &str); 15] = [
     (KIND_BATCH, "Batch"),
     (KIND_CREATE_KEYSPACE, "CreateKeyspace"),
     (KIND_DROP_KEYSPACE, "DropKeyspace"),
@@ -251,6 +267,7 @@ pub(crate) const KINDS: [(u8, &str); 14] = [
     (KIND_ONCE, "Once"),
     (KIND_BATCH_IF, "BatchIf"),
     (KIND_BATCHES_IF, "BatchesIf"),
+    (KIND_COMPACT, "Compact"),
 ];
 
 const OP_PUT: u8 = 1;
@@ -313,6 +330,17 @@ pub(crate) fn check_key(key: &[u8]) -> Result<()> {
     }
 }
 
+/// Refuses bounds that no key reaches.
+pub(crate) fn check_span(first: &[u8], end: Option<&Bytes>) -> Result<()> {
+    match first.len().max(end.map_or(0, Bytes::len)) {
+        0..=SPAN_BYTES_MAX => Ok(()),
+        length => {
+            let message = format!("a bound is too long length={length} length_max={SPAN_BYTES_MAX}");
+            Err(Error::new(ErrorKind::Invalid, message))
+        }
+    }
+}
+
 impl Command {
     /// Encodes the command; see docs/format.md.
     ///
@@ -336,6 +364,7 @@ impl Command {
             CommandBody::Once { .. } => KIND_ONCE,
             CommandBody::BatchIf(_) => KIND_BATCH_IF,
             CommandBody::BatchesIf(_) => KIND_BATCHES_IF,
+            CommandBody::Compact { .. } => KIND_COMPACT,
         };
         out.push(kind);
         out.extend_from_slice(&self.time_ms.to_le_bytes());
@@ -395,6 +424,12 @@ impl Command {
                 for batch in batches {
                     encode_batch_if(&mut out, batch)?;
                 }
+            }
+            CommandBody::Compact { branch, keyspace, first, end } => {
+                check_span(first, end.as_ref())?;
+                put_varint(&mut out, branch.0);
+                put_varint(&mut out, keyspace.0.into());
+                put_span(&mut out, first, end.as_ref());
             }
         }
         Ok(out.into())
@@ -486,6 +521,11 @@ impl Command {
                 let count = from.count(BATCH_IF_BYTES_MIN)?;
                 CommandBody::BatchesIf((0..count).map(|_| decode_batch_if(&mut from)).collect::<Result<_>>()?)
             }
+            KIND_COMPACT => {
+                let (branch, keyspace) = (BranchId(from.varint()?), KeyspaceId(from.varint_u32()?));
+                let (first, end) = take_span(&mut from)?;
+                CommandBody::Compact { branch, keyspace, first, end }
+            }
             kind => return Err(Error::new(ErrorKind::Foreign, format!("a command of an unknown kind kind={kind}"))),
         };
         from.end()?;
@@ -508,6 +548,7 @@ impl Command {
             CommandBody::BatchIf(batch) => batch.encoded_bytes(),
             CommandBody::BatchesIf(batches) => batches.iter().map(ConditionalBatch::encoded_bytes).sum(),
             CommandBody::Custom { command, .. } => command.len(),
+            CommandBody::Compact { first, end, .. } => first.len() + end.as_ref().map_or(0, Bytes::len) + 32,
             _ => 64,
         }
     }

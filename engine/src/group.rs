@@ -215,6 +215,19 @@ impl GroupShared {
         self.offers.notify_waiters();
     }
 
+    /// The entry that the present manifest stands at, once nothing of the compaction of entry `index` is left.
+    fn compaction_ended(&self, index: LogIndex) -> Result<Option<LogIndex>> {
+        let core = self.lock();
+        let waits = core.logical.manuals.contains_key(&index)
+            || core.present.manuals.contains_key(&index)
+            || core.queue.front().is_some_and(|edit| edit.index <= index);
+        match core.given_up() {
+            _ if !waits => Ok(Some(core.present.as_of)),
+            Some(error) => Err(Error::new(error.kind(), format!("the compaction cannot go on: {error}"))),
+            None => Ok(None),
+        }
+    }
+
     fn may_go_on(&self) -> Result<bool> {
         self.check_alive()?;
         if self.engine.space_is_short() {
@@ -475,6 +488,37 @@ impl Group {
     /// Makes all finished, uninstalled jobs appear in [`Group::next_install`] again: a new leader calls it.
     pub fn offer_installs(&self) {
         self.0.offer_again();
+    }
+
+    /// Waits until the compaction that entry `index` asked for ([`CommandBody::Compact`]) has ended on this replica and the space that it freed
+    /// is given back to the file system or the device. At once where that entry asked for none, or what it was for was dropped. Space that
+    /// a checkpoint, a clone or a snapshot still names comes back with those.
+    ///
+    /// # Errors
+    /// `OutOfSpace`, while the volume is full, and what a job failed of for good: the compaction goes on once that has passed.
+    /// `Closed`, `Io`.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: the compaction goes on.
+    pub async fn compacted(&self, index: LogIndex) -> Result<()> {
+        let mut as_of = None;
+        loop {
+            let mut changed = pin!(self.0.progress.notified());
+            changed.as_mut().enable();
+            self.0.check_alive()?;
+            as_of = match as_of {
+                None => self.0.compaction_ended(index)?,
+                ended => ended,
+            };
+            if as_of.is_some_and(|as_of| self.0.durable().is_settled_to(as_of)) {
+                return self.0.engine.give_back().await;
+            }
+            if self.0.engine.space_is_short() {
+                self.0.engine.retry_space();
+                return Err(Error::new(ErrorKind::OutOfSpace, "the volume is full: the compaction waits for space"));
+            }
+            changed.await;
+        }
     }
 
     /// Resolves when [`Group::flushed`] has grown beyond `index`. Cancel safe.

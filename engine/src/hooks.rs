@@ -66,7 +66,7 @@ pub mod fuzz {
             .to_vec()
     }
 
-    /// A manifest with a keyspace, a frozen generation, a table, a checkpoint and a clone of it.
+    /// A manifest with a keyspace, a frozen generation, a table, a checkpoint, a clone of it and a compaction that was asked for.
     pub fn manifest_seed() -> Vec<u8> {
         use crate::manifest::{Manifest, ManifestOp, ManifestSettings};
 
@@ -96,6 +96,7 @@ pub mod fuzz {
             ManifestOp::Rotate { touched: vec![(MAIN, KeyspaceId(0)), (MAIN, KeyspaceId(1))] },
             ManifestOp::CreateCheckpoint { name: "monday".into(), branch: MAIN, time_ms: 7 },
             ManifestOp::CreateClone { name: "trial".into(), checkpoint: "monday".into(), time_ms: 8 },
+            ManifestOp::Compact { branch: MAIN, keyspace: KeyspaceId(0), first: Bytes::new(), end: None },
         ];
         for (at, op) in ops.iter().enumerate() {
             manifest.apply(LogIndex(at as u64 + 1), op, true).expect("the operation is valid here");

@@ -89,6 +89,7 @@ fn commands() -> Vec<(&'static str, CommandBody)> {
                 body: Box::new(CommandBody::Custom { branch: BranchId(3), command: Bytes::from_static(b"custom") }),
             },
         ),
+        ("compact", CommandBody::Compact { branch: MAIN, keyspace, first: "a".into(), end: Some("m".into()) }),
         ("batch-if", CommandBody::BatchIf(conditional())),
         (
             "batches-if",

@@ -46,6 +46,7 @@ enum Change {
     CreateKeyspace(String),
     DropKeyspace(String),
     Rotate,
+    Compact(String),
     CreateCheckpoint { name: String, branch: String },
     DropCheckpoint(String),
     CreateClone { name: String, checkpoint: String },
@@ -242,7 +243,8 @@ impl World<'_> {
         let other = match self.rng.below(1000) {
             0..6 => (model.keyspaces.len() < 4).then(|| Change::CreateKeyspace(format!("keyspace-{fresh}"))),
             6..8 => self.pick(model.keyspaces.into_keys()).map(Change::DropKeyspace),
-            8..20 => Some(Change::Rotate),
+            8..17 => Some(Change::Rotate),
+            17..20 => self.pick(model.branches.into_keys()).map(Change::Compact),
             20..35 if model.checkpoints.len() < 5 => {
                 let branch = self.pick(model.branches.into_keys()).unwrap_or_default();
                 Some(Change::CreateCheckpoint { name: format!("checkpoint-{fresh}"), branch })
@@ -293,6 +295,10 @@ impl World<'_> {
             Change::CreateKeyspace(name) => CommandBody::CreateKeyspace { name },
             Change::DropKeyspace(name) => CommandBody::DropKeyspace { name },
             Change::Rotate => CommandBody::Rotate,
+            Change::Compact(from) => {
+                let keyspace = mainstay_engine::KeyspaceId(0);
+                CommandBody::Compact { branch: branch(&from), keyspace, first: Bytes::new(), end: None }
+            }
             Change::CreateCheckpoint { name, branch: from } => {
                 CommandBody::CreateCheckpoint { name, branch: branch(&from) }
             }
@@ -362,7 +368,7 @@ impl World<'_> {
                     state.remove(&id);
                 }
             }
-            Change::Rotate => {}
+            Change::Rotate | Change::Compact(_) => {}
             Change::CreateCheckpoint { name, branch } => {
                 let state = model.branches.get(&branch).cloned().unwrap_or_default();
                 model.checkpoints.insert(name, state);
@@ -408,7 +414,7 @@ impl World<'_> {
                 }
                 Change::CreateKeyspace(name) => group.keyspace(name).is_some(),
                 Change::DropKeyspace(name) => group.keyspace(name).is_none(),
-                Change::Rotate => false,
+                Change::Rotate | Change::Compact(_) => false,
                 Change::CreateCheckpoint { name, .. } => group.checkpoint(name).is_ok(),
                 Change::DropCheckpoint(name) => group.checkpoint(name).is_err(),
                 Change::CreateClone { name, .. } => group.branch(name).is_some(),

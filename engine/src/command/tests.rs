@@ -97,6 +97,9 @@ fn body() -> impl Strategy<Value = CommandBody> {
             .prop_map(|(branch, command)| CommandBody::Custom { branch: BranchId(branch), command }),
         conditional().prop_map(CommandBody::BatchIf),
         prop::collection::vec(conditional(), 0..5).prop_map(CommandBody::BatchesIf),
+        (any::<(u64, u32)>(), bytes(20), prop::option::of(bytes(20))).prop_map(|((branch, keyspace), first, end)| {
+            CommandBody::Compact { branch: BranchId(branch), keyspace: KeyspaceId(keyspace), first, end }
+        }),
     ]
 }
 

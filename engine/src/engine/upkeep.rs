@@ -30,7 +30,7 @@ impl EngineShared {
                 Some(run) => {
                     // Another worker may find another job.
                     self.work.notify_one();
-                    self.run_job(&run).await;
+                    self.run_job(run).await;
                 }
                 None => self.work.notified().await,
             }
@@ -60,7 +60,7 @@ impl EngineShared {
         job
     }
 
-    async fn run_job(&self, run: &crate::group::Run) {
+    async fn run_job(&self, mut run: crate::group::Run) {
         let outcome = match self.volume.reserve(run.estimated_bytes()).await {
             Ok(mut reservation) => run.execute(&mut reservation).await,
             Err(error) => Err(error),
@@ -69,7 +69,8 @@ impl EngineShared {
             Err(error) if error.kind() == ErrorKind::OutOfSpace => self.set_full(true),
             _ => self.set_full(false),
         }
-        run.group().finish_job(run, outcome);
+        run.let_go();
+        run.group().finish_job(&run, outcome);
         if self.volume.space().parked_bytes >= PARKED_BYTES_MAX {
             self.upkeep.notify_one();
         }
@@ -105,6 +106,15 @@ impl EngineShared {
                 self.upkeep.notify_one();
             }
         }
+    }
+
+    /// Waits until what was freed is free, discarded on the file system or the device.
+    pub(crate) async fn give_back(&self) -> Result<()> {
+        if self.volume.space().parked_bytes > 0 {
+            self.volume.update(|_| {}).await?;
+        }
+        self.volume.quiet().await;
+        Ok(())
     }
 
     /// Pages are to be written whatever the log looks like.

@@ -14,7 +14,7 @@ use mainstay_io::yield_once;
 
 use super::core::{Core, Edit};
 use super::{Applied, GroupShared};
-use crate::command::{WriteOp, encode_refusals};
+use crate::command::{WriteOp, check_span, encode_refusals};
 use crate::manifest::{Effects, ManifestOp};
 use crate::memtable::Memtable;
 use crate::once::{apply_once, no_state_machine, not_once};
@@ -203,6 +203,16 @@ impl GroupShared {
             CommandBody::DropClone { name } => {
                 self.op(core, entry, ManifestOp::DropClone { name: name.clone() })?;
                 self.rotate(core, entry);
+                Ok(Bytes::new())
+            }
+            CommandBody::Compact { branch, keyspace, first, end } => {
+                self.check_batch(core, index, *branch, &[], [*keyspace])?;
+                check_span(first, end.as_ref())?;
+                if core.touched().contains(&(*branch, *keyspace)) {
+                    self.rotate(core, entry);
+                }
+                let (branch, keyspace, first, end) = (*branch, *keyspace, first.clone(), end.clone());
+                self.op(core, entry, ManifestOp::Compact { branch, keyspace, first, end })?;
                 Ok(Bytes::new())
             }
             CommandBody::Custom { .. }

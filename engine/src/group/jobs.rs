@@ -260,6 +260,11 @@ impl Run {
         self.bytes
     }
 
+    /// The inputs are read: they are free as soon as nothing names them, however late the worker is done with the job.
+    pub(crate) fn let_go(&mut self) {
+        self.parts.clear();
+    }
+
     /// Reads the inputs and writes the outputs, durable.
     ///
     /// # Errors

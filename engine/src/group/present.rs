@@ -40,6 +40,11 @@ impl Durable {
         Self { lineage, ..Self::default() }
     }
 
+    /// True when no edit up to that index is on its way to the log, and what they replaced is given back.
+    pub(super) fn is_settled_to(&self, index: LogIndex) -> bool {
+        self.giving_back == 0 && self.pending.front().is_none_or(|pending| pending.index > index)
+    }
+
     #[cfg(test)]
     pub(super) fn is_settled(&self) -> bool {
         self.pending.is_empty()
@@ -58,6 +63,8 @@ pub(super) struct Durable {
     broken: bool,
     /// Tables that were made anew elsewhere; durable pages may still say that they lie here.
     replaced: Vec<StoredTable>,
+    /// Who gives tables back that are pending no longer.
+    giving_back: usize,
 }
 
 struct Pending {
@@ -222,9 +229,11 @@ impl GroupShared {
             self.flushed.fetch_max(pending.flushed.0, Ordering::AcqRel);
             doomed.extend(pending.doomed);
         }
+        durable.giving_back += 1;
         drop(durable);
         doomed.iter().for_each(|stored: &StoredTable| stored.bytes.set_obsolete());
         drop(doomed);
+        self.durable().giving_back -= 1;
         self.progress.notify_waiters();
     }
 
@@ -247,7 +256,8 @@ impl GroupShared {
     /// that waited to be given back.
     pub(super) fn replaced(&self, lineage: u64, flushed: LogIndex) -> Vec<StoredTable> {
         let mut durable = self.durable();
-        let old = std::mem::replace(&mut *durable, Durable { lineage, ..Durable::default() });
+        let giving_back = durable.giving_back;
+        let old = std::mem::replace(&mut *durable, Durable { lineage, giving_back, ..Durable::default() });
         self.flushed.store(flushed.0, Ordering::Release);
         old.pending.into_iter().flat_map(|p| p.doomed).chain(old.replaced).collect()
     }

@@ -14,17 +14,22 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::picker::Compaction;
+use super::manual::{MANUALS_MAX, Manual};
+use super::picker::{Compaction, LAST};
 use super::version::{LEVELS, Tables};
 use super::{
     Branch, Checkpoint, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, ManifestSettings, TableRef,
     Version, Versions,
 };
-use crate::codec::{Decoder, TABLE_BYTES_MIN, put_bytes, put_table, put_varint, take_table};
+use crate::codec::{
+    Decoder, SPAN_BYTES_MAX, TABLE_BYTES_MIN, put_bytes, put_span, put_table, put_varint, take_span, take_table,
+};
 use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, Result, TableId};
 
-/// The encoding written today.
+/// The encoding of a manifest without what [`MANIFEST_VERSION_MANUAL`] adds: builds from before read it.
 pub(crate) const MANIFEST_VERSION: u8 = 1;
+/// As [`MANIFEST_VERSION`], with compactions that were asked for at its end, and jobs that write tables of the last level again.
+pub(crate) const MANIFEST_VERSION_MANUAL: u8 = 2;
 
 /// Where tables lie on this volume: `(offset, length)` of each extent in order.
 pub(crate) type Places = BTreeMap<TableId, Vec<(u64, u64)>>;
@@ -43,10 +48,11 @@ const OP_CREATE_CHECKPOINT: u8 = 5;
 const OP_DROP_CHECKPOINT: u8 = 6;
 const OP_CREATE_CLONE: u8 = 7;
 const OP_DROP_CLONE: u8 = 8;
+const OP_COMPACT: u8 = 9;
 
 /// The kinds as docs/format.md has them.
 #[cfg(test)]
-pub(crate) const OP_KINDS: [(u8, &str); 8] = [
+pub(crate) const OP_KINDS: [(u8, &str); 9] = [
     (OP_ROTATE, "Rotate"),
     (OP_INSTALL, "Install"),
     (OP_CREATE_KEYSPACE, "CreateKeyspace"),
@@ -55,6 +61,7 @@ pub(crate) const OP_KINDS: [(u8, &str); 8] = [
     (OP_DROP_CHECKPOINT, "DropCheckpoint"),
     (OP_CREATE_CLONE, "CreateClone"),
     (OP_DROP_CLONE, "DropClone"),
+    (OP_COMPACT, "Compact"),
 ];
 
 /// Numbers the tables and lists of a manifest in the order in which they are met.
@@ -151,7 +158,15 @@ pub(super) fn encode(manifest: &Manifest, places: Option<&Places>) -> Bytes {
         }
     }
 
-    let mut out = vec![MANIFEST_VERSION, places.is_some().into()];
+    let again = |job: &Arc<Job>| matches!(&**job, Job::Compact(c) if c.from == c.to);
+    let version = match manifest.manuals.is_empty() && !manifest.jobs.values().any(again) {
+        true => MANIFEST_VERSION,
+        false => {
+            put_manuals(&mut body, manifest);
+            MANIFEST_VERSION_MANUAL
+        }
+    };
+    let mut out = vec![version, places.is_some().into()];
     put_settings(&mut out, &manifest.settings);
     put_varint(&mut out, manifest.as_of.0);
     put_varint(&mut out, manifest.rotated.0);
@@ -177,10 +192,10 @@ pub(super) fn encode(manifest: &Manifest, places: Option<&Places>) -> Bytes {
 pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
     let mut from = Decoder::new(bytes, "a manifest");
     let version = from.u8()?;
-    if version != MANIFEST_VERSION {
+    if !(MANIFEST_VERSION..=MANIFEST_VERSION_MANUAL).contains(&version) {
         return Err(Error::new(
             ErrorKind::Foreign,
-            format!("a manifest of another version version={version} known={MANIFEST_VERSION}"),
+            format!("a manifest of another version version={version} known={MANIFEST_VERSION_MANUAL}"),
         ));
     }
     let with_places = from.u8()? != 0;
@@ -196,6 +211,7 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
         checkpoints: BTreeMap::new(),
         generations: BTreeMap::new(),
         jobs: BTreeMap::new(),
+        manuals: BTreeMap::new(),
     };
     let mut places = Places::new();
     let mut tables = BTreeMap::new();
@@ -266,6 +282,9 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
         };
         manifest.jobs.insert(id, Arc::new(job));
     }
+    if version == MANIFEST_VERSION_MANUAL {
+        manifest.manuals = take_manuals(&mut from)?;
+    }
     from.end()?;
     check(&manifest, &from)?;
     Ok((manifest, places))
@@ -319,6 +338,12 @@ fn check(manifest: &Manifest, from: &Decoder) -> Result<()> {
     {
         return Err(from.corrupt("a number is used that comes later"));
     }
+    for manual in manifest.manuals.values() {
+        let job = |id| matches!(manifest.jobs.get(&id).map(|job| &**job), Some(Job::Compact(_)));
+        if manifest.version(manual.branch, manual.keyspace).is_none() || !manual.job.is_none_or(job) {
+            return Err(from.corrupt("a compaction was asked for of an unknown version, or its job is unknown"));
+        }
+    }
     if !manifest.branches.contains_key(&crate::MAIN) || !manifest.keyspaces.contains_key(&KeyspaceId(0)) {
         return Err(from.corrupt("the main branch or the default keyspace is missing"));
     }
@@ -328,7 +353,7 @@ fn check(manifest: &Manifest, from: &Decoder) -> Result<()> {
 fn take_compaction(from: &mut Decoder, tables: &BTreeMap<TableId, TableRef>) -> Result<Compaction> {
     let (branch, keyspace) = (BranchId(from.varint()?), KeyspaceId(from.varint_u32()?));
     let (source, to, drop_tombstones) = (from.u8()?, from.u8()?, from.u8()? != 0);
-    if source >= to || usize::from(to) > LEVELS {
+    if (source >= to && (source, to) != (LAST, LAST)) || usize::from(to) > LEVELS {
         return Err(from.corrupt("a compaction between unknown levels"));
     }
     let mut inputs = || (0..from.count(2)?).map(|_| take_known(from, tables)).collect::<Result<Vec<_>>>();
@@ -378,6 +403,40 @@ fn take_list(from: &mut Decoder, lists: &[Tables]) -> Result<Tables> {
     let at = from.varint()?;
     let list = usize::try_from(at).ok().and_then(|at| lists.get(at));
     list.cloned().ok_or_else(|| from.corrupt("a version names an unknown list"))
+}
+
+fn put_manuals(out: &mut Vec<u8>, manifest: &Manifest) {
+    put_varint(out, manifest.manuals.len() as u64);
+    for (index, manual) in &manifest.manuals {
+        put_varint(out, index.0);
+        put_varint(out, manual.branch.0);
+        put_varint(out, manual.keyspace.0.into());
+        put_span(out, &manual.first, manual.end.as_ref());
+        put_varint(out, manual.before.0);
+        out.push(manual.level);
+        put_bytes(out, &manual.cursor);
+        put_varint(out, manual.job.map_or(0, |job| job.0));
+    }
+}
+
+fn take_manuals(from: &mut Decoder) -> Result<BTreeMap<LogIndex, Manual>> {
+    let mut manuals = BTreeMap::new();
+    for _ in 0..from.count(9)? {
+        let index = LogIndex(from.varint()?);
+        let (branch, keyspace) = (BranchId(from.varint()?), KeyspaceId(from.varint_u32()?));
+        let (first, end) = take_span(from)?;
+        let (before, level) = (JobId(from.varint()?), from.u8()?);
+        let cursor = from.bytes(0, SPAN_BYTES_MAX)?;
+        let job = Some(JobId(from.varint()?)).filter(|job| job.0 > 0);
+        if level > LAST {
+            return Err(from.corrupt("a compaction has come to an unknown level"));
+        }
+        manuals.insert(index, Manual { branch, keyspace, first, end, before, level, cursor, job });
+    }
+    if manuals.len() > MANUALS_MAX {
+        return Err(from.corrupt("more compactions were asked for than there can be"));
+    }
+    Ok(manuals)
 }
 
 fn put_id(out: &mut Vec<u8>, id: TableId) {
@@ -455,6 +514,12 @@ pub(crate) fn encode_op(out: &mut Vec<u8>, op: &ManifestOp, places: &Places) {
             put_varint(out, *time_ms);
         }
         ManifestOp::DropClone { name } => put_named(out, OP_DROP_CLONE, name),
+        ManifestOp::Compact { branch, keyspace, first, end } => {
+            out.push(OP_COMPACT);
+            put_varint(out, branch.0);
+            put_varint(out, keyspace.0.into());
+            put_span(out, first, end.as_ref());
+        }
     }
 }
 
@@ -489,6 +554,11 @@ pub(crate) fn decode_op(from: &mut Decoder, places: &mut Places) -> Result<Manif
             ManifestOp::CreateClone { name: from.name()?, checkpoint: from.name()?, time_ms: from.varint()? }
         }
         OP_DROP_CLONE => ManifestOp::DropClone { name: from.name()? },
+        OP_COMPACT => {
+            let (branch, keyspace) = (BranchId(from.varint()?), KeyspaceId(from.varint_u32()?));
+            let (first, end) = take_span(from)?;
+            ManifestOp::Compact { branch, keyspace, first, end }
+        }
         _ => return Err(from.corrupt("an operation is of an unknown kind")),
     })
 }

@@ -14,6 +14,7 @@
 #![deny(clippy::indexing_slicing)]
 
 mod codec;
+mod manual;
 mod ops;
 pub(crate) mod picker;
 pub(crate) mod version;
@@ -27,8 +28,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 #[cfg(test)]
-pub(crate) use self::codec::{MANIFEST_VERSION, OP_KINDS};
+pub(crate) use self::codec::{MANIFEST_VERSION, MANIFEST_VERSION_MANUAL, OP_KINDS};
 pub(crate) use self::codec::{Places, decode_op, encode_op, put_settings, take_settings};
+pub(crate) use self::manual::Manual;
 pub(crate) use self::ops::Effects;
 pub(crate) use self::picker::Compaction;
 #[cfg(test)]
@@ -137,6 +139,14 @@ pub(crate) enum ManifestOp {
     DropClone {
         name: String,
     },
+    /// What is in tables of the version, or in generations that are frozen, goes down to the last level: keys from `first` and before
+    /// `end`.
+    Compact {
+        branch: BranchId,
+        keyspace: KeyspaceId,
+        first: Bytes,
+        end: Option<Bytes>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -154,6 +164,8 @@ pub(crate) struct Manifest {
     pub(crate) checkpoints: BTreeMap<String, Arc<Checkpoint>>,
     pub(crate) generations: BTreeMap<Generation, Arc<FrozenGeneration>>,
     pub(crate) jobs: BTreeMap<JobId, Arc<Job>>,
+    /// Compactions that were asked for and have not ended, by their entry.
+    pub(crate) manuals: BTreeMap<LogIndex, Manual>,
 }
 
 impl Manifest {
@@ -174,6 +186,7 @@ impl Manifest {
             checkpoints: BTreeMap::new(),
             generations: BTreeMap::new(),
             jobs: BTreeMap::new(),
+            manuals: BTreeMap::new(),
         }
     }
 

@@ -5,6 +5,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use bytes::Bytes;
+
+use super::manual::{MANUALS_MAX, Manual, Next};
 use super::picker::{self, Pick};
 use super::version::{overlap, sorted};
 use super::{
@@ -12,7 +15,7 @@ use super::{
     Versions,
 };
 use crate::codec::check_name;
-use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, MAIN, Result};
+use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, MAIN, Result, TableId};
 
 /// What an operation changed that others have to follow.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -55,6 +58,9 @@ impl Manifest {
                 self.create_clone(index, name, checkpoint, *time_ms)?
             }
             ManifestOp::DropClone { name } => self.drop_clone(index, name)?,
+            ManifestOp::Compact { branch, keyspace, first, end } => {
+                self.compact(index, (*branch, *keyspace), first.clone(), end.clone())?
+            }
         };
         if effects.took_effect {
             self.as_of = index;
@@ -176,6 +182,7 @@ impl Manifest {
         version.remove(compaction.to, &gone);
         version.add(compaction.to, tables);
         self.jobs.remove(&job);
+        self.manuals.values_mut().filter(|manual| manual.job == Some(job)).for_each(|manual| manual.job = None);
         Ok(Effects {
             took_effect: true,
             removed: compaction.inputs().cloned().collect(),
@@ -207,7 +214,7 @@ impl Manifest {
             keyspace.dropped = Some(index);
         }
         let mut effects = Effects { took_effect: true, ..Effects::default() };
-        self.cancel(&mut effects, |c| c.keyspace == id);
+        self.cancel(&mut effects, |_, keyspace| keyspace == id);
         Ok(effects)
     }
 
@@ -259,7 +266,7 @@ impl Manifest {
             branch.dropped = Some(index);
         }
         let mut effects = Effects { took_effect: true, ..Effects::default() };
-        self.cancel(&mut effects, |c| c.branch == id);
+        self.cancel(&mut effects, |branch, _| branch == id);
         Ok(effects)
     }
 
@@ -271,8 +278,30 @@ impl Manifest {
         id
     }
 
-    fn cancel(&mut self, effects: &mut Effects, of: impl Fn(&Compaction) -> bool) {
-        let gone = self.jobs.iter().filter(|(_, job)| matches!(&***job, Job::Compact(c) if of(c)));
+    fn compact(
+        &mut self,
+        index: LogIndex,
+        place: (BranchId, KeyspaceId),
+        first: Bytes,
+        end: Option<Bytes>,
+    ) -> Result<Effects> {
+        let (branch, keyspace) = place;
+        if self.version(branch, keyspace).is_none() || end.as_ref().is_some_and(|end| *end <= first) {
+            return Ok(Effects::default());
+        }
+        if self.manuals.len() >= MANUALS_MAX {
+            let message = format!("too many compactions wait: ask again when some have ended max={MANUALS_MAX}");
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
+        let before = self.next_job;
+        let manual = Manual { branch, keyspace, cursor: first.clone(), first, end, before, level: 0, job: None };
+        self.manuals.insert(index, manual);
+        Ok(Effects { took_effect: true, changed: vec![place], ..Effects::default() })
+    }
+
+    fn cancel(&mut self, effects: &mut Effects, of: impl Fn(BranchId, KeyspaceId) -> bool) {
+        self.manuals.retain(|_, manual| !of(manual.branch, manual.keyspace));
+        let gone = self.jobs.iter().filter(|(_, job)| matches!(&***job, Job::Compact(c) if of(c.branch, c.keyspace)));
         let gone: Vec<JobId> = gone.map(|(&id, _)| id).collect();
         for id in gone {
             self.jobs.remove(&id);
@@ -325,10 +354,21 @@ impl Manifest {
                         outstanding += 1;
                     }
                 }
-                match picker::pick(&settings, branch, keyspace, version, &busy, outstanding) {
+                let manual = match picker::l0_is_due(&settings, version, &busy) {
+                    true => None,
+                    false => self.next_manual(branch, keyspace, &busy, outstanding),
+                };
+                let pick = match &manual {
+                    Some((_, pick)) => Some(pick.clone()),
+                    None => self
+                        .version(branch, keyspace)
+                        .and_then(|version| picker::pick(&settings, branch, keyspace, version, &busy, outstanding)),
+                };
+                let (job, upper) = match pick {
                     None => break,
                     Some(Pick::Start(compaction)) => {
-                        self.start(Job::Compact(compaction), effects);
+                        let upper = compaction.upper.clone();
+                        (Some(self.start(Job::Compact(compaction), effects)), upper)
                     }
                     Some(Pick::Move { from, to, tables }) => {
                         // Each move takes tables down, so the loop ends.
@@ -340,8 +380,38 @@ impl Manifest {
                         let moved: BTreeSet<_> = tables.iter().map(|t| t.id).collect();
                         version.remove(from, &|id| moved.contains(&id));
                         version.add(to, &tables);
+                        (None, tables)
                     }
+                };
+                if let Some(manual) = manual.and_then(|(index, _)| self.manuals.get_mut(&index)) {
+                    manual.took(&upper, job);
                 }
+            }
+        }
+    }
+
+    /// The next step of the oldest compaction that was asked for of a version, if one can be taken. Those that have ended go.
+    fn next_manual(
+        &mut self,
+        branch: BranchId,
+        keyspace: KeyspaceId,
+        busy: &BTreeSet<TableId>,
+        outstanding: usize,
+    ) -> Option<(LogIndex, Pick)> {
+        loop {
+            let version = self.branches.get(&branch)?.versions.get(&keyspace)?.clone();
+            let place = |manual: &Manual| (manual.branch, manual.keyspace) == (branch, keyspace);
+            let (&index, manual) = self.manuals.iter_mut().find(|(_, manual)| place(manual))?;
+            let older = |f: &GenRef| self.generations.get(&f.generation).is_some_and(|g| g.job < manual.before);
+            let unflushed = version.frozen.iter().any(older);
+            let base = picker::targets(&version, self.settings.base_level_bytes).base;
+            match manual.next(&version, base, busy, unflushed) {
+                Next::Wait => return None,
+                Next::Take { from, inputs } => {
+                    let pick = picker::decide(branch, keyspace, &version, outstanding, from, inputs, true)?;
+                    return Some((index, pick));
+                }
+                Next::Done => drop(self.manuals.remove(&index)),
             }
         }
     }

@@ -26,7 +26,7 @@ pub(crate) const LEVEL_RATIO: u64 = 10;
 /// Compactions outstanding in one version.
 pub(crate) const COMPACTIONS_PER_VERSION_MAX: usize = 2;
 /// The deepest level.
-const LAST: u8 = LEVELS as u8;
+pub(super) const LAST: u8 = LEVELS as u8;
 /// Scores are per mille of the target.
 const SCORE_FULL: u64 = 1000;
 
@@ -37,7 +37,7 @@ pub(crate) struct Compaction {
     pub(crate) keyspace: KeyspaceId,
     /// The level it takes from; 0 for L0.
     pub(crate) from: u8,
-    /// The level its outputs join, from 1.
+    /// The level its outputs join, from 1. The level it takes from only where tables of the last level are written again.
     pub(crate) to: u8,
     /// Inputs of `from`.
     pub(crate) upper: Vec<TableRef>,
@@ -105,8 +105,7 @@ pub(crate) fn pick(
     outstanding: usize,
 ) -> Option<Pick> {
     let targets = targets(version, settings.base_level_bytes);
-    let l0_score = (version.l0.len() as u64).saturating_mul(SCORE_FULL) / u64::from(settings.l0_compaction_runs.max(1));
-    let mut due = vec![(l0_score, 0)];
+    let mut due = vec![(l0_score(settings, version), 0)];
     for (level, target) in (1..LAST).zip(targets.bytes) {
         let size = bytes_of(version.level(level).iter().filter(|t| !busy.contains(&t.id)));
         due.push(((u128::from(size) * u128::from(SCORE_FULL) / u128::from(target)) as u64, level));
@@ -114,25 +113,50 @@ pub(crate) fn pick(
     // The fullest first, of equals the upper one.
     due.sort_by_key(|&(score, level)| (std::cmp::Reverse(score), level));
     due.into_iter().filter(|&(score, _)| score >= SCORE_FULL).find_map(|(_, level)| {
-        let (to, upper, lower) = match level {
+        let inputs = match level {
             0 => pick_l0(version, targets.base, busy)?,
             _ => pick_level(version, level, busy)?,
         };
-        if lower.is_empty() && sorted(&upper) {
-            return Some(Pick::Move { from: level, to, tables: upper });
-        }
-        if outstanding >= COMPACTIONS_PER_VERSION_MAX {
-            return None;
-        }
-        let (first, last) = range(upper.iter().chain(&lower))?;
-        let drop_tombstones = (to + 1..=LAST).all(|deeper| overlap(version.level(deeper), &first, &last).is_empty());
-        Some(Pick::Start(Compaction { branch, keyspace, from: level, to, upper, lower, drop_tombstones }))
+        decide(branch, keyspace, version, outstanding, level, inputs, false)
     })
 }
 
-type Inputs = (u8, Vec<TableRef>, Vec<TableRef>);
+/// Whether L0 is to be compacted and no job does so: then what else takes tables waits.
+pub(crate) fn l0_is_due(settings: &ManifestSettings, version: &Version, busy: &BTreeSet<TableId>) -> bool {
+    l0_score(settings, version) >= SCORE_FULL
+        && !version.l0.iter().flat_map(|run| run.iter()).any(|t| busy.contains(&t.id))
+}
 
-fn pick_l0(version: &Version, base: u8, busy: &BTreeSet<TableId>) -> Option<Inputs> {
+fn l0_score(settings: &ManifestSettings, version: &Version) -> u64 {
+    (version.l0.len() as u64).saturating_mul(SCORE_FULL) / u64::from(settings.l0_compaction_runs.max(1))
+}
+
+/// What becomes of chosen inputs: a move where nothing is to be merged, else a job, while there may be one more. With `clean` tables do
+/// not move where their tombstones could go.
+pub(crate) fn decide(
+    branch: BranchId,
+    keyspace: KeyspaceId,
+    version: &Version,
+    outstanding: usize,
+    from: u8,
+    (to, upper, lower): Inputs,
+    clean: bool,
+) -> Option<Pick> {
+    let (first, last) = range(upper.iter().chain(&lower))?;
+    let drop_tombstones = (to + 1..=LAST).all(|deeper| overlap(version.level(deeper), &first, &last).is_empty());
+    let cleaned = clean && drop_tombstones && upper.iter().any(|t| t.tombstones > 0);
+    if from < to && lower.is_empty() && sorted(&upper) && !cleaned {
+        return Some(Pick::Move { from, to, tables: upper });
+    }
+    (outstanding < COMPACTIONS_PER_VERSION_MAX)
+        .then(|| Pick::Start(Compaction { branch, keyspace, from, to, upper, lower, drop_tombstones }))
+}
+
+/// The level below, inputs of the level, and inputs of the level below.
+pub(crate) type Inputs = (u8, Vec<TableRef>, Vec<TableRef>);
+
+/// All of L0, unless a job has tables of it or of those that it overlaps below.
+pub(super) fn pick_l0(version: &Version, base: u8, busy: &BTreeSet<TableId>) -> Option<Inputs> {
     let mut upper: Vec<TableRef> = version.l0.iter().flat_map(|run| run.iter()).cloned().collect();
     if upper.iter().any(|t| busy.contains(&t.id)) {
         return None;

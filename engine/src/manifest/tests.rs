@@ -62,6 +62,11 @@ fn clone_of(name: &str, checkpoint: &str) -> ManifestOp {
     ManifestOp::CreateClone { name: name.into(), checkpoint: checkpoint.into(), time_ms: 8 }
 }
 
+fn compact(first: &'static str, end: Option<&'static str>) -> ManifestOp {
+    let (first, end) = (Bytes::from_static(first.as_bytes()), end.map(|end| Bytes::from_static(end.as_bytes())));
+    ManifestOp::Compact { branch: MAIN, keyspace: KeyspaceId(0), first, end }
+}
+
 fn main_version(manifest: &Manifest) -> &Version {
     manifest.version(MAIN, KeyspaceId(0)).expect("the main branch was written")
 }
@@ -325,6 +330,152 @@ fn no_more_jobs_than_the_bound_but_moves_go_on() {
     assert!(matches!(pick, Some(Pick::Move { .. })));
 }
 
+/// A manifest whose one version is this.
+fn manifest_of(v: Version) -> Manifest {
+    let mut m = Manifest::new(PICKER);
+    // Above the jobs of its tables.
+    m.next_job = JobId(200);
+    m.branches.get_mut(&MAIN).expect("main").versions.insert(KeyspaceId(0), Arc::new(v));
+    m
+}
+
+/// The job that is outstanding, with what it is for, and its install: the inputs as one table, without tombstones where those are dropped.
+fn only_job(m: &Manifest) -> (String, ManifestOp) {
+    let (id, job) = m.jobs.first_key_value().expect("a job is outstanding");
+    assert_eq!(m.jobs.len(), 1);
+    let Job::Compact(c) = &**job else { panic!("a flush") };
+    let first = c.inputs().map(|t| &t.first).min().expect("inputs");
+    let last = c.inputs().map(|t| &t.last).max().expect("inputs");
+    let mut t = (*table(id.0, 0, "a", "b", c.inputs().map(|t| t.bytes).sum())).clone();
+    (t.first, t.last) = (first.clone(), last.clone());
+    t.tombstones = if c.drop_tombstones { 0 } else { c.inputs().map(|t| t.tombstones).sum() };
+    (told(Some(Pick::Start(c.clone()))), install(id.0, vec![Arc::new(t)]))
+}
+
+/// Level by level, in the order of keys, and only what has keys of the range; the last level where it holds tombstones.
+#[test]
+fn what_was_asked_for_goes_down_to_the_last_level() {
+    let dirty = |t: &TableRef| Arc::new(InstallTable { tombstones: 1, ..(**t).clone() });
+    let mut v = version(
+        &[&[("a", "m")]],
+        &[
+            (4, &[("b", "c", 100), ("x", "y", 100)]),
+            (5, &[("d", "e", 100), ("f", "g", 100)]),
+            (6, &[("a", "h", 100), ("i", "k", 100), ("l", "n", 100), ("o", "q", 100)]),
+        ],
+    );
+    let last = v.level(6).iter().enumerate().map(|(at, t)| if at % 2 == 1 { dirty(t) } else { t.clone() }).collect();
+    v.set_level(6, last);
+    let steps = |first, end| {
+        let mut m = manifest_of(v.clone());
+        ok(&mut m, 10, compact(first, end));
+        let mut steps = Vec::new();
+        while !m.manuals.is_empty() {
+            let (told, install) = only_job(&m);
+            steps.push(told);
+            let next = 11 + steps.len() as u64;
+            ok(&mut m, next, install);
+        }
+        assert!(m.jobs.is_empty());
+        steps
+    };
+    // The tables "d" to "g" are met again as part of what came down before them.
+    let all = ["0>4 101-0+4-0", "4>5 200-0+5-0,5-1", "5>6 201-0+6-0,6-1,6-2!", "6>6 6-3+!"];
+    assert_eq!(steps("", None), all);
+    assert_eq!(steps("", Some("o")), &all[..3]);
+    assert_eq!(steps("d", Some("n")), &all[..3]);
+    assert_eq!(steps("o", Some("p")), &all[3..]);
+    assert_eq!(steps("r", None), Vec::<String>::new());
+    assert_eq!(steps("z", Some("a")), Vec::<String>::new());
+}
+
+/// What is only in memory when it is asked for is waited for; what is written behind it is not.
+#[test]
+fn it_begins_with_what_the_entry_found_and_ends_with_that() {
+    let mut m = Manifest::new(PICKER);
+    assert!(!ok(&mut m, 9, compact("", None)).took_effect, "there is nothing");
+    ok(&mut m, 10, rotate(&[(0, 0)]));
+    ok(&mut m, 10, compact("", None));
+    ok(&mut m, 20, rotate(&[(0, 0)]));
+    assert_eq!((m.manuals.len(), m.jobs.len()), (1, 2));
+    // Without tombstones, it moves to the last level.
+    ok(&mut m, 21, install(1, vec![table(1, 0, "a", "m", 10)]));
+    assert!(m.manuals.is_empty());
+    assert_eq!(main_version(&m).level(6).len(), 1);
+    ok(&mut m, 22, install(2, vec![table(2, 0, "a", "m", 10)]));
+    assert_eq!((main_version(&m).l0.len(), m.jobs.len()), (1, 0));
+}
+
+#[test]
+fn tombstones_do_not_move_where_they_can_go() {
+    let mut m = Manifest::new(PICKER);
+    ok(&mut m, 10, rotate(&[(0, 0)]));
+    ok(&mut m, 10, compact("", None));
+    let t = InstallTable { tombstones: 1, ..(*table(1, 0, "a", "m", 10)).clone() };
+    ok(&mut m, 11, install(1, vec![Arc::new(t)]));
+    assert_eq!(only_job(&m).0, "0>6 1-0+!");
+    // Nothing is left.
+    ok(&mut m, 12, install(2, Vec::new()));
+    assert!(m.manuals.is_empty() && m.jobs.is_empty());
+}
+
+/// A level is full of what came down behind the entry: it does not begin anew.
+#[test]
+fn what_is_newer_is_passed_over() {
+    let mut m = manifest_of(version(&[], &[(5, &[("a", "b", 100), ("m", "n", 100)]), (6, &[("a", "z", 100)])]));
+    ok(&mut m, 10, compact("", None));
+    let (told, first) = only_job(&m);
+    assert_eq!(told, "5>6 5-0+6-0!");
+    // Meanwhile the same keys are written and reach level 5.
+    let v = Arc::make_mut(m.branches.get_mut(&MAIN).expect("main").versions.get_mut(&KeyspaceId(0)).expect("it"));
+    v.add(5, &[table(150, 0, "c", "d", 100)]);
+    v.remove(5, &|id| id == TableId { job: JobId(5), ordinal: 0 });
+    v.add(5, &[table(151, 0, "a", "b", 100), table(5, 0, "b0", "b1", 100)]);
+    ok(&mut m, 11, first);
+    // Behind the cursor: nothing says that it is newer.
+    assert_eq!(only_job(&m).0, "5>6 150-0+200-0!");
+    assert!(main_version(&m).level(5).iter().any(|t| t.id.job == JobId(151)));
+}
+
+/// Writers wait for L0, so it goes first; and it is not held up by step after step.
+#[test]
+fn l0_goes_first_where_it_is_due() {
+    let am: &[(&str, &str)] = &[("a", "m")];
+    let mut m = manifest_of(version(&[am; 4], &[(5, &[("a", "b", 100)]), (6, &[("a", "z", 100)])]));
+    ok(&mut m, 10, compact("n", None));
+    assert_eq!(only_job(&m).0, "0>5 101-0,102-0,103-0,104-0+5-0");
+}
+
+#[test]
+fn no_more_are_asked_for_than_the_bound_and_a_drop_ends_them() {
+    let mut m = Manifest::new(PICKER);
+    ok(&mut m, 1, ManifestOp::CreateKeyspace { name: "a".into() });
+    ok(&mut m, 10, rotate(&[(0, 1)]));
+    let asked = |keyspace| ManifestOp::Compact { branch: MAIN, keyspace, first: Bytes::new(), end: None };
+    let max = super::manual::MANUALS_MAX as u64;
+    for n in 0..max {
+        ok(&mut m, 11 + n, asked(KeyspaceId(1)));
+    }
+    let before = m.clone();
+    assert_eq!(apply(&mut m, 100, asked(KeyspaceId(1))).expect_err("one too many").kind(), ErrorKind::Invalid);
+    assert_eq!(m, before);
+    ok(&mut m, 101, ManifestOp::DropKeyspace { name: "a".into() });
+    assert!(m.manuals.is_empty());
+}
+
+#[test]
+fn what_was_asked_for_is_encoded_and_without_it_nothing_is_new() {
+    let mut m = manifest_of(version(&[], &[(5, &[("a", "b", 100)]), (6, &[("a", "z", 100)])]));
+    assert_eq!(m.encode(None)[0], MANIFEST_VERSION);
+    ok(&mut m, 10, compact("a", Some("x")));
+    let bytes = m.encode(None);
+    assert_eq!(bytes[0], MANIFEST_VERSION_MANUAL);
+    assert_eq!(Manifest::decode(bytes).expect("encoded here").0, m);
+    let mut lost = m.clone();
+    lost.jobs.clear();
+    assert_eq!(Manifest::decode(lost.encode(None)).expect_err("its job is gone").kind(), ErrorKind::Corrupt);
+}
+
 #[test]
 fn the_base_level_follows_the_size() {
     let check = |last: u64, base: u8| {
@@ -365,6 +516,7 @@ enum Step {
     Keyspace(u8, bool),
     Checkpoint(u8, bool),
     Branch(u8, u8, bool),
+    Compact(u8, u8, u8),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -374,6 +526,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..3_u8, any::<bool>()).prop_map(|(a, b)| Step::Keyspace(a, b)),
         1 => (0..3_u8, any::<bool>()).prop_map(|(a, b)| Step::Checkpoint(a, b)),
         1 => (0..3_u8, 0..3_u8, any::<bool>()).prop_map(|(a, b, c)| Step::Branch(a, b, c)),
+        1 => (any::<u8>(), 0..20_u8, 0..22_u8).prop_map(|(a, b, c)| Step::Compact(a, b, c)),
     ]
 }
 
@@ -414,7 +567,9 @@ fn operations(m: &Manifest, index: LogIndex, step: &Step) -> Vec<ManifestOp> {
             };
             let tables = places.into_iter().enumerate().map(|(at, (branch, keyspace, key, bytes))| {
                 let t = table(job.0, at as u32, &key, &key, bytes);
-                in_place(&t, branch, keyspace.0)
+                let dropped = matches!(&**outstanding, Job::Compact(c) if c.drop_tombstones);
+                let t = InstallTable { tombstones: u64::from(bytes % 3 == 0 && !dropped), ..(*t).clone() };
+                in_place(&Arc::new(t), branch, keyspace.0)
             });
             vec![ManifestOp::Install { job, tables: tables.collect() }]
         }
@@ -424,6 +579,13 @@ fn operations(m: &Manifest, index: LogIndex, step: &Step) -> Vec<ManifestOp> {
         Step::Checkpoint(n, false) => vec![ManifestOp::DropCheckpoint { name: format!("c{n}") }],
         Step::Branch(n, c, true) => vec![clone_of(&format!("b{n}"), &format!("c{c}"))],
         Step::Branch(n, _, false) => vec![ManifestOp::DropClone { name: format!("b{n}") }],
+        Step::Compact(pick, first, end) => {
+            let all = all();
+            let (branch, keyspace) = all[usize::from(*pick) % all.len()];
+            let key = |n: u8| Bytes::from(vec![b'a' + n]);
+            let (first, end) = (key(*first), (*end < 20).then(|| key(*end)));
+            vec![ManifestOp::Compact { branch, keyspace, first, end }]
+        }
     }
 }
 
@@ -434,6 +596,10 @@ fn check_sound(m: &Manifest) {
         if let Some(first) = version.levels.iter().position(|l| !l.is_empty()) {
             assert!(usize::from(targets(version, PICKER.base_level_bytes).base) <= first + 1 && first < LEVELS);
         }
+    }
+    for manual in m.manuals.values() {
+        let job = manual.job.map(|job| m.jobs.get(&job).map(|job| &**job));
+        assert!(job.is_none_or(|job| matches!(job, Some(Job::Compact(c)) if c.branch == manual.branch)));
     }
     for job in m.jobs.values() {
         if let Job::Compact(c) = &**job {
@@ -495,8 +661,10 @@ proptest! {
     #[test]
     fn bytes_of_any_content_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 2..300)) {
         let _ = decode_op(&mut Decoder::new(bytes.clone().into(), "test"), &mut Places::new());
-        bytes[0] = super::codec::MANIFEST_VERSION;
-        let _ = Manifest::decode(bytes.into());
+        for version in [MANIFEST_VERSION, MANIFEST_VERSION_MANUAL] {
+            bytes[0] = version;
+            let _ = Manifest::decode(bytes.clone().into());
+        }
     }
 }
 
@@ -512,6 +680,8 @@ fn operations_come_back_with_their_places() {
         ManifestOp::DropCheckpoint { name: "c".into() },
         clone_of("x", "c"),
         ManifestOp::DropClone { name: "x".into() },
+        compact("b", Some("m")),
+        compact("", None),
     ];
     let places = Places::from([(t.id, vec![(65536, 131_072), (0, 65536)])]);
     for op in ops {

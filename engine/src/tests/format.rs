@@ -41,7 +41,11 @@ fn the_document_has_the_versions_kinds_and_bounds_of_the_code() {
     );
     check(
         "Manifest",
-        &[format!("| version | {};", crate::manifest::MANIFEST_VERSION), format!("{} levels", crate::manifest::LEVELS)],
+        &[
+            format!("| version | {};", crate::manifest::MANIFEST_VERSION),
+            format!("; {} where a compaction was asked for", crate::manifest::MANIFEST_VERSION_MANUAL),
+            format!("{} levels", crate::manifest::LEVELS),
+        ],
     );
     check(
         "Manifest edits",

@@ -142,6 +142,12 @@ pub(super) fn delete(branch: BranchId, key: &str) -> CommandBody {
     CommandBody::Batch(WriteBatch { branch, ops: vec![op] })
 }
 
+pub(super) fn compact(branch: BranchId, first: &str, end: Option<&str>) -> CommandBody {
+    let (first, end) =
+        (Bytes::copy_from_slice(first.as_bytes()), end.map(|end| Bytes::copy_from_slice(end.as_bytes())));
+    CommandBody::Compact { branch, keyspace: DEFAULT, first, end }
+}
+
 pub(super) fn get(snapshot: &Snapshot, key: &str) -> Option<Bytes> {
     block_on(snapshot.get(DEFAULT, key.as_bytes())).expect("the keyspace is always there")
 }

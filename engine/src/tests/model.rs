@@ -21,6 +21,8 @@ enum Step {
     DropCheckpoint(u8),
     Clone(u8, u8),
     DropClone(u8),
+    /// Branch, first key, and whether its end is waited for.
+    Compact(u8, u8, bool),
     Reopen,
     Kill(u64),
     Crash(u64),
@@ -36,6 +38,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..3_u8).prop_map(Step::DropCheckpoint),
         2 => (0..3_u8, 0..3_u8).prop_map(|(n, c)| Step::Clone(n, c)),
         1 => (0..3_u8).prop_map(Step::DropClone),
+        1 => (any::<u8>(), any::<u8>(), any::<bool>()).prop_map(|(b, k, w)| Step::Compact(b, k, w)),
         1 => Just(Step::Reopen),
         1 => any::<u64>().prop_map(Step::Kill),
         1 => any::<u64>().prop_map(Step::Crash),
@@ -152,6 +155,14 @@ fn apply(media: &SimMedia, store: Store, model: &mut Model, step: &Step) -> Stor
             let found = model.branches.iter().find(|(_, (other, _))| *other == name).map(|(id, _)| *id);
             refused(&store, CommandBody::DropClone { name }, found.is_none());
             found.map(|id| model.branches.remove(&id));
+        }
+        Step::Compact(pick, first, wait) => {
+            let branch = model.branch(pick);
+            let asked = store.must(compact(branch, &format!("key-{first:03}"), None));
+            if wait {
+                mainstay_io::block_on(store.group().compacted(asked.index)).expect("it ends");
+                model.check(&store);
+            }
         }
         Step::Reopen => {
             store.close();
