@@ -1,5 +1,6 @@
 //! A store: keyspaces, batches, snapshots, checkpoints and clones over one log.
 
+use std::ops::{Bound, RangeBounds};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -12,6 +13,7 @@ use mainstay_io::{BoxFuture, Media};
 use mainstay_wal::GroupId;
 
 use crate::log::{Alone, Log};
+use crate::snapshot::owned_bounds;
 use crate::{
     Batch, Commit, Durability, Error, ErrorKind, Keyspace, KeyspaceId, ReadLevel, Result, Snapshot, StoreBuilder,
 };
@@ -20,6 +22,8 @@ use crate::{
 const GROUP: GroupId = GroupId(1);
 /// Keyspaces of this crate begin with it.
 const RESERVED_PREFIX: &str = "mainstay.";
+/// Keyspaces that one call compacts at a time: a group has 64 such compactions at most.
+const COMPACTIONS_AT_ONCE: usize = 16;
 /// The name of the branch that every store is born with.
 const MAIN_NAME: &str = "main";
 
@@ -388,6 +392,60 @@ impl Store {
         self.log.bind(async move { this.write(CommandBody::DropClone { name }).await.map(drop) })
     }
 
+    /// Has what the bounds of a keyspace hold written down to the last level, on every replica, and waits until that is done on this one: what was
+    /// removed and superseded before the call is gone, and its space given back to the file system or the device. It goes on by itself,
+    /// so there is no need to call it: it is for space that is wanted now. Reads and writes go on meanwhile. What a checkpoint, another
+    /// clone or a snapshot still holds stays with those.
+    ///
+    /// # Errors
+    /// `Invalid` (64 such calls wait, or a bound is over 64 KiB), `NotFound` (the clone or the keyspace was dropped), and as [`Store::commit`]. After `OutOfSpace`,
+    /// and an error of a damaged or failing disk, it goes on once that has passed.
+    pub fn compact<K: AsRef<[u8]>>(&self, keyspace: &Keyspace, bounds: impl RangeBounds<K>) -> Result<()> {
+        let (first, end) = span(&bounds);
+        self.log.wait(self.compact_inner(vec![keyspace.id()], first, end))
+    }
+
+    /// As [`Store::compact`], without blocking the thread.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: a dropped future, once it was polled, leaves a compaction that goes on.
+    pub fn compact_async<K: AsRef<[u8]>>(
+        &self,
+        keyspace: &Keyspace,
+        bounds: impl RangeBounds<K>,
+    ) -> BoxFuture<Result<()>> {
+        let (this, keyspaces, (first, end)) = (self.clone(), vec![keyspace.id()], span(&bounds));
+        self.log.bind(async move { this.compact_inner(keyspaces, first, end).await })
+    }
+
+    /// As [`Store::compact_async`] for all of the keyspaces of which the name is taken by `pick`, those that this crate and a state machine made
+    /// for themselves among them.
+    pub fn compact_keyspaces_async(&self, pick: impl Fn(&str) -> bool) -> BoxFuture<Result<()>> {
+        let keyspaces = self.log.group().keyspaces().into_iter().filter(|(name, _)| pick(name)).map(|(_, id)| id);
+        let (this, keyspaces) = (self.clone(), keyspaces.collect());
+        self.log.bind(async move { this.compact_inner(keyspaces, Bytes::new(), None).await })
+    }
+
+    async fn compact_inner(&self, keyspaces: Vec<KeyspaceId>, first: Bytes, end: Option<Bytes>) -> Result<()> {
+        for some in keyspaces.chunks(COMPACTIONS_AT_ONCE) {
+            let mut asked = Vec::with_capacity(some.len());
+            for &keyspace in some {
+                let (first, end) = (first.clone(), end.clone());
+                let body = CommandBody::Compact { branch: self.branch.id, keyspace, first, end };
+                let (applied, _) = self.log.write(body, Durability::Quorum).await?;
+                applied.response?;
+                asked.push(applied.index);
+            }
+            if let Some(&last) = asked.last() {
+                self.log.barrier(ReadLevel::AtLeast(last)).await?;
+            }
+            for index in asked {
+                self.log.group().compacted(index).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Counts and states.
     pub fn status(&self) -> StoreStatus {
         StoreStatus {
@@ -411,6 +469,23 @@ impl Store {
         let log = self.log.clone();
         self.log.bind(async move { log.close().await })
     }
+}
+
+/// The first key of the bounds, and the first behind them.
+fn span<K: AsRef<[u8]>>(bounds: &impl RangeBounds<K>) -> (Bytes, Option<Bytes>) {
+    let behind = |key: Bytes| Bytes::from([&key[..], &[0]].concat());
+    let (lower, upper) = owned_bounds(bounds);
+    let first = match lower {
+        Bound::Included(key) => key,
+        Bound::Excluded(key) => behind(key),
+        Bound::Unbounded => Bytes::new(),
+    };
+    let end = match upper {
+        Bound::Included(key) => Some(behind(key)),
+        Bound::Excluded(key) => Some(key),
+        Bound::Unbounded => None,
+    };
+    (first, end)
 }
 
 /// Refuses names that are not for callers.

@@ -283,3 +283,33 @@ fn a_batch_with_a_token_applies_once() {
     assert_eq!(late.kind(), ErrorKind::Invalid);
     store.close().expect("closes");
 }
+
+#[test]
+fn a_compaction_on_demand_gives_the_space_of_a_range_back() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = builder().open(folder.path().join("store")).expect("opens");
+    let (numbers, others) = (store.keyspace("numbers").expect("made"), store.keyspace("others").expect("made"));
+    let value =
+        |n: u32| (0..256u32).flat_map(|at| (n ^ at).wrapping_mul(2_654_435_761).to_be_bytes()).collect::<Vec<u8>>();
+    let mut batch = Batch::new();
+    for n in 0..2000u32 {
+        batch.insert(&numbers, n.to_be_bytes(), value(n)).insert(&others, n.to_be_bytes(), "small");
+    }
+    store.commit(batch).expect("written");
+    store.compact::<&[u8]>(&numbers, ..).expect("compacted");
+    let before = store.status().group.table_bytes;
+    let mut batch = Batch::new();
+    (0..1000u32).for_each(|n| drop(batch.remove(&numbers, n.to_be_bytes())));
+    store.commit(batch).expect("removed");
+    store.compact(&numbers, 0u32.to_be_bytes()..=999u32.to_be_bytes()).expect("compacted");
+    let after = store.status().group.table_bytes;
+    assert!(after * 3 < before * 2, "half of it is gone: before={before} after={after}");
+    assert_eq!((numbers.iter().count(), others.iter().count()), (1000, 2000));
+
+    store.checkpoint("c").expect("made");
+    let trial = store.create_clone("trial", "c").expect("made");
+    store.drop_clone("trial").expect("dropped");
+    let refused = trial.compact::<&[u8]>(&numbers, ..).expect_err("the clone is gone");
+    assert_eq!(refused.kind(), ErrorKind::NotFound);
+    store.close().expect("closes");
+}

@@ -53,6 +53,11 @@ pub enum Command {
     /// Make, show or drop writable stores that began as a checkpoint
     #[command(subcommand)]
     Clone(CloneCommand),
+    /// Give the space of what was removed and superseded back now, and wait for that
+    ///
+    /// Tables are written again on every member; reads and writes go on. Without it the same happens by and by. It waits as long as it
+    /// takes: when it is cut off, the compaction goes on.
+    Compact(CompactArgs),
     /// Measure puts and gets over the etcd API, of this server or of etcd
     Bench(BenchArgs),
     /// Read a volume offline and check every checksum
@@ -291,6 +296,20 @@ pub enum CloneCommand {
     },
 }
 
+/// `mainstay compact`.
+#[derive(Args, Debug)]
+pub struct CompactArgs {
+    /// The keyspace; without it all of them
+    #[arg(value_name = "KEYSPACE")]
+    pub keyspace: Option<String>,
+    /// The clone to compact; without it the store itself
+    #[arg(long, value_name = "NAME")]
+    pub clone: Option<String>,
+    /// Where; the answer is waited for as long as it takes.
+    #[command(flatten)]
+    pub endpoints: EndpointsArgs,
+}
+
 /// What a benchmark does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Workload {
@@ -487,6 +506,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Prestop(args) => block_on(prestop::run(args)),
         Command::Checkpoint(command) => block_on(client::checkpoint(command)),
         Command::Clone(command) => block_on(client::clone(command)),
+        Command::Compact(args) => block_on(client::compact(args)),
         Command::Bench(args) => bench::run(args),
     }
 }

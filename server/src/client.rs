@@ -7,8 +7,8 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request};
 
 use crate::cli::{
-    AdminArgs, CheckpointCommand, CloneCommand, EndpointsArgs, Failure, InitArgs, MemberCommand, StatusArgs,
-    TransferArgs, print,
+    AdminArgs, CheckpointCommand, CloneCommand, CompactArgs, EndpointsArgs, Failure, InitArgs, MemberCommand,
+    StatusArgs, TransferArgs, print,
 };
 use crate::proto::mainstay::v1 as pb;
 use crate::status::{Health, Status, hex};
@@ -17,6 +17,9 @@ use pb::store_client::StoreClient;
 
 /// Wait between two tries of `init`.
 const INIT_RETRY: Duration = Duration::from_millis(250);
+
+/// How long `compact` waits at least: the answer comes when all is written.
+const COMPACT_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
 /// Opens a connection to one `HOST:PORT`.
 ///
@@ -340,6 +343,25 @@ pub(crate) async fn clone(command: CloneCommand) -> Result<(), Failure> {
             print(endpoints.json, &serde_json::json!({ "dropped": name }), || format!("dropped {name}"))
         }
     }
+}
+
+#[derive(Serialize)]
+struct Compacted {
+    keyspace: Option<String>,
+    before_bytes: u64,
+    after_bytes: u64,
+}
+
+pub(crate) async fn compact(args: CompactArgs) -> Result<(), Failure> {
+    let CompactArgs { keyspace, clone, endpoints } = args;
+    let channel = connect_any(&endpoints.endpoints, endpoints.timeout.0.max(COMPACT_TIMEOUT)).await?;
+    let request =
+        pb::CompactRequest { keyspace: keyspace.clone().unwrap_or_default(), clone: clone.unwrap_or_default() };
+    let answer = StoreClient::new(channel).compact(request).await.map_err(refused)?.into_inner();
+    let pb::CompactResponse { before_bytes, after_bytes } = answer;
+    print(endpoints.json, &Compacted { keyspace, before_bytes, after_bytes }, || {
+        format!("compacted before_bytes={before_bytes} after_bytes={after_bytes}")
+    })
 }
 
 #[cfg(test)]

@@ -86,6 +86,21 @@ impl Store for StoreService {
         Ok(Response::new(pb::DropCloneResponse {}))
     }
 
+    async fn compact(&self, request: Request<pb::CompactRequest>) -> Result<Response<pb::CompactResponse>, Status> {
+        let pb::CompactRequest { keyspace, clone } = request.into_inner();
+        let mut store = self.store()?;
+        if !clone.is_empty() {
+            store = store.open_clone(&clone).map_err(grpc_status)?;
+        }
+        if !keyspace.is_empty() && store.keyspace_if_exists(&keyspace).is_none() {
+            return Err(Status::not_found(format!("no keyspace of that name name={keyspace}")));
+        }
+        let used = || self.context.node_or_status().map(|node| node.engine().status().extent_bytes);
+        let before_bytes = used()?;
+        store.compact_keyspaces_async(|name| keyspace.is_empty() || name == keyspace).await.map_err(grpc_status)?;
+        Ok(Response::new(pb::CompactResponse { before_bytes, after_bytes: used()? }))
+    }
+
     async fn wait(&self, request: Request<pb::WaitRequest>) -> Result<Response<pb::WaitResponse>, Status> {
         let request = request.into_inner();
         let durability = match request.durability() {

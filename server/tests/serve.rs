@@ -214,6 +214,12 @@ fn three_replicas_serve_checkpoints_and_clones_and_hand_over() {
     let taken = run(&[&["checkpoint", "create", "monday"], &at[..]].concat());
     assert_eq!(taken.status.code(), Some(1), "the name is taken");
 
+    let compacted = json(&run(&[&["compact"], &at[..]].concat()));
+    assert!(compacted["before_bytes"].is_u64() && compacted["after_bytes"].is_u64(), "{compacted}");
+    json(&run(&[&["compact", "etcd.keys", "--clone", "trial"], &at[..]].concat()));
+    let absent = run(&[&["compact", "absent"], &at[..]].concat());
+    assert_eq!(absent.status.code(), Some(1), "no such keyspace");
+
     // The leader stops: the others go on, and prestop lets it go at once since they are a quorum.
     let statuses = ports.each_ref().map(|ports| json(&run(&["status", "--admin", ports.admin(), "--json"])));
     let leader = statuses.iter().position(|status| status[0]["raft"]["role"] == "leader").expect("a leader");

@@ -15,7 +15,7 @@ use mainstay_replication::{
 };
 
 use super::model::Model;
-use super::model::store::{Reader, SnapshotReader};
+use super::model::store::{Reader, SnapshotReader, Space};
 
 /// Answers a request that another member forwarded.
 pub type ForwardHandler = Arc<dyn Fn(Bytes) -> BoxFuture<Result<Bytes>> + Send + Sync>;
@@ -44,6 +44,9 @@ pub trait Backend: Clone + Send + Sync + 'static {
 
     /// Proposes a command and answers when the leader alone has it durable. Only on the leader.
     fn propose_local(&self, branch: BranchId, command: Bytes) -> impl Future<Output = Result<CommitToken>> + Send;
+
+    /// Has the data of the model in this branch written down to the last level, and waits until its space is given back here.
+    fn compact(&self, branch: BranchId) -> impl Future<Output = Result<()>> + Send;
 
     /// Waits until a read of this level may be served here.
     fn read_barrier(&self, level: ReadLevel) -> impl Future<Output = Result<LogIndex>> + Send;
@@ -130,6 +133,24 @@ impl Backend for NodeBackend {
 
     async fn propose_local(&self, branch: BranchId, command: Bytes) -> Result<CommitToken> {
         self.node.replica().write_local(CommandBody::Custom { branch, command }).await
+    }
+
+    async fn compact(&self, branch: BranchId) -> Result<()> {
+        let (replica, group) = (self.node.replica(), self.node.replica().group());
+        let mut asked = Vec::new();
+        for keyspace in Space::ALL.iter().filter_map(|space| group.keyspace(space.name())) {
+            let body = CommandBody::Compact { branch, keyspace, first: Bytes::new(), end: None };
+            let applied = replica.write(Write { body, durability: Durability::Quorum }).await?;
+            applied.response?;
+            asked.push(applied.index);
+        }
+        if let Some(&last) = asked.last() {
+            self.read_barrier(ReadLevel::AtLeast(last)).await?;
+        }
+        for index in asked {
+            group.compacted(index).await?;
+        }
+        Ok(())
     }
 
     async fn read_barrier(&self, level: ReadLevel) -> Result<LogIndex> {

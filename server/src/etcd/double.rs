@@ -32,6 +32,7 @@ struct State {
     /// Entries of which the answer took part.
     entries: u64,
     answered: BTreeMap<ClientToken, Bytes>,
+    compacted: Vec<BranchId>,
 }
 
 impl MemoryBackend {
@@ -57,7 +58,15 @@ impl MemoryBackend {
             ..NodeStatus::default()
         };
         let branches = BTreeMap::from([(MAIN, ("main".to_owned(), MemoryStore::default()))]);
-        let state = State { branches, index: 0, status, handler: None, entries: 0, answered: BTreeMap::new() };
+        let state = State {
+            branches,
+            index: 0,
+            status,
+            handler: None,
+            entries: 0,
+            answered: BTreeMap::new(),
+            compacted: Vec::new(),
+        };
         Self { model, state: Arc::new(Mutex::new(state)), changed: Arc::default(), applier: Arc::default() }
     }
 
@@ -78,6 +87,11 @@ impl MemoryBackend {
     pub(super) fn set_status(&self, change: impl FnOnce(&mut NodeStatus)) {
         change(&mut self.state().status);
         self.changed.notify_waiters();
+    }
+
+    /// The branches whose space was asked for.
+    pub(super) fn compacted(&self) -> Vec<BranchId> {
+        self.state().compacted.clone()
     }
 
     pub(super) fn entries(&self) -> u64 {
@@ -141,6 +155,11 @@ impl Backend for MemoryBackend {
         let answer = self.propose(branch, command, durability).await?;
         self.state().answered.insert(token, answer.clone());
         Ok(answer)
+    }
+
+    async fn compact(&self, branch: BranchId) -> Result<()> {
+        self.state().compacted.push(branch);
+        Ok(())
     }
 
     async fn propose_local(&self, branch: BranchId, command: Bytes) -> Result<CommitToken> {

@@ -152,9 +152,13 @@ impl<B: Backend> Maintenance for MaintenanceService<B> {
         &self,
         request: Request<pb::DefragmentRequest>,
     ) -> Result<Response<pb::DefragmentResponse>, Status> {
-        // Space comes back by compaction of tables in the background; there is no file to rewrite.
-        Context::of(&self.0, request.metadata())?;
-        Ok(Response::new(pb::DefragmentResponse { header: self.0.header_now(MAIN).await? }))
+        // There is no file to rewrite, and nobody has to ask: space comes back by and by. Who does ask wants it now, and it is given back
+        // before the answer, of what is left to collect of compacted revisions as well.
+        let core = &self.0;
+        let context = Context::of(core, request.metadata())?;
+        drop(self.collected_view(&context).await?);
+        core.backend.compact(context.branch).await.map_err(|error| status_of(&error))?;
+        Ok(Response::new(pb::DefragmentResponse { header: core.header_now(context.branch).await? }))
     }
 
     async fn hash(&self, request: Request<pb::HashRequest>) -> Result<Response<pb::HashResponse>, Status> {

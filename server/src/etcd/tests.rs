@@ -1,5 +1,6 @@
 //! The services over a store in memory, by clients over TCP and by etcdctl where the machine has it.
 
+use std::ops::Bound;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,6 +10,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
 use super::double::MemoryBackend;
+use super::model::store::{Reader, Space};
 use super::service::{Etcd, EtcdSettings};
 use super::{BRANCH_KEY, CLIENT_TOKEN_KEY, COMMIT_TOKEN_KEY, DURABILITY_KEY, Model, READ_LEVEL_KEY, Refusal};
 use crate::proto::etcdserverpb as pb;
@@ -577,6 +579,20 @@ async fn equal_histories_hash_equally() {
     two.compact(4).await;
     assert_eq!(hash(&one, 4).await.hash, hash(&two, 4).await.hash);
     assert_ne!(hash(&two, 4).await.hash, b.hash, "the compaction took something away");
+}
+
+/// Who defragments wants space: what compacted revisions left is collected first, and the tables are written again.
+#[tokio::test]
+async fn defragment_collects_and_compacts() {
+    let bench = Bench::start().await;
+    bench.put("a", "1").await;
+    let revision = bench.put("a", "2").await;
+    bench.compact(revision).await;
+    bench.maintenance().defragment(pb::DefragmentRequest {}).await.expect("done");
+    assert_eq!(bench.backend.compacted(), [MAIN]);
+    let store = bench.backend.store(MAIN);
+    let revs = store.page(Space::Revs, Bound::Unbounded, Bound::Unbounded, false, 9).await.expect("a page");
+    assert_eq!(revs.len(), 1, "the superseded revision is collected");
 }
 
 /// Runs a program that speaks etcd and gives what it printed. `None` where the machine does not have it.
