@@ -299,7 +299,9 @@ fn a_compaction_on_demand_gives_the_space_of_a_range_back() {
     store.compact::<&[u8]>(&numbers, ..).expect("compacted");
     let before = store.status().group.table_bytes;
     let mut batch = Batch::new();
-    (0..1000u32).for_each(|n| drop(batch.remove(&numbers, n.to_be_bytes())));
+    for n in 0..1000u32 {
+        batch.remove(&numbers, n.to_be_bytes());
+    }
     store.commit(batch).expect("removed");
     store.compact(&numbers, 0u32.to_be_bytes()..=999u32.to_be_bytes()).expect("compacted");
     let after = store.status().group.table_bytes;

@@ -408,7 +408,9 @@ impl Manifest {
             match manual.next(&version, base, busy, unflushed) {
                 Next::Wait => return None,
                 Next::Take { from, inputs } => {
-                    let pick = picker::decide(branch, keyspace, &version, outstanding, from, inputs, true)?;
+                    // Whoever asks wants all tombstones to go.
+                    let share = u64::MAX;
+                    let pick = picker::decide(branch, keyspace, &version, outstanding, from, inputs, share)?;
                     return Some((index, pick));
                 }
                 Next::Done => drop(self.manuals.remove(&index)),

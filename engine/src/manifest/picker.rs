@@ -4,6 +4,9 @@
 //! level below the base holds [`LEVEL_RATIO`] times `base_level_bytes` a level is put above it. So nine tenths of the data
 //! stand in the last level at any size, and dead versions are few.
 //!
+//! Where no level is over its target, tables go down whose tombstones are a quarter of what would be read: then space comes back
+//! although nothing more is written, and a tombstone never costs more than four entries a level.
+//!
 //! # Invariants
 //! 1. Levels above the base level are empty: what L0 gives to the base level is newer than all below it.
 //! 2. Inputs of outstanding compactions are disjoint, and so are the key ranges of their outputs in one level.
@@ -23,6 +26,8 @@ use crate::{BranchId, KeyspaceId, TableId};
 
 /// Bytes of a level over bytes of the level above it.
 pub(crate) const LEVEL_RATIO: u64 = 10;
+/// Tombstones are due to go where they are at least one of so many entries of the inputs.
+pub(crate) const TOMBSTONE_SHARE: u64 = 4;
 /// Compactions outstanding in one version.
 pub(crate) const COMPACTIONS_PER_VERSION_MAX: usize = 2;
 /// The deepest level.
@@ -112,13 +117,19 @@ pub(crate) fn pick(
     }
     // The fullest first, of equals the upper one.
     due.sort_by_key(|&(score, level)| (std::cmp::Reverse(score), level));
-    due.into_iter().filter(|&(score, _)| score >= SCORE_FULL).find_map(|(_, level)| {
-        let inputs = match level {
-            0 => pick_l0(version, targets.base, busy)?,
-            _ => pick_level(version, level, busy)?,
-        };
-        decide(branch, keyspace, version, outstanding, level, inputs, false)
-    })
+    due.into_iter()
+        .filter(|&(score, _)| score >= SCORE_FULL)
+        .find_map(|(_, level)| {
+            let inputs = match level {
+                0 => pick_l0(version, targets.base, busy)?,
+                _ => pick_level(version, level, busy)?,
+            };
+            decide(branch, keyspace, version, outstanding, level, inputs, TOMBSTONE_SHARE)
+        })
+        .or_else(|| {
+            let (level, inputs) = pick_dense(version, targets.base, busy)?;
+            decide(branch, keyspace, version, outstanding, level, inputs, TOMBSTONE_SHARE)
+        })
 }
 
 /// Whether L0 is to be compacted and no job does so: then what else takes tables waits.
@@ -131,8 +142,8 @@ fn l0_score(settings: &ManifestSettings, version: &Version) -> u64 {
     (version.l0.len() as u64).saturating_mul(SCORE_FULL) / u64::from(settings.l0_compaction_runs.max(1))
 }
 
-/// What becomes of chosen inputs: a move where nothing is to be merged, else a job, while there may be one more. With `clean` tables do
-/// not move where their tombstones could go.
+/// What becomes of chosen inputs: a move where nothing is to be merged, else a job, while there may be one more. Tables do not move where their
+/// tombstones could go and are at least one of `share` entries.
 pub(crate) fn decide(
     branch: BranchId,
     keyspace: KeyspaceId,
@@ -140,11 +151,11 @@ pub(crate) fn decide(
     outstanding: usize,
     from: u8,
     (to, upper, lower): Inputs,
-    clean: bool,
+    share: u64,
 ) -> Option<Pick> {
     let (first, last) = range(upper.iter().chain(&lower))?;
     let drop_tombstones = (to + 1..=LAST).all(|deeper| overlap(version.level(deeper), &first, &last).is_empty());
-    let cleaned = clean && drop_tombstones && upper.iter().any(|t| t.tombstones > 0);
+    let cleaned = drop_tombstones && is_dense(&upper, &[], share);
     if from < to && lower.is_empty() && sorted(&upper) && !cleaned {
         return Some(Pick::Move { from, to, tables: upper });
     }
@@ -169,6 +180,36 @@ pub(super) fn pick_l0(version: &Version, base: u8, busy: &BTreeSet<TableId>) -> 
     }
     let lower = overlap(version.level(base), &first, &last);
     (!lower.iter().any(|t| busy.contains(&t.id))).then(|| (base, upper, lower.to_vec()))
+}
+
+/// True when the tombstones of `upper` are at least one of `share` entries of both.
+fn is_dense(upper: &[TableRef], lower: &[TableRef], share: u64) -> bool {
+    let tombstones = upper.iter().fold(0, |sum: u64, t| sum.saturating_add(t.tombstones));
+    let entries = upper.iter().chain(lower).fold(0, |sum: u64, t| sum.saturating_add(t.entries));
+    tombstones > 0 && tombstones.saturating_mul(share) >= entries
+}
+
+/// Tables with many tombstones: all of L0, else the first by level and key.
+fn pick_dense(version: &Version, base: u8, busy: &BTreeSet<TableId>) -> Option<(u8, Inputs)> {
+    let l0 = pick_l0(version, base, busy).filter(|(_, upper, lower)| is_dense(upper, lower, TOMBSTONE_SHARE));
+    if let Some(inputs) = l0 {
+        return Some((0, inputs));
+    }
+    (1..=LAST).find_map(|level| {
+        let inputs = |table: &TableRef| {
+            let upper = std::slice::from_ref(table);
+            if busy.contains(&table.id) || !is_dense(upper, &[], TOMBSTONE_SHARE) {
+                return None;
+            }
+            let lower = match level {
+                LAST => &[],
+                _ => overlap(version.level(level + 1), &table.first, &table.last),
+            };
+            let free = !lower.iter().any(|t| busy.contains(&t.id)) && is_dense(upper, lower, TOMBSTONE_SHARE);
+            free.then(|| (level, ((level + 1).min(LAST), upper.to_vec(), lower.to_vec())))
+        };
+        version.level(level).iter().find_map(inputs)
+    })
 }
 
 /// The table whose move costs the fewest bytes below for each byte of its own; of equals the first by key.

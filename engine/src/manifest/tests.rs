@@ -320,6 +320,48 @@ fn the_picker_follows_its_table_of_cases() {
     }
 }
 
+/// Each table has 100 entries; behind its level and number stands how many are tombstones.
+#[test]
+fn tombstones_go_down_where_they_are_many() {
+    let am: &[(&str, &str)] = &[("a", "m")];
+    let levels: &[(u8, &[(&str, &str, u64)])] = &[
+        (4, &[("a", "c", 100), ("k", "m", 100)]),
+        (5, &[("b", "d", 100), ("k", "l", 100), ("l0", "m", 100)]),
+        (6, &[("a", "f", 100)]),
+    ];
+    let bottom: &[(u8, &[(&str, &str, u64)])] = &[(6, &[("a", "c", 100), ("d", "f", 100)])];
+    let cases: &[(&str, Version, &[(u64, u32, u64)], &[(u64, u32)], &str)] = &[
+        ("none", version(&[am], levels), &[], &[], "-"),
+        ("too few for what is below", version(&[], levels), &[(4, 0, 49), (4, 1, 74)], &[], "-"),
+        ("a quarter of the inputs", version(&[], levels), &[(4, 0, 50)], &[], "4>5 4-0+5-0"),
+        ("and where nothing is below they end", version(&[], levels), &[(4, 1, 75)], &[], "4>5 4-1+5-1,5-2!"),
+        ("what is busy below waits", version(&[], levels), &[(4, 0, 100)], &[(5, 0)], "-"),
+        (
+            "what overlaps nothing and cannot end yet moves",
+            version(&[], &[levels[0], levels[2]]),
+            &[(4, 0, 100)],
+            &[],
+            "move 4>5 4-0",
+        ),
+        ("the last level is written again", version(&[], bottom), &[(6, 1, 25)], &[], "6>6 6-1+!"),
+        ("but not for a few", version(&[], bottom), &[(6, 0, 24), (6, 1, 24)], &[], "-"),
+        ("nor twice at once", version(&[], bottom), &[(6, 1, 25)], &[(6, 1)], "-"),
+        ("one run of L0", version(&[am], bottom), &[(101, 0, 75)], &[], "0>6 101-0+6-0,6-1!"),
+        ("not for a few", version(&[am], bottom), &[(101, 0, 74)], &[], "-"),
+        ("where nothing is below they do not move", version(&[am], &[]), &[(101, 0, 25)], &[], "0>6 101-0+!"),
+    ];
+    for (name, v, tombstones, busy, expect) in cases {
+        let filled = |t: &TableRef| {
+            let found = tombstones.iter().find(|(job, ordinal, _)| (t.id.job.0, t.id.ordinal) == (*job, *ordinal));
+            Arc::new(InstallTable { entries: 100, tombstones: found.map_or(0, |found| found.2), ..(**t).clone() })
+        };
+        let list = |tables: &Arc<Vec<TableRef>>| Arc::new(tables.iter().map(filled).collect());
+        let l0 = v.l0.iter().map(list).collect();
+        let v = Version { frozen: Vec::new(), l0, levels: v.levels.each_ref().map(list) };
+        assert_eq!(told(picked(&v, busy)), *expect, "{name}");
+    }
+}
+
 #[test]
 fn no_more_jobs_than_the_bound_but_moves_go_on() {
     let am: &[(&str, &str)] = &[("a", "m")];
@@ -355,7 +397,7 @@ fn only_job(m: &Manifest) -> (String, ManifestOp) {
 /// Level by level, in the order of keys, and only what has keys of the range; the last level where it holds tombstones.
 #[test]
 fn what_was_asked_for_goes_down_to_the_last_level() {
-    let dirty = |t: &TableRef| Arc::new(InstallTable { tombstones: 1, ..(**t).clone() });
+    let dirty = |t: &TableRef| Arc::new(InstallTable { entries: 100, tombstones: 1, ..(**t).clone() });
     let mut v = version(
         &[&[("a", "m")]],
         &[

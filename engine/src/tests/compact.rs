@@ -73,6 +73,25 @@ fn what_was_deleted_and_superseded_is_gone_and_its_space_is_given_back() {
     check_no_leak(&media);
 }
 
+/// Nobody asks, and nothing is written behind the deletions: their runs are fewer than those at which L0 is compacted.
+#[test]
+fn what_was_deleted_goes_without_further_writes() {
+    let media = media();
+    let group = crate::GroupSettings { l0_compaction_runs: 1000, ..settings() };
+    let store = Store::open_with(&media, group, engine_settings()).expect("the volume opens");
+    fill(&store, 300);
+    wait(&store, ask(&store));
+    assert_eq!(entries(&store), (300, 0));
+    (0..200).for_each(|n| drop(store.must(delete(MAIN, &key(n)))));
+    store.settle();
+    assert_eq!(entries(&store), (100, 0));
+    (200..300).for_each(|n| drop(store.must(delete(MAIN, &key(n)))));
+    store.settle();
+    assert_eq!(store.group().status().tables, 0);
+    store.close();
+    check_no_leak(&media);
+}
+
 #[test]
 fn only_the_range_is_written_again() {
     let media = media();
@@ -183,7 +202,8 @@ fn a_full_volume_is_told_to_who_waits() {
     let media = media();
     let store = Store::open(&media);
     fill(&store, 300);
-    (0..300).for_each(|n| drop(store.must(delete(MAIN, &key(n)))));
+    // Too few to go by themselves.
+    (0..300).step_by(10).for_each(|n| drop(store.must(delete(MAIN, &key(n)))));
     store.settle();
     media.extents_disk().set_space(Some(media.extents_disk().allocated()));
     let index = ask(&store);
@@ -196,6 +216,6 @@ fn a_full_volume_is_told_to_who_waits() {
             Err(error) => assert_eq!(error.kind(), ErrorKind::OutOfSpace),
         }
     }
-    assert_eq!(entries(&store), (0, 0));
+    assert_eq!(entries(&store), (270, 0));
     store.close();
 }
