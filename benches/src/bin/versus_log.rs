@@ -74,7 +74,7 @@ fn report(drivers: &[Driver], medians: &[Outcome], json: bool) {
         .expect("Mainstay is always measured");
     let mut rows = Vec::new();
     for (Driver { log, way, .. }, outcome) in drivers.iter().zip(medians) {
-        let Outcome { rate, p50_us, p99_us } = outcome;
+        let Outcome { rate, p50_us, p99_us, .. } = outcome;
         let (rate_ratio, p99_ratio) = (ours.rate / rate, ours.p99_us / p99_us);
         if json {
             rows.push(serde_json::json!({

@@ -35,7 +35,8 @@ impl Peer for Fjall {
     }
 
     fn settle(&self) {
-        self.database.persist(fjall::PersistMode::SyncAll).expect("a flush succeeds");
+        self.keyspace.rotate_memtable_and_wait().expect("a flush succeeds");
+        self.keyspace.major_compact().expect("a compaction succeeds");
     }
 
     fn get(&self, key: &[u8]) -> Option<usize> {

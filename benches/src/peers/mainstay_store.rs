@@ -34,7 +34,9 @@ impl Peer for Mainstay {
         self.store.commit(batch).expect("a batch commits");
     }
 
-    fn settle(&self) {}
+    fn settle(&self) {
+        self.store.compact(&self.keyspace, &b""[..]..).expect("a compaction succeeds");
+    }
 
     fn get(&self, key: &[u8]) -> Option<usize> {
         self.keyspace.get(key).expect("a get succeeds").map(|value| value.len())

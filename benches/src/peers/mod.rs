@@ -18,9 +18,9 @@ pub trait Peer: Send + Sync {
     fn name(&self) -> &'static str;
     /// Sets a key; durable on return.
     fn put_durable(&self, key: &[u8], value: &[u8]);
-    /// Sets many keys at once; durable when [`Peer::settle`] returns.
+    /// Sets many keys at once; durable on return.
     fn load(&self, pairs: &[(Vec<u8>, Vec<u8>)]);
-    /// Waits until everything loaded is durable and, where the store can say so, flushed and compacted.
+    /// Flushes and compacts everything down to the last level, where the store has levels.
     fn settle(&self);
     /// Reads a key and returns the length of its value.
     fn get(&self, key: &[u8]) -> Option<usize>;

@@ -42,6 +42,7 @@ impl Peer for RocksDb {
 
     fn settle(&self) {
         self.0.flush().expect("a flush succeeds");
+        self.0.compact_range::<&[u8], &[u8]>(None, None);
     }
 
     fn get(&self, key: &[u8]) -> Option<usize> {
