@@ -45,7 +45,7 @@ pub use group::{Applied, Export, Group, GroupSettings, GroupStatus, TableSource}
 pub use heal::{HealStatus, TablePeers};
 pub use local_log::LocalLog;
 pub use once::{CLIENTS_KEYSPACE, ClientToken};
-pub use snapshot::{Direction, Scan, Snapshot, Value};
+pub use snapshot::{Direction, Scan, Snapshot, Value, Visitor};
 pub use state_machine::{Apply, StateMachine};
 pub use types::{BranchId, BranchInfo, CheckpointInfo, Generation, JobId, KeyspaceId, LogIndex, MAIN, TableId};
 pub use volume::EXTENT_UNIT_BYTES;

@@ -82,6 +82,14 @@ impl Slot {
         }
     }
 
+    fn value_part(&self) -> Option<&[u8]> {
+        match &self.large {
+            _ if self.deleted => None,
+            Some(large) => Some(large),
+            None => Some(&self.data[self.key_bytes as usize..]),
+        }
+    }
+
     fn version(&self) -> (LogIndex, Lookup) {
         (LogIndex(self.index), self.value().map_or(Lookup::Deleted, Lookup::Value))
     }
@@ -551,6 +559,12 @@ impl MemtableCursor {
     #[inline]
     pub(crate) fn value(&self) -> Option<Bytes> {
         self.buffer.get(self.position).and_then(Slot::value)
+    }
+
+    /// As [`MemtableCursor::value`], borrowed.
+    #[inline]
+    pub(crate) fn value_part(&self) -> Option<&[u8]> {
+        self.buffer.get(self.position).and_then(Slot::value_part)
     }
 
     /// Goes to the first entry in the cursor's direction.

@@ -5,7 +5,7 @@
 //!    drop takes them away.
 //! 2. Its index was applied when it was made and its views hold everything up to that index; versions above it are skipped.
 
-use std::ops::Bound;
+use std::ops::{Bound, ControlFlow};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -16,6 +16,9 @@ use crate::{Error, ErrorKind, KeyspaceId, LogIndex, Result};
 
 /// A value, sharing the memory of the block or memtable that holds it.
 pub type Value = Bytes;
+
+/// Takes a key and its value, and says whether it wants more.
+pub type Visitor<'a> = dyn FnMut(&[u8], &[u8]) -> ControlFlow<()> + Send + 'a;
 
 /// Which way a scan goes first; both ends can be taken from at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,6 +126,19 @@ impl Scan {
         match self.cursor()? {
             Some(cursor) => cursor.next().await,
             None => Ok(None),
+        }
+    }
+
+    /// Gives the pairs from the low end on to `each`, borrowed from where they lie, until it breaks or there are no more.
+    ///
+    /// # Errors
+    /// As [`Scan::next`].
+    /// # Cancel safety
+    /// Cancel safe: what was given is not given again.
+    pub async fn visit(&mut self, each: &mut Visitor<'_>) -> Result<()> {
+        match self.cursor()? {
+            Some(cursor) => cursor.visit(each).await,
+            None => Ok(()),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Pinned read views and ordered scans.
 
-use std::ops::{Bound, RangeBounds};
+use std::ops::{Bound, ControlFlow, RangeBounds};
 
 use bytes::Bytes;
 use mainstay_io::BoxFuture;
@@ -143,6 +143,48 @@ impl Scan {
         let Some(inner) = self.inner().await? else { return Ok(None) };
         let found = inner.next_back().await;
         self.entry(found)
+    }
+
+    /// Gives the key and value of each pair from the low end on to `each`, until it breaks or there are no more. They are borrowed
+    /// from where they lie, so this is the cheapest way over many pairs.
+    ///
+    /// ```
+    /// # fn main() -> mainstay::Result<()> {
+    /// # let dir = tempfile::tempdir().expect("a folder");
+    /// # let store = mainstay::Store::open(dir.path().join("data"))?;
+    /// let sizes = store.keyspace("sizes")?;
+    /// sizes.insert("a", "12")?;
+    /// sizes.insert("b", "3456")?;
+    /// let mut bytes = 0;
+    /// sizes.iter().visit(|_, value| {
+    ///     bytes += value.len();
+    ///     std::ops::ControlFlow::Continue(())
+    /// })?;
+    /// assert_eq!(bytes, 6);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Scan::next_async`].
+    pub fn visit(&mut self, each: impl FnMut(&[u8], &[u8]) -> ControlFlow<()> + Send) -> Result<()> {
+        mainstay_io::block_on(self.visit_async(each))
+    }
+
+    /// As [`Scan::visit`], without blocking the thread but for `each`.
+    ///
+    /// # Errors
+    /// As [`Scan::next_async`].
+    /// # Cancel safety
+    /// Cancel safe: what was given is not given again.
+    pub async fn visit_async(&mut self, mut each: impl FnMut(&[u8], &[u8]) -> ControlFlow<()> + Send) -> Result<()> {
+        if let Some(inner) = self.inner().await?
+            && let Err(e) = inner.visit(&mut each).await
+        {
+            self.state = State::Ended;
+            return Err(e.into());
+        }
+        Ok(())
     }
 
     /// Moves the low end to the first key at or after `key`.

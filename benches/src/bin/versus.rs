@@ -33,6 +33,9 @@ struct Options {
     /// Only these workloads.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Only these stores, and Mainstay.
+    #[arg(long, value_delimiter = ',')]
+    peers: Option<Vec<String>>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -44,7 +47,10 @@ fn main() {
     let options = Options::parse();
     let mut results: BTreeMap<(usize, &str), Vec<Outcome>> = BTreeMap::new();
     for round in 0..options.rounds.max(1) {
-        for (name, open) in peers::all() {
+        let wanted = |name: &str| {
+            name == "mainstay" || options.peers.as_ref().is_none_or(|peers| peers.iter().any(|peer| peer == name))
+        };
+        for (name, open) in peers::all().into_iter().filter(|(name, _)| wanted(name)) {
             let dir = match &options.dir {
                 Some(dir) => tempfile::tempdir_in(dir),
                 None => tempfile::tempdir(),

@@ -1,5 +1,6 @@
 //! Mainstay, alone on one node.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use mainstay::{Batch, Keyspace, Store};
@@ -44,11 +45,12 @@ impl Peer for Mainstay {
 
     fn scan(&self, key: &[u8], limit: usize) -> (usize, usize) {
         let (mut count, mut bytes) = (0, 0);
-        for entry in self.keyspace.range(key..).take(limit) {
-            let entry = entry.expect("a scan succeeds");
+        let pairs = self.keyspace.range(key..).visit(|key, value| {
             count += 1;
-            bytes += entry.key.len() + entry.value.len();
-        }
+            bytes += key.len() + value.len();
+            if count < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        });
+        pairs.expect("a scan succeeds");
         (count, bytes)
     }
 }

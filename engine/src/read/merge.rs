@@ -168,6 +168,13 @@ impl Source {
         }
     }
 
+    fn value_part(&self) -> Option<&[u8]> {
+        match self {
+            Self::Memtable(cursor) => cursor.value_part(),
+            Self::Run(run) => run.cursor.value_part(),
+        }
+    }
+
     #[inline]
     fn step(&mut self) -> Result<Step> {
         match self {
@@ -303,6 +310,11 @@ impl Merge {
 
     pub(super) fn value(&self) -> Option<Bytes> {
         self.order.first().and_then(|first| self.sources[*first].value())
+    }
+
+    /// As [`Merge::value`], borrowed.
+    pub(super) fn value_part(&self) -> Option<&[u8]> {
+        self.order.first().and_then(|first| self.sources[*first].value_part())
     }
 }
 

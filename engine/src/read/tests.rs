@@ -1,7 +1,7 @@
 //! Views over memtables, L0 and levels against an ordered map.
 
 use std::collections::BTreeMap;
-use std::ops::Bound;
+use std::ops::{Bound, ControlFlow};
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
@@ -85,10 +85,28 @@ fn state(all: &Versions, at: u64) -> Pairs {
     newest(all, at).into_iter().filter_map(|(key, (_, value))| Some((key, value?))).collect()
 }
 
+/// Keeps up to `count` pairs.
+fn visitor(pairs: &mut Pairs, count: usize) -> impl FnMut(&[u8], &[u8]) -> ControlFlow<()> + Send {
+    let wanted = pairs.len() + count;
+    move |key, value| {
+        pairs.push((key.to_vec(), value.to_vec()));
+        if pairs.len() < wanted { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    }
+}
+
+/// Of the pairs from the low end two are visited and one is taken, in turns.
 async fn drain(mut scan: ScanCursor, mut back: impl FnMut() -> bool) -> Pairs {
     let (mut front, mut rear) = (Vec::new(), Vec::new());
     loop {
         let reverse = back();
+        if !reverse && front.len() % 3 == 0 {
+            let given = front.len();
+            scan.visit(&mut visitor(&mut front, 2)).await.expect("scan");
+            if front.len() < given + 2 {
+                break;
+            }
+            continue;
+        }
         let pair = if reverse { scan.next_back().await } else { scan.next().await }.expect("scan");
         match pair {
             Some((key, value)) if reverse => rear.push((key.to_vec(), value.to_vec())),
@@ -207,6 +225,21 @@ proptest! {
         let (mut front, mut rear) = (Vec::new(), Vec::new());
         let mut context = Context::from_waker(Waker::noop());
         for reverse in turns.iter().cycle() {
+            if !*reverse && front.len() % 2 == 1 {
+                let given = front.len();
+                crate::table::tests::stall_next(1);
+                let first = std::pin::pin!(scan.visit(&mut visitor(&mut front, 2))).as_mut().poll(&mut context);
+                crate::table::tests::stall_next(0);
+                let visited = match first {
+                    Poll::Ready(visited) => visited,
+                    Poll::Pending => block_on(scan.visit(&mut visitor(&mut front, 1))),
+                };
+                visited.expect("scan");
+                if front.len() == given {
+                    break;
+                }
+                continue;
+            }
             crate::table::tests::stall_next(1);
             let first = if *reverse {
                 std::pin::pin!(scan.next_back()).as_mut().poll(&mut context)

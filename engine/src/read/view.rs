@@ -9,7 +9,7 @@ use super::Lookup;
 use super::merge::Merge;
 use crate::memtable::Memtable;
 use crate::table::Table;
-use crate::{LogIndex, Result};
+use crate::{LogIndex, Result, Visitor};
 
 /// Keys that a scan gives are cut from pieces of memory of this size; one key may keep one piece.
 const KEY_PIECE_BYTES: usize = 4 << 10;
@@ -79,6 +79,7 @@ impl ReadView {
             front: None,
             back: None,
             finished: false,
+            visited: None,
             keys: BytesMut::new(),
         }
     }
@@ -140,6 +141,8 @@ pub(crate) struct ScanCursor {
     back: Option<Merge>,
     /// One end met the other, or the end of the data: nothing is left for either.
     finished: bool,
+    /// The last key that [`ScanCursor::visit`] gave, if `lower` has not moved there yet.
+    visited: Option<Vec<u8>>,
     keys: BytesMut,
 }
 
@@ -152,12 +155,8 @@ impl ScanCursor {
         if self.finished {
             return Ok(None);
         }
-        if self.front.is_none() {
-            let (lower, upper) = (bytes(&self.lower), bytes(&self.upper));
-            let mut merge = self.view.merge(self.at, false, lower, upper);
-            merge.seek(lower).await?;
-            self.front = Some(merge);
-        }
+        self.leave_visited();
+        self.open_front().await?;
         let Some(merge) = &mut self.front else { return Ok(None) };
         while merge.next().await? {
             if below(merge.key(), bytes(&self.upper)) {
@@ -173,6 +172,51 @@ impl ScanCursor {
         Ok(None)
     }
 
+    /// Gives the pairs from the low end on, borrowed, until `each` wants no more.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: what was given is not given again.
+    pub(crate) async fn visit(&mut self, each: &mut Visitor<'_>) -> Result<()> {
+        if self.finished {
+            return Ok(());
+        }
+        self.open_front().await?;
+        let Some(merge) = &mut self.front else { return Ok(()) };
+        while merge.next().await? {
+            if below(merge.key(), bytes(&self.upper)) {
+                break;
+            }
+            if let Some(value) = merge.value_part() {
+                let visited = self.visited.get_or_insert_default();
+                visited.clear();
+                visited.extend_from_slice(merge.key());
+                if each(merge.key(), value).is_break() {
+                    return Ok(());
+                }
+            }
+        }
+        self.finished = true;
+        Ok(())
+    }
+
+    /// The merge from the low end, on its first pair.
+    async fn open_front(&mut self) -> Result<()> {
+        if self.front.is_none() {
+            let (lower, upper) = (bytes(&self.lower), bytes(&self.upper));
+            let mut merge = self.view.merge(self.at, false, lower, upper);
+            merge.seek(lower).await?;
+            self.front = Some(merge);
+        }
+        Ok(())
+    }
+
+    /// Moves the low end behind what was visited.
+    fn leave_visited(&mut self) {
+        if let Some(visited) = self.visited.take() {
+            self.lower = Bound::Excluded(visited.into());
+        }
+    }
+
     /// The entry that wrote the pair that [`ScanCursor::next`] has just given.
     pub(crate) fn version(&self) -> LogIndex {
         self.front.as_ref().map_or(LogIndex(0), Merge::index)
@@ -186,6 +230,7 @@ impl ScanCursor {
         if self.finished {
             return Ok(None);
         }
+        self.leave_visited();
         if self.back.is_none() {
             let (lower, upper) = (bytes(&self.lower), bytes(&self.upper));
             let mut merge = self.view.merge(self.at, true, lower, upper);
@@ -213,6 +258,7 @@ impl ScanCursor {
     /// # Cancel safety
     /// Cancel safe: the low end has moved.
     pub(crate) async fn seek(&mut self, key: &[u8]) -> Result<()> {
+        self.leave_visited();
         if !above(key, bytes(&self.lower)) {
             self.lower = Bound::Included(Bytes::copy_from_slice(key));
             if let Some(mut merge) = self.front.take() {

@@ -116,6 +116,12 @@ impl TableCursor {
         self.data.as_ref().and_then(BlockCursor::value)
     }
 
+    /// As [`TableCursor::value`], borrowed.
+    #[inline]
+    pub(crate) fn value_part(&self) -> Option<&[u8]> {
+        self.data.as_ref().filter(|data| !data.is_tombstone()).map(BlockCursor::value_part)
+    }
+
     pub(crate) fn is_tombstone(&self) -> bool {
         self.data.as_ref().is_some_and(BlockCursor::is_tombstone)
     }
