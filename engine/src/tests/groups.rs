@@ -57,6 +57,35 @@ fn an_idle_group_does_not_hold_the_ring() {
     block_on(engine.close()).expect("closes");
 }
 
+/// Memtables that no trickle ever fills: each write is some bytes of them and a block of the ring. The log asks for rotations of the group
+/// that writes, and of the one that hardly does.
+#[test]
+fn a_trickle_of_tiny_writes_leaves_the_log_bounded() {
+    let media = media();
+    let (engine, found) = engine(&media, engine_settings()).expect("the volume opens");
+    let open = |group| {
+        let settings = GroupSettings { memtable_bytes: 1 << 30, ..settings() };
+        block_on(LocalLog::open(&engine, group, settings, found.clone())).expect("opens")
+    };
+    let (one, other) = (open(BUSY), open(IDLE));
+    let blocks = (WAL_BYTES / mainstay_io::BLOCK_BYTES as u64) as usize;
+    for n in 0..blocks * 3 {
+        write(&one, &format!("k{}", n % 100), b"tiny");
+        if n % 500 == 0 {
+            write(&other, &format!("k{n}"), b"tiny");
+        }
+        let status = engine.status();
+        assert!(status.wal_used_bytes <= status.wal_ring_bytes, "{status:?}");
+    }
+    for log in [&one, &other] {
+        let flushed = log.group().flushed().0;
+        assert!(flushed > log.group().applied().0 / 3, "its older entries are in tables: flushed={flushed}");
+    }
+    block_on(one.close()).expect("closes");
+    block_on(other.close()).expect("closes");
+    block_on(engine.close()).expect("closes");
+}
+
 /// A group that nobody has opened yet keeps its entries, however much another one writes.
 #[test]
 fn a_group_that_is_not_open_keeps_its_entries() {
