@@ -26,13 +26,15 @@ use mainstay_wal::{GroupId, Lsn, RecordKind, RecordPos, Wal, WalOptions};
 use tokio::sync::Notify;
 
 use crate::cache::BlockCache;
+use crate::events::Teller;
 use crate::group::{GroupShared, MANIFEST_EDIT, Recovered};
 use crate::heal::{GroupHeal, HealCounts};
 use crate::manifest::{Manifest, Places};
 use crate::memory::{MemoryBudget, MemoryKind};
+use crate::stats::StatsCounts;
 use crate::stored::{StoredBytes, StoredTable, extents_of};
 use crate::volume::Volume;
-use crate::{Error, ErrorKind, Group, GroupSettings, HealStatus, Result, TableId};
+use crate::{EngineStats, Error, ErrorKind, Events, Group, GroupSettings, HealStatus, Result, TableId};
 
 /// Memtables may hold this much of the memory budget: so many parts in four.
 const MEMTABLE_QUARTERS: u64 = 2;
@@ -111,6 +113,8 @@ pub struct EngineStatus {
     pub read_only: Option<String>,
     /// Damage found and mended.
     pub heal: HealStatus,
+    /// Bytes written by cause, and what writers waited for.
+    pub stats: EngineStats,
 }
 
 /// An open volume. Cloning gives another handle. When the last is dropped without [`Engine::close`], the background tasks
@@ -127,6 +131,7 @@ struct Closer(Arc<EngineShared>);
 impl Drop for Closer {
     fn drop(&mut self) {
         self.0.end_tasks();
+        self.0.events.end();
         // The groups hold the engine: without this neither would ever be dropped.
         self.0.groups().clear();
         self.0.pins.lock().unwrap_or_else(PoisonError::into_inner).clear();
@@ -150,6 +155,8 @@ pub(crate) struct EngineShared {
     pub(crate) budget: Arc<MemoryBudget>,
     pub(crate) cache: Arc<BlockCache>,
     pub(crate) heal: Arc<HealCounts>,
+    pub(crate) stats: StatsCounts,
+    pub(crate) events: Arc<Teller>,
     groups: Mutex<BTreeMap<GroupId, Slot>>,
     /// The oldest record of each group that nobody has asked for and of which the manifest knows nothing yet.
     unknown: Mutex<BTreeMap<GroupId, RecordPos>>,
@@ -255,6 +262,7 @@ impl Engine {
         volume.set_live(live)?;
         let budget = MemoryBudget::new(crate::memory::countable(settings.memory_bytes));
         let cache = BlockCache::new(&budget);
+        let events = Arc::<Teller>::default();
         let shared = Arc::new(EngineShared {
             // All that is found may be due to be cut.
             purged_at: AtomicU64::new(wal.start().0),
@@ -264,7 +272,9 @@ impl Engine {
             memory_bytes: settings.memory_bytes,
             budget,
             cache,
-            heal: Arc::default(),
+            heal: Arc::new(HealCounts { events: events.clone(), ..HealCounts::default() }),
+            stats: StatsCounts::default(),
+            events,
             groups: Mutex::new(slots),
             unknown: Mutex::new(oldest),
             pins: Mutex::default(),
@@ -393,8 +403,15 @@ impl Engine {
             memory_bytes: shared.memory_bytes,
             memory_allocator_bytes: shared.memory_bytes.saturating_sub(shared.budget.total()),
             read_only: poisoned.map(|error| error.to_string()).or(full),
+            stats: shared.stats.snapshot(wal.written_bytes),
             heal: shared.heal.status(shared.open_groups().iter().map(|group| group.heal.damaged_count()).sum()),
         }
+    }
+
+    /// Listens to what happens behind the writes from now on: flushes, compactions, waits, space, damage. A listener that does not listen loses
+    /// events and hears how many.
+    pub fn events(&self) -> Events {
+        self.shared.events.listen()
     }
 
     /// Ends the background tasks, writes the manifest pages, cuts the log and marks the volume clean. The owner has stopped
@@ -421,6 +438,7 @@ impl Engine {
         };
         shared.volume.update(ended).await?;
         shared.volume.quiet().await;
+        shared.events.end();
         shared.volume.shutdown().await
     }
 

@@ -13,9 +13,11 @@ mod mend;
 mod present;
 mod transfer;
 
+use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -39,8 +41,8 @@ use crate::engine::EngineShared;
 use crate::heal::{GroupHeal, TablePeers};
 use crate::manifest::{Manifest, ManifestSettings};
 use crate::{
-    BranchId, BranchInfo, CheckpointInfo, Command, Error, ErrorKind, JobId, KeyspaceId, LogIndex, Result, Snapshot,
-    StateMachine, TableId,
+    BranchId, BranchInfo, CheckpointInfo, Command, Error, ErrorKind, EventKind, JobId, KeyspaceId, LogIndex, Result,
+    Snapshot, StallCause, StateMachine, TableId,
 };
 
 /// Frozen generations above which writers wait.
@@ -110,6 +112,29 @@ pub struct GroupStatus {
 pub trait TableSource: Send + Sync {
     /// Bytes `offset..offset + length` of a table.
     fn read_table(&self, id: TableId, offset: u64, length: u64) -> BoxFuture<Result<Bytes>>;
+}
+
+/// A writer that waits; it ends when this is dropped, also by a caller that waits no longer.
+struct Stall<'a> {
+    group: &'a GroupShared,
+    cause: StallCause,
+    began: Duration,
+}
+
+impl<'a> Stall<'a> {
+    fn begin(group: &'a GroupShared, cause: StallCause) -> Self {
+        group.engine.events.tell(Some(group.id), || EventKind::StallBegun { cause });
+        Self { group, cause, began: group.engine.environment.clock.now() }
+    }
+}
+
+impl Drop for Stall<'_> {
+    fn drop(&mut self) {
+        let (engine, cause) = (&self.group.engine, self.cause);
+        let took = engine.environment.clock.now().saturating_sub(self.began);
+        engine.stats.stalled(cause, took);
+        engine.events.tell(Some(self.group.id), || EventKind::StallEnded { cause, took });
+    }
 }
 
 /// A group. Cloning gives another handle.
@@ -228,10 +253,12 @@ impl GroupShared {
         }
     }
 
-    fn may_go_on(&self) -> Result<bool> {
+    /// What the writer has to wait for, if it has to.
+    fn waits_for(&self) -> Result<Option<StallCause>> {
         self.check_alive()?;
         if self.engine.space_is_short() {
             self.engine.retry_space();
+            self.engine.stats.space_refusals.fetch_add(1, Ordering::Relaxed);
             return Err(Error::new(ErrorKind::OutOfSpace, "the volume is full: free space; reads go on"));
         }
         if self.engine.log_is_nearly_full() {
@@ -239,29 +266,29 @@ impl GroupShared {
             self.want_rotation();
             self.engine.check_log();
             if self.engine.purge_may_help() {
-                return Ok(false);
+                return Ok(Some(StallCause::Log));
             }
             let core = self.lock();
             if core.present.flushed() < self.applied() && core.given_up().is_none() && core.diverged.is_empty() {
-                return Ok(false);
+                return Ok(Some(StallCause::Log));
             }
         }
         if self.frozen.load(Ordering::Acquire) > FROZEN_GENERATIONS_MAX {
             // Waiting for a flush that has failed for good would be for ever.
             return match self.lock().given_up() {
-                None => Ok(false),
+                None => Ok(Some(StallCause::Flush)),
                 Some(error) => Err(Error::new(error.kind(), format!("memory is full and cannot be flushed: {error}"))),
             };
         }
         if self.l0_runs.load(Ordering::Acquire) > self.l0_runs_max && self.lock().given_up().is_none() {
-            return Ok(false);
+            return Ok(Some(StallCause::Compaction));
         }
         if self.engine.memtables_are_over() {
             // Only what is frozen can be flushed: ask for a rotation, and wait if that frees something here.
             self.want_rotation();
-            return Ok(self.lock().memtables.is_empty());
+            return Ok((!self.lock().memtables.is_empty()).then_some(StallCause::Memory));
         }
-        Ok(true)
+        Ok(None)
     }
 
     /// Waits until all that is frozen is in tables, durable, or cannot be for now. For a clean close.
@@ -351,7 +378,7 @@ impl GroupShared {
             tracing::warn!(group = %id, kept = ?manifest.settings, given = ?wanted,
                 "the group keeps the settings that it was made with");
         }
-        let heal = GroupHeal::new(engine.heal.clone());
+        let heal = GroupHeal::new(id, engine.heal.clone());
         let tables = engine.open_tables(&manifest, places, &heal)?;
         let flushed = manifest.flushed();
         let l0_runs_max = (manifest.settings.l0_compaction_runs as usize).saturating_mul(L0_STALL_FACTOR);
@@ -539,17 +566,38 @@ impl Group {
     /// # Errors
     /// `OutOfSpace` while the volume is full: each call tries again whether there is space. `Closed`.
     pub async fn admit(&self) -> Result<()> {
+        let mut stall: Option<Stall<'_>> = None;
         loop {
-            if self.0.may_go_on()? {
+            if self.0.waits_for()?.is_none() {
                 return Ok(());
             }
             let mut changed = pin!(self.0.progress.notified());
             changed.as_mut().enable();
-            if self.0.may_go_on()? {
-                return Ok(());
+            let Some(cause) = self.0.waits_for()? else { return Ok(()) };
+            if stall.as_ref().is_none_or(|stall| stall.cause != cause) {
+                // The one before has ended.
+                drop(stall.take());
+                stall = Some(Stall::begin(&self.0, cause));
             }
             changed.await;
         }
+    }
+
+    /// Waits until the log takes a record: its queue has no bound of its own. Called behind [`Group::admit`]. Cancel safe.
+    ///
+    /// # Errors
+    /// `Closed`.
+    pub async fn admit_to_log(&self) -> Result<()> {
+        let mut admitted = pin!(self.0.engine.wal().admit());
+        let mut stall = None;
+        let outcome = poll_fn(|cx| {
+            let polled = admitted.as_mut().poll(cx);
+            if polled.is_pending() {
+                stall.get_or_insert_with(|| Stall::begin(&self.0, StallCause::Device));
+            }
+            polled
+        });
+        Ok(outcome.await?)
     }
 
     /// Generations frozen and not yet in tables, as [`GroupStatus::frozen_generations`].

@@ -16,8 +16,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use mainstay_io::BoxFuture;
+use mainstay_wal::GroupId;
 use tokio::sync::Notify;
 
+use crate::events::{EventKind, Teller};
 use crate::{Error, ErrorKind, Result, TableId};
 
 /// Pause before the second attempt; each further one waits twice as long.
@@ -69,7 +71,7 @@ pub struct HealStatus {
 }
 
 /// Counts of a volume.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct HealCounts {
     pub(crate) tables_found: AtomicU64,
     pub(crate) tables_healed: AtomicU64,
@@ -84,6 +86,7 @@ pub(crate) struct HealCounts {
     pub(crate) scrub_last_ms: AtomicU64,
     /// There is something to mend.
     pub(crate) work: Notify,
+    pub(crate) events: Arc<Teller>,
 }
 
 impl HealCounts {
@@ -123,14 +126,15 @@ impl Retry {
 
 /// Damage of one group, and its peers.
 pub(crate) struct GroupHeal {
+    group: GroupId,
     pub(crate) counts: Arc<HealCounts>,
     peers: RwLock<Option<Arc<dyn TablePeers>>>,
     damaged: Mutex<BTreeMap<TableId, Retry>>,
 }
 
 impl GroupHeal {
-    pub(crate) fn new(counts: Arc<HealCounts>) -> Arc<Self> {
-        Arc::new(Self { counts, peers: RwLock::default(), damaged: Mutex::default() })
+    pub(crate) fn new(group: GroupId, counts: Arc<HealCounts>) -> Arc<Self> {
+        Arc::new(Self { group, counts, peers: RwLock::default(), damaged: Mutex::default() })
     }
 
     pub(crate) fn set_peers(&self, peers: Option<Arc<dyn TablePeers>>) {
@@ -155,6 +159,7 @@ impl GroupHeal {
             drop(damaged);
             self.counts.tables_found.fetch_add(1, Ordering::Relaxed);
             tracing::error!(table = %id, "a table is damaged");
+            self.counts.events.tell(Some(self.group), || EventKind::TableDamaged { table: id });
             self.counts.work.notify_one();
         }
     }

@@ -235,7 +235,7 @@ impl Shared {
             | CommandBody::Custom { .. }
             | CommandBody::Once { .. } => {
                 self.group.admit().await?;
-                self.engine.wal().admit().await?;
+                self.group.admit_to_log().await?;
                 Reserve::Normal
             }
             CommandBody::CreateKeyspace { .. }

@@ -8,7 +8,7 @@
 //! 2. A table that is not obsolete keeps its extents when it is dropped: the volume is being closed.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bytes::Bytes;
 use mainstay_io::{AlignedBytes, BoxFuture, IoClass};
@@ -185,11 +185,13 @@ pub(crate) struct ExtentWriter<'a> {
     volume: &'a Volume,
     extents: Vec<Extent>,
     written: u64,
+    /// Counts what is written.
+    counted: &'a AtomicU64,
 }
 
 impl<'a> ExtentWriter<'a> {
-    pub(crate) fn new(volume: &'a Volume) -> Self {
-        Self { volume, extents: Vec::new(), written: 0 }
+    pub(crate) fn new(volume: &'a Volume, counted: &'a AtomicU64) -> Self {
+        Self { volume, extents: Vec::new(), written: 0, counted }
     }
 
     /// Writes whole blocks into space of the reservation; not durable until [`Volume::flush`].
@@ -209,6 +211,7 @@ impl<'a> ExtentWriter<'a> {
         }
         self.volume.write(&self.extents, self.written, chunks).await?;
         self.written = end;
+        self.counted.fetch_add(bytes, Ordering::Relaxed);
         Ok(())
     }
 

@@ -155,8 +155,9 @@ pub use batch::{Batch, Commit};
 pub use error::{Error, ErrorKind, Result};
 pub use keyspace::Keyspace;
 pub use mainstay_engine::{
-    Apply, BranchInfo, CLIENTS_KEYSPACE, CheckpointInfo, ClientToken, EngineStatus, Error as ApplyError, GroupStatus,
-    KeyspaceId, LogIndex, StateMachine, Value,
+    Apply, BranchInfo, CLIENTS_KEYSPACE, CheckpointInfo, ClientToken, EVENTS_MAX, EngineStats, EngineStatus,
+    Error as ApplyError, Event, EventKind, Events, GroupStatus, KeyspaceId, LogIndex, StallCause, StallStats,
+    StateMachine, Value,
 };
 pub use mainstay_io::{BackendChoice, BoxFuture, Target};
 pub use mainstay_replication::{

@@ -15,7 +15,8 @@ use mainstay_wal::GroupId;
 use crate::log::{Alone, Log};
 use crate::snapshot::owned_bounds;
 use crate::{
-    Batch, Commit, Durability, Error, ErrorKind, Keyspace, KeyspaceId, ReadLevel, Result, Snapshot, StoreBuilder,
+    Batch, Commit, Durability, Error, ErrorKind, Events, Keyspace, KeyspaceId, ReadLevel, Result, Snapshot,
+    StoreBuilder,
 };
 
 /// The group of a store alone on one node.
@@ -453,6 +454,12 @@ impl Store {
             group: self.log.group().status(),
             replayed: self.log.replayed(),
         }
+    }
+
+    /// Listens to what happens behind the writes of the volume from now on: flushes, compactions, waits of writers, space, damage. Each listener has
+    /// a queue of [`crate::EVENTS_MAX`] events; what goes beyond is dropped and counted.
+    pub fn events(&self) -> Events {
+        self.log.engine().events()
     }
 
     /// Flushes what is in memory, so that the next open has next to nothing to apply again ([`StoreStatus::replayed`]), and

@@ -91,7 +91,7 @@ impl<R: Runtime> Inner<R> {
         loop {
             self.group.admit().await?;
             // The log's queue has no bound of its own.
-            self.engine.wal().admit().await.map_err(mainstay_engine::Error::from)?;
+            self.group.admit_to_log().await?;
             if !self.is_crowded(running, bytes)
                 && !self.are_others_crowded(running)
                 && self.awaited_site(running).is_none()

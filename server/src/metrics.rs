@@ -239,6 +239,15 @@ const ROWS: &[Row] = &[
     ("engine_memory_allocator_bytes", "What of the setting is left to the allocator", Kind::Gauge, |s| {
         s.engine.memory_allocator_bytes
     }),
+    ("engine_user_bytes", "Bytes of keys and values applied", Kind::Counter, |s| s.engine.writes.user_bytes),
+    ("engine_flush_bytes", "Bytes of tables written by flushes", Kind::Counter, |s| s.engine.writes.flush_bytes),
+    ("engine_pages_bytes", "Bytes of manifest pages written", Kind::Counter, |s| s.engine.writes.pages_bytes),
+    ("engine_fetched_bytes", "Bytes of tables written that came from other members", Kind::Counter, |s| {
+        s.engine.writes.fetched_bytes
+    }),
+    ("engine_space_refusals", "Writes refused since the volume was full", Kind::Counter, |s| {
+        s.engine.writes.space_refusals
+    }),
     ("engine_divergences", "Tables that differed from the leader's", Kind::Counter, |s| s.engine.divergences),
     ("engine_jobs_retrying", "Flushes and compactions that failed and are tried again", Kind::Gauge, |s| {
         s.engine.jobs_retrying
@@ -344,7 +353,23 @@ impl Collector for StatusCollector {
                 metric.encode(family.encode_family(&[("site", lag.site.as_str())])?)?;
             }
         }
+        let writes = &status.engine.writes;
+        let help = "Bytes written to the device since the start for each byte of keys and values";
+        let metric = ConstGauge::<f64>::new(writes.write_amplification);
+        metric.encode(encoder.encode_descriptor("engine_write_amplification", help, None, MetricType::Gauge)?)?;
+        let help = "Bytes of tables written by compactions, by the level that they joined";
+        let mut family = encoder.encode_descriptor("engine_compaction_bytes", help, None, MetricType::Counter)?;
+        for (level, bytes) in (1_u64..).zip(&writes.compaction_bytes) {
+            ConstCounter::<u64>::new(*bytes).encode(family.encode_family(&[("level", level)])?)?;
+        }
         let Some(node) = self.context.node() else { return Ok(()) };
+        let help = "Waits of writers by what they waited for, in seconds";
+        let mut family = encoder.encode_descriptor("engine_stall_seconds", help, None, MetricType::Histogram)?;
+        for stall in &node.engine().status().stats.stalls {
+            let (counts, labels) = (&stall.waits, [("cause", stall.cause.name())]);
+            let mut metric = family.encode_family(&labels)?;
+            metric.encode_histogram::<NoLabelSet>(counts.sum.as_secs_f64(), counts.total(), &buckets(counts), None)?;
+        }
         for (name, help, counts) in HISTOGRAMS {
             let counts = counts(node);
             let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;

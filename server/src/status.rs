@@ -3,7 +3,7 @@
 //! # Place
 //! Pure: from the counts of engine and node to the document that `/status`, `mainstay status` and both gRPC services show.
 
-use mainstay::{EngineStatus, MemberRole, NodeStatus, SiteLag};
+use mainstay::{EngineStats, EngineStatus, MemberRole, NodeStatus, SiteLag, StallStats};
 use serde::{Deserialize, Serialize};
 
 /// How a layer is.
@@ -182,10 +182,46 @@ pub struct EngineSection {
     pub jobs_failed: u64,
     /// Damage found and mended.
     pub heal: HealSection,
+    /// What was written to the device and why; nothing from a server that does not say it yet.
+    #[serde(default)]
+    pub writes: WritesSection,
+    /// What writers waited for; nothing from a server that does not say it yet.
+    #[serde(default)]
+    pub stalls: Vec<StallSection>,
     /// Names of checkpoints.
     pub checkpoints: Vec<String>,
     /// Names of clones.
     pub clones: Vec<String>,
+}
+
+/// Bytes written since the process started, by cause. Those of the log are in its own section.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct WritesSection {
+    /// Keys and values that were applied.
+    pub user_bytes: u64,
+    /// By flushes.
+    pub flush_bytes: u64,
+    /// By compactions, into L1 first.
+    pub compaction_bytes: Vec<u64>,
+    /// Tables that came from other members.
+    pub fetched_bytes: u64,
+    /// Manifest pages.
+    pub pages_bytes: u64,
+    /// All that was written, the log included, for each byte of keys and values.
+    pub write_amplification: f64,
+    /// Writes that were refused since the volume was full.
+    pub space_refusals: u64,
+}
+
+/// Waits of writers for one cause.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StallSection {
+    /// `log`, `flush`, `compaction`, `memory` or `device`.
+    pub cause: String,
+    /// How many have ended.
+    pub count: u64,
+    /// How long they were together.
+    pub time_ms: u64,
 }
 
 /// Damage found and mended since the process started.
@@ -371,6 +407,8 @@ impl Status {
                     scrub_passes: engine.heal.scrub_passes,
                     scrub_last_ms: engine.heal.scrub_last_ms,
                 },
+                writes: writes_section(&engine.stats),
+                stalls: engine.stats.stalls.iter().map(stall_section).collect(),
                 checkpoints,
                 clones,
             },
@@ -405,6 +443,26 @@ impl Status {
             text += &format!("  member  {role:<8} {name} id={id} peer={peer_address}{witness}{site}{priority}{lag}\n");
         }
         text
+    }
+}
+
+fn writes_section(stats: &EngineStats) -> WritesSection {
+    WritesSection {
+        user_bytes: stats.user_bytes,
+        flush_bytes: stats.flush_bytes,
+        compaction_bytes: stats.compaction_bytes.clone(),
+        fetched_bytes: stats.fetched_bytes,
+        pages_bytes: stats.pages_bytes,
+        write_amplification: stats.write_amplification(),
+        space_refusals: stats.space_refusals,
+    }
+}
+
+fn stall_section(stall: &StallStats) -> StallSection {
+    StallSection {
+        cause: stall.cause.name().into(),
+        count: stall.waits.total(),
+        time_ms: u64::try_from(stall.waits.sum.as_millis()).unwrap_or(u64::MAX),
     }
 }
 
@@ -579,7 +637,10 @@ mod tests {
             site_lags: vec![SiteLag { site: "west".into(), bytes: 0, time: std::time::Duration::ZERO, beyond: false }],
             ..NodeStatus::default()
         };
+        let waits = mainstay_io::LatencyCounts::default();
+        let stalls = vec![StallStats { cause: mainstay::StallCause::Log, waits }];
         let engine = EngineStatus {
+            stats: EngineStats { stalls, ..EngineStats::default() },
             backend: "uring".into(),
             memory_bytes: 6 << 20,
             memory_allocator_bytes: 1 << 20,

@@ -71,6 +71,9 @@ fn each_port_serves_its_own_and_nothing_else() {
         // As `--memory` was given, and a sixth of it.
         "mainstay_engine_memory_bytes 33554432\n",
         "mainstay_engine_memory_allocator_bytes 5592405\n",
+        "mainstay_engine_write_amplification ",
+        "mainstay_engine_compaction_bytes_total{level=\"6\"}",
+        "mainstay_engine_stall_seconds_count{cause=\"memory\"}",
         "mainstay_ready",
     ] {
         assert!(metrics.contains(name), "{name} is missing in\n{metrics}");

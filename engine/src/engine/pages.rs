@@ -101,7 +101,7 @@ impl EngineShared {
     async fn write_root(&self, bytes: Vec<u8>, start: Option<Lsn>) -> Result<()> {
         let copy_bytes = (bytes.len() as u64).next_multiple_of(BLOCK_BYTES as u64);
         let mut reservation = self.volume.reserve(copy_bytes.saturating_mul(COPIES)).await?;
-        let mut writer = ExtentWriter::new(&self.volume);
+        let mut writer = ExtentWriter::new(&self.volume, &self.stats.pages_bytes);
         for _ in 0..COPIES {
             for chunk in bytes.chunks(WRITE_BYTES) {
                 writer.write(&mut reservation, vec![AlignedBuf::copy_from(chunk).freeze()]).await?;

@@ -15,7 +15,7 @@ use mainstay_wal::{Lsn, RecordPos};
 use super::pages::flushed_of;
 use super::{EngineShared, Slot};
 use crate::group::{GroupShared, JobClass};
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, EventKind, Result};
 
 /// Freed bytes that wait for a superblock before one is written for them alone.
 const PARKED_BYTES_MAX: u64 = 64 << 20;
@@ -61,6 +61,8 @@ impl EngineShared {
     }
 
     async fn run_job(&self, mut run: crate::group::Run) {
+        let began = self.environment.clock.now();
+        run.tell_begin();
         let outcome = match self.volume.reserve(run.estimated_bytes()).await {
             Ok(mut reservation) => run.execute(&mut reservation).await,
             Err(error) => Err(error),
@@ -69,6 +71,7 @@ impl EngineShared {
             Err(error) if error.kind() == ErrorKind::OutOfSpace => self.set_full(true),
             _ => self.set_full(false),
         }
+        run.tell_end(self.environment.clock.now().saturating_sub(began), &outcome);
         run.let_go();
         run.group().finish_job(&run, outcome);
         if self.volume.space().parked_bytes >= PARKED_BYTES_MAX {
@@ -84,6 +87,7 @@ impl EngineShared {
         if self.full.swap(full, Ordering::AcqRel) == full {
             return;
         }
+        self.events.tell(None, || if full { EventKind::Full } else { EventKind::HasSpace });
         if full {
             tracing::warn!(volume = %self.volume.media().name(), "the volume is full: writes are refused, reads go on");
             // What was freed but waits for a superblock may be enough.

@@ -256,6 +256,7 @@ impl GroupShared {
     fn write(&self, core: &mut Core, entry: &mut Entry, branch: BranchId, ops: &[WriteOp]) {
         // Those of the keyspaces met so far: a command writes to a few in turns.
         let mut met: Vec<(KeyspaceId, Arc<Memtable>)> = Vec::new();
+        let mut written = 0;
         for op in ops {
             let keyspace = op.keyspace();
             let place = met.iter().position(|(known, _)| *known == keyspace).unwrap_or_else(|| {
@@ -274,7 +275,9 @@ impl GroupShared {
             memtable.insert(op.key(), entry.index, op.value());
             let bytes = op.key().len() + op.value().map_or(0, Bytes::len);
             core.written += bytes as u64 + OP_OVERHEAD_BYTES;
+            written += bytes as u64;
         }
+        self.engine.stats.user_bytes.fetch_add(written, Ordering::Relaxed);
     }
 
     async fn apply_custom(

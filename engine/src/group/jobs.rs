@@ -7,6 +7,7 @@
 //! 4. Installs of flushes are offered in the order of their generations.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use mainstay_io::AlignedBytes;
@@ -20,7 +21,8 @@ use crate::stored::{ExtentWriter, StoredBytes, StoredTable};
 use crate::table::{Table, TableBuilder, TableOptions};
 use crate::volume::Reservation;
 use crate::{
-    BranchId, Command, CommandBody, Error, ErrorKind, Generation, InstallTable, JobId, KeyspaceId, Result, TableId,
+    BranchId, Command, CommandBody, Error, ErrorKind, EventKind, Generation, InstallTable, JobId, KeyspaceId, Result,
+    TableId,
 };
 
 /// Bytes of a table gathered before they are written.
@@ -50,6 +52,8 @@ pub(crate) struct Run {
     parts: Vec<Part>,
     table_bytes: u64,
     bytes: u64,
+    /// For a compaction the levels from and to.
+    levels: Option<(u8, u8)>,
 }
 
 /// One merge: a keyspace of a flush, or the whole of a compaction.
@@ -80,6 +84,10 @@ impl GroupShared {
             JobClass::Flush => self.next_flush(&core, now)?,
             JobClass::Compact => next_compaction(&core, now)?,
         };
+        let levels = match core.present.jobs.get(&job).map(|job| &**job) {
+            Some(Job::Compact(compaction)) => Some((compaction.from, compaction.to)),
+            _ => None,
+        };
         core.running.insert(job);
         let bytes = parts.iter().map(|part| {
             let memtables: u64 = part.memtables.iter().map(|m| m.bytes()).sum();
@@ -90,6 +98,7 @@ impl GroupShared {
             group: self.clone(),
             lineage: core.lineage,
             job,
+            levels,
             bytes: bytes.sum(),
             parts,
             table_bytes: core.logical.settings.table_bytes
@@ -255,6 +264,39 @@ impl Run {
         &self.group
     }
 
+    /// Counts what the job writes.
+    fn counted(&self) -> &AtomicU64 {
+        let stats = &self.group.engine.stats;
+        let level = self.levels.and_then(|(_, to)| stats.compaction_bytes.get(usize::from(to).wrapping_sub(1)));
+        level.unwrap_or(&stats.flush_bytes)
+    }
+
+    /// Tells that the job begins.
+    pub(crate) fn tell_begin(&self) {
+        let job = self.job;
+        self.group.engine.events.tell(Some(self.group.id), || match self.levels {
+            None => EventKind::FlushBegun { job },
+            Some((from, to)) => {
+                let tables = self.parts.iter().flat_map(|part| &part.tables);
+                let read_bytes = tables.map(|table| table.meta().bytes).sum();
+                EventKind::CompactionBegun { job, from, to, read_bytes }
+            }
+        });
+    }
+
+    /// Tells how the job ended.
+    pub(crate) fn tell_end(&self, took: Duration, outcome: &Result<Vec<StoredTable>>) {
+        let job = self.job;
+        self.group.engine.events.tell(Some(self.group.id), || {
+            let written_bytes = outcome.iter().flatten().map(|stored| stored.meta.bytes).sum();
+            let failure = outcome.as_ref().err().map(ToString::to_string);
+            match self.levels {
+                None => EventKind::FlushEnded { job, written_bytes, took, failure },
+                Some(_) => EventKind::CompactionEnded { job, written_bytes, took, failure },
+            }
+        });
+    }
+
     /// Bytes to reserve before the job runs.
     pub(crate) fn estimated_bytes(&self) -> u64 {
         self.bytes
@@ -315,7 +357,7 @@ struct Writing<'a> {
 
 impl<'a> Writing<'a> {
     fn new(run: &'a Run) -> Self {
-        let writer = ExtentWriter::new(&run.group.engine.volume);
+        let writer = ExtentWriter::new(&run.group.engine.volume, run.counted());
         Self { builder: TableBuilder::new(TableOptions::default()), writer, written: 0 }
     }
 

@@ -22,7 +22,7 @@ use super::{GroupShared, TableSource};
 use crate::heal::{GroupHeal, vote};
 use crate::manifest::{ManifestOp, TableRef};
 use crate::stored::{StoredBytes, StoredTable};
-use crate::{Error, ErrorKind, JobId, Result, TableId};
+use crate::{Error, ErrorKind, EventKind, JobId, Result, TableId};
 
 /// Other replicas that are asked for one table at most.
 const COPIES_ASKED_MAX: usize = 16;
@@ -305,6 +305,7 @@ impl GroupShared {
         }
         // Not before its place was to be made durable: until it is, the next open finds the table damaged again.
         self.heal.counts.tables_healed.fetch_add(1, Ordering::Relaxed);
+        self.engine.events.tell(Some(self.id), || EventKind::TableHealed { table: id });
         Ok(())
     }
 

@@ -149,7 +149,7 @@ impl GroupShared {
     pub(super) async fn fetch(&self, meta: TableRef, source: &dyn TableSource) -> Result<StoredTable> {
         let engine = &self.engine;
         let mut reservation = engine.volume.reserve(meta.bytes).await?;
-        let mut writer = ExtentWriter::new(&engine.volume);
+        let mut writer = ExtentWriter::new(&engine.volume, &engine.stats.fetched_bytes);
         let mut digest = Xxh3::new();
         let mut offset = 0;
         while offset < meta.bytes {

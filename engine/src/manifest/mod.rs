@@ -33,9 +33,7 @@ pub(crate) use self::codec::{Places, decode_op, encode_op, put_settings, take_se
 pub(crate) use self::manual::Manual;
 pub(crate) use self::ops::Effects;
 pub(crate) use self::picker::Compaction;
-#[cfg(test)]
-pub(crate) use self::version::LEVELS;
-pub(crate) use self::version::{GenRef, TableRef, Version};
+pub(crate) use self::version::{GenRef, LEVELS, TableRef, Version};
 use crate::{BranchId, Generation, InstallTable, JobId, KeyspaceId, LogIndex, MAIN, TableId};
 
 /// The name of keyspace 0, which every group is born with.

@@ -16,3 +16,4 @@ mod once;
 mod replicas;
 mod space;
 mod state_machine;
+mod stats;

@@ -1,0 +1,136 @@
+//! What is counted and told of what goes on behind the writes.
+
+use futures_util::FutureExt;
+use mainstay_io::block_on;
+
+use super::harness::*;
+use crate::{Event, EventKind, MAIN, StallCause};
+
+fn key(n: usize) -> String {
+    format!("key-{n:05}")
+}
+
+/// All that goes to the device has a cause, and the volume holds no table that none of them wrote.
+#[test]
+fn bytes_are_counted_by_what_wrote_them() {
+    let media = media();
+    let store = Store::open(&media);
+    let mut user_bytes = 0;
+    for round in 0..3 {
+        for n in 0..300 {
+            let value = [round; 100];
+            store.put(&key(n), &value);
+            user_bytes += (key(n).len() + value.len()) as u64;
+        }
+    }
+    store.settle();
+    let stats = store.engine.status().stats;
+    assert_eq!(stats.user_bytes, user_bytes);
+    assert_eq!(stats.log_bytes, store.engine.wal().stats().written_bytes);
+    assert!(stats.log_bytes > user_bytes && stats.flush_bytes > 0, "{stats:?}");
+    // All went to the last level.
+    assert_eq!(stats.compaction_bytes.len(), 6);
+    assert!(stats.compaction_bytes[5] > 0, "{stats:?}");
+    let tables = store.group().status().table_bytes;
+    assert!(stats.flush_bytes + stats.compaction_bytes.iter().sum::<u64>() >= tables);
+    assert!(stats.write_amplification() > 1.0);
+    assert_eq!((stats.fetched_bytes, stats.space_refusals), (0, 0));
+    store.close();
+}
+
+/// The begin and the end of each job, in order; and the end of all when the volume closes.
+#[test]
+fn a_listener_hears_of_jobs() {
+    let media = media();
+    let store = Store::open(&media);
+    let mut events = store.engine.events();
+    for round in 0..4 {
+        for n in 0..40 {
+            store.put(&key(n), &[round; 100]);
+        }
+        store.flush();
+    }
+    store.settle();
+    let engine = store.engine.clone();
+    store.close();
+    let mut told = Vec::new();
+    while let Some(event) = block_on(events.next()) {
+        told.push(event);
+    }
+    assert_eq!(block_on(engine.events().next()), None);
+    assert!(told.iter().all(|event| event.group == Some(GROUP)), "{told:?}");
+    let mut begun = Vec::new();
+    let (mut flushes, mut compactions) = (0, 0);
+    for Event { kind, .. } in told {
+        match kind {
+            EventKind::FlushBegun { job } => begun.push(job),
+            EventKind::CompactionBegun { job, from, to, read_bytes } => {
+                assert!(from < to && read_bytes > 0);
+                begun.push(job);
+            }
+            EventKind::FlushEnded { job, written_bytes, failure, .. } => {
+                assert!(begun.contains(&job) && written_bytes > 0 && failure.is_none());
+                flushes += 1;
+            }
+            EventKind::CompactionEnded { job, written_bytes, failure, .. } => {
+                assert!(begun.contains(&job) && written_bytes > 0 && failure.is_none());
+                compactions += 1;
+            }
+            // On a busy machine the writer may overtake the flushes.
+            EventKind::StallBegun { .. } | EventKind::StallEnded { .. } => {}
+            other => panic!("nothing of this happened: {other:?}"),
+        }
+    }
+    assert!(flushes >= 4 && compactions >= 1, "flushes={flushes} compactions={compactions}");
+}
+
+/// Memtables hold their share and nothing can be flushed: the writer waits, and says for what. Who gives up waiting is counted too.
+#[test]
+fn a_writer_that_waits_says_for_what() {
+    let media = media();
+    let group = crate::GroupSettings { memtable_bytes: 1 << 30, ..settings() };
+    let engine = crate::EngineSettings { memory_bytes: 1 << 20, ..engine_settings() };
+    let (engine, _) = super::harness::engine(&media, engine).expect("the volume opens");
+    // Nobody proposes what would free memory.
+    let group = block_on(engine.group(GROUP, group)).expect("the group opens");
+    let mut events = engine.events();
+    let mut index = 0;
+    while group.admit().now_or_never().is_some() {
+        index += 1;
+        let command = crate::Command { time_ms: 1, body: put(MAIN, &key(index as usize), &[0; 4096]) };
+        let applied = block_on(group.apply(crate::LogIndex(index), &command)).expect("applied");
+        applied.response.expect("taken");
+        assert!(index < 10_000, "memory is never full");
+    }
+    let waits = |cause| {
+        let stats = engine.status().stats;
+        stats.stalls.iter().find(|stall| stall.cause == cause).expect("every cause is there").waits.total()
+    };
+    assert_eq!((waits(StallCause::Memory), waits(StallCause::Compaction)), (1, 0));
+    let told: Vec<_> = std::iter::from_fn(|| events.try_next()).map(|event| event.kind).collect();
+    assert_eq!(told[0], EventKind::StallBegun { cause: StallCause::Memory });
+    assert!(matches!(told[1], EventKind::StallEnded { cause: StallCause::Memory, .. }), "{told:?}");
+    assert_eq!(told.len(), 2);
+}
+
+#[test]
+fn a_full_volume_and_its_refusals_are_told() {
+    let media = media();
+    let store = Store::open(&media);
+    let mut events = store.engine.events();
+    media.extents_disk().set_space(Some(1 << 20));
+    let mut n = 0;
+    while store.propose(put(MAIN, &key(n), &[7; 2048])).is_ok() {
+        n += 1;
+        assert!(n < 10_000, "the disk never filled");
+    }
+    assert!(store.engine.status().stats.space_refusals >= 1);
+    media.extents_disk().set_space(None);
+    while store.propose(put(MAIN, "after", b"x")).is_err() {}
+    store.settle();
+    let told: Vec<_> = std::iter::from_fn(|| events.try_next()).collect();
+    let place = |kind: &EventKind| told.iter().position(|event| event.group.is_none() && event.kind == *kind);
+    let (full, space) = (place(&EventKind::Full), place(&EventKind::HasSpace));
+    assert!(full.is_some() && full < space, "{full:?} {space:?}");
+    store.close();
+}
