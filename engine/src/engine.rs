@@ -151,7 +151,7 @@ pub(crate) struct EngineShared {
     pub(crate) volume: Volume,
     wal: Wal,
     /// The setting; the budget is what may be counted of it.
-    memory_bytes: u64,
+    memory_bytes: AtomicU64,
     pub(crate) budget: Arc<MemoryBudget>,
     pub(crate) cache: Arc<BlockCache>,
     pub(crate) heal: Arc<HealCounts>,
@@ -269,7 +269,7 @@ impl Engine {
             environment,
             volume,
             wal,
-            memory_bytes: settings.memory_bytes,
+            memory_bytes: AtomicU64::new(settings.memory_bytes),
             budget,
             cache,
             heal: Arc::new(HealCounts { events: events.clone(), ..HealCounts::default() }),
@@ -389,6 +389,7 @@ impl Engine {
             Backend::Threads => "threads",
             Backend::Sim => "sim",
         };
+        let memory_bytes = shared.memory_bytes.load(Ordering::Relaxed);
         let wal = shared.wal().stats();
         let poisoned = shared.volume.media().devices().iter().find_map(|device| device.poisoned());
         let full = shared.space_is_short().then(|| "the volume is full".to_owned());
@@ -400,12 +401,21 @@ impl Engine {
             wal_used_bytes: wal.used_bytes,
             wal_ring_bytes: wal.ring_bytes,
             memory_used_bytes: shared.budget.used(),
-            memory_bytes: shared.memory_bytes,
-            memory_allocator_bytes: shared.memory_bytes.saturating_sub(shared.budget.total()),
+            memory_bytes,
+            memory_allocator_bytes: memory_bytes.saturating_sub(shared.budget.total()),
             read_only: poisoned.map(|error| error.to_string()).or(full),
             stats: shared.stats.snapshot(wal.written_bytes),
             heal: shared.heal.status(shared.open_groups().iter().map(|group| group.heal.damaged_count()).sum()),
         }
+    }
+
+    /// Sets [`EngineSettings::memory_bytes`] anew. Less takes blocks out of the cache before it returns; memtables over their share are
+    /// flushed, and writers wait for that.
+    pub fn set_memory_bytes(&self, bytes: u64) {
+        self.shared.memory_bytes.store(bytes, Ordering::Relaxed);
+        self.shared.budget.set_total(crate::memory::countable(bytes));
+        // Who waits for memory may have it.
+        self.shared.open_groups().iter().for_each(|group| group.wake());
     }
 
     /// Listens to what happens behind the writes from now on: flushes, compactions, waits, space, damage. A listener that does not listen loses

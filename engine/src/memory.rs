@@ -67,7 +67,6 @@ impl MemoryBudget {
     }
 
     /// Changes the total at run time.
-    #[allow(dead_code, reason = "for a setting that is changed while the store runs")]
     pub(crate) fn set_total(&self, total: u64) {
         self.total.store(total, Ordering::Relaxed);
         self.resize_cache(0);

@@ -456,6 +456,11 @@ impl Store {
         }
     }
 
+    /// Sets the memory of the volume anew, as [`StoreBuilder::memory_bytes`]: of all stores and groups on it. Less is let go of at once.
+    pub fn set_memory_bytes(&self, bytes: u64) {
+        self.log.engine().set_memory_bytes(bytes);
+    }
+
     /// Listens to what happens behind the writes of the volume from now on: flushes, compactions, waits of writers, space, damage. Each listener has
     /// a queue of [`crate::EVENTS_MAX`] events; what goes beyond is dropped and counted.
     pub fn events(&self) -> Events {

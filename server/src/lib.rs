@@ -24,6 +24,7 @@ pub mod demo;
 mod front;
 mod limits;
 mod logs;
+mod memory;
 mod metrics;
 mod offline;
 mod prestop;

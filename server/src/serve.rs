@@ -30,7 +30,7 @@ use crate::front::Front;
 use crate::limits::{self, Limits};
 use crate::metrics::Metrics;
 use crate::settings::{BadVolume, ServeSettings};
-use crate::{admin, aside, connections, logs, metrics, service};
+use crate::{admin, aside, connections, logs, memory, metrics, service};
 
 /// Bytes of a request or an answer: the largest value, its key and room for what stands around them.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 20 << 20;
@@ -145,6 +145,8 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
             }
         });
         let watching = tokio::spawn(log_changes(node.clone()));
+        let following =
+            settings.memory_follows.then(|| tokio::spawn(memory::follow_limit(node.clone(), settings.memory_bytes)));
         let [clients_at, admin_at, metrics_at] = ports;
         tracing::info!(
             clients = clients_at, admin = admin_at, metrics = metrics_at, peers = node.peer_address().0,
@@ -164,6 +166,7 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
             tracing::info!("clients with open streams are cut off");
         }
         watching.abort();
+        following.inspect(tokio::task::JoinHandle::abort);
         node.close().await?;
     }
     turning.abort();

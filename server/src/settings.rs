@@ -19,6 +19,7 @@ use serde::Deserialize;
 
 use crate::cli::Failure;
 use crate::limits;
+use crate::memory::{MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, memory_bytes_default, read_file};
 use crate::units::{ByteSize, Span};
 
 /// Most connections, requests and streams that a limit may allow.
@@ -102,7 +103,8 @@ pub struct Settings {
           value_name = "BOOL", help_heading = "Ports")]
     pub insecure_listen_anywhere: Option<bool>,
 
-    /// Budget for memtables, block cache, filters and buffers together [default: half of the cgroup's limit, else 256MiB]
+    /// Budget for memtables, block cache, filters and buffers together [default: half of the
+    /// cgroup's limit, followed when that is changed, else 256MiB]
     #[arg(long, env = "MAINSTAY_MEMORY", value_name = "SIZE", help_heading = "Storage")]
     pub memory: Option<ByteSize>,
 
@@ -256,6 +258,8 @@ pub struct ServeSettings {
     pub advertise_peer: Option<String>,
     /// Memory budget.
     pub memory_bytes: u64,
+    /// Nobody said how much: it follows the limit of the cgroup.
+    pub memory_follows: bool,
     /// Log ring at format.
     pub wal_bytes: u64,
     /// Bytes between two rotations.
@@ -351,7 +355,7 @@ impl Settings {
         };
         let listen_peer = listen_peer.ok_or_else(|| Failure::usage("listen-peer cannot be none: give HOST:PORT"))?;
 
-        let memory_bytes = self.memory.map_or_else(memory_bytes_default, |size| size.0);
+        let memory_bytes = self.memory.map_or_else(|| memory_bytes_default(&read_file), |size| size.0);
         let wal_bytes = self.wal.map_or(mainstay::WAL_BYTES_DEFAULT, |size| size.0);
         let memtable_bytes = self.memtable.map_or(16 << 20, |size| size.0);
         let background_tasks = self.background_tasks.unwrap_or(1);
@@ -362,7 +366,7 @@ impl Settings {
         let requests_memory_bytes = self.requests_memory.map_or(memory_bytes / 4, |size| size.0);
         let heartbeat = self.heartbeat.map_or(Duration::from_millis(100), |span| span.0);
         let election_timeout = self.election_timeout.map_or(Duration::from_millis(300), |span| span.0);
-        bounds("memory", memory_bytes, 16 << 20, 1 << 40)?;
+        bounds("memory", memory_bytes, MEMORY_BYTES_MIN, MEMORY_BYTES_MAX)?;
         bounds("wal", wal_bytes, 1 << 20, 1 << 40)?;
         bounds("memtable", memtable_bytes, 64 << 10, 1 << 30)?;
         bounds("background-tasks", background_tasks as u64, 1, 16)?;
@@ -396,6 +400,7 @@ impl Settings {
             witness: self.witness.unwrap_or(false),
             site_lag_bounds: parse_site_lags(self.site_lag_max.as_deref().unwrap_or_default())?,
             memory_bytes,
+            memory_follows: self.memory.is_none(),
             wal_bytes,
             memtable_bytes,
             background_tasks,
@@ -498,13 +503,6 @@ fn listen_address(setting: &str, text: &str, anywhere: bool) -> Result<Option<So
         )));
     }
     Ok(Some(address))
-}
-
-/// Half of the memory that the cgroup allows, else the default of the library.
-fn memory_bytes_default() -> u64 {
-    let limit =
-        std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse::<u64>().ok());
-    limit.map_or(mainstay::MEMORY_BYTES_DEFAULT, |limit| (limit / 2).max(16 << 20))
 }
 
 /// Refuses variables of the environment that begin as ours and are none: a typo would otherwise be a silent default.

@@ -15,6 +15,7 @@ use mainstay_io::AlignedBytes;
 use super::GroupShared;
 use super::core::{Core, Stuck};
 use crate::manifest::{Job, TableRef};
+use crate::memory::MemoryKind;
 use crate::memtable::Memtable;
 use crate::read::MergeInput;
 use crate::stored::{ExtentWriter, StoredBytes, StoredTable};
@@ -353,12 +354,15 @@ struct Writing<'a> {
     builder: TableBuilder,
     writer: ExtentWriter<'a>,
     written: u64,
+    /// What is gathered, and what is on its way to the device.
+    _memory: crate::memory::Reservation,
 }
 
 impl<'a> Writing<'a> {
     fn new(run: &'a Run) -> Self {
         let writer = ExtentWriter::new(&run.group.engine.volume, run.counted());
-        Self { builder: TableBuilder::new(TableOptions::default()), writer, written: 0 }
+        let memory = run.group.engine.budget.reserve(MemoryKind::Buffer, 2 * WRITE_BYTES);
+        Self { builder: TableBuilder::new(TableOptions::default()), writer, written: 0, _memory: memory }
     }
 
     async fn write(&mut self, reservation: &mut Reservation) -> Result<()> {

@@ -134,3 +134,28 @@ fn a_full_volume_and_its_refusals_are_told() {
     assert!(full.is_some() && full < space, "{full:?} {space:?}");
     store.close();
 }
+
+/// The cache gives back before the call returns, and memtables that are over their share from then on are flushed while writers wait.
+#[test]
+fn memory_is_set_anew_while_the_store_runs() {
+    let media = media();
+    let store = Store::open(&media);
+    let budget = &store.engine.shared_ref().budget;
+    for n in 0..2000 {
+        store.put(&key(n), &[n as u8; 1000]);
+    }
+    store.settle();
+    let read = || all(&store.group().snapshot(MAIN).expect("main"), DEFAULT).len();
+    (0..2000).for_each(|n| assert!(store.get(&key(n)).is_some()));
+    let before = store.engine.status();
+    assert!(before.memory_used_bytes > 1 << 20, "the blocks are in the cache: {before:?}");
+    store.engine.set_memory_bytes(1 << 20);
+    let after = store.engine.status();
+    assert_eq!((after.memory_bytes, budget.total()), (1 << 20, (1 << 20) - (1 << 20) / 6));
+    assert!(after.memory_used_bytes <= budget.total(), "{after:?}");
+    assert_eq!(read(), 2000);
+    store.engine.set_memory_bytes(64 << 20);
+    (0..2000).for_each(|n| assert!(store.get(&key(n)).is_some()));
+    assert!(store.engine.status().memory_used_bytes > 1 << 20, "there is room again");
+    store.close();
+}
