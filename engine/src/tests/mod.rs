@@ -12,6 +12,7 @@ mod heal;
 mod hostile;
 mod lifecycle;
 mod model;
+mod offline;
 mod once;
 mod replicas;
 mod space;
