@@ -52,4 +52,4 @@ pub use snapshot::{Direction, Scan, Snapshot, Value, Visitor};
 pub use state_machine::{Apply, StateMachine};
 pub use stats::{EngineStats, StallCause, StallStats};
 pub use types::{BranchId, BranchInfo, CheckpointInfo, Generation, JobId, KeyspaceId, LogIndex, MAIN, TableId};
-pub use volume::EXTENT_UNIT_BYTES;
+pub use volume::{EXTENT_UNIT_BYTES, holds_volume};

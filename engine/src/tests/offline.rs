@@ -1,10 +1,10 @@
 //! Looking at a volume that nobody has open, and finding every flipped bit in it.
 
-use mainstay_io::sim::{SimDisk, SimMedia, SimRandom};
-use mainstay_io::{Environment, block_on};
+use mainstay_io::sim::{SimDisk, SimMedia, SimOptions, SimRandom};
+use mainstay_io::{AlignedBuf, Environment, IoClass, WriteMode, block_on};
 
 use super::harness::*;
-use crate::{CommandBody, ErrorKind, JobId, MAIN, Offline, TableId, VerifyReport};
+use crate::{CommandBody, ErrorKind, JobId, MAIN, Offline, TableId, VerifyReport, holds_volume};
 
 /// A volume with tables, a checkpoint and a clone, closed cleanly.
 fn volume() -> SimMedia {
@@ -123,4 +123,33 @@ fn an_offline_volume_is_held_alone() {
 fn what_is_no_volume_is_foreign() {
     let media = SimMedia::new(mainstay_io::sim::SimOptions::default());
     assert_eq!(look(&media).expect_err("blank").kind(), ErrorKind::Foreign);
+}
+
+/// Who writes over a device asks this: what cannot be opened may still be mended, so it counts as well.
+#[test]
+fn a_volume_is_found_by_one_copy_in_any_state() {
+    let held = |media: &SimMedia| {
+        let opened = media.open().expect("nobody else holds it");
+        block_on(holds_volume(&*opened)).expect("readable")
+    };
+    let write = |media: &SimMedia, copy: u64, bytes: &[u8]| {
+        let superblock = media.open().expect("nobody else holds it").superblock();
+        let block = vec![AlignedBuf::copy_from(bytes).freeze()];
+        superblock.write(copy * (256 << 10), block, WriteMode::Durable, IoClass::Foreground).wait().expect("written");
+    };
+    let empty = SimMedia::new(SimOptions { capacity: 1 << 30, ..SimOptions::default() });
+    assert!(!held(&empty));
+    write(&empty, 0, b"the beginning of something else");
+    assert!(!held(&empty));
+    write(&empty, 3, b"MAINSTAY, or what is left of it");
+    assert!(held(&empty), "a damaged copy");
+
+    let media = volume();
+    assert!(held(&media));
+    for copy in 0..3 {
+        write(&media, copy, b"written over");
+    }
+    assert!(look(&media).is_err() && held(&media), "the last copy");
+    write(&media, 3, b"written over");
+    assert!(!held(&media));
 }

@@ -20,6 +20,16 @@ pub(crate) struct SuperblockReport {
     pub(crate) superblock: Superblock,
 }
 
+/// Whether anything of a volume is in the superblock zone, be it damaged, cut short, or of a newer release: of what is not so, nobody has
+/// stored anything there.
+///
+/// # Errors
+/// The device does not answer.
+pub async fn holds_volume(media: &dyn Media) -> Result<bool> {
+    let copies = read_copies(&media.superblock()).await?;
+    Ok(copies.iter().any(|copy| !matches!(copy, Copy::Blank | Copy::NoMagic)))
+}
+
 /// Reads the copies and chooses as opening does. Nothing is written.
 ///
 /// # Errors

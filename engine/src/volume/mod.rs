@@ -39,6 +39,7 @@ use tokio::sync::Notify;
 pub(crate) use self::allocator::{Reservation, SpaceStats};
 pub use self::extent::EXTENT_UNIT_BYTES;
 pub(crate) use self::extent::{Extent, extents_bytes};
+pub use self::inspect::holds_volume;
 pub(crate) use self::inspect::{SuperblockReport, inspect};
 pub(crate) use self::superblock::{ROOT_EXTENTS_MAX, Root, Superblock, VOLUME_FORMAT_VERSION};
 
