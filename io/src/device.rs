@@ -45,6 +45,8 @@ pub struct Geometry {
     pub io_bytes_max: u64,
     /// Which implementation serves it.
     pub backend: Backend,
+    /// Reads and writes go past the page cache.
+    pub direct: bool,
     /// Why io_uring was not used although it was asked for, or why reads and writes go through the page cache.
     pub fallback_reason: Option<String>,
 }

@@ -78,7 +78,27 @@ impl OpenFile {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && missing == Missing::Create => false,
             Err(e) => return Err(refused(path, false, &e)),
         };
-        let (fd, mut buffered) = lock::retry(path, || open_locked(path, raw, missing))?;
+        let (fd, buffered) = lock::retry(path, || open_locked(path, raw, missing))?;
+        Self::over(fd, path, raw, buffered, extent, held)
+    }
+
+    /// A file in `directory` that has no name, so that it goes with its last reference, however the process ends.
+    ///
+    /// # Errors
+    /// As [`OpenFile::open`].
+    pub(crate) fn unnamed(directory: &Path, extent: Extent) -> Result<Self> {
+        let (fd, buffered) = open_unnamed(directory)?;
+        Self::over(fd, directory, false, buffered, extent, None)
+    }
+
+    fn over(
+        fd: OwnedFd,
+        path: &Path,
+        raw: bool,
+        mut buffered: Option<String>,
+        extent: Extent,
+        held: Option<Arc<LockFile>>,
+    ) -> Result<Self> {
         if raw {
             let block = rustix::fs::ioctl_blksszget(&fd).map_err(|e| Error::os("open", 0, 0, e.raw_os_error()))?;
             if block as usize > BLOCK_BYTES {
@@ -389,6 +409,47 @@ fn open_locked(path: &Path, raw: bool, missing: Missing) -> lock::Attempt<(Owned
     Ok(lock::flock(&fd, path)?.then_some((fd, buffered)))
 }
 
+/// Names tried for a file that is to have none.
+const NAMES_MAX: u32 = 16;
+
+/// Makes a file without a name, or under one that is gone before anything is written; the second value says why direct I/O is
+/// not used.
+fn open_unnamed(directory: &Path) -> Result<(OwnedFd, Option<String>)> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    let file = match options.clone().custom_flags(libc::O_TMPFILE).open(directory) {
+        Ok(file) => file,
+        // The file system has none, or the kernel does not know them and takes the directory for what is to be opened.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => {
+            open_and_remove(directory, &options)?
+        }
+        Err(e) => return Err(refused(directory, false, &e)),
+    };
+    let fd = OwnedFd::from(file);
+    let os = |e: Errno| Error::os("open", 0, 0, e.raw_os_error());
+    let flags = rustix::fs::fcntl_getfl(&fd).map_err(os)?;
+    match rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::DIRECT) {
+        Ok(()) => Ok((fd, None)),
+        Err(Errno::INVAL) => Ok((fd, Some(buffered_reason(directory)))),
+        Err(e) => Err(os(e)),
+    }
+}
+
+fn open_and_remove(directory: &Path, options: &OpenOptions) -> Result<std::fs::File> {
+    let mut attempt = 1;
+    loop {
+        let path = directory.join(format!(".mainstay-scratch-{}-{attempt}", std::process::id()));
+        match options.clone().create_new(true).open(&path) {
+            Ok(file) => {
+                std::fs::remove_file(&path).map_err(|e| refused(&path, false, &e))?;
+                return Ok(file);
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && attempt < NAMES_MAX => attempt += 1,
+            Err(e) => return Err(refused(&path, false, &e)),
+        }
+    }
+}
+
 /// Says what is wrong with `path` and what to do.
 pub(crate) fn refused(path: &Path, raw: bool, e: &std::io::Error) -> Error {
     let path = path.display();
@@ -425,6 +486,24 @@ fn block_range(fd: BorrowedFd<'_>, request: u64, offset: u64, length: u64) -> ru
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_is_removed_at_once_is_still_written_and_read() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        let file = open_and_remove(directory.path(), &options).expect("made");
+        assert_eq!(std::fs::read_dir(directory.path()).expect("a directory").count(), 0);
+        std::os::unix::fs::FileExt::write_all_at(&file, b"kept", 0).expect("written");
+        let mut found = [0; 4];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut found, 0).expect("read");
+        assert_eq!(&found, b"kept");
+        // A name that is taken is not the only one.
+        let taken = directory.path().join(format!(".mainstay-scratch-{}-1", std::process::id()));
+        std::fs::write(&taken, "of somebody else").expect("written");
+        open_and_remove(directory.path(), &options).expect("made under another name");
+        assert_eq!(std::fs::read(&taken).expect("untouched"), b"of somebody else");
+    }
 
     #[test]
     fn gather_begins_in_the_middle_and_ends_at_the_bound() {

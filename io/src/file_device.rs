@@ -35,6 +35,7 @@ impl FileDevice {
             capacity: file.capacity(),
             io_bytes_max: IO_BYTES_MAX,
             backend,
+            direct: file.buffered().is_none(),
             fallback_reason: (!reasons.is_empty()).then(|| reasons.join("; ")),
         };
         let name = file.path().display().to_string();

@@ -294,11 +294,11 @@ impl Media for FileMedia {
 }
 
 impl Executors {
-    fn data_device(&self, file: Arc<OpenFile>) -> Arc<dyn BlockDevice> {
+    pub(crate) fn data_device(&self, file: Arc<OpenFile>) -> Arc<dyn BlockDevice> {
         FileDevice::over(file, self.backend, self.data.clone(), self.reason.clone())
     }
 
-    fn wal_device(&self, file: Arc<OpenFile>) -> Arc<dyn BlockDevice> {
+    pub(crate) fn wal_device(&self, file: Arc<OpenFile>) -> Arc<dyn BlockDevice> {
         FileDevice::over(file, self.backend, self.wal.clone(), self.reason.clone())
     }
 }

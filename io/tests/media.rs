@@ -6,7 +6,7 @@ use std::path::Path;
 
 use mainstay_io::{
     AlignedBuf, BackendChoice, ErrorKind, IoClass, MediaOptions, SUPERBLOCK_ZONE_BYTES, Target, WriteMode,
-    create_media, open_media,
+    create_media, open_media, open_scratch,
 };
 use support::{WAL_BYTES, backends, block, close};
 
@@ -136,4 +136,35 @@ fn a_log_longer_than_the_device_is_refused() {
     let e = media.create_zones(8 << 20).wait().expect_err("too long");
     assert_eq!(e.kind(), ErrorKind::Unusable);
     assert!(media.is_blank().expect("readable"));
+}
+
+/// What somebody measures a file system with must not be found there afterwards, and behaves as the zones of a volume do.
+#[test]
+fn scratch_zones_are_used_as_those_of_a_volume_and_have_no_name() {
+    for backend in backends() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let names = || std::fs::read_dir(dir.path()).expect("a directory").count();
+        let options = MediaOptions { backend };
+        let scratch = open_scratch(dir.path(), WAL_BYTES, 8 << 20, &options).expect("made");
+        assert_eq!((scratch.wal.length(), scratch.data.length(), names()), (WAL_BYTES, 8 << 20, 0));
+        let read = |zone: &mainstay_io::Zone, offset| {
+            let buf = AlignedBuf::zeroed(4096);
+            zone.read(offset, buf, IoClass::Foreground).wait().expect("readable")[0]
+        };
+        let last = WAL_BYTES - 4096;
+        assert_eq!(read(&scratch.wal, last), 0);
+        scratch.wal.write(last, block(1), WriteMode::Durable, IoClass::Wal).wait().expect("durable");
+        scratch.data.allocate(0, 8 << 20).wait().expect("reserved");
+        scratch.data.write((8 << 20) - 4096, block(2), WriteMode::Cached, IoClass::Background).wait().expect("written");
+        scratch.data.flush().wait().expect("flushed");
+        assert_eq!((read(&scratch.wal, last), read(&scratch.data, (8 << 20) - 4096)), (1, 2));
+        assert_eq!(names(), 0, "nothing has a name");
+
+        for (wal_bytes, data_bytes) in [(0, 4096), (4097, 4096), (4096, 1)] {
+            let refused = open_scratch(dir.path(), wal_bytes, data_bytes, &options).expect_err("no whole blocks");
+            assert_eq!(refused.kind(), ErrorKind::Unusable);
+        }
+        let missing = open_scratch(&dir.path().join("missing"), 4096, 4096, &options).expect_err("no such directory");
+        assert_eq!(missing.kind(), ErrorKind::Unusable);
+    }
 }

@@ -90,6 +90,7 @@ impl SimDisk {
             capacity: core.medium.capacity(),
             io_bytes_max: IO_BYTES_MAX,
             backend: Backend::Sim,
+            direct: true,
             fallback_reason: None,
         };
         Arc::new(SimDevice::new(self.0.clone(), core.epoch, geometry))

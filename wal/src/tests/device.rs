@@ -57,6 +57,7 @@ impl MemDevice {
             capacity: bytes.len() as u64,
             io_bytes_max: 1 << 20,
             backend: Backend::Sim,
+            direct: true,
             fallback_reason: None,
         };
         let state = Mutex::new(State { bytes, ..State::default() });

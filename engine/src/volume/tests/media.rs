@@ -41,6 +41,7 @@ impl MemDevice {
             capacity: bytes.len() as u64,
             io_bytes_max: 1 << 20,
             backend: Backend::Sim,
+            direct: true,
             fallback_reason: None,
         };
         Arc::new(Self { geometry, state: Mutex::new(State { bytes, ..State::default() }) })
