@@ -13,7 +13,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::settings::{Backend, ServeArgs, check_site};
 use crate::units::{ByteSize, Span};
-use crate::{bench, client, offline, prestop, recover, serve, settings};
+use crate::{bench, client, disk_check, offline, prestop, recover, serve, settings};
 
 /// Runs and operates replicas of an ordered key-value store that speaks the etcd v3 API.
 ///
@@ -60,6 +60,11 @@ pub enum Command {
     Compact(CompactArgs),
     /// Measure puts and gets over the etcd API, of this server or of etcd
     Bench(BenchArgs),
+    /// Measure whether a disk is fit for a volume: fit, slow or unfit, with figures
+    ///
+    /// Writes as the log does, through the same code, into files without a name that are gone when it ends. Exit status 0 only when the
+    /// disk is fit. On a block device what it holds is lost: see --destroy-device.
+    DiskCheck(DiskCheckArgs),
     /// Read a volume offline and check every checksum
     Verify(OfflineArgs),
     /// Show the parts of a volume offline
@@ -362,6 +367,29 @@ pub struct BenchArgs {
     pub endpoints: EndpointsArgs,
 }
 
+/// `mainstay disk-check`.
+#[derive(Args, Clone, Debug)]
+pub struct DiskCheckArgs {
+    /// A directory on the file system to measure, or a block device
+    #[arg(value_name = "DIR|DEVICE")]
+    pub path: PathBuf,
+    /// How long to measure; half of it is for durable writes one at a time, which decide
+    #[arg(long, default_value_t = 10, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    pub seconds: u32,
+    /// Space to use: 64MiB of it, at most half, for the log, the rest for sequential writes and random reads
+    #[arg(long, default_value = "256MiB", value_name = "SIZE")]
+    pub size: ByteSize,
+    /// Disk interface
+    #[arg(long, env = "MAINSTAY_BACKEND", value_enum, default_value = "auto")]
+    pub backend: Backend,
+    /// Write over the block device: what it holds is lost. Refused while it is in use, and when it holds a volume
+    #[arg(long)]
+    pub destroy_device: bool,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Commands on a volume that no process has open.
 #[derive(Args, Clone, Debug)]
 pub struct OfflineArgs {
@@ -496,6 +524,7 @@ fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Serve(args) => serve::run(args.resolve()?),
         Command::Format(args) => offline::format(&args),
+        Command::DiskCheck(args) => disk_check::run(&args),
         Command::Verify(args) => offline::verify(&args),
         Command::Inspect(command) => offline::inspect(&command),
         Command::Recover(args) => mainstay_io::block_on(recover::run(args)),

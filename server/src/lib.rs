@@ -21,6 +21,7 @@ pub mod client;
 mod connections;
 mod context;
 pub mod demo;
+mod disk_check;
 mod front;
 mod limits;
 mod logs;

@@ -185,6 +185,9 @@ pub enum BadVolume {
     SetAside,
 }
 
+/// Between two heartbeats unless set.
+pub(crate) const HEARTBEAT_DEFAULT: Duration = Duration::from_millis(100);
+
 /// Disk interfaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -364,7 +367,7 @@ impl Settings {
         let requests_max = self.requests_max.unwrap_or(8192);
         let streams_max = self.streams_max.unwrap_or(16_384);
         let requests_memory_bytes = self.requests_memory.map_or(memory_bytes / 4, |size| size.0);
-        let heartbeat = self.heartbeat.map_or(Duration::from_millis(100), |span| span.0);
+        let heartbeat = self.heartbeat.map_or(HEARTBEAT_DEFAULT, |span| span.0);
         let election_timeout = self.election_timeout.map_or(Duration::from_millis(300), |span| span.0);
         bounds("memory", memory_bytes, MEMORY_BYTES_MIN, MEMORY_BYTES_MAX)?;
         bounds("wal", wal_bytes, 1 << 20, 1 << 40)?;
