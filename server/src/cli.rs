@@ -58,8 +58,8 @@ pub enum Command {
     /// Tables are written again on every member; reads and writes go on. Without it the same happens by and by. It waits as long as it
     /// takes: when it is cut off, the compaction goes on.
     Compact(CompactArgs),
-    /// Measure puts and gets over the etcd API, of this server or of etcd
-    Bench(BenchArgs),
+    /// Measure the etcd API of this server or of etcd, or the library in this process: the YCSB workloads and plain ones
+    Bench(Box<BenchArgs>),
     /// Measure whether a disk is fit for a volume: fit, slow or unfit, with figures
     ///
     /// Writes as the log does, through the same code, into files without a name that are gone when it ends. Exit status 0 only when the
@@ -315,15 +315,46 @@ pub struct CompactArgs {
     pub endpoints: EndpointsArgs,
 }
 
-/// What a benchmark does.
+/// What a benchmark does. All but the first three load their records first: see --no-load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Workload {
-    /// Writes
+    /// Writes of records that may or may not be there, without a load
     Put,
-    /// Reads
+    /// Reads of records that may or may not be there, without a load
     Get,
-    /// One write to three reads
+    /// One write to three reads of the same, without a load
     Mixed,
+    /// YCSB A: reads and updates, half and half
+    A,
+    /// YCSB B: 95 reads to 5 updates
+    B,
+    /// YCSB C: reads
+    C,
+    /// YCSB D: 95 reads of what is new to 5 inserts
+    D,
+    /// YCSB E: 95 scans of 1 to 100 pairs to 5 inserts
+    E,
+    /// YCSB F: reads and read-modify-writes, half and half
+    F,
+    /// Inserts of all records, once each
+    Fill,
+    /// Updates
+    Overwrite,
+    /// Reads
+    Read,
+    /// Scans of 1 to 100 pairs
+    Scan,
+}
+
+/// Which records a benchmark meets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Distribution {
+    /// All alike
+    Uniform,
+    /// Few of them most of the time, scattered over all: Zipf's law with the exponent 0.99
+    Zipfian,
+    /// The newer, the more often, by the same law
+    Latest,
 }
 
 /// `mainstay bench`.
@@ -341,27 +372,52 @@ pub struct BenchArgs {
     /// Threads of the client
     #[arg(long, default_value_t = 1, value_name = "COUNT", value_parser = threads)]
     pub threads: usize,
-    /// Operations to do; with --duration whichever ends first
+    /// Operations to do, divided over the clients; with --duration whichever ends first
     #[arg(long, value_name = "COUNT")]
     pub ops: Option<u64>,
-    /// Time to run [default: 10s without --ops]
+    /// Time to run [default: 10s without --ops; a fill ends with its records]
     #[arg(long, value_name = "TIME")]
     pub duration: Option<Span>,
     /// Operations a second over all clients; latencies count from when an operation was due. Full speed without it
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
     pub rate: Option<u64>,
     /// Bytes of a value
     #[arg(long, default_value = "256", value_name = "SIZE")]
     pub value: ByteSize,
-    /// Keys to spread over
-    #[arg(long, default_value_t = 100_000, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    /// Records to load, and to choose from
+    #[arg(long, visible_alias = "records", default_value_t = 100_000, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
     pub keys: u64,
+    /// Which records are met, in place of what belongs to the workload
+    #[arg(long, value_enum)]
+    pub distribution: Option<Distribution>,
+    /// The records are there from an earlier run
+    #[arg(long)]
+    pub no_load: bool,
+    /// What all that is drawn follows from: the same seed, the same operations
+    #[arg(long, default_value_t = 1, value_name = "NUMBER")]
+    pub seed: u64,
+    /// Look at what reads find, and read back all that was written; exit status 1 if anything is wrong or missing
+    #[arg(long)]
+    pub verify: bool,
     /// Read without a quorum round
     #[arg(long)]
     pub serializable: bool,
-    /// Durability of writes, sent as request metadata; etcd ignores it
-    #[arg(long, value_name = "LEVEL")]
-    pub durability: Option<String>,
+    /// Durability of writes: local, quorum, all, site:NAME. Of several each write has one by chance, with figures for each. Sent as
+    /// request metadata; etcd ignores it
+    #[arg(long, value_name = "LEVEL,...", value_delimiter = ',')]
+    pub durability: Vec<String>,
+    /// Also write a page with plots
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Measure the library in this process, with a store in this directory, which is made if it is not there
+    #[arg(long, value_name = "DIR")]
+    pub embedded: Option<PathBuf>,
+    /// Memory budget with --embedded
+    #[arg(long, default_value = "256MiB", value_name = "SIZE", requires = "embedded")]
+    pub memory: ByteSize,
+    /// Size of the log ring with --embedded, where the store is made
+    #[arg(long, default_value = "64MiB", value_name = "SIZE", requires = "embedded")]
+    pub wal: ByteSize,
     /// Where.
     #[command(flatten)]
     pub endpoints: EndpointsArgs,
@@ -536,7 +592,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Checkpoint(command) => block_on(client::checkpoint(command)),
         Command::Clone(command) => block_on(client::clone(command)),
         Command::Compact(args) => block_on(client::compact(args)),
-        Command::Bench(args) => bench::run(args),
+        Command::Bench(args) => bench::run(*args),
     }
 }
 

@@ -1,143 +1,68 @@
-//! `mainstay bench`: the same requests over the etcd API against this server or against etcd.
+//! `mainstay bench`: loads over the etcd API against this server or against etcd, and against the library in this process.
 //!
 //! At a fixed rate a latency counts from the moment the operation was due, so that a stalled server does not hide the
 //! operations that had to wait for it (coordinated omission).
 
+mod draws;
+mod drive;
+mod html;
+mod pace;
+mod records;
+mod report;
+mod target;
 mod unary;
+mod ycsb;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
-use hdrhistogram::Histogram;
-use serde::{Deserialize, Serialize};
-use tonic::codegen::http::HeaderValue;
+use clap::ValueEnum;
+use mainstay::Store;
 
+pub(crate) use self::draws::Numbers;
+use self::drive::{Run, drive, read_back};
+use self::records::{Book, VALUE_BYTES_MIN, Values};
+use self::report::Recorder;
+pub use self::report::{Interval, Load, Report, Row, Verified};
+use self::target::{Embedded, Served, Started, Target};
 use self::unary::Connection;
+use self::ycsb::{Mix, Population, Source, mix};
 use crate::cli::{BenchArgs, Failure, Workload, print};
-use crate::etcd::DURABILITY_KEY;
-use crate::proto::etcdserverpb::{PutRequest, PutResponse, RangeRequest, RangeResponse};
+use crate::etcd::parse_durability;
 
-/// Longest latency that the histogram tells apart, in microseconds.
-const LATENCY_US_MAX: u64 = 600_000_000;
+/// How long a run is that nothing else bounds.
+const DURATION_DEFAULT: Duration = Duration::from_secs(10);
 
-/// What a run gave.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Report {
-    /// What was done.
-    pub workload: String,
-    /// Requests in flight.
-    pub clients: u32,
-    /// Bytes of a value.
-    pub value_bytes: u64,
-    /// Operations answered.
-    pub ops: u64,
-    /// Operations refused or unanswered.
-    pub errors: u64,
-    /// The first refusal.
-    pub first_error: Option<String>,
-    /// Time of the run.
-    pub seconds: f64,
-    /// Answered operations a second.
-    pub ops_per_second: f64,
-    /// Latencies in milliseconds.
-    pub mean_ms: f64,
-    /// See `mean_ms`.
-    pub p50_ms: f64,
-    /// See `mean_ms`.
-    pub p90_ms: f64,
-    /// See `mean_ms`.
-    pub p99_ms: f64,
-    /// See `mean_ms`.
-    pub p999_ms: f64,
-    /// See `mean_ms`.
-    pub max_ms: f64,
-}
-
-impl Report {
-    /// The figures of a run from the latencies of what was answered, of which `per_ms` units are a millisecond.
-    pub fn new(
-        workload: String,
-        clients: u32,
-        value_bytes: u64,
-        seconds: f64,
-        latencies: &Histogram<u64>,
-        per_ms: f64,
-    ) -> Self {
-        let at = |quantile: f64| latencies.value_at_quantile(quantile) as f64 / per_ms;
-        Self {
-            workload,
-            clients,
-            value_bytes,
-            ops: latencies.len(),
-            errors: 0,
-            first_error: None,
-            seconds,
-            ops_per_second: latencies.len() as f64 / seconds,
-            mean_ms: latencies.mean() / per_ms,
-            p50_ms: at(0.5),
-            p90_ms: at(0.9),
-            p99_ms: at(0.99),
-            p999_ms: at(0.999),
-            max_ms: latencies.max() as f64 / per_ms,
-        }
-    }
-
-    fn text(&self) -> String {
-        let first_error = self.first_error.as_deref().map(|e| format!("\nfirst error: {e}")).unwrap_or_default();
-        format!(
-            "{} with {} clients and {} byte values: {} ops in {:.1} s = {:.0} ops/s, {} errors\n\
-             latency ms: mean {:.2}  p50 {:.2}  p90 {:.2}  p99 {:.2}  p99.9 {:.2}  max {:.2}{first_error}",
-            self.workload,
-            self.clients,
-            self.value_bytes,
-            self.ops,
-            self.seconds,
-            self.ops_per_second,
-            self.errors,
-            self.mean_ms,
-            self.p50_ms,
-            self.p90_ms,
-            self.p99_ms,
-            self.p999_ms,
-            self.max_ms
-        )
-    }
-}
-
-struct Plan {
-    workload: Workload,
-    keys: u64,
-    value: Bytes,
-    serializable: bool,
-    durability: Option<HeaderValue>,
-    start: Instant,
-    end: Option<Instant>,
-    /// Between two operations of one client.
-    interval: Option<Duration>,
-    ops: u64,
-    begun: AtomicU64,
-}
-
-struct Outcome {
-    latencies: Histogram<u64>,
-    errors: u64,
-    first_error: Option<String>,
-}
+/// Written once after writes that were acknowledged before a majority had them: what it waits for is behind them in the log.
+const BARRIER_KEY: &str = "bench-barrier";
 
 pub(crate) fn run(args: BenchArgs) -> Result<(), Failure> {
-    let json = args.endpoints.json;
+    let (json, html) = (args.endpoints.json, args.html.clone());
     let runtime = match args.threads {
         1 => tokio::runtime::Builder::new_current_thread().enable_all().build()?,
         threads => tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?,
     };
     let report = runtime.block_on(measure(args))?;
+    if let Some(path) = html {
+        write_page(&path, &report)?;
+    }
     print(json, &report, || report.text())?;
-    match (report.ops, report.errors) {
-        (0, _) => Err(Failure::other("no operation was answered")),
+    match &report.verified {
+        Some(verified) if !verified.is_sound() => {
+            let Verified { missing, wrong, unread, .. } = verified;
+            Err(Failure::other(format!(
+                "what was written is not what was found missing={missing} wrong={wrong} unread={unread}"
+            )))
+        }
+        _ if report.ops == 0 => Err(Failure::other("no operation was answered")),
         _ => Ok(()),
     }
+}
+
+fn write_page(path: &Path, report: &Report) -> Result<(), Failure> {
+    let written = std::fs::write(path, html::page(report));
+    written.map_err(|e| Failure::other(format!("the page cannot be written: {e} path={}", path.display())))
 }
 
 /// Runs the load and returns its figures.
@@ -145,8 +70,32 @@ pub(crate) fn run(args: BenchArgs) -> Result<(), Failure> {
 /// # Errors
 /// When no endpoint answers or an argument is out of range.
 pub async fn measure(args: BenchArgs) -> Result<Report, Failure> {
-    let clients = args.clients;
-    let connections = args.connections.unwrap_or(clients.div_ceil(16)).clamp(1, clients);
+    let plan = Plan::new(&args)?;
+    match &args.embedded {
+        Some(path) => embedded(&args, plan, path).await,
+        None => served(&args, plan).await,
+    }
+}
+
+async fn embedded(args: &BenchArgs, plan: Plan, path: &Path) -> Result<Report, Failure> {
+    if args.connections.is_some() {
+        return Err(Failure::usage("--connections is for a server: --embedded has none"));
+    }
+    let levels: Vec<_> = plan.levels.iter().filter_map(|level| parse_durability(level)).collect();
+    let (store, target) = Embedded::open(path, args.memory.0, args.wal.0, &levels).await?;
+    let done = plan.carry_out(&|_, _| Ok(target.clone()), None).await;
+    let closed = close(&store).await;
+    let report = done?;
+    closed?;
+    Ok(Report { through: "embedded".to_owned(), ..report })
+}
+
+async fn close(store: &Store) -> Result<(), Failure> {
+    Ok(store.close_async().await?)
+}
+
+async fn served(args: &BenchArgs, plan: Plan) -> Result<Report, Failure> {
+    let connections = args.connections.unwrap_or(args.clients.div_ceil(16)).clamp(1, args.clients);
     let addresses: Vec<&str> = args.endpoints.endpoints.split(',').map(str::trim).filter(|a| !a.is_empty()).collect();
     if addresses.is_empty() {
         return Err(Failure::usage("no endpoint given"));
@@ -156,118 +105,205 @@ pub async fn measure(args: BenchArgs) -> Result<Report, Failure> {
         let address = addresses[at % addresses.len()];
         channels.push(Connection::open(address, args.endpoints.timeout.0).await?);
     }
-    let durability = args.durability.as_deref().map(str::parse).transpose();
-    let durability = durability.map_err(|_| Failure::usage("durability is one of local, quorum, all"))?;
-    let duration = args.duration.map(|span| span.0).or(args.ops.is_none().then_some(Duration::from_secs(10)));
-    let interval = args.rate.map(|rate| Duration::from_secs_f64(f64::from(clients) / rate.max(1) as f64));
-    let start = Instant::now();
-    let plan = Arc::new(Plan {
-        workload: args.workload,
-        keys: args.keys,
-        value: value(args.value.0)?,
-        serializable: args.serializable,
-        durability,
-        start,
-        end: duration.map(|duration| start + duration),
-        interval,
-        ops: args.ops.unwrap_or(u64::MAX),
-        begun: AtomicU64::new(0),
-    });
-    let tasks: Vec<_> = (0..clients)
-        .map(|client| {
-            let channel = channels[client as usize % channels.len()].clone();
-            tokio::spawn(drive(plan.clone(), channel, client, clients))
+    let connect = |client: u32, current: bool| {
+        let channel = channels[client as usize % channels.len()].clone();
+        Served::new(channel, &plan.levels, args.serializable && !current)
+    };
+    let barrier = match plan.needs_barrier() {
+        true => Some(Served::new(channels[0].clone(), &["quorum".to_owned()], false)?),
+        false => None,
+    };
+    Ok(Report { through: "served".to_owned(), ..plan.carry_out(&connect, barrier).await? })
+}
+
+/// What was asked for, checked.
+struct Plan {
+    workload: Workload,
+    mix: Mix,
+    /// Durabilities of writes, by name.
+    levels: Vec<String>,
+    clients: u32,
+    recorders: usize,
+    records: u64,
+    load: bool,
+    ops: Option<u64>,
+    duration: Option<Duration>,
+    rate: Option<u64>,
+    value_bytes: u64,
+    values: Arc<Values>,
+    seed: u64,
+    verify: bool,
+    reads_are_current: bool,
+}
+
+impl Plan {
+    fn new(args: &BenchArgs) -> Result<Self, Failure> {
+        let unknown = args.durability.iter().find(|level| parse_durability(level).is_none());
+        if let Some(level) = unknown {
+            return Err(Failure::usage(format!("durability is one of local, quorum, all, site:NAME found='{level}'")));
+        }
+        if args.verify && args.value.0 < VALUE_BYTES_MIN as u64 {
+            let message = format!("--verify needs values of at least {VALUE_BYTES_MIN} bytes value={}", args.value.0);
+            return Err(Failure::usage(message));
+        }
+        let mut mix = mix(args.workload);
+        mix.distribution = args.distribution.unwrap_or(mix.distribution);
+        let fills = args.workload == Workload::Fill;
+        // A fill ends with its records, all else after some time.
+        let ops = if fills { Some(args.ops.unwrap_or(args.keys).min(args.keys)) } else { args.ops };
+        let duration = args.duration.map(|span| span.0).or(ops.is_none().then_some(DURATION_DEFAULT));
+        // A write at `local` is answered before others may read it.
+        let awaited = !args.durability.iter().any(|level| level == "local");
+        Ok(Self {
+            workload: args.workload,
+            mix,
+            levels: args.durability.clone(),
+            clients: args.clients,
+            recorders: (2 * args.threads).min(args.clients as usize).max(1),
+            records: args.keys,
+            load: mix.loaded && !args.no_load,
+            ops,
+            duration,
+            rate: args.rate,
+            value_bytes: args.value.0,
+            values: Arc::new(Values::new(args.value.0, run_number())?),
+            seed: args.seed,
+            verify: args.verify,
+            reads_are_current: awaited && !args.serializable,
         })
-        .collect();
-    let mut all = outcome()?;
-    for task in tasks {
-        let one = task.await.map_err(|e| Failure::other(format!("a client failed: {e}")))??;
-        all.latencies.add(&one.latencies).map_err(|e| Failure::other(e.to_string()))?;
-        all.errors += one.errors;
-        all.first_error = all.first_error.or(one.first_error);
-    }
-    let seconds = start.elapsed().as_secs_f64();
-    let workload = format!("{:?}", plan.workload).to_lowercase();
-    let report = Report::new(workload, clients, args.value.0, seconds, &all.latencies, 1e3);
-    Ok(Report { errors: all.errors, first_error: all.first_error, ..report })
-}
-
-fn outcome() -> Result<Outcome, Failure> {
-    let latencies = Histogram::new_with_bounds(1, LATENCY_US_MAX, 3).map_err(|e| Failure::other(e.to_string()))?;
-    Ok(Outcome { latencies, errors: 0, first_error: None })
-}
-
-/// A value that does not compress to nothing.
-fn value(bytes: u64) -> Result<Bytes, Failure> {
-    if bytes > 16 << 20 {
-        return Err(Failure::usage(format!("a value has at most 16 MiB value={bytes}")));
-    }
-    let mut random = Numbers(0x9e37_79b9_7f4a_7c15);
-    Ok((0..bytes).map(|_| b' ' + (random.next() % 95) as u8).collect())
-}
-
-/// Splitmix64: the same numbers in every run.
-pub(crate) struct Numbers(u64);
-
-impl Numbers {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
     }
 
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+    /// What was acknowledged may not be committed yet when it is read back.
+    fn needs_barrier(&self) -> bool {
+        self.verify && self.levels.iter().any(|level| level == "local")
     }
-}
 
-async fn drive(plan: Arc<Plan>, mut connection: Connection, client: u32, clients: u32) -> Result<Outcome, Failure> {
-    let metadata: Vec<_> = plan.durability.iter().map(|level| (DURABILITY_KEY, level.clone())).collect();
-    let put = connection.method("/etcdserverpb.KV/Put", &metadata)?;
-    let range = connection.method("/etcdserverpb.KV/Range", &[])?;
-    let mut numbers = Numbers(u64::from(client));
-    let mut outcome = outcome()?;
-    // Clients begin spread over one interval.
-    let mut due = plan.start + plan.interval.unwrap_or_default() * client / clients;
-    loop {
-        let mut begin = Instant::now();
-        if let Some(interval) = plan.interval {
-            if begin < due {
-                tokio::time::sleep_until(due.into()).await;
-            }
-            begin = due;
-            due += interval;
-        }
-        if plan.end.is_some_and(|end| Instant::now() >= end) || plan.begun.fetch_add(1, Ordering::Relaxed) >= plan.ops {
-            return Ok(outcome);
-        }
-        let number = numbers.next();
-        let key = Bytes::from(format!("bench/{:016}", number % plan.keys));
-        let is_put = match plan.workload {
-            Workload::Put => true,
-            Workload::Get => false,
-            Workload::Mixed => (number >> 60) < 4,
+    /// Loads, runs, and reads back, the last after a write through `barrier`. `connect` gives a client its way, which for reading back finds
+    /// all that was acknowledged before.
+    async fn carry_out<T: Target + 'static>(
+        &self,
+        connect: &impl Fn(u32, bool) -> Result<T, Failure>,
+        barrier: Option<T>,
+    ) -> Result<Report, Failure> {
+        let fills = self.workload == Workload::Fill;
+        let population = Arc::new(Population::new(if fills || self.load { 0 } else { self.records }));
+        let book = self.verify.then(|| Arc::new(Book::new()));
+        let prepare = |duration: Option<Duration>, rate: Option<u64>| {
+            Arc::new(Run {
+                values: self.values.clone(),
+                population: population.clone(),
+                book: book.clone(),
+                reads_are_current: self.reads_are_current,
+                end: duration,
+                rate,
+                clients: self.clients,
+                recorders: (0..self.recorders).map(|_| Mutex::new(Recorder::new(duration))).collect(),
+            })
         };
-        let answered = if is_put {
-            let request = PutRequest { key, value: plan.value.clone(), ..PutRequest::default() };
-            connection.call::<PutResponse>(&put, &request).await.map(drop)
-        } else {
-            let request = RangeRequest { key, serializable: plan.serializable, ..RangeRequest::default() };
-            connection.call::<RangeResponse>(&range, &request).await.map(drop)
+        let load = match self.load {
+            true => {
+                let run = prepare(None, None);
+                let (recorder, seconds) = self.phase(&run, mix(Workload::Fill), Some(self.records), connect).await?;
+                if recorder.errors > 0 {
+                    let why = recorder.first_error.unwrap_or_default();
+                    return Err(Failure::other(format!(
+                        "the records cannot be loaded: {why} errors={}",
+                        recorder.errors
+                    )));
+                }
+                let records = recorder.all()?.len();
+                Some(Load { records, seconds, ops_per_second: records as f64 / seconds.max(1e-9) })
+            }
+            false => None,
         };
-        match answered {
-            Ok(()) => {
-                let micros = u64::try_from(begin.elapsed().as_micros()).unwrap_or(LATENCY_US_MAX);
-                outcome.latencies.saturating_record(micros.max(1));
-            }
-            Err(error) => {
-                outcome.errors += 1;
-                outcome.first_error.get_or_insert(error);
-                // A server that is gone refuses at once: do not spin.
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
+        let run = prepare(self.duration, self.rate);
+        let (mut recorder, seconds) = self.phase(&run, self.mix, self.ops, connect).await?;
+        if let Some(mut barrier) = barrier {
+            let write = barrier.write(BARRIER_KEY.into(), run.values.value(0, 0), 0).await;
+            write.map_err(|e| Failure::other(format!("the writes cannot be read back: {e}")))?;
         }
+        let verified = self.read_back(&run, connect).await?;
+        let mut found = std::mem::take(&mut recorder.verified);
+        let name = named(&self.workload);
+        let report = recorder.report(name, self.clients, self.value_bytes, seconds, &self.levels)?;
+        Ok(Report {
+            records: self.records,
+            distribution: named(&self.mix.distribution),
+            seed: self.seed,
+            rate: self.rate,
+            load,
+            verified: verified.map(|after| {
+                found.add(after);
+                found
+            }),
+            ..report
+        })
     }
+
+    fn targets<T>(&self, connect: &impl Fn(u32, bool) -> Result<T, Failure>, current: bool) -> Result<Vec<T>, Failure> {
+        (0..self.clients).map(|client| connect(client, current)).collect()
+    }
+
+    /// Lets all clients do one thing to its end.
+    async fn phase<T: Target + 'static>(
+        &self,
+        run: &Arc<Run>,
+        mix: Mix,
+        ops: Option<u64>,
+        connect: &impl Fn(u32, bool) -> Result<T, Failure>,
+    ) -> Result<(Recorder, f64), Failure> {
+        let targets = self.targets(connect, false)?;
+        let clock = Arc::new(Started::now());
+        let tasks: Vec<_> = (0..self.clients)
+            .zip(targets)
+            .map(|(client, target)| {
+                let source = Source::new(mix, self.levels.len(), self.seed, client);
+                let ops = ops.map_or(u64::MAX, |ops| run.share(ops, client));
+                tokio::spawn(drive(run.clone(), clock.clone(), target, source, client, ops))
+            })
+            .collect();
+        for task in tasks {
+            task.await.map_err(|e| Failure::other(format!("a client failed: {e}")))?;
+        }
+        let seconds = target::Clock::now(&*clock).as_secs_f64();
+        let mut all = Recorder::new(run.end);
+        for recorder in &run.recorders {
+            let mut recorder = recorder.lock().unwrap_or_else(PoisonError::into_inner);
+            all.add(std::mem::replace(&mut *recorder, Recorder::new(run.end)))?;
+        }
+        Ok((all, seconds))
+    }
+
+    async fn read_back<T: Target + 'static>(
+        &self,
+        run: &Arc<Run>,
+        connect: &impl Fn(u32, bool) -> Result<T, Failure>,
+    ) -> Result<Option<Verified>, Failure> {
+        let Some(book) = &run.book else { return Ok(None) };
+        let records = Arc::new(book.records());
+        let targets = self.targets(connect, true)?;
+        let clock = Arc::new(Started::now());
+        let tasks: Vec<_> = (0..self.clients)
+            .zip(targets)
+            .map(|(client, target)| {
+                tokio::spawn(read_back(run.clone(), clock.clone(), target, records.clone(), client))
+            })
+            .collect();
+        let mut all = Verified::default();
+        for task in tasks {
+            all.add(task.await.map_err(|e| Failure::other(format!("a client failed: {e}")))?);
+        }
+        Ok(Some(all))
+    }
+}
+
+/// The name that the command line has for it.
+fn named(value: &impl ValueEnum) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
+/// What tells the values of this run from those of others with the same seed.
+fn run_number() -> u32 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    draws::scatter(since.as_nanos() as u64 ^ u64::from(std::process::id())) as u32
 }
