@@ -7,7 +7,7 @@ use std::hint::black_box;
 
 use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use mainstay_engine::hooks::bench::{DataBlock, Memtable, Table, checksum};
+use mainstay_engine::hooks::bench::{DataBlock, Memtable, Packing, Table, checksum};
 use mainstay_io::block_on;
 use mainstay_wal::hooks::bench::encode;
 use mainstay_wal::{GroupId, Record, RecordKind};
@@ -103,7 +103,7 @@ fn tables(c: &mut Criterion) {
     group.finish();
 
     let mut group = c.benchmark_group("table");
-    let table = Table::new(pairs(), true, 1 << 30).expect("in memory");
+    let table = Table::new(pairs(), Packing::Lz4, 1 << 30).expect("in memory");
     group.throughput(Throughput::Elements(1));
     group.bench_function("get_cached", |b| {
         let mut next = walk(&keys);
@@ -123,10 +123,17 @@ fn tables(c: &mut Criterion) {
         let mut next = walk(&keys);
         b.iter(|| block_on(cold.get(next())).expect("in memory"));
     });
+    let zstd = Table::new(pairs(), Packing::Zstd, 2 << 20).expect("in memory");
+    group.bench_function("get_decompressed_zstd", |b| {
+        let mut next = walk(&keys);
+        b.iter(|| block_on(zstd.get(next())).expect("in memory"));
+    });
     group.sample_size(20);
     group.throughput(Throughput::Elements(KEYS));
-    group.bench_function("build_lz4", |b| b.iter(|| Table::new(pairs(), true, 1 << 20).expect("in memory").bytes()));
-    group.bench_function("build_raw", |b| b.iter(|| Table::new(pairs(), false, 1 << 20).expect("in memory").bytes()));
+    for (name, packing) in [("raw", Packing::Raw), ("lz4", Packing::Lz4), ("zstd", Packing::Zstd)] {
+        let build = || Table::new(pairs(), packing, 1 << 20).expect("in memory").bytes();
+        group.bench_function(format!("build_{name}"), |b| b.iter(build));
+    }
     group.bench_function("scan", |b| b.iter(|| block_on(Table::scan(&[&table], &[], false)).expect("in memory")));
     group.bench_function("scan_back", |b| b.iter(|| block_on(Table::scan(&[&table], &[], true)).expect("in memory")));
     group.bench_function("scan_uncached", |b| {

@@ -52,10 +52,15 @@ pub mod fuzz {
     pub fn table_seeds() -> Vec<Vec<u8>> {
         use crate::table::{Compression, TableBuilder, TableOptions};
 
-        let shapes = [(Compression::None, 0, 3u64), (Compression::Lz4, 8, 40), (Compression::None, 16, 20)];
+        let shapes = [
+            (Compression::None, 0, 3u64),
+            (Compression::Lz4, 8, 40),
+            (Compression::None, 16, 20),
+            (Compression::Zstd, 8, 60),
+        ];
         shapes
             .map(|(compression, filter_bits, entries)| {
-                let mut builder = TableBuilder::new(TableOptions { block_bytes: 256, compression, filter_bits });
+                let mut builder = TableBuilder::new(TableOptions { block_bytes: 512, compression, filter_bits });
                 for at in 0..entries {
                     let value = format!("value {at}").repeat(3);
                     let value = (at % 7 != 5).then_some(value.as_bytes());
@@ -221,6 +226,18 @@ pub mod bench {
         }
     }
 
+    /// What the blocks of a table are compressed by.
+    #[derive(Clone, Copy, Debug)]
+    #[allow(clippy::exhaustive_enums, reason = "for the benches of this workspace alone")]
+    pub enum Packing {
+        /// Nothing.
+        Raw,
+        /// lz4.
+        Lz4,
+        /// zstd.
+        Zstd,
+    }
+
     /// A table in memory behind a cache of `cache_bytes`.
     pub struct Table {
         table: Arc<table::Table>,
@@ -230,8 +247,16 @@ pub mod bench {
 
     impl Table {
         /// Builds one of pairs in key order.
-        pub fn new<'a>(pairs: impl Iterator<Item = (&'a [u8], &'a [u8])>, lz4: bool, cache_bytes: u64) -> Result<Self> {
-            let compression = if lz4 { table::Compression::Lz4 } else { table::Compression::None };
+        pub fn new<'a>(
+            pairs: impl Iterator<Item = (&'a [u8], &'a [u8])>,
+            packing: Packing,
+            cache_bytes: u64,
+        ) -> Result<Self> {
+            let compression = match packing {
+                Packing::Raw => table::Compression::None,
+                Packing::Lz4 => table::Compression::Lz4,
+                Packing::Zstd => table::Compression::Zstd,
+            };
             let mut builder = table::TableBuilder::new(TableOptions { compression, ..TableOptions::default() });
             let mut bytes = Vec::new();
             for (key, value) in pairs {

@@ -5,15 +5,16 @@
 //! # Invariants
 //! T1. Equal options and equal entries give equal bytes: nothing of time, addresses or chance goes into them.
 //! T2. Memory is bounded by one data block, one index block, the hashes of one filter partition, the top index, and the
-//!     chunks that were not yet taken.
+//!     chunks that were not yet taken; with zstd also its context, some 300 KiB for blocks of the usual size.
 
 use bytes::Bytes;
 use mainstay_io::{AlignedBuf, AlignedBytes, BLOCK_BYTES};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::block::{BlockBuilder, EntryKind, INDEX_RESTART_INTERVAL, RESTART_INTERVAL};
-use super::index::{FOOTER_BYTES, Handle, MAGIC, ROOT_BYTES, Root, checksum, separator};
-use super::{Compression, TableMeta, TableOptions, codec, filter};
+use super::codec::Compressor;
+use super::index::{Codec, FEATURE_ZSTD, FOOTER_BYTES, Handle, MAGIC, ROOT_BYTES, Root, checksum, separator};
+use super::{Compression, TableMeta, TableOptions, filter};
 use crate::LogIndex;
 
 /// Bytes of a chunk; the last one may be shorter.
@@ -148,6 +149,7 @@ impl TableBuilder {
         let bytes = (self.out.length + FOOTER_BYTES as u64).next_multiple_of(BLOCK_BYTES as u64);
         let root = Root {
             levels: self.levels,
+            features: self.out.features,
             entries: self.entries,
             tombstones: self.tombstones,
             raw_bytes: self.raw_bytes,
@@ -216,24 +218,38 @@ struct Output {
     open: Option<(AlignedBuf, usize)>,
     length: u64,
     digest: Xxh3,
+    compressor: Compressor,
+    /// What a reader must know to read what was written.
+    features: u32,
 }
 
 impl Output {
     fn new() -> Self {
-        Self { chunks: Vec::new(), open: None, length: 0, digest: Xxh3::new() }
+        Self {
+            chunks: Vec::new(),
+            open: None,
+            length: 0,
+            digest: Xxh3::new(),
+            compressor: Compressor::default(),
+            features: 0,
+        }
     }
 
     /// Appends a block and returns its handle.
     fn block(&mut self, raw: &[u8], compression: Compression) -> Handle {
-        let packed = codec::compress(raw, compression);
-        let stored = packed.as_deref().unwrap_or(raw);
-        let handle = Handle {
-            offset: self.length,
-            stored: stored.len() as u32,
-            raw: if packed.is_some() { raw.len() as u32 } else { 0 },
-            checksum: checksum(stored),
+        let mut compressor = std::mem::take(&mut self.compressor);
+        let (stored, raw) = match compressor.compress(raw, compression) {
+            Some((codec, packed)) => {
+                if codec == Codec::Zstd {
+                    self.features |= FEATURE_ZSTD;
+                }
+                (packed, Handle::raw_of(codec, raw.len()))
+            }
+            None => (raw, 0),
         };
+        let handle = Handle { offset: self.length, stored: stored.len() as u32, raw, checksum: checksum(stored) };
         self.write(stored);
+        self.compressor = compressor;
         handle
     }
 

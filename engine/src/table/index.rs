@@ -11,9 +11,13 @@ use super::varint;
 
 /// The version of the table format that we write, and the highest that we read.
 pub(crate) const FORMAT_VERSION: u16 = 1;
-/// Features of a table that a reader must know to read it. None yet: zstd, blob references, range tombstones and merge
-/// operands will each take a bit.
-pub(crate) const FEATURES_KNOWN: u32 = 0;
+/// A feature that a reader must know: a block is compressed by zstd.
+pub(crate) const FEATURE_ZSTD: u32 = 1;
+/// Features of a table that this reader knows. Bits 1 to 3 are kept for blob references, range tombstones and merge
+/// operands.
+pub(crate) const FEATURES_KNOWN: u32 = FEATURE_ZSTD;
+/// The bit of [`Handle::raw`] at which the number of the [`Codec`] begins.
+const CODEC_SHIFT: u32 = 25;
 /// Bytes of an encoded [`Root`].
 pub(crate) const ROOT_BYTES: usize = 112;
 /// The footer: the root, eight zero bytes, [`MAGIC`]. The last bytes of a table.
@@ -26,6 +30,18 @@ pub(crate) fn checksum(bytes: &[u8]) -> u64 {
     crc_fast::crc64_nvme(bytes)
 }
 
+/// What a block is compressed by. The numbers are on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Codec {
+    /// lz4, block format.
+    Lz4 = 0,
+    /// zstd, one frame or more; behind [`FEATURE_ZSTD`].
+    Zstd = 1,
+}
+
+const _: () = assert!(BLOCK_BYTES_MAX < 1 << CODEC_SHIFT, "a length and a codec share a field");
+
 /// Where a block lies and what its bytes must be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Handle {
@@ -33,13 +49,32 @@ pub(crate) struct Handle {
     pub(crate) offset: u64,
     /// Bytes as stored.
     pub(crate) stored: u32,
-    /// Bytes when decompressed by lz4; 0: stored as it is.
+    /// Bytes when decompressed, and from bit 25 on the [`Codec`]; 0: stored as it is. See [`Handle::packed`].
     pub(crate) raw: u32,
     /// CRC-64/NVME of the stored bytes.
     pub(crate) checksum: u64,
 }
 
 impl Handle {
+    /// The field [`Handle::raw`] of a block of so many bytes that `codec` made smaller.
+    #[allow(clippy::arithmetic_side_effects, reason = "a length of memory that we hold, below the shift")]
+    pub(crate) fn raw_of(codec: Codec, bytes: usize) -> u32 {
+        debug_assert!(0 < bytes && bytes <= BLOCK_BYTES_MAX, "a block within the limit bytes={bytes}");
+        bytes as u32 | (codec as u32) << CODEC_SHIFT
+    }
+
+    /// What the block is compressed by, and its length when decompressed. `None`: it is stored as it is.
+    #[inline]
+    pub(crate) fn packed(&self) -> Result<Option<(Codec, usize)>, Malformed> {
+        let bytes = (self.raw & ((1 << CODEC_SHIFT) - 1)) as usize;
+        match self.raw >> CODEC_SHIFT {
+            0 if bytes == 0 => Ok(None),
+            0 => Ok(Some((Codec::Lz4, bytes))),
+            1 => Ok(Some((Codec::Zstd, bytes))),
+            _ => Err(Malformed("a handle to a block of unknown compression")),
+        }
+    }
+
     /// Where the block ends.
     pub(crate) fn end(&self) -> u64 {
         self.offset.saturating_add(u64::from(self.stored))
@@ -70,7 +105,8 @@ impl Handle {
         if !inside || self.stored == 0 {
             return Err(Malformed("a handle outside of its table"));
         }
-        if self.stored as usize > BLOCK_BYTES_MAX || self.raw as usize > BLOCK_BYTES_MAX {
+        let raw = self.packed()?.map_or(0, |(_, bytes)| bytes);
+        if self.stored as usize > BLOCK_BYTES_MAX || raw > BLOCK_BYTES_MAX {
             return Err(Malformed("a handle to a block over the limit"));
         }
         Ok(self)
@@ -82,6 +118,8 @@ impl Handle {
 pub(crate) struct Root {
     /// 1: the top index refers to data blocks. 2: to index blocks, which refer to data blocks.
     pub(crate) levels: u16,
+    /// Features that a reader must know.
+    pub(crate) features: u32,
     /// Entries, tombstones included.
     pub(crate) entries: u64,
     /// Tombstones.
@@ -106,7 +144,7 @@ impl Root {
         let mut out = Vec::with_capacity(ROOT_BYTES);
         out.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
         out.extend_from_slice(&self.levels.to_le_bytes());
-        out.extend_from_slice(&FEATURES_KNOWN.to_le_bytes());
+        out.extend_from_slice(&self.features.to_le_bytes());
         for field in [self.entries, self.tombstones, self.raw_bytes, self.index_min, self.index_max] {
             out.extend_from_slice(&field.to_le_bytes());
         }
@@ -163,7 +201,7 @@ impl Root {
         if entries == 0 || tombstones > entries || index_min > index_max {
             return Err(Some(Malformed("a root whose counts contradict each other")));
         }
-        Ok(Self { levels, entries, tombstones, raw_bytes, index_min, index_max, top, filters, bytes })
+        Ok(Self { levels, features, entries, tombstones, raw_bytes, index_min, index_max, top, filters, bytes })
     }
 }
 

@@ -60,6 +60,8 @@ pub(crate) enum Compression {
     None,
     /// lz4, where it saves an eighth or more.
     Lz4,
+    /// zstd at level 1, where it saves an eighth or more.
+    Zstd,
 }
 
 /// How a table is built. Equal options and equal entries give equal bytes, so these come from what all replicas share.

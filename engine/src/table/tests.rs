@@ -9,7 +9,9 @@ use mainstay_io::{BLOCK_BYTES, BoxFuture, block_on};
 use proptest::prelude::*;
 
 use super::block::{Block, BlockBuilder, BlockCursor, EntryKind};
-use super::index::{FOOTER_BYTES, FORMAT_VERSION, Handle, MAGIC, ROOT_BYTES, Root, checksum, separator};
+use super::index::{
+    Codec, FEATURE_ZSTD, FOOTER_BYTES, FORMAT_VERSION, Handle, MAGIC, ROOT_BYTES, Root, checksum, separator,
+};
 use super::*;
 use crate::cache::BlockCache;
 use crate::memory::MemoryBudget;
@@ -93,6 +95,9 @@ impl Place {
     }
 }
 
+/// All there are.
+const COMPRESSIONS: [Compression; 3] = [Compression::None, Compression::Lz4, Compression::Zstd];
+
 type Found = Vec<(Vec<u8>, u64, Option<Vec<u8>>)>;
 
 async fn drain(table: &Table, cursor: &mut TableCursor) -> Result<Found> {
@@ -165,12 +170,9 @@ fn value() -> impl Strategy<Value = Option<Vec<u8>>> {
 }
 
 pub(crate) fn options() -> impl Strategy<Value = TableOptions> {
-    (prop_oneof![Just(64usize), Just(256), Just(16 << 10)], any::<bool>(), prop_oneof![Just(0u8), Just(8), Just(16)])
-        .prop_map(|(block_bytes, packed, filter_bits)| TableOptions {
-            block_bytes,
-            compression: if packed { Compression::Lz4 } else { Compression::None },
-            filter_bits,
-        })
+    let compression = prop::sample::select(&COMPRESSIONS[..]);
+    (prop_oneof![Just(64usize), Just(256), Just(16 << 10)], compression, prop_oneof![Just(0u8), Just(8), Just(16)])
+        .prop_map(|(block_bytes, compression, filter_bits)| TableOptions { block_bytes, compression, filter_bits })
 }
 
 proptest! {
@@ -244,9 +246,50 @@ proptest! {
 
     /// Sealed with a right checksum, so that the decoder is reached: a peer or a broken build could do that.
     #[test]
-    fn hostile_packed_blocks_never_panic(bytes in prop::collection::vec(any::<u8>(), 1..300), raw in any::<u32>()) {
+    fn hostile_packed_blocks_never_panic(
+        mut bytes in prop::collection::vec(any::<u8>(), 1..300),
+        raw in prop_oneof![any::<u32>(), 1u32..1 << 26],
+        framed in any::<bool>(),
+    ) {
+        if framed {
+            // The magic of a zstd frame, so that what follows is decoded.
+            bytes.splice(..0, [0x28, 0xb5, 0x2f, 0xfd]);
+        }
         let handle = Handle { offset: 0, stored: bytes.len() as u32, raw, checksum: checksum(&bytes) };
         let _ = codec::open(&bytes.into(), &handle);
+    }
+
+    /// Blocks that were right once: what the decoders make of them is the block, or an error, or other bytes of its length.
+    #[test]
+    fn mutated_packed_blocks_never_panic(
+        seed in prop::collection::vec(any::<u8>(), 1..40),
+        repeat in 2usize..200,
+        flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let raw = seed.repeat(repeat);
+        for compression in [Compression::Lz4, Compression::Zstd] {
+            let mut compressor = codec::Compressor::default();
+            let Some((codec, packed)) = compressor.compress(&raw, compression) else { continue };
+            let mut bytes = packed.to_vec();
+            for (at, value) in &flips {
+                let at = at.index(bytes.len());
+                bytes[at] = *value;
+            }
+            bytes.truncate(bytes.len() - cut.index(bytes.len()).min(flips.len()));
+            let handle = |bytes: &[u8]| Handle {
+                offset: 0,
+                stored: bytes.len() as u32,
+                raw: Handle::raw_of(codec, raw.len()),
+                checksum: checksum(bytes),
+            };
+            let opened = codec::open(&bytes.clone().into(), &handle(&bytes));
+            if flips.is_empty() {
+                prop_assert_eq!(opened.expect("as it was compressed"), &raw[..]);
+            } else if let Ok(opened) = opened {
+                prop_assert_eq!(opened.len(), raw.len());
+            }
+        }
     }
 
     /// A table whose middle was made by someone who knows the format: the frame holds and the rest is noise.
@@ -301,7 +344,7 @@ fn a_value_of_the_largest_size_comes_back_in_one_block() {
     let value: Vec<u8> = (0..16u32 << 20).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let key = vec![7; 64 << 10];
     let entries = Entries::from([(key.clone(), (1, Some(value.clone()))), (vec![8], (2, None))]);
-    for compression in [Compression::None, Compression::Lz4] {
+    for compression in COMPRESSIONS {
         let table = place().table(&TableOptions { compression, ..TableOptions::default() }, &entries);
         block_on(async {
             table.verify().await.expect("a table just built");
@@ -320,8 +363,10 @@ fn small() -> Entries {
 /// `verify` finds it in every case. The old wrong result would be another value, or a key that is gone.
 #[test]
 fn every_flipped_bit_is_found_and_never_read_as_data() {
-    for compression in [Compression::None, Compression::Lz4] {
-        let options = TableOptions { block_bytes: 128, compression, filter_bits: 8 };
+    for compression in COMPRESSIONS {
+        // zstd makes nothing of a few entries smaller: there blocks are larger.
+        let block_bytes = if compression == Compression::Zstd { 512 } else { 128 };
+        let options = TableOptions { block_bytes, compression, filter_bits: 8 };
         let entries = small();
         let (good, meta) = build(&options, &entries);
         let place = place();
@@ -378,7 +423,7 @@ fn every_flipped_bit_of_the_root_is_refused() {
 #[test]
 fn a_newer_format_is_foreign() {
     let (bytes, meta) = build(&TableOptions::default(), &small());
-    for (at, value) in [(0usize, FORMAT_VERSION as u8 + 1), (4, 1), (7, 0x80)] {
+    for (at, value) in [(0usize, FORMAT_VERSION as u8 + 1), (4, 0x40), (7, 0x80)] {
         let mut root = meta.root.to_vec();
         root[at] = value;
         let body = root.len() - 8;
@@ -432,6 +477,81 @@ fn equal_input_gives_equal_bytes() {
     let mut other = entries;
     other.get_mut(7u64.to_be_bytes().as_slice()).expect("present").0 += 1;
     assert_ne!(build(&TableOptions::default(), &other).1.digest, meta_a.digest);
+}
+
+/// What a block is compressed by stands in its handle. So blocks of one table may differ in that, a table says that it needs
+/// zstd only where a block is compressed by it, and a build that does not know zstd says `Foreign` and not `Corrupt`.
+#[test]
+fn blocks_of_a_table_are_compressed_each_in_its_way() {
+    let noise = |at: u64| at.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(17).wrapping_mul(at | 1).to_be_bytes();
+    let entries: Entries = (0..400u64)
+        .map(|at| {
+            let value = if at < 200 { (1..9).flat_map(|word| noise(at * 8 + word)).collect() } else { vec![b'v'; 60] };
+            (at.to_be_bytes().to_vec(), (at + 1, Some(value)))
+        })
+        .collect();
+    for (compression, codec, features) in [
+        (Compression::None, None, 0),
+        (Compression::Lz4, Some(Codec::Lz4), 0),
+        (Compression::Zstd, Some(Codec::Zstd), FEATURE_ZSTD),
+    ] {
+        let options = TableOptions { block_bytes: 512, compression, filter_bits: 8 };
+        let (bytes, meta) = build(&options, &entries);
+        assert_eq!(Root::decode(&meta.root).expect("own root").features, features);
+        let place = place();
+        let table = place.open(meta.clone(), MemoryBytes::new(bytes)).expect("own root");
+        let found = block_on(async {
+            let mut found = Vec::new();
+            let mut index = BlockCursor::new(table.top().await.expect("top").clone(), false);
+            index.seek_start().expect("own index");
+            while index.valid() {
+                let handle = table.handle_at(&index).expect("own handle");
+                found.push(handle.packed().expect("own handle").map(|(codec, _)| codec));
+                index.advance().expect("own index");
+            }
+            found
+        });
+        assert!(found.contains(&codec), "{compression:?}");
+        assert!(found.contains(&None), "{compression:?}: what saves too little is stored as it is");
+        assert!(found.iter().all(|found| *found == codec || found.is_none()), "{compression:?} {found:?}");
+        check(&options, &entries, &[vec![1], vec![0; 8], vec![0xff]]);
+    }
+}
+
+/// zstd keeps tables between the blocks that it compresses: what came before must not show in the bytes (T1, C1).
+#[test]
+fn what_a_block_is_compressed_to_depends_on_the_block_alone() {
+    let block = |seed: u64| -> Vec<u8> {
+        (0..900u64).flat_map(|at| format!("{:05}-{}", (at * seed) % 977, at % 7).into_bytes()).collect()
+    };
+    let mut used = codec::Compressor::default();
+    for seed in 1..200 {
+        let raw = block(seed);
+        let mut fresh = codec::Compressor::default();
+        let fresh = fresh.compress(&raw, Compression::Zstd).expect("it saves enough").1.to_vec();
+        assert_eq!(used.compress(&raw, Compression::Zstd).expect("it saves enough").1, fresh, "seed={seed}");
+    }
+}
+
+/// The handle of docs/format.md, byte by byte.
+#[test]
+fn a_handle_says_what_its_block_is_compressed_by() {
+    for (raw, bytes, packed) in [
+        (0, vec![0], Ok(None)),
+        (300, vec![0xac, 2], Ok(Some((Codec::Lz4, 300)))),
+        (1 << 25 | 300, vec![0xac, 0x82, 0x80, 0x10], Ok(Some((Codec::Zstd, 300)))),
+        (2 << 25 | 300, vec![0xac, 0x82, 0x80, 0x20], Err(())),
+        (7 << 25 | 300, vec![0xac, 0x82, 0x80, 0x70], Err(())),
+    ] {
+        let mut handle = vec![5, 9];
+        handle.extend_from_slice(&bytes);
+        handle.extend_from_slice(&7u64.to_le_bytes());
+        let taken = Handle::take(&handle, 4096);
+        assert_eq!(taken.map(|handle| handle.packed().expect("it was checked")).map_err(|_| ()), packed, "raw={raw}");
+        let mut out = Vec::new();
+        Handle { offset: 5, stored: 9, raw, checksum: 7 }.put(&mut out);
+        assert_eq!(out, handle);
+    }
 }
 
 /// A reader that has the blocks waits for nothing and reads nothing.
@@ -533,14 +653,17 @@ fn the_layout_is_that_of_the_document() {
         ),
         format!("Largest block: {} bytes", block::BLOCK_BYTES_MAX),
         format!("Index block: cut at {} bytes", builder::INDEX_BLOCK_BYTES),
+        format!("| {} | a block is compressed by zstd |", FEATURE_ZSTD.trailing_zeros()),
+        format!("{} lz4 (block format, no size prefix); {} zstd", Codec::Lz4 as u8, Codec::Zstd as u8),
     ] {
         assert!(document.contains(&line), "docs/format.md lacks: {line}");
     }
 }
 
-/// A table that the first release wrote: a change of any byte here parts replicas of different releases, and old volumes.
+/// Tables that earlier builds wrote: a change of any byte here parts replicas of different builds, and old volumes.
+/// `MAINSTAY_WRITE_GOLDEN=1` writes those of the present build: docs/testing.md.
 #[test]
-fn the_first_releases_table_is_read_and_written_again_byte_for_byte() {
+fn the_tables_in_git_are_read_and_written_again_byte_for_byte() {
     let mut entries: Entries = (0..200u64)
         .map(|at| {
             (
@@ -550,14 +673,16 @@ fn the_first_releases_table_is_read_and_written_again_byte_for_byte() {
         })
         .collect();
     entries.insert(b"user/gone".to_vec(), (900, None));
-    let options = TableOptions { block_bytes: 1024, compression: Compression::Lz4, filter_bits: 8 };
-    let (bytes, meta) = build(&options, &entries);
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/testdata/table-1.bin");
-    if std::env::var_os("MAINSTAY_WRITE_GOLDEN").is_some() {
-        std::fs::write(path, &bytes).expect("write");
+    for (name, compression, filter_bits) in [("table-1", Compression::Lz4, 8), ("table-zstd", Compression::Zstd, 8)] {
+        let options = TableOptions { block_bytes: 1024, compression, filter_bits };
+        let (bytes, meta) = build(&options, &entries);
+        let path = format!("{}/testdata/{name}.bin", env!("CARGO_MANIFEST_DIR"));
+        if std::env::var_os("MAINSTAY_WRITE_GOLDEN").is_some() {
+            std::fs::write(&path, &bytes).expect("write");
+        }
+        let golden = std::fs::read(&path).expect("it is in git");
+        assert!(bytes == golden, "the bytes of {name} have changed");
+        let table = place().open(meta, MemoryBytes::new(golden)).expect("own root");
+        block_on(table.verify()).expect("whole");
     }
-    let golden = std::fs::read(path).expect("testdata/table-1.bin");
-    assert!(bytes == golden, "the table's bytes have changed");
-    let table = place().open(meta, MemoryBytes::new(golden)).expect("own root");
-    block_on(table.verify()).expect("whole");
 }
