@@ -1,4 +1,4 @@
-//! The hot pieces one by one: checksum, memtable, block, table, scan, batch of the log.
+//! The hot pieces one by one: checksum, memtable, filter, block, table, scan, batch of the log.
 //!
 //! `cargo bench --bench pieces` in this folder; a word after `--` picks those whose name contains it. The keys scatter, and
 //! their beginnings are alike, as keys of applications are.
@@ -7,7 +7,7 @@ use std::hint::black_box;
 
 use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use mainstay_engine::hooks::bench::{DataBlock, Memtable, Packing, Table, checksum};
+use mainstay_engine::hooks::bench::{DataBlock, Filter, Memtable, Packing, Table, checksum};
 use mainstay_io::block_on;
 use mainstay_wal::hooks::bench::encode;
 use mainstay_wal::{GroupId, Record, RecordKind};
@@ -153,6 +153,20 @@ fn tables(c: &mut Criterion) {
     group.bench_function("verify", |b| b.iter(|| block_on(table.verify()).expect("whole")));
 }
 
+fn filters(c: &mut Criterion) {
+    let mut group = c.benchmark_group("filter");
+    group.throughput(Throughput::Elements(1));
+    let keys: Vec<Vec<u8>> = (0..1 << 16).map(key).collect();
+    let absent: Vec<Vec<u8>> = (1 << 16..1 << 17).map(key).collect();
+    for bits in [8u8, 12, 16] {
+        let filter = Filter::new(keys.iter().map(Vec::as_slice), bits).expect("a partition of one's own");
+        group.bench_function(format!("absent_{bits}"), |b| {
+            let mut next = walk(&absent);
+            b.iter(|| black_box(filter.may_contain(next())));
+        });
+    }
+}
+
 fn log(c: &mut Criterion) {
     let mut group = c.benchmark_group("wal");
     for records in [1usize, 64] {
@@ -167,5 +181,5 @@ fn log(c: &mut Criterion) {
     }
 }
 
-criterion_group!(pieces, checksums, memtables, tables, log);
+criterion_group!(pieces, checksums, memtables, filters, tables, log);
 criterion_main!(pieces);

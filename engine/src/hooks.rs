@@ -57,6 +57,7 @@ pub mod fuzz {
             (Compression::Lz4, 8, 40),
             (Compression::None, 16, 20),
             (Compression::Zstd, 8, 60),
+            (Compression::Lz4, 12, 30),
         ];
         shapes
             .map(|(compression, filter_bits, entries)| {
@@ -312,6 +313,27 @@ pub mod bench {
         /// Length.
         pub fn bytes(&self) -> u64 {
             self.meta.bytes
+        }
+    }
+
+    /// A partition of a filter.
+    pub struct Filter(table::filter::Filter);
+
+    impl Filter {
+        /// Builds one of keys, with so many bits a fingerprint.
+        pub fn new<'a>(keys: impl Iterator<Item = &'a [u8]>, bits: u8) -> Option<Self> {
+            let bytes = table::filter::build(keys.map(table::filter::hash).collect(), bits);
+            table::filter::Filter::parse(bytes.into()).ok().map(Self)
+        }
+
+        /// Bytes that it takes.
+        pub fn bytes(&self) -> usize {
+            self.0.len()
+        }
+
+        /// False: the key was not added.
+        pub fn may_contain(&self, key: &[u8]) -> bool {
+            self.0.may_contain(table::filter::hash(key))
         }
     }
 

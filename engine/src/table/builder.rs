@@ -13,7 +13,9 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::block::{BlockBuilder, EntryKind, INDEX_RESTART_INTERVAL, RESTART_INTERVAL};
 use super::codec::Compressor;
-use super::index::{Codec, FEATURE_ZSTD, FOOTER_BYTES, Handle, MAGIC, ROOT_BYTES, Root, checksum, separator};
+use super::index::{
+    Codec, FEATURE_FILTERS_12, FEATURE_ZSTD, FOOTER_BYTES, Handle, MAGIC, ROOT_BYTES, Root, checksum, separator,
+};
 use super::{Compression, TableMeta, TableOptions, filter};
 use crate::LogIndex;
 
@@ -200,6 +202,9 @@ impl TableBuilder {
 
     fn cut_filter(&mut self) {
         let filter = filter::build(std::mem::take(&mut self.hashes), self.options.filter_bits);
+        if self.options.filter_bits == 12 {
+            self.out.features |= FEATURE_FILTERS_12;
+        }
         // Fingerprints are noise: no compressor makes them smaller.
         let handle = self.out.block(&filter, Compression::None);
         add_handle(&mut self.filters, &self.last, handle);

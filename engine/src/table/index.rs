@@ -13,9 +13,11 @@ use super::varint;
 pub(crate) const FORMAT_VERSION: u16 = 1;
 /// A feature that a reader must know: a block is compressed by zstd.
 pub(crate) const FEATURE_ZSTD: u32 = 1;
+/// A feature that a reader must know: fingerprints of filters have 12 bits.
+pub(crate) const FEATURE_FILTERS_12: u32 = 1 << 4;
 /// Features of a table that this reader knows. Bits 1 to 3 are kept for blob references, range tombstones and merge
 /// operands.
-pub(crate) const FEATURES_KNOWN: u32 = FEATURE_ZSTD;
+pub(crate) const FEATURES_KNOWN: u32 = FEATURE_ZSTD | FEATURE_FILTERS_12;
 /// The bit of [`Handle::raw`] at which the number of the [`Codec`] begins.
 const CODEC_SHIFT: u32 = 25;
 /// Bytes of an encoded [`Root`].

@@ -14,7 +14,7 @@ pub(crate) mod block;
 mod builder;
 mod codec;
 mod cursor;
-mod filter;
+pub(crate) mod filter;
 pub(crate) mod fuzzing;
 mod index;
 mod reader;
@@ -71,7 +71,8 @@ pub(crate) struct TableOptions {
     pub(crate) block_bytes: usize,
     /// See [`Compression`]. Default lz4.
     pub(crate) compression: Compression,
-    /// Filter bits a key: 0 (none), 8 (one false positive in 256) or 16 (one in 65,536). Default 8.
+    /// Bits of a fingerprint of the filters: 0 (no filters), 8 (one false positive in 256), 12 (in 4,096) or 16 (in 65,536).
+    /// Default 8. A key takes an eighth more than that.
     pub(crate) filter_bits: u8,
 }
 

@@ -10,7 +10,8 @@ use proptest::prelude::*;
 
 use super::block::{Block, BlockBuilder, BlockCursor, EntryKind};
 use super::index::{
-    Codec, FEATURE_ZSTD, FOOTER_BYTES, FORMAT_VERSION, Handle, MAGIC, ROOT_BYTES, Root, checksum, separator,
+    Codec, FEATURE_FILTERS_12, FEATURE_ZSTD, FOOTER_BYTES, FORMAT_VERSION, Handle, MAGIC, ROOT_BYTES, Root, checksum,
+    separator,
 };
 use super::*;
 use crate::cache::BlockCache;
@@ -171,7 +172,7 @@ fn value() -> impl Strategy<Value = Option<Vec<u8>>> {
 
 pub(crate) fn options() -> impl Strategy<Value = TableOptions> {
     let compression = prop::sample::select(&COMPRESSIONS[..]);
-    (prop_oneof![Just(64usize), Just(256), Just(16 << 10)], compression, prop_oneof![Just(0u8), Just(8), Just(16)])
+    (prop_oneof![Just(64usize), Just(256), Just(16 << 10)], compression, prop::sample::select(&[0u8, 8, 12, 16][..]))
         .prop_map(|(block_bytes, compression, filter_bits)| TableOptions { block_bytes, compression, filter_bits })
 }
 
@@ -492,10 +493,11 @@ fn blocks_of_a_table_are_compressed_each_in_its_way() {
         .collect();
     for (compression, codec, features) in [
         (Compression::None, None, 0),
-        (Compression::Lz4, Some(Codec::Lz4), 0),
+        (Compression::Lz4, Some(Codec::Lz4), FEATURE_FILTERS_12),
         (Compression::Zstd, Some(Codec::Zstd), FEATURE_ZSTD),
     ] {
-        let options = TableOptions { block_bytes: 512, compression, filter_bits: 8 };
+        let filter_bits = if features == FEATURE_FILTERS_12 { 12 } else { 16 };
+        let options = TableOptions { block_bytes: 512, compression, filter_bits };
         let (bytes, meta) = build(&options, &entries);
         assert_eq!(Root::decode(&meta.root).expect("own root").features, features);
         let place = place();
@@ -654,6 +656,8 @@ fn the_layout_is_that_of_the_document() {
         format!("Largest block: {} bytes", block::BLOCK_BYTES_MAX),
         format!("Index block: cut at {} bytes", builder::INDEX_BLOCK_BYTES),
         format!("| {} | a block is compressed by zstd |", FEATURE_ZSTD.trailing_zeros()),
+        format!("| {} | fingerprints of filters have 12 bits |", FEATURE_FILTERS_12.trailing_zeros()),
+        format!("| bits of a fingerprint | {:?};", filter::WIDTHS).replace(['[', ']'], ""),
         format!("{} lz4 (block format, no size prefix); {} zstd", Codec::Lz4 as u8, Codec::Zstd as u8),
     ] {
         assert!(document.contains(&line), "docs/format.md lacks: {line}");
@@ -673,7 +677,12 @@ fn the_tables_in_git_are_read_and_written_again_byte_for_byte() {
         })
         .collect();
     entries.insert(b"user/gone".to_vec(), (900, None));
-    for (name, compression, filter_bits) in [("table-1", Compression::Lz4, 8), ("table-zstd", Compression::Zstd, 8)] {
+    for (name, compression, filter_bits) in [
+        ("table-1", Compression::Lz4, 8),
+        ("table-zstd", Compression::Zstd, 8),
+        ("table-filter-12", Compression::Lz4, 12),
+        ("table-filter-16", Compression::None, 16),
+    ] {
         let options = TableOptions { block_bytes: 1024, compression, filter_bits };
         let (bytes, meta) = build(&options, &entries);
         let path = format!("{}/testdata/{name}.bin", env!("CARGO_MANIFEST_DIR"));
