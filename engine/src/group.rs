@@ -31,7 +31,7 @@ pub(crate) use self::jobs::{JobClass, Run};
 pub(crate) use self::mend::{CHECK_READ_BYTES, digest_of};
 use self::present::Durable;
 #[cfg(test)]
-pub(crate) use self::present::EDIT_VERSION;
+pub(crate) use self::present::{EDIT_VERSION, EDIT_VERSION_SHAPED};
 pub(crate) use self::present::{MANIFEST_EDIT, Recovered};
 #[cfg(test)]
 pub(crate) use self::transfer::EXPORT_VERSION;
@@ -42,7 +42,7 @@ use crate::heal::{GroupHeal, TablePeers};
 use crate::manifest::{Manifest, ManifestSettings};
 use crate::{
     BranchId, BranchInfo, CheckpointInfo, Command, Error, ErrorKind, EventKind, JobId, KeyspaceId, LogIndex, Result,
-    Snapshot, StallCause, StateMachine, TableId,
+    Snapshot, StallCause, StateMachine, TableCompression, TableId,
 };
 
 /// Frozen generations above which writers wait.
@@ -61,6 +61,8 @@ pub struct GroupSettings {
     pub base_level_bytes: u64,
     /// L0 runs at which compaction starts.
     pub l0_compaction_runs: usize,
+    /// How tables are compressed.
+    pub compression: TableCompression,
     /// The embedder's own; answers `Custom` commands.
     pub state_machine: Option<Arc<dyn StateMachine>>,
 }
@@ -368,6 +370,7 @@ impl GroupShared {
             table_bytes: settings.table_bytes.max(1),
             base_level_bytes: settings.base_level_bytes.max(1),
             l0_compaction_runs: u32::try_from(settings.l0_compaction_runs.max(1)).unwrap_or(u32::MAX),
+            tables: settings.compression.into(),
         };
         let born = found.is_none();
         let (lineage, manifest, places) = match found {

@@ -74,13 +74,14 @@ pub mod fuzz {
 
     /// A manifest with a keyspace, a frozen generation, a table, a checkpoint, a clone of it and a compaction that was asked for.
     pub fn manifest_seed() -> Vec<u8> {
-        use crate::manifest::{Manifest, ManifestOp, ManifestSettings};
+        use crate::manifest::{Manifest, ManifestOp, ManifestSettings, TableShape};
 
         let settings = ManifestSettings {
             memtable_bytes: 1 << 20,
             table_bytes: 1 << 20,
             base_level_bytes: 1 << 20,
             l0_compaction_runs: 4,
+            tables: TableShape::ByLevel,
         };
         let mut manifest = Manifest::new(settings);
         let table = InstallTable {

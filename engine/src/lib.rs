@@ -51,5 +51,7 @@ pub use once::{CLIENTS_KEYSPACE, ClientToken};
 pub use snapshot::{Direction, Scan, Snapshot, Value, Visitor};
 pub use state_machine::{Apply, StateMachine};
 pub use stats::{EngineStats, StallCause, StallStats};
-pub use types::{BranchId, BranchInfo, CheckpointInfo, Generation, JobId, KeyspaceId, LogIndex, MAIN, TableId};
+pub use types::{
+    BranchId, BranchInfo, CheckpointInfo, Generation, JobId, KeyspaceId, LogIndex, MAIN, TableCompression, TableId,
+};
 pub use volume::{EXTENT_UNIT_BYTES, holds_volume};

@@ -157,7 +157,7 @@ pub use keyspace::Keyspace;
 pub use mainstay_engine::{
     Apply, BranchInfo, CLIENTS_KEYSPACE, CheckpointInfo, ClientToken, EVENTS_MAX, EngineStats, EngineStatus,
     Error as ApplyError, Event, EventKind, Events, GroupStatus, KeyspaceId, LogIndex, StallCause, StallStats,
-    StateMachine, Value,
+    StateMachine, TableCompression, Value,
 };
 pub use mainstay_io::{BackendChoice, BoxFuture, Target};
 pub use mainstay_replication::{

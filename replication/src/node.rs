@@ -427,8 +427,13 @@ fn raft_config(options: &NodeOptions, beside: bool) -> Result<openraft::Config> 
 fn fingerprint(settings: &GroupSettings) -> u64 {
     // FNV-1a: stable for ever, which the standard hashers do not promise.
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    let values =
-        [settings.memtable_bytes, settings.table_bytes, settings.base_level_bytes, settings.l0_compaction_runs as u64];
+    let values = [
+        settings.memtable_bytes,
+        settings.table_bytes,
+        settings.base_level_bytes,
+        settings.l0_compaction_runs as u64,
+        settings.compression as u64,
+    ];
     for byte in values.iter().flat_map(|v| v.to_le_bytes()) {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
     }

@@ -185,6 +185,7 @@ fn node_options(settings: &ServeSettings, advertise: Option<String>, model: &Mod
         .memory_bytes(settings.memory_bytes)
         .wal_bytes(settings.wal_bytes)
         .memtable_bytes(settings.memtable_bytes)
+        .compression(settings.compression.into())
         .background_tasks(settings.background_tasks)
         .backend(settings.backend.into())
         .state_machine(Arc::new(model.clone()));

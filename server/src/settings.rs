@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use mainstay::{BackendChoice, SiteLagBound};
+use mainstay::{BackendChoice, SiteLagBound, TableCompression};
 use serde::Deserialize;
 
 use crate::cli::Failure;
@@ -116,6 +116,10 @@ pub struct Settings {
     #[arg(long, env = "MAINSTAY_MEMTABLE", value_name = "SIZE", help_heading = "Storage")]
     pub memtable: Option<ByteSize>,
 
+    /// How tables are compressed; equal on all replicas, fixed when the cluster is born [default: by-level]
+    #[arg(long, env = "MAINSTAY_COMPRESSION", value_enum, help_heading = "Storage")]
+    pub compression: Option<Compression>,
+
     /// Tasks for flush and compaction, 1 to 16 [default: 1]
     #[arg(long, env = "MAINSTAY_BACKGROUND_TASKS", value_name = "COUNT", help_heading = "Storage")]
     pub background_tasks: Option<usize>,
@@ -200,6 +204,28 @@ pub enum Backend {
     Threads,
 }
 
+/// Compression of tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compression {
+    /// None: the least work, the most bytes
+    None,
+    /// lz4 at every level
+    Lz4,
+    /// zstd at the last level, lz4 above it: the fewest bytes
+    ByLevel,
+}
+
+impl From<Compression> for TableCompression {
+    fn from(compression: Compression) -> Self {
+        match compression {
+            Compression::None => Self::None,
+            Compression::Lz4 => Self::Lz4,
+            Compression::ByLevel => Self::ByLevel,
+        }
+    }
+}
+
 impl From<Backend> for BackendChoice {
     fn from(backend: Backend) -> Self {
         match backend {
@@ -267,6 +293,8 @@ pub struct ServeSettings {
     pub wal_bytes: u64,
     /// Bytes between two rotations.
     pub memtable_bytes: u64,
+    /// See [`ServeArgs::compression`].
+    pub compression: Compression,
     /// Flush and compaction tasks.
     pub background_tasks: usize,
     /// What becomes of a volume that cannot serve.
@@ -330,7 +358,7 @@ impl Settings {
     /// These where set, else those of `lower`.
     fn over(self, lower: Self) -> Self {
         first_of!(self, lower: name, data, peers, site, priority, witness, site_lag_max, listen, listen_peer, listen_admin, listen_metrics, advertise,
-            advertise_peer, insecure_listen_anywhere, memory, wal, memtable, background_tasks, bad_volume, backend, connections_max,
+            advertise_peer, insecure_listen_anywhere, memory, wal, memtable, compression, background_tasks, bad_volume, backend, connections_max,
             requests_max, streams_max, requests_memory, data_max, heartbeat, election_timeout, log_level, log_to, log_format)
     }
 
@@ -406,6 +434,7 @@ impl Settings {
             memory_follows: self.memory.is_none(),
             wal_bytes,
             memtable_bytes,
+            compression: self.compression.unwrap_or(Compression::ByLevel),
             background_tasks,
             bad_volume: self.bad_volume.unwrap_or(BadVolume::Keep),
             backend: self.backend.unwrap_or(Backend::Auto),

@@ -161,6 +161,7 @@ impl World<'_> {
             table_bytes: settings.table_bytes,
             base_level_bytes: settings.base_level_bytes,
             l0_compaction_runs: settings.l0_compaction_runs,
+            compression: mainstay_engine::TableCompression::ByLevel,
             state_machine: None,
         };
         let engine_settings = EngineSettings {

@@ -14,12 +14,12 @@ use mainstay_io::AlignedBytes;
 
 use super::GroupShared;
 use super::core::{Core, Stuck};
-use crate::manifest::{Job, TableRef};
+use crate::manifest::{Job, TableRef, TableShape};
 use crate::memory::MemoryKind;
 use crate::memtable::Memtable;
 use crate::read::MergeInput;
 use crate::stored::{ExtentWriter, StoredBytes, StoredTable};
-use crate::table::{Table, TableBuilder, TableOptions};
+use crate::table::{Table, TableBuilder};
 use crate::volume::Reservation;
 use crate::{
     BranchId, Command, CommandBody, Error, ErrorKind, EventKind, Generation, InstallTable, JobId, KeyspaceId, Result,
@@ -52,6 +52,7 @@ pub(crate) struct Run {
     job: JobId,
     parts: Vec<Part>,
     table_bytes: u64,
+    shape: TableShape,
     bytes: u64,
     /// For a compaction the levels from and to.
     levels: Option<(u8, u8)>,
@@ -64,6 +65,8 @@ struct Part {
     memtables: Vec<Arc<Memtable>>,
     tables: Vec<Arc<Table>>,
     drop_tombstones: bool,
+    /// The level that its tables join.
+    level: u8,
 }
 
 /// What kind of job a worker asks for.
@@ -102,6 +105,7 @@ impl GroupShared {
             levels,
             bytes: bytes.sum(),
             parts,
+            shape: core.logical.settings.tables,
             table_bytes: core.logical.settings.table_bytes
                 / if mainstay_io::mutant!(LocalTableSize) {
                     self.engine.environment.clock.unix().as_millis() as u64 % 2 + 1
@@ -124,6 +128,7 @@ impl GroupShared {
             memtables: core.memtables.get(&(*generation, branch, keyspace)).cloned().into_iter().collect(),
             tables: Vec::new(),
             drop_tombstones: false,
+            level: 0,
         });
         Some((frozen.job, parts.collect()))
     }
@@ -235,6 +240,7 @@ fn next_compaction(core: &Core, now: Duration) -> Option<(JobId, Vec<Part>)> {
             memtables: Vec::new(),
             tables: compaction.inputs().map(open).collect::<Option<_>>()?,
             drop_tombstones: compaction.drop_tombstones,
+            level: compaction.to,
         };
         Some((id, vec![part]))
     })
@@ -332,7 +338,7 @@ impl Run {
                 if let Some(full) = open.take_if(|w| w.builder.estimated_bytes() >= self.table_bytes) {
                     tables.push(full.finish(self, part, tables.len(), reservation).await?);
                 }
-                let writing = open.get_or_insert_with(|| Writing::new(self));
+                let writing = open.get_or_insert_with(|| Writing::new(self, part));
                 writing.builder.add(entry.key, entry.index, entry.value);
                 if writing.builder.estimated_bytes() >= writing.written + WRITE_BYTES {
                     writing.write(reservation).await?;
@@ -359,10 +365,10 @@ struct Writing<'a> {
 }
 
 impl<'a> Writing<'a> {
-    fn new(run: &'a Run) -> Self {
+    fn new(run: &'a Run, part: &Part) -> Self {
         let writer = ExtentWriter::new(&run.group.engine.volume, run.counted());
         let memory = run.group.engine.budget.reserve(MemoryKind::Buffer, 2 * WRITE_BYTES);
-        Self { builder: TableBuilder::new(TableOptions::default()), writer, written: 0, _memory: memory }
+        Self { builder: TableBuilder::new(run.shape.options(part.level)), writer, written: 0, _memory: memory }
     }
 
     async fn write(&mut self, reservation: &mut Reservation) -> Result<()> {
@@ -385,7 +391,7 @@ impl<'a> Writing<'a> {
         ordinal: usize,
         reservation: &mut Reservation,
     ) -> Result<StoredTable> {
-        let builder = std::mem::replace(&mut self.builder, TableBuilder::new(TableOptions::default()));
+        let builder = std::mem::replace(&mut self.builder, TableBuilder::new(run.shape.options(part.level)));
         let (chunks, meta) = builder.finish();
         self.put(reservation, chunks).await?;
         if meta.bytes != self.written {

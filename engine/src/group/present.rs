@@ -23,7 +23,7 @@ use super::jobs::discard;
 use crate::codec::{Decoder, put_varint};
 use crate::heal::Retry;
 use crate::manifest::{
-    Manifest, ManifestOp, ManifestSettings, Places, decode_op, encode_op, put_settings, take_settings,
+    Manifest, ManifestOp, ManifestSettings, Places, TableShape, decode_op, encode_op, put_settings, take_settings,
 };
 use crate::stored::StoredTable;
 use crate::{Error, ErrorKind, LogIndex, Result};
@@ -32,6 +32,8 @@ use crate::{Error, ErrorKind, LogIndex, Result};
 pub(crate) const MANIFEST_EDIT: RecordKind = RecordKind(1);
 /// The encoding of an edit written today.
 pub(crate) const EDIT_VERSION: u8 = 1;
+/// The encoding of an edit whose settings say how tables are built. All others are written as before there was a choice.
+pub(crate) const EDIT_VERSION_SHAPED: u8 = 2;
 /// Edits in the log after which pages are written.
 const EDITS_MAX: usize = 512;
 
@@ -323,7 +325,9 @@ fn encode_edit(
     settings: Option<ManifestSettings>,
     places: &Places,
 ) -> Bytes {
-    let mut out = vec![EDIT_VERSION, settings.is_some().into()];
+    let shaped = settings.is_some_and(|settings| settings.tables != TableShape::Uniform);
+    let version = if shaped { EDIT_VERSION_SHAPED } else { EDIT_VERSION };
+    let mut out = vec![version, settings.is_some().into()];
     put_varint(&mut out, lineage);
     put_varint(&mut out, previous.0);
     put_varint(&mut out, edit.index.0);
@@ -353,17 +357,17 @@ impl Recovered {
     pub(crate) fn apply_edit(known: &mut Option<Self>, group: GroupId, payload: Bytes) -> Result<()> {
         let mut from = Decoder::new(payload, "a manifest edit");
         let version = from.u8()?;
-        if version != EDIT_VERSION {
+        if version != EDIT_VERSION && version != EDIT_VERSION_SHAPED {
             return Err(Error::new(
                 ErrorKind::Foreign,
-                format!("a manifest edit of another version version={version} known={EDIT_VERSION}"),
+                format!("a manifest edit of another version version={version} known={EDIT_VERSION_SHAPED}"),
             ));
         }
         let with_settings = from.u8()? != 0;
         let lineage = from.varint()?;
         let previous = LogIndex(from.varint()?);
         let index = LogIndex(from.varint()?);
-        let settings = if with_settings { Some(take_settings(&mut from)?) } else { None };
+        let settings = if with_settings { Some(take_settings(&mut from, version == EDIT_VERSION)?) } else { None };
         if let (None, Some(settings)) = (&known, settings) {
             let manifest = Manifest::new(settings);
             *known = Some(Self { lineage, manifest, places: Places::new(), oldest: None });

@@ -19,17 +19,19 @@ use super::picker::{Compaction, LAST};
 use super::version::{LEVELS, Tables};
 use super::{
     Branch, Checkpoint, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, ManifestSettings, TableRef,
-    Version, Versions,
+    TableShape, Version, Versions,
 };
 use crate::codec::{
     Decoder, SPAN_BYTES_MAX, TABLE_BYTES_MIN, put_bytes, put_span, put_table, put_varint, take_span, take_table,
 };
 use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, Result, TableId};
 
-/// The encoding of a manifest without what [`MANIFEST_VERSION_MANUAL`] adds: builds from before read it.
+/// The encoding of a manifest that needs none of what later ones add: builds from before read it.
 pub(crate) const MANIFEST_VERSION: u8 = 1;
 /// As [`MANIFEST_VERSION`], with compactions that were asked for at its end, and jobs that write tables of the last level again.
 pub(crate) const MANIFEST_VERSION_MANUAL: u8 = 2;
+/// As [`MANIFEST_VERSION_MANUAL`], with [`TableShape`] behind the settings: of every group that has one.
+pub(crate) const MANIFEST_VERSION_SHAPED: u8 = 3;
 
 /// Where tables lie on this volume: `(offset, length)` of each extent in order.
 pub(crate) type Places = BTreeMap<TableId, Vec<(u64, u64)>>;
@@ -159,13 +161,16 @@ pub(super) fn encode(manifest: &Manifest, places: Option<&Places>) -> Bytes {
     }
 
     let again = |job: &Arc<Job>| matches!(&**job, Job::Compact(c) if c.from == c.to);
-    let version = match manifest.manuals.is_empty() && !manifest.jobs.values().any(again) {
-        true => MANIFEST_VERSION,
-        false => {
-            put_manuals(&mut body, manifest);
-            MANIFEST_VERSION_MANUAL
-        }
+    let version = if manifest.settings.tables != TableShape::Uniform {
+        MANIFEST_VERSION_SHAPED
+    } else if !manifest.manuals.is_empty() || manifest.jobs.values().any(again) {
+        MANIFEST_VERSION_MANUAL
+    } else {
+        MANIFEST_VERSION
     };
+    if version != MANIFEST_VERSION {
+        put_manuals(&mut body, manifest);
+    }
     let mut out = vec![version, places.is_some().into()];
     put_settings(&mut out, &manifest.settings);
     put_varint(&mut out, manifest.as_of.0);
@@ -192,15 +197,15 @@ pub(super) fn encode(manifest: &Manifest, places: Option<&Places>) -> Bytes {
 pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
     let mut from = Decoder::new(bytes, "a manifest");
     let version = from.u8()?;
-    if !(MANIFEST_VERSION..=MANIFEST_VERSION_MANUAL).contains(&version) {
+    if !(MANIFEST_VERSION..=MANIFEST_VERSION_SHAPED).contains(&version) {
         return Err(Error::new(
             ErrorKind::Foreign,
-            format!("a manifest of another version version={version} known={MANIFEST_VERSION_MANUAL}"),
+            format!("a manifest of another version version={version} known={MANIFEST_VERSION_SHAPED}"),
         ));
     }
     let with_places = from.u8()? != 0;
     let mut manifest = Manifest {
-        settings: take_settings(&mut from)?,
+        settings: take_settings(&mut from, version < MANIFEST_VERSION_SHAPED)?,
         as_of: LogIndex(from.varint()?),
         rotated: LogIndex(from.varint()?),
         next_generation: Generation(from.varint()?),
@@ -282,7 +287,7 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
         };
         manifest.jobs.insert(id, Arc::new(job));
     }
-    if version == MANIFEST_VERSION_MANUAL {
+    if version >= MANIFEST_VERSION_MANUAL {
         manifest.manuals = take_manuals(&mut from)?;
     }
     from.end()?;
@@ -295,14 +300,26 @@ pub(crate) fn put_settings(out: &mut Vec<u8>, settings: &ManifestSettings) {
     put_varint(out, settings.table_bytes);
     put_varint(out, settings.base_level_bytes);
     put_varint(out, settings.l0_compaction_runs.into());
+    if settings.tables != TableShape::Uniform {
+        out.push(settings.tables as u8);
+    }
 }
 
-pub(crate) fn take_settings(from: &mut Decoder) -> Result<ManifestSettings> {
+/// `uniform`: they were written without [`TableShape`].
+pub(crate) fn take_settings(from: &mut Decoder, uniform: bool) -> Result<ManifestSettings> {
     Ok(ManifestSettings {
         memtable_bytes: from.varint()?,
         table_bytes: from.varint()?,
         base_level_bytes: from.varint()?,
         l0_compaction_runs: from.varint_u32()?,
+        tables: if uniform { TableShape::Uniform } else { take_shape(from)? },
+    })
+}
+
+fn take_shape(from: &mut Decoder) -> Result<TableShape> {
+    let number = from.u8()?;
+    TableShape::decode(number).ok_or_else(|| {
+        Error::new(ErrorKind::Foreign, format!("tables of a shape that this build does not make shape={number}"))
     })
 }
 

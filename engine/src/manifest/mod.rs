@@ -17,6 +17,7 @@ mod codec;
 mod manual;
 mod ops;
 pub(crate) mod picker;
+mod shape;
 pub(crate) mod version;
 
 #[cfg(test)]
@@ -28,11 +29,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 #[cfg(test)]
-pub(crate) use self::codec::{MANIFEST_VERSION, MANIFEST_VERSION_MANUAL, OP_KINDS};
+pub(crate) use self::codec::{MANIFEST_VERSION, MANIFEST_VERSION_MANUAL, MANIFEST_VERSION_SHAPED, OP_KINDS};
 pub(crate) use self::codec::{Places, decode_op, encode_op, put_settings, take_settings};
 pub(crate) use self::manual::Manual;
 pub(crate) use self::ops::Effects;
 pub(crate) use self::picker::Compaction;
+pub(crate) use self::shape::TableShape;
 pub(crate) use self::version::{GenRef, LEVELS, TableRef, Version};
 use crate::{BranchId, Generation, InstallTable, JobId, KeyspaceId, LogIndex, MAIN, TableId};
 
@@ -41,7 +43,7 @@ pub(crate) const DEFAULT_KEYSPACE: &str = "default";
 /// The name of [`MAIN`].
 pub(crate) const MAIN_BRANCH: &str = "main";
 
-/// The settings that decide where memtables rotate and which compactions run: fixed when the group is born, since a
+/// The settings that decide where memtables rotate, which compactions run and how tables are built: fixed when the group is born, since a
 /// change on one replica alone would make its tables differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ManifestSettings {
@@ -49,6 +51,7 @@ pub(crate) struct ManifestSettings {
     pub(crate) table_bytes: u64,
     pub(crate) base_level_bytes: u64,
     pub(crate) l0_compaction_runs: u32,
+    pub(crate) tables: TableShape,
 }
 
 /// The versions of a branch or checkpoint. A keyspace without one is empty.

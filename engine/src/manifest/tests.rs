@@ -16,8 +16,13 @@ use super::*;
 use crate::codec::Decoder;
 use crate::{ErrorKind, Result};
 
-const PICKER: ManifestSettings =
-    ManifestSettings { memtable_bytes: 1 << 20, table_bytes: 1 << 20, base_level_bytes: 1000, l0_compaction_runs: 4 };
+const PICKER: ManifestSettings = ManifestSettings {
+    memtable_bytes: 1 << 20,
+    table_bytes: 1 << 20,
+    base_level_bytes: 1000,
+    l0_compaction_runs: 4,
+    tables: TableShape::Uniform,
+};
 
 fn table(job: u64, ordinal: u32, first: &str, last: &str, bytes: u64) -> TableRef {
     Arc::new(InstallTable {
@@ -751,4 +756,27 @@ fn checkpoints_share_what_they_name() {
         ok(&mut m, 20 + n, checkpoint(&format!("c{n}")));
     }
     assert!(m.encode(None).len() < before + 10 * 64);
+}
+
+/// What a build wrote before there was a choice of tables: read, and written again byte for byte, so that such a group makes the
+/// tables that it made and can go back to that build.
+#[test]
+fn a_manifest_from_before_the_choice_of_tables_comes_back_as_it_was() {
+    let mut manifest = Manifest::new(PICKER);
+    ok(&mut manifest, 1, rotate(&[(0, 0)]));
+    let bytes = manifest.encode(None);
+    assert_eq!(bytes[0], MANIFEST_VERSION);
+    let (again, _) = Manifest::decode(bytes.clone()).expect("own bytes");
+    assert_eq!((&again, again.encode(None)), (&manifest, bytes.clone()));
+
+    let shaped = Manifest { settings: ManifestSettings { tables: TableShape::ByLevel, ..PICKER }, ..manifest };
+    let bytes = shaped.encode(None);
+    assert_eq!(bytes[0], MANIFEST_VERSION_SHAPED);
+    assert_eq!(Manifest::decode(bytes.clone()).expect("own bytes").0, shaped);
+    // The byte behind the four numbers: another build's way to make tables.
+    let at = 2 + 3 + 3 + 2 + 1;
+    assert_eq!(bytes[at], TableShape::ByLevel as u8);
+    let mut foreign = bytes.to_vec();
+    foreign[at] = 9;
+    assert_eq!(Manifest::decode(foreign.into()).expect_err("not known").kind(), ErrorKind::Foreign);
 }

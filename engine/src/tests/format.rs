@@ -42,7 +42,8 @@ fn the_document_has_the_versions_kinds_and_bounds_of_the_code() {
     check(
         "Manifest",
         &[
-            format!("| version | {};", crate::manifest::MANIFEST_VERSION),
+            format!("| version | {}. Of", crate::manifest::MANIFEST_VERSION_SHAPED),
+            format!("`tables` {};", crate::manifest::MANIFEST_VERSION),
             format!("; {} where a compaction was asked for", crate::manifest::MANIFEST_VERSION_MANUAL),
             format!("{} levels", crate::manifest::LEVELS),
         ],
@@ -51,7 +52,7 @@ fn the_document_has_the_versions_kinds_and_bounds_of_the_code() {
         "Manifest edits",
         &[
             format!("Records of kind {}:", crate::group::MANIFEST_EDIT.0),
-            format!("| version | u8 | {};", crate::group::EDIT_VERSION),
+            format!("| version | u8 | {}, or {} with", crate::group::EDIT_VERSION, crate::group::EDIT_VERSION_SHAPED),
         ],
     );
     for (kind, name) in crate::manifest::OP_KINDS {

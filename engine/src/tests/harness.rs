@@ -11,7 +11,7 @@ use mainstay_wal::GroupId;
 
 use crate::{
     Applied, BranchId, Command, CommandBody, Engine, EngineSettings, Group, GroupSettings, KeyspaceId, LocalLog,
-    LogIndex, MAIN, OwnerRecord, Result, Snapshot, StateMachine, WriteBatch, WriteOp,
+    LogIndex, MAIN, OwnerRecord, Result, Snapshot, StateMachine, TableCompression, WriteBatch, WriteOp,
 };
 
 pub(super) const GROUP: GroupId = GroupId(7);
@@ -25,6 +25,7 @@ pub(super) fn settings() -> GroupSettings {
         table_bytes: 16 << 10,
         base_level_bytes: 32 << 10,
         l0_compaction_runs: 3,
+        compression: TableCompression::ByLevel,
         state_machine: None,
     }
 }

@@ -3,7 +3,7 @@
 use mainstay_io::block_on;
 
 use super::harness::*;
-use crate::{BranchId, CommandBody, ErrorKind, KeyspaceId, LogIndex, MAIN};
+use crate::{BranchId, CommandBody, ErrorKind, GroupSettings, KeyspaceId, LogIndex, MAIN, TableCompression};
 
 fn value(n: usize) -> Vec<u8> {
     format!("value-{n}-").repeat(8).into_bytes()
@@ -280,4 +280,56 @@ fn an_identity_is_set_once() {
     let store = Store::open(&media);
     assert_eq!((store.engine.identity(), store.engine.incarnation()), (identity, incarnation));
     store.close();
+}
+
+/// How many tables are smaller than what is in them, and how many have a block that is compressed by zstd: bytes 24 to 31 of a
+/// root, and bit 0 of byte 4.
+fn shapes(store: &Store) -> (usize, usize) {
+    let tables = store.group().shared().stored_tables();
+    let raw = |root: &[u8]| u64::from_le_bytes(root[24..32].try_into().expect("eight bytes"));
+    let smaller = tables.iter().filter(|t| t.meta.bytes < raw(&t.meta.root)).count();
+    (smaller, tables.iter().filter(|t| t.meta.root[4] & 1 == 1).count())
+}
+
+/// Writes every key in several flushes, so that the data come to the last level and some stay above it.
+fn fill(store: &Store) {
+    for round in 0..4 {
+        for n in 0..400 {
+            store.put(&key(n), &value(n + round));
+        }
+        store.flush();
+    }
+    store.settle();
+}
+
+/// How tables are compressed is decided when the group is made. A build that asked the settings of today would, after a change
+/// of them on one replica, make other tables there than on the others.
+#[test]
+fn tables_are_compressed_as_the_group_was_made_to() {
+    let open = |media: &_, compression| {
+        let group = GroupSettings { compression, ..settings() };
+        Store::open_with(media, group, engine_settings()).expect("the volume opens")
+    };
+    for compression in [TableCompression::None, TableCompression::Lz4, TableCompression::ByLevel] {
+        let media = media();
+        let store = open(&media, compression);
+        store.put(&key(1), &value(1));
+        store.flush();
+        assert_eq!(shapes(&store).1, 0, "{compression:?}: nothing but L0 yet");
+        fill(&store);
+        let (smaller, zstd) = shapes(&store);
+        assert_eq!(zstd > 0, compression == TableCompression::ByLevel, "{compression:?}");
+        assert_eq!(smaller > 0, compression != TableCompression::None, "{compression:?}");
+        store.close();
+        let other = match compression {
+            TableCompression::ByLevel => TableCompression::None,
+            _ => TableCompression::ByLevel,
+        };
+        let store = open(&media, other);
+        fill(&store);
+        let (_, again) = shapes(&store);
+        assert_eq!(again > 0, compression == TableCompression::ByLevel, "{compression:?}: opened with {other:?}");
+        assert_eq!(store.get(&key(7)).as_deref(), Some(&value(7 + 3)[..]));
+        store.close();
+    }
 }

@@ -174,6 +174,7 @@ impl Cluster {
                 table_bytes: 256 << 10,
                 base_level_bytes: 1 << 20,
                 l0_compaction_runs: 4,
+                compression: mainstay_engine::TableCompression::ByLevel,
                 state_machine: None,
             },
             entry_cache_bytes: self.entry_cache_bytes,

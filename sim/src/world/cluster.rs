@@ -340,6 +340,7 @@ impl Cluster {
             table_bytes: self.settings.table_bytes,
             base_level_bytes: self.settings.base_level_bytes,
             l0_compaction_runs: self.settings.l0_compaction_runs,
+            compression: mainstay_engine::TableCompression::ByLevel,
             state_machine: Some(self.application.state_machine()),
         }
     }
