@@ -148,8 +148,8 @@ struct Frame {
     /// Where the entries end and the restarts begin.
     end: usize,
     restarts: usize,
-    /// Bytes that all keys at restarts have in common.
-    shared: usize,
+    /// What all keys at restarts begin with, where it lies.
+    prefix: Range<usize>,
     /// Of the key at each restart, eight bytes after those: a search touches few lines of memory before it is at the
     /// right restart.
     heads: Box<[u64]>,
@@ -189,15 +189,15 @@ impl Block {
         if restarts == 0 || end == 0 {
             return Err(Malformed("a block without entries"));
         }
-        let mut frame = Frame { bytes, end, restarts, shared: 0, heads: Box::default() };
+        let mut frame = Frame { bytes, end, restarts, prefix: 0..0, heads: Box::default() };
         if frame.restart(0)? != 0 {
             return Err(Malformed("a first restart that is not the first entry"));
         }
-        let first = frame.restart_key(0)?;
         let last = frame.restart_key(restarts.saturating_sub(1))?;
-        let shared = common_prefix(first, last);
+        let first = frame.entry(0)?.0.suffix;
+        let shared = common_prefix(frame.part(&first), last);
         let heads = (0..restarts).map(|at| Ok(head(frame.restart_key(at)?, shared))).collect::<Result<_>>()?;
-        frame.shared = shared;
+        frame.prefix = first.start..first.start.saturating_add(shared);
         frame.heads = heads;
         Ok(Self(Arc::new(frame)))
     }
@@ -282,21 +282,21 @@ impl Frame {
 
     /// The last restart whose key is below `key`, or is `key` if that is `allowed`.
     fn last_restart(&self, key: &[u8], allowed: bool) -> Option<usize> {
-        // Every restart was decoded by `parse`, so none can fail here.
-        let at = |restart| self.restart_key(restart).unwrap_or_default();
-        let first = at(0);
-        let prefix = first.get(..self.shared).unwrap_or_default();
-        match key.get(..self.shared).unwrap_or(key).cmp(prefix) {
+        let shared = self.prefix.len();
+        match key.get(..shared).unwrap_or(key).cmp(self.part(&self.prefix)) {
             Ordering::Less => return None,
             Ordering::Greater => return self.restarts.checked_sub(1),
             Ordering::Equal => {}
         }
-        let wanted = head(key, self.shared);
-        let (mut low, mut high) = (0, self.restarts);
+        let wanted = head(key, shared);
+        let mut low = self.heads.partition_point(|head| *head < wanted);
+        let equal = self.heads.get(low..).unwrap_or_default();
+        // Few heads are equal: a walk over them ends sooner than a search in all that follow.
+        let mut high = equal.iter().take_while(|head| **head == wanted).count().saturating_add(low);
         while low < high {
             let middle = low.midpoint(high);
-            let head = self.heads.get(middle).copied().unwrap_or_default();
-            let order = head.cmp(&wanted).then_with(|| at(middle).cmp(key));
+            // Every restart was decoded by `parse`, so none can fail here.
+            let order = self.restart_key(middle).unwrap_or_default().cmp(key);
             if order.is_lt() || (allowed && order.is_eq()) {
                 low = middle.saturating_add(1);
             } else {
@@ -312,10 +312,20 @@ impl Frame {
         const CUT: Malformed = Malformed("an entry that is cut short");
         let body = self.bytes.get(..self.end).ok_or(CUT)?;
         let mut input = body.get(offset..).ok_or(CUT)?;
-        let shared = varint::take(&mut input).ok_or(CUT)?;
-        let unshared = varint::take(&mut input).ok_or(CUT)?;
-        let (&kind, rest) = input.split_first().ok_or(CUT)?;
-        input = rest;
+        let (shared, unshared, kind) = match input.split_first_chunk::<3>() {
+            // So are nearly all: what is shared and what is not take a byte each.
+            Some((&[shared, unshared, kind], rest)) if (shared | unshared) < 0x80 => {
+                input = rest;
+                (u64::from(shared), u64::from(unshared), kind)
+            }
+            _ => {
+                let shared = varint::take(&mut input).ok_or(CUT)?;
+                let unshared = varint::take(&mut input).ok_or(CUT)?;
+                let (&kind, rest) = input.split_first().ok_or(CUT)?;
+                input = rest;
+                (shared, unshared, kind)
+            }
+        };
         let index = varint::take(&mut input).ok_or(CUT)?;
         let value = varint::take(&mut input).ok_or(CUT)?;
         let kind = EntryKind::decode(kind)?;

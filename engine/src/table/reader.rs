@@ -132,7 +132,10 @@ impl Table {
             return Ok(None);
         }
         if let Some(handle) = self.root.filters {
-            let filters = self.filter_index(&handle).await?;
+            let filters = match self.filters.get() {
+                Some(pinned) => &pinned.block,
+                None => self.filter_index(&handle).await?,
+            };
             let Some(found) = filters.search(key).map_err(|error| self.corrupt(error, &handle))? else {
                 // Partitions reach to the last key, which `covers` has compared.
                 return Err(self.corrupt(Malformed("a filter index that ends before the last key"), &handle));
@@ -142,7 +145,10 @@ impl Table {
                 return Ok(None);
             }
         }
-        let top = self.top().await?;
+        let top = match self.top.get() {
+            Some(pinned) => &pinned.block,
+            None => self.top().await?,
+        };
         let Some(mut handle) = self.child(top, key, &self.root.top)? else { return Ok(None) };
         if self.root.levels == 2 {
             let index = self.block(&handle).await?;

@@ -25,6 +25,23 @@ pub(crate) fn take(input: &mut &[u8]) -> Option<u64> {
 }
 
 fn take_long(input: &mut &[u8]) -> Option<u64> {
+    let word = input.first_chunk::<8>().map_or(u64::MAX, |chunk| u64::from_le_bytes(*chunk));
+    // The lowest of these bits ends the number.
+    let ends = !word & 0x8080_8080_8080_8080;
+    if ends == 0 {
+        return take_longest(input);
+    }
+    let bits = word & (ends ^ ends.wrapping_sub(1)) & 0x7f7f_7f7f_7f7f_7f7f;
+    // Groups of seven bits move together: by pairs of bytes, then of two, then of four.
+    let bits = (bits & 0x007f_007f_007f_007f) | ((bits & 0x7f00_7f00_7f00_7f00) >> 1);
+    let bits = (bits & 0x0000_3fff_0000_3fff) | ((bits & 0x3fff_0000_3fff_0000) >> 2);
+    let bits = (bits & 0x0000_0000_0fff_ffff) | ((bits & 0x0fff_ffff_0000_0000) >> 4);
+    *input = input.get((ends.trailing_zeros() as usize >> 3).wrapping_add(1)..)?;
+    Some(bits)
+}
+
+/// Of more than eight bytes, or at the end of the input.
+fn take_longest(input: &mut &[u8]) -> Option<u64> {
     let mut value = 0u64;
     let mut shift = 0u32;
     for (at, &byte) in input.iter().enumerate().take(VARINT_BYTES_MAX) {
@@ -56,6 +73,12 @@ mod tests {
             assert!(out.len() <= VARINT_BYTES_MAX);
             let mut input = &out[..];
             assert_eq!((take(&mut input), input.len()), (Some(value), 0));
+            // What follows is another number's.
+            for behind in [0x00, 0x7f, 0x80, 0xff] {
+                let bytes = [&out[..], &[behind; 9]].concat();
+                let mut input = &bytes[..];
+                assert_eq!((take(&mut input), input), (Some(value), &[behind; 9][..]));
+            }
         }
     }
 
