@@ -6,6 +6,7 @@ mod compact;
 mod conditions;
 mod crash;
 mod format;
+mod golden;
 mod groups;
 mod harness;
 mod heal;
