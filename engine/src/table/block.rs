@@ -291,8 +291,10 @@ impl Frame {
         let wanted = head(key, shared);
         let mut low = self.heads.partition_point(|head| *head < wanted);
         let equal = self.heads.get(low..).unwrap_or_default();
-        // Few heads are equal: a walk over them ends sooner than a search in all that follow.
-        let mut high = equal.iter().take_while(|head| **head == wanted).count().saturating_add(low);
+        let mut high = match equal.first() {
+            Some(&head) if head == wanted => equal.partition_point(|head| *head == wanted).saturating_add(low),
+            _ => low,
+        };
         while low < high {
             let middle = low.midpoint(high);
             // Every restart was decoded by `parse`, so none can fail here.
