@@ -43,8 +43,8 @@ pub(crate) const DEFAULT_KEYSPACE: &str = "default";
 /// The name of [`MAIN`].
 pub(crate) const MAIN_BRANCH: &str = "main";
 
-/// The settings that decide where memtables rotate, which compactions run and how tables are built: fixed when the group is born, since a
-/// change on one replica alone would make its tables differ.
+/// The settings that decide where memtables rotate, which compactions run and how tables are built: fixed when the group is
+/// born, since a change on one replica alone would make its tables differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ManifestSettings {
     pub(crate) memtable_bytes: u64,

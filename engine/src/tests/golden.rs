@@ -45,8 +45,8 @@ fn op(keyspace: KeyspaceId, key: &str, value: Option<&[u8]>) -> WriteOp {
 
 /// What a round writes: half of the keys anew, some gone.
 fn round(round: u32) -> Vec<(String, Option<Vec<u8>>)> {
-    let keys = (0..KEYS).filter(|at| (at + round) % 2 == 0);
-    keys.map(|at| (key(at), ((at + round) % 13 != 0).then(|| value(round, at)))).collect()
+    let keys = (0..KEYS).filter(|at| (at + round).is_multiple_of(2));
+    keys.map(|at| (key(at), (!(at + round).is_multiple_of(13)).then(|| value(round, at)))).collect()
 }
 
 /// What the default keyspace of the main branch holds after so many rounds.
