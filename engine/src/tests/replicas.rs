@@ -97,6 +97,8 @@ pub(super) fn work() -> impl Iterator<Item = CommandBody> {
     (0..1200_usize).map(|n| match n {
         300 => CommandBody::CreateCheckpoint { name: "c".into(), branch: MAIN },
         301 => CommandBody::CreateClone { name: "x".into(), checkpoint: "c".into() },
+        400 | 1000 => compact(MAIN, "", None),
+        550 => compact(MAIN, "k0100", Some("k0200")),
         700 => CommandBody::CreateCheckpoint { name: "d".into(), branch: MAIN },
         900 => CommandBody::DropCheckpoint { name: "c".into() },
         _ if n % 17 == 3 => delete(MAIN, &format!("k{:04}", n * 13 % 500)),
