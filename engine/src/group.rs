@@ -520,7 +520,7 @@ impl Group {
         self.0.offer_again();
     }
 
-    /// Waits until the compaction that entry `index` asked for ([`CommandBody::Compact`]) has ended on this replica and the space that it freed
+    /// Waits until the compaction that entry `index` asked for ([`Compact`](crate::CommandBody::Compact)) has ended on this replica and the space that it freed
     /// is given back to the file system or the device. At once where that entry asked for none, or what it was for was dropped. Space that
     /// a checkpoint, a clone or a snapshot still names comes back with those.
     ///
