@@ -10,6 +10,8 @@
 
 use bytes::Bytes;
 
+use crate::command::{KEY_BYTES_MAX, TableRanges};
+use crate::range_tombstone::{BOUND_BYTES_MAX, KeyRange, last_before, last_key};
 use crate::{BranchId, Error, ErrorKind, InstallTable, JobId, KeyspaceId, Result, TableId};
 
 /// Bytes of the longest varint of 64 bits.
@@ -167,6 +169,8 @@ impl Decoder {
 pub(crate) const NAME_BYTES_MAX: usize = 255;
 /// Longest table root in bytes.
 pub(crate) const ROOT_BYTES_MAX: usize = 1 << 10;
+/// Fewest bytes of an encoded range.
+const RANGE_BYTES_MIN: usize = 3;
 /// Fewest bytes of an encoded table.
 pub(crate) const TABLE_BYTES_MIN: usize = 26;
 
@@ -182,33 +186,90 @@ pub(crate) fn check_name(name: &str) -> Result<()> {
     }
 }
 
-pub(crate) fn put_table(out: &mut Vec<u8>, table: &InstallTable) {
+/// Appends a range; see [`take_range`].
+pub(crate) fn put_range(out: &mut Vec<u8>, range: &KeyRange) {
+    put_bytes(out, range.start());
+    put_bytes(out, range.end().map_or(&[], |end| end));
+}
+
+/// Reads a range that holds a key. An empty end is none.
+pub(crate) fn take_range(from: &mut Decoder) -> Result<KeyRange> {
+    let (start, end) = (from.bytes(1, BOUND_BYTES_MAX)?, from.bytes(0, BOUND_BYTES_MAX)?);
+    let range = KeyRange::from_parts(start, (!end.is_empty()).then_some(end));
+    range.check().map_err(|_| from.corrupt("a range ends before it begins"))?;
+    Ok(range)
+}
+
+/// How tables are written one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TableForm {
+    /// None of them has range tombstones: as before there were any.
+    Plain,
+    /// Each with what [`TableRanges`] has of it.
+    Ranged,
+}
+
+impl TableForm {
+    /// The form in which these can be written.
+    pub(crate) fn of<'a>(mut tables: impl Iterator<Item = &'a InstallTable>) -> Self {
+        if tables.any(InstallTable::has_ranges) { Self::Ranged } else { Self::Plain }
+    }
+}
+
+pub(crate) fn put_table(out: &mut Vec<u8>, table: &InstallTable, form: TableForm) {
     put_varint(out, table.id.job.0);
     put_varint(out, table.id.ordinal.into());
     put_varint(out, table.branch.0);
     put_varint(out, table.keyspace.0.into());
     put_bytes(out, &table.first);
-    put_bytes(out, &table.last);
+    // The largest key is long, and where a range has no end it is the last of the table.
+    let last = if form == TableForm::Ranged && table.last == last_key() { &[] } else { &table.last[..] };
+    put_bytes(out, last);
     put_varint(out, table.entries);
     put_varint(out, table.tombstones);
     put_varint(out, table.bytes);
     out.extend_from_slice(&table.digest.to_le_bytes());
     put_bytes(out, &table.root);
+    if form == TableForm::Ranged {
+        put_varint(out, table.ranges.tombstones);
+        put_varint(out, table.ranges.spans.len() as u64);
+        table.ranges.spans.iter().for_each(|span| put_range(out, span));
+    }
 }
 
-pub(crate) fn take_table(from: &mut Decoder) -> Result<InstallTable> {
-    let table = InstallTable {
+pub(crate) fn take_table(from: &mut Decoder, form: TableForm) -> Result<InstallTable> {
+    let (last_min, first_max) = match form {
+        TableForm::Plain => (1, KEY_BYTES_MAX),
+        TableForm::Ranged => (0, BOUND_BYTES_MAX),
+    };
+    let mut table = InstallTable {
         id: TableId { job: JobId(from.varint()?), ordinal: from.varint_u32()? },
         branch: BranchId(from.varint()?),
         keyspace: KeyspaceId(from.varint_u32()?),
-        first: from.bytes(1, crate::command::KEY_BYTES_MAX)?,
-        last: from.bytes(1, crate::command::KEY_BYTES_MAX)?,
+        first: from.bytes(1, first_max)?,
+        last: from.bytes(last_min, KEY_BYTES_MAX)?,
         entries: from.varint()?,
         tombstones: from.varint()?,
         bytes: from.varint()?,
         digest: from.u128()?,
         root: from.bytes(0, ROOT_BYTES_MAX)?,
+        ranges: TableRanges::default(),
     };
+    if table.last.is_empty() {
+        table.last = last_key();
+    }
+    if form == TableForm::Ranged {
+        table.ranges.tombstones = from.varint()?;
+        let spans = (0..from.count(RANGE_BYTES_MIN)?).map(|_| take_range(from)).collect::<Result<Vec<_>>>()?;
+        let apart = spans.iter().zip(spans.iter().skip(1)).all(|(a, b)| a.end_place() < b.start());
+        let inside =
+            spans.iter().all(|span| table.first <= span.start() && last_before(span.end_place()) <= table.last);
+        let without = table.ranges.tombstones == 0 && (!spans.is_empty() || table.first.len() > KEY_BYTES_MAX);
+        if !apart || !inside || without {
+            return Err(from.corrupt("what range tombstones of a table hide is not in it, or out of order"));
+        }
+        table.ranges.spans = spans;
+    }
     if table.first > table.last {
         return Err(from.corrupt("a table ends before it begins"));
     }

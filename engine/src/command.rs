@@ -13,11 +13,12 @@
 use bytes::Bytes;
 
 use crate::codec::{
-    Decoder, SPAN_BYTES_MAX, TABLE_BYTES_MIN, check_name, put_bytes, put_span, put_table, put_varint, take_span,
-    take_table,
+    Decoder, SPAN_BYTES_MAX, TABLE_BYTES_MIN, TableForm, check_name, put_bytes, put_range, put_span, put_table,
+    put_varint, take_range, take_span, take_table,
 };
 use crate::condition::{Condition, put_conditions, take_conditions};
 use crate::once::not_once;
+use crate::range_tombstone::{BOUND_BYTES_MAX, KeyRange};
 use crate::{BranchId, ClientToken, ConditionalBatch, Error, ErrorKind, JobId, KeyspaceId, Result, TableId};
 
 /// Longest message of a refusal in bytes.
@@ -121,7 +122,8 @@ pub enum CommandBody {
     },
 }
 
-/// Mutations applied all or none to one branch. The later of two mutations of one key wins.
+/// Mutations applied all or none to one branch. The later of two mutations of one key wins: a range removes what stands before it, and
+/// nothing that comes after.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct WriteBatch {
     /// The branch it writes.
@@ -134,7 +136,7 @@ impl WriteBatch {
     /// Checks and encodes the batch for [`Command::encode_batches`].
     ///
     /// # Errors
-    /// `Invalid` for an empty key, or a key or value over its limit.
+    /// `Invalid` for an empty key, a key or value over its limit, or a range without a key.
     pub fn encode(&self) -> Result<EncodedBatch> {
         let mut batch = Vec::with_capacity(self.encoded_bytes());
         encode_batch(&mut batch, self)?;
@@ -143,7 +145,7 @@ impl WriteBatch {
 
     /// About the bytes of the encoding.
     fn encoded_bytes(&self) -> usize {
-        let ops = self.ops.iter().map(|op| op.key().len() + op.value().map_or(0, Bytes::len) + 16);
+        let ops = self.ops.iter().map(|op| op.bytes() + 16);
         ops.sum::<usize>() + 12
     }
 }
@@ -204,6 +206,13 @@ pub enum WriteOp {
         /// 1 to [`KEY_BYTES_MAX`] bytes.
         key: Bytes,
     },
+    /// Removes all keys of a range, however many there are, at the cost of one mutation.
+    DeleteRange {
+        /// Where.
+        keyspace: KeyspaceId,
+        /// Which keys.
+        range: KeyRange,
+    },
 }
 
 /// An output of a job as an `Install` names it.
@@ -215,7 +224,7 @@ pub struct InstallTable {
     pub branch: BranchId,
     /// See `branch`.
     pub keyspace: KeyspaceId,
-    /// First and last user key.
+    /// First and last user key, or where range tombstones begin and end outside of those.
     pub first: Bytes,
     /// See `first`.
     pub last: Bytes,
@@ -229,6 +238,18 @@ pub struct InstallTable {
     pub digest: u128,
     /// Where the root of the table lies and its checksum, so that the table is verified from here down.
     pub root: Bytes,
+    /// Its range tombstones.
+    pub ranges: TableRanges,
+}
+
+/// What the manifest keeps of the range tombstones of a table.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TableRanges {
+    /// How many there are.
+    pub tombstones: u64,
+    /// Keys that they hide, in order and without overlap: the first of them, and not those with long bounds. What lies below and
+    /// within one of these need not be read to be dropped.
+    pub spans: Vec<KeyRange>,
 }
 
 /// The encoding written today; see docs/format.md.
@@ -249,10 +270,11 @@ const KIND_ONCE: u8 = 12;
 const KIND_BATCH_IF: u8 = 13;
 const KIND_BATCHES_IF: u8 = 14;
 const KIND_COMPACT: u8 = 15;
+const KIND_INSTALL_RANGED: u8 = 16;
 
 /// The kinds as docs/format.md has them.
 #[cfg(test)]
-pub(crate) const KINDS: [(u8, &str); 15] = [
+pub(crate) const KINDS: [(u8, &str); 16] = [
     (KIND_BATCH, "Batch"),
     (KIND_CREATE_KEYSPACE, "CreateKeyspace"),
     (KIND_DROP_KEYSPACE, "DropKeyspace"),
@@ -268,10 +290,17 @@ pub(crate) const KINDS: [(u8, &str); 15] = [
     (KIND_BATCH_IF, "BatchIf"),
     (KIND_BATCHES_IF, "BatchesIf"),
     (KIND_COMPACT, "Compact"),
+    (KIND_INSTALL_RANGED, "Install"),
 ];
 
 const OP_PUT: u8 = 1;
 const OP_DELETE: u8 = 2;
+const OP_DELETE_RANGE: u8 = 3;
+
+/// The kinds of mutations as docs/format.md has them.
+#[cfg(test)]
+pub(crate) const OP_KINDS: [(u8, &str); 3] =
+    [(OP_PUT, "put"), (OP_DELETE, "delete"), (OP_DELETE_RANGE, "delete range")];
 
 /// Bytes of the shortest batch: a branch and a count.
 const BATCH_BYTES_MIN: usize = 2;
@@ -282,14 +311,17 @@ impl WriteOp {
     /// Where it writes.
     pub fn keyspace(&self) -> KeyspaceId {
         match self {
-            Self::Put { keyspace, .. } | Self::Delete { keyspace, .. } => *keyspace,
+            Self::Put { keyspace, .. } | Self::Delete { keyspace, .. } | Self::DeleteRange { keyspace, .. } => {
+                *keyspace
+            }
         }
     }
 
-    /// What it writes.
+    /// What it writes; of a range its first place.
     pub fn key(&self) -> &Bytes {
         match self {
             Self::Put { key, .. } | Self::Delete { key, .. } => key,
+            Self::DeleteRange { range, .. } => range.start(),
         }
     }
 
@@ -297,14 +329,26 @@ impl WriteOp {
     pub fn value(&self) -> Option<&Bytes> {
         match self {
             Self::Put { value, .. } => Some(value),
-            Self::Delete { .. } => None,
+            Self::Delete { .. } | Self::DeleteRange { .. } => None,
+        }
+    }
+
+    /// Bytes of its keys and of its value.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Put { key, value, .. } => key.len().saturating_add(value.len()),
+            Self::Delete { key, .. } => key.len(),
+            Self::DeleteRange { range, .. } => range.bytes(),
         }
     }
 
     /// Refuses what no table can hold.
     pub(crate) fn check(&self) -> Result<()> {
-        check_key(self.key())?;
-        self.value().map_or(Ok(()), |value| check_value(value))
+        match self {
+            Self::Put { key, value, .. } => check_key(key).and_then(|()| check_value(value)),
+            Self::Delete { key, .. } => check_key(key),
+            Self::DeleteRange { range, .. } => range.check(),
+        }
     }
 }
 
@@ -341,11 +385,17 @@ pub(crate) fn check_span(first: &[u8], end: Option<&Bytes>) -> Result<()> {
     }
 }
 
+impl InstallTable {
+    pub(crate) fn has_ranges(&self) -> bool {
+        self.ranges.tombstones > 0
+    }
+}
+
 impl Command {
     /// Encodes the command; see docs/format.md.
     ///
     /// # Errors
-    /// `Invalid` for an empty key, a key or value over its limit, or a name of 0 or more than 255 bytes.
+    /// `Invalid` for an empty key, a key or value over its limit, a range without a key, or a name of 0 or more than 255 bytes.
     pub fn encode(&self) -> Result<Bytes> {
         let mut out = Vec::with_capacity(self.encoded_bytes());
         out.push(COMMAND_VERSION);
@@ -354,6 +404,7 @@ impl Command {
             CommandBody::CreateKeyspace { .. } => KIND_CREATE_KEYSPACE,
             CommandBody::DropKeyspace { .. } => KIND_DROP_KEYSPACE,
             CommandBody::Rotate => KIND_ROTATE,
+            CommandBody::Install { tables, .. } if tables.iter().any(InstallTable::has_ranges) => KIND_INSTALL_RANGED,
             CommandBody::Install { .. } => KIND_INSTALL,
             CommandBody::CreateCheckpoint { .. } => KIND_CREATE_CHECKPOINT,
             CommandBody::DropCheckpoint { .. } => KIND_DROP_CHECKPOINT,
@@ -378,10 +429,11 @@ impl Command {
             CommandBody::Install { job, tables } => {
                 put_varint(&mut out, job.0);
                 put_varint(&mut out, tables.len() as u64);
+                let form = TableForm::of(tables.iter());
                 for table in tables {
-                    check_key(&table.first)?;
+                    check_first(&table.first, form)?;
                     check_key(&table.last)?;
-                    put_table(&mut out, table);
+                    put_table(&mut out, table, form);
                 }
             }
             CommandBody::CreateCheckpoint { name, branch } => {
@@ -465,7 +517,7 @@ impl Command {
 
     /// Whether these bytes are a command without which what is in the log stays needed there: a rotation or an install.
     pub fn lets_the_log_be_cut(bytes: &[u8]) -> bool {
-        matches!(bytes, [COMMAND_VERSION, KIND_ROTATE | KIND_INSTALL, ..])
+        matches!(bytes, [COMMAND_VERSION, KIND_ROTATE | KIND_INSTALL | KIND_INSTALL_RANGED, ..])
     }
 
     /// Decodes a command. Never panics; an unknown kind or version is `Foreign`, damage is `Corrupt`. Keys and values
@@ -486,12 +538,8 @@ impl Command {
             KIND_CREATE_KEYSPACE => CommandBody::CreateKeyspace { name: from.name()? },
             KIND_DROP_KEYSPACE => CommandBody::DropKeyspace { name: from.name()? },
             KIND_ROTATE => CommandBody::Rotate,
-            KIND_INSTALL => {
-                let job = JobId(from.varint()?);
-                let count = from.count(TABLE_BYTES_MIN)?;
-                let tables = (0..count).map(|_| take_table(&mut from)).collect::<Result<_>>()?;
-                CommandBody::Install { job, tables }
-            }
+            KIND_INSTALL => take_install(&mut from, TableForm::Plain)?,
+            KIND_INSTALL_RANGED => take_install(&mut from, TableForm::Ranged)?,
             KIND_CREATE_CHECKPOINT => {
                 CommandBody::CreateCheckpoint { name: from.name()?, branch: BranchId(from.varint()?) }
             }
@@ -554,6 +602,18 @@ impl Command {
     }
 }
 
+fn take_install(from: &mut Decoder, form: TableForm) -> Result<CommandBody> {
+    let job = JobId(from.varint()?);
+    let count = from.count(TABLE_BYTES_MIN)?;
+    let tables = (0..count).map(|_| take_table(from, form)).collect::<Result<_>>()?;
+    Ok(CommandBody::Install { job, tables })
+}
+
+/// As [`check_key`], for where a table begins: a range tombstone may begin behind the longest key.
+fn check_first(key: &[u8], form: TableForm) -> Result<()> {
+    if form == TableForm::Ranged && key.len() == BOUND_BYTES_MAX { Ok(()) } else { check_key(key) }
+}
+
 fn put_name(out: &mut Vec<u8>, name: &str) -> Result<()> {
     check_name(name)?;
     put_bytes(out, name.as_bytes());
@@ -565,11 +625,19 @@ fn encode_batch(out: &mut Vec<u8>, batch: &WriteBatch) -> Result<()> {
     put_varint(out, batch.ops.len() as u64);
     for op in &batch.ops {
         op.check()?;
-        out.push(if op.value().is_some() { OP_PUT } else { OP_DELETE });
+        out.push(match op {
+            WriteOp::Put { .. } => OP_PUT,
+            WriteOp::Delete { .. } => OP_DELETE,
+            WriteOp::DeleteRange { .. } => OP_DELETE_RANGE,
+        });
         put_varint(out, op.keyspace().0.into());
-        put_bytes(out, op.key());
-        if let Some(value) = op.value() {
-            put_bytes(out, value);
+        match op {
+            WriteOp::Put { key, value, .. } => {
+                put_bytes(out, key);
+                put_bytes(out, value);
+            }
+            WriteOp::Delete { key, .. } => put_bytes(out, key),
+            WriteOp::DeleteRange { range, .. } => put_range(out, range),
         }
     }
     Ok(())
@@ -596,10 +664,13 @@ fn decode_batch(from: &mut Decoder) -> Result<WriteBatch> {
     for _ in 0..count {
         let tag = from.u8()?;
         let keyspace = KeyspaceId(from.varint_u32()?);
-        let key = from.bytes(1, KEY_BYTES_MAX)?;
         ops.push(match tag {
-            OP_PUT => WriteOp::Put { keyspace, key, value: from.bytes(0, VALUE_BYTES_MAX)? },
-            OP_DELETE => WriteOp::Delete { keyspace, key },
+            OP_PUT => {
+                let key = from.bytes(1, KEY_BYTES_MAX)?;
+                WriteOp::Put { keyspace, key, value: from.bytes(0, VALUE_BYTES_MAX)? }
+            }
+            OP_DELETE => WriteOp::Delete { keyspace, key: from.bytes(1, KEY_BYTES_MAX)? },
+            OP_DELETE_RANGE => WriteOp::DeleteRange { keyspace, range: take_range(from)? },
             tag => return Err(Error::new(ErrorKind::Foreign, format!("a mutation of an unknown kind kind={tag}"))),
         });
     }

@@ -31,7 +31,7 @@ pub(crate) use self::jobs::{JobClass, Run};
 pub(crate) use self::mend::{CHECK_READ_BYTES, digest_of};
 use self::present::Durable;
 #[cfg(test)]
-pub(crate) use self::present::{EDIT_VERSION, EDIT_VERSION_SHAPED};
+pub(crate) use self::present::{EDIT_VERSION, EDIT_VERSION_RANGED, EDIT_VERSION_SHAPED};
 pub(crate) use self::present::{MANIFEST_EDIT, Recovered};
 #[cfg(test)]
 pub(crate) use self::transfer::EXPORT_VERSION;

@@ -4,6 +4,7 @@
 
 /// Decoders: any bytes in, no panic.
 pub mod fuzz {
+    use std::ops::Bound;
     use std::sync::Arc;
 
     use bytes::Bytes;
@@ -11,7 +12,7 @@ pub mod fuzz {
     use mainstay_wal::Lsn;
 
     use crate::volume::superblock::ROOT_EXTENTS_MAX;
-    use crate::{InstallTable, JobId, KeyspaceId, LogIndex, MAIN, TableId};
+    use crate::{InstallTable, JobId, KeyRange, KeyspaceId, LogIndex, MAIN, TableId, TableRanges};
 
     /// Opens `bytes` as a table by its own footer and reads it in every way.
     pub fn table(bytes: &[u8]) {
@@ -50,22 +51,32 @@ pub mod fuzz {
 
     /// Tables of a few shapes.
     pub fn table_seeds() -> Vec<Vec<u8>> {
+        use crate::range_tombstone::RangeTombstone;
         use crate::table::{Compression, TableBuilder, TableOptions};
 
+        let range = |start: &'static [u8], end: Option<&'static [u8]>| RangeTombstone {
+            range: KeyRange::from_parts(Bytes::from_static(start), end.map(Bytes::from_static)),
+            index: LogIndex(1),
+        };
         let shapes = [
-            (Compression::None, 0, 3u64),
-            (Compression::Lz4, 8, 40),
-            (Compression::None, 16, 20),
-            (Compression::Zstd, 8, 60),
-            (Compression::Lz4, 12, 30),
+            (Compression::None, 0, 3u64, false),
+            (Compression::Lz4, 8, 40, false),
+            (Compression::None, 16, 20, false),
+            (Compression::Zstd, 8, 60, false),
+            (Compression::Lz4, 12, 30, false),
+            (Compression::None, 8, 5, true),
         ];
         shapes
-            .map(|(compression, filter_bits, entries)| {
+            .map(|(compression, filter_bits, entries, ranged)| {
                 let mut builder = TableBuilder::new(TableOptions { block_bytes: 512, compression, filter_bits });
                 for at in 0..entries {
                     let value = format!("value {at}").repeat(3);
                     let value = (at % 7 != 5).then_some(value.as_bytes());
                     builder.add(format!("user/{at:06}/name").as_bytes(), LogIndex(at + 1), value);
+                }
+                if ranged {
+                    builder.add_range(range(b"user/", Some(b"user/000003")));
+                    builder.add_range(range(b"user/000003", None));
                 }
                 builder.finish().0.iter().flat_map(|chunk| chunk.to_vec()).collect()
             })
@@ -95,6 +106,10 @@ pub mod fuzz {
             bytes: 4096,
             digest: 7,
             root: Bytes::from_static(&[1; 112]),
+            ranges: TableRanges {
+                tombstones: 2,
+                spans: vec![KeyRange::new(Bound::Included("b".into()), Bound::Excluded("d".into()))],
+            },
         };
         let ops = [
             ManifestOp::CreateKeyspace { name: "users".into() },

@@ -18,6 +18,7 @@ mod memory;
 mod memtable;
 mod once;
 mod own_writes;
+mod range_tombstone;
 mod read;
 mod snapshot;
 mod state_machine;
@@ -35,7 +36,7 @@ mod tests;
 pub mod hooks;
 
 pub use command::{
-    Command, CommandBody, EncodedBatch, InstallTable, KEY_BYTES_MAX, VALUE_BYTES_MAX, WriteBatch, WriteOp,
+    Command, CommandBody, EncodedBatch, InstallTable, KEY_BYTES_MAX, TableRanges, VALUE_BYTES_MAX, WriteBatch, WriteOp,
     decode_refusals,
 };
 pub use condition::{Condition, ConditionalBatch};
@@ -48,6 +49,7 @@ pub use group::{Applied, Export, Group, GroupSettings, GroupStatus, TableSource}
 pub use heal::{HealStatus, TablePeers};
 pub use local_log::LocalLog;
 pub use once::{CLIENTS_KEYSPACE, ClientToken};
+pub use range_tombstone::{KeyRange, RangeSet};
 pub use snapshot::{Direction, Scan, Snapshot, Value, Visitor};
 pub use state_machine::{Apply, StateMachine};
 pub use stats::{EngineStats, StallCause, StallStats};

@@ -133,6 +133,10 @@ fn write(apply: &mut Apply, ops: &[WriteOp]) -> Result<()> {
         match op {
             WriteOp::Put { keyspace, key, value } => apply.put(*keyspace, key.clone(), value.clone())?,
             WriteOp::Delete { keyspace, key } => apply.delete(*keyspace, key.clone())?,
+            WriteOp::DeleteRange { keyspace, range } => {
+                let (lower, upper) = range.bounds();
+                apply.delete_range(*keyspace, lower, upper)?;
+            }
         }
     }
     Ok(())

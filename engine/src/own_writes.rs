@@ -7,12 +7,14 @@
 //! W1. Of several writes to one key the last one counts, at the place of the first: order of keys and order of writes never
 //!     depend on the hash.
 //! W2. `sorted` is unset, or holds every key that was written.
+//! W3. A range that is removed takes with it what was written to its keys before; what is written to them later stands beside it. So it
+//!     does not matter in which order ranges and writes are applied.
 //!
 //! # Why not
 //! a `BTreeMap` from the start: of the commands of a server few scan, and each write of each replica would find its place by
 //! comparing keys.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, Hash, Hasher};
 use std::ops::Bound;
 use std::sync::OnceLock;
@@ -23,6 +25,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::KeyspaceId;
 use crate::command::WriteOp;
+use crate::range_tombstone::{KeyRange, RangeSet};
 
 /// A key of a keyspace.
 pub(crate) type Place = (KeyspaceId, Bytes);
@@ -32,6 +35,7 @@ pub(crate) struct OwnWrites {
     /// `None` removes.
     writes: IndexMap<Key, Option<Bytes>, Seed>,
     sorted: OnceLock<BTreeSet<Place>>,
+    removed: BTreeMap<KeyspaceId, RangeSet>,
 }
 
 #[derive(PartialEq, Eq)]
@@ -88,7 +92,7 @@ impl Hasher for KeyHasher {
 impl OwnWrites {
     /// None yet. `seed` differs between commands.
     pub(crate) fn new(seed: u64) -> Self {
-        Self { writes: IndexMap::with_hasher(Seed(seed)), sorted: OnceLock::new() }
+        Self { writes: IndexMap::with_hasher(Seed(seed)), sorted: OnceLock::new(), removed: BTreeMap::new() }
     }
 
     /// Sets (`Some`) or removes (`None`) a key.
@@ -99,9 +103,33 @@ impl OwnWrites {
         self.writes.insert(Key(keyspace, key), value);
     }
 
+    /// Removes all keys of a range.
+    pub(crate) fn remove_range(&mut self, keyspace: KeyspaceId, range: &KeyRange) {
+        if !self.writes.is_empty() {
+            let writes = &self.writes;
+            self.sorted.get_or_init(|| in_order(writes));
+        }
+        if let Some(sorted) = self.sorted.get_mut() {
+            let (from, to) = ((keyspace, range.start().clone()), (keyspace, range.end_place().clone()));
+            let gone: Vec<Place> = sorted.range(from..to).cloned().collect();
+            for place in gone {
+                sorted.remove(&place);
+                // The last one takes its place: it is the same one on every replica.
+                self.writes.swap_remove(&KeyRef(place.0, &place.1));
+            }
+        }
+        self.removed.entry(keyspace).or_default().add(range);
+    }
+
     /// What was written to a key, if anything was: `Some(None)` when it was removed.
     pub(crate) fn get(&self, keyspace: KeyspaceId, key: &[u8]) -> Option<&Option<Bytes>> {
-        self.writes.get(&KeyRef(keyspace, key))
+        let written = self.writes.get(&KeyRef(keyspace, key));
+        written.or_else(|| self.removed_range(keyspace, key).map(|_| &None))
+    }
+
+    /// The range that holds a key and was removed.
+    pub(crate) fn removed_range(&self, keyspace: KeyspaceId, key: &[u8]) -> Option<KeyRange> {
+        self.removed.get(&keyspace)?.at(key)
     }
 
     /// What was written between two places, in order of keys. The first call puts all keys in order.
@@ -110,21 +138,28 @@ impl OwnWrites {
         from: Bound<Place>,
         to: Bound<Place>,
     ) -> impl DoubleEndedIterator<Item = (&Bytes, &Option<Bytes>)> + Send {
-        let sort = || self.writes.keys().map(|key| (key.0, key.1.clone())).collect();
         // Without any there is nothing to put in order, and most that scan first have written nothing.
-        let sorted = (!self.writes.is_empty()).then(|| self.sorted.get_or_init(sort));
+        let sorted = (!self.writes.is_empty()).then(|| self.sorted.get_or_init(|| in_order(&self.writes)));
         let places = sorted.into_iter().flat_map(move |sorted| sorted.range((from.clone(), to.clone())));
         places.map(|(keyspace, key)| (key, self.get(*keyspace, key).expect("W2: what is in order was written")))
     }
 
-    /// All mutations, one a key.
+    /// All mutations: the ranges, then one a key.
     pub(crate) fn into_ops(self) -> Vec<WriteOp> {
         let op = |(Key(keyspace, key), value)| match value {
             Some(value) => WriteOp::Put { keyspace, key, value },
             None => WriteOp::Delete { keyspace, key },
         };
-        self.writes.into_iter().map(op).collect()
+        let ranges = self
+            .removed
+            .iter()
+            .flat_map(|(&keyspace, ranges)| ranges.iter().map(move |range| WriteOp::DeleteRange { keyspace, range }));
+        ranges.chain(self.writes.into_iter().map(op)).collect()
     }
+}
+
+fn in_order(writes: &IndexMap<Key, Option<Bytes>, Seed>) -> BTreeSet<Place> {
+    writes.keys().map(|key| (key.0, key.1.clone())).collect()
 }
 
 #[cfg(test)]
@@ -139,12 +174,23 @@ mod tests {
         /// Scans in between, so that keys are put in order at every stage.
         #[test]
         fn behaves_as_a_map_in_order(
-            steps in prop::collection::vec((0u32..3, prop::collection::vec(0u8..3, 0..3), any::<Option<u8>>(), any::<bool>()), 0..60),
+            steps in prop::collection::vec((0u32..3, prop::collection::vec(0u8..3, 0..3), any::<Option<u8>>(), 0u8..4), 0..60),
             seed in any::<u64>(),
         ) {
             let mut own = OwnWrites::new(seed);
             let mut model: BTreeMap<(KeyspaceId, Bytes), Option<Bytes>> = BTreeMap::new();
-            for (keyspace, key, value, scan) in steps {
+            let mut removed: Vec<(KeyspaceId, KeyRange)> = Vec::new();
+            for (keyspace, key, value, step) in steps {
+                let scan = step < 2;
+                if step == 3 {
+                    let range = KeyRange::new(Bound::Included(key.into()), value.map_or(Bound::Unbounded, |v| Bound::Excluded(vec![v % 4].into())));
+                    if range.check().is_ok() {
+                        own.remove_range(KeyspaceId(keyspace), &range);
+                        model.retain(|(at, key), _| *at != KeyspaceId(keyspace) || !range.contains(key));
+                        removed.push((KeyspaceId(keyspace), range));
+                    }
+                    continue;
+                }
                 let (keyspace, key) = (KeyspaceId(keyspace), Bytes::from(key));
                 let value = value.map(|v| Bytes::from(vec![v]));
                 own.write(keyspace, key.clone(), value.clone());
@@ -162,7 +208,20 @@ mod tests {
                     prop_assert!(back.iter().eq(expect.iter().rev()));
                 }
             }
-            let ops: BTreeMap<_, _> = own.into_ops().into_iter().map(|op| ((op.keyspace(), Bytes::copy_from_slice(op.key())), op.value().cloned())).collect();
+            for (keyspace, range) in &removed {
+                let start = range.start();
+                let written = model.get(&(*keyspace, start.clone()));
+                prop_assert_eq!(own.get(*keyspace, start), Some(written.unwrap_or(&None)), "removed, unless it was written later");
+            }
+            let (ranges, points): (Vec<_>, Vec<_>) = own.into_ops().into_iter().partition(|op| matches!(op, WriteOp::DeleteRange { .. }));
+            for (keyspace, range) in &removed {
+                let whole = |op: &WriteOp| match op {
+                    WriteOp::DeleteRange { keyspace: at, range: all } => at == keyspace && all.contains(range.start()) && all.end_place() >= range.end_place(),
+                    _ => false,
+                };
+                prop_assert!(ranges.iter().any(whole));
+            }
+            let ops: BTreeMap<_, _> = points.into_iter().map(|op| ((op.keyspace(), Bytes::copy_from_slice(op.key())), op.value().cloned())).collect();
             prop_assert_eq!(ops, model);
         }
     }

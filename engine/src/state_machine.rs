@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 use crate::command::{WriteOp, check_key};
 use crate::own_writes::OwnWrites;
+use crate::range_tombstone::KeyRange;
 use crate::{Error, ErrorKind, KeyspaceId, LogIndex, Result, Snapshot};
 
 /// Answers `Custom` commands. It runs on every replica, in log order, and must be deterministic: it may read the store
@@ -94,7 +95,7 @@ impl Apply {
         }
     }
 
-    /// The keyspaces to make, and the mutations, one a key.
+    /// The keyspaces to make, and the mutations: removed ranges, then one a key.
     pub(crate) fn into_parts(self) -> (Vec<(String, KeyspaceId)>, Vec<WriteOp>) {
         (self.created, self.writes.into_ops())
     }
@@ -175,6 +176,9 @@ impl Apply {
             let Some((key, _)) = self.noted(scan.next().await)? else { break };
             if self.writes.get(keyspace, &key).is_some() {
                 // It was counted as its own, or is removed.
+                if let Some(range) = self.writes.removed_range(keyspace, &key) {
+                    self.noted(scan.seek(range.end_place()).await)?;
+                }
                 continue;
             }
             if scan.version() > since {
@@ -204,7 +208,7 @@ impl Apply {
         }
         let mut own = self.own(keyspace, &lower, &upper, reverse).peekable();
         let mut scan = (!self.is_new(keyspace)).then(|| self.before.range(keyspace, lower.clone(), upper.clone()));
-        let mut stored = None;
+        let mut stored: Option<(Bytes, Bytes)> = None;
         while found.len() < limit {
             self.pause().await;
             if stored.is_none()
@@ -212,8 +216,20 @@ impl Apply {
             {
                 let next = if reverse { open.next_back().await } else { open.next().await };
                 stored = self.noted(next)?;
-                if stored.is_none() {
+                let Some((key, _)) = &stored else {
                     scan = None;
+                    continue;
+                };
+                if let Some(range) = self.writes.removed_range(keyspace, key) {
+                    stored = None;
+                    // On behind the range, to whichever side that is.
+                    let (lower, upper) = if reverse {
+                        (lower.clone(), Bound::Excluded(range.start().clone()))
+                    } else {
+                        (Bound::Included(range.end_place().clone()), upper.clone())
+                    };
+                    scan = (!is_empty(&lower, &upper)).then(|| self.before.range(keyspace, lower, upper));
+                    continue;
                 }
             }
             // Of two with one key its own write wins.
@@ -264,9 +280,25 @@ impl Apply {
         Ok(())
     }
 
+    /// Removes all keys within the bounds, however many there are, for what one mutation costs. What this command writes to them later
+    /// stays.
+    ///
+    /// # Errors
+    /// `Invalid` for bounds that hold no key or are longer than keys are, `NotFound` for an unknown keyspace.
+    pub fn delete_range(&mut self, keyspace: KeyspaceId, lower: Bound<Bytes>, upper: Bound<Bytes>) -> Result<()> {
+        let range = KeyRange::new(lower, upper);
+        range.check()?;
+        self.check_keyspace(keyspace)?;
+        self.writes.remove_range(keyspace, &range);
+        Ok(())
+    }
+
     /// Writes a mutation that was checked before.
     pub(crate) fn write(&mut self, op: &WriteOp) {
-        self.writes.write(op.keyspace(), op.key().clone(), op.value().cloned());
+        match op {
+            WriteOp::DeleteRange { keyspace, range } => self.writes.remove_range(*keyspace, range),
+            _ => self.writes.write(op.keyspace(), op.key().clone(), op.value().cloned()),
+        }
     }
 
     fn is_new(&self, keyspace: KeyspaceId) -> bool {

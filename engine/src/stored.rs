@@ -163,6 +163,7 @@ fn table_meta(meta: &InstallTable) -> TableMeta {
         bytes: meta.bytes,
         digest: meta.digest,
         root: meta.root.clone(),
+        ranges: meta.ranges.clone(),
     }
 }
 

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use bytes::Bytes;
 use mainstay_engine::{
-    BranchId, Command, CommandBody, Condition, ConditionalBatch, InstallTable, JobId, KeyspaceId, LogIndex, MAIN,
-    TableId, WriteBatch, WriteOp,
+    BranchId, Command, CommandBody, Condition, ConditionalBatch, InstallTable, JobId, KeyRange, KeyspaceId, LogIndex,
+    MAIN, TableId, TableRanges, WriteBatch, WriteOp,
 };
 
 fn main() -> std::io::Result<()> {
@@ -61,7 +61,11 @@ fn commands() -> Vec<(&'static str, CommandBody)> {
         bytes: 4096,
         digest: 0x0123_4567_89ab_cdef,
         root: Bytes::from_static(&[1; 112]),
+        ranges: TableRanges::default(),
     };
+    let range = |upper| KeyRange::new(Bound::Included(Bytes::from_static(b"c")), upper);
+    let (range, rest) = (range(Bound::Excluded(Bytes::from_static(b"m"))), range(Bound::Unbounded));
+    let ranged = InstallTable { ranges: TableRanges { tombstones: 2, spans: vec![range.clone()] }, ..table.clone() };
     vec![
         (
             "batch",
@@ -71,6 +75,14 @@ fn commands() -> Vec<(&'static str, CommandBody)> {
         ("drop-keyspace", CommandBody::DropKeyspace { name: "users".into() }),
         ("rotate", CommandBody::Rotate),
         ("install", CommandBody::Install { job: JobId(7), tables: vec![table] }),
+        ("install-ranged", CommandBody::Install { job: JobId(7), tables: vec![ranged] }),
+        (
+            "batch-ranges",
+            CommandBody::Batch(WriteBatch {
+                branch: MAIN,
+                ops: [range, rest].map(|range| WriteOp::DeleteRange { keyspace, range }).to_vec(),
+            }),
+        ),
         ("create-checkpoint", CommandBody::CreateCheckpoint { name: "monday".into(), branch: MAIN }),
         ("drop-checkpoint", CommandBody::DropCheckpoint { name: "monday".into() }),
         ("create-clone", CommandBody::CreateClone { name: "trial".into(), checkpoint: "monday".into() }),

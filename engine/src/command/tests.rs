@@ -17,7 +17,16 @@ fn op() -> impl Strategy<Value = WriteOp> {
             WriteOp::Put { keyspace: KeyspaceId(keyspace), key, value: value.into() }
         }),
         (any::<u32>(), bytes(40)).prop_map(|(keyspace, key)| WriteOp::Delete { keyspace: KeyspaceId(keyspace), key }),
+        (any::<u32>(), range())
+            .prop_map(|(keyspace, range)| WriteOp::DeleteRange { keyspace: KeyspaceId(keyspace), range }),
     ]
+}
+
+fn range() -> impl Strategy<Value = KeyRange> {
+    (bytes(20), prop::option::of(bytes(20))).prop_map(|(start, more)| {
+        let end = more.map(|more| [&start[..], &more[..]].concat().into());
+        KeyRange::from_parts(start, end)
+    })
 }
 
 fn conditional() -> impl Strategy<Value = ConditionalBatch> {
@@ -70,6 +79,28 @@ fn table() -> impl Strategy<Value = InstallTable> {
             bytes,
             digest,
             root,
+            ranges: TableRanges::default(),
+        },
+    )
+}
+
+/// Some with range tombstones, of which the last may reach to the end.
+fn ranged_table() -> impl Strategy<Value = InstallTable> {
+    (table(), 0u64..3, prop::collection::btree_set("[b-y]{2}", 0..7), any::<bool>()).prop_map(
+        |(mut table, tombstones, bounds, to_the_end)| {
+            if tombstones > 0 {
+                let bounds: Vec<_> = bounds.into_iter().map(Bytes::from).collect();
+                let pairs = bounds.iter().step_by(2).zip(bounds.iter().skip(1).step_by(2));
+                let mut spans: Vec<_> =
+                    pairs.map(|(start, end)| KeyRange::from_parts(start.clone(), Some(end.clone()))).collect();
+                (table.first, table.last) = ("a".into(), "z".into());
+                if to_the_end {
+                    spans.push(KeyRange::from_parts("z".into(), None));
+                    table.last = crate::range_tombstone::last_key();
+                }
+                table.ranges = TableRanges { tombstones, spans };
+            }
+            table
         },
     )
 }
@@ -86,7 +117,7 @@ fn body() -> impl Strategy<Value = CommandBody> {
         name().prop_map(|name| CommandBody::CreateKeyspace { name }),
         name().prop_map(|name| CommandBody::DropKeyspace { name }),
         Just(CommandBody::Rotate),
-        (any::<u64>(), prop::collection::vec(table(), 0..5))
+        (any::<u64>(), prop::collection::vec(ranged_table(), 0..5))
             .prop_map(|(job, tables)| CommandBody::Install { job: JobId(job), tables }),
         (name(), any::<u64>())
             .prop_map(|(name, branch)| CommandBody::CreateCheckpoint { name, branch: BranchId(branch) }),
@@ -165,6 +196,65 @@ fn limits_are_refused_at_encode_by_their_kind() {
         let command = Command { time_ms: 0, body: CommandBody::CreateKeyspace { name } };
         assert_eq!(command.encode().expect_err("a bad name").kind(), ErrorKind::Invalid);
     }
+}
+
+/// A batch of one removed range, as bytes that nobody checked.
+fn removed_range(start: &[u8], end: &[u8]) -> Bytes {
+    let mut bytes = vec![COMMAND_VERSION, KIND_BATCH, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, OP_DELETE_RANGE, 0];
+    put_bytes(&mut bytes, start);
+    put_bytes(&mut bytes, end);
+    bytes.into()
+}
+
+#[test]
+fn a_range_holds_a_key_or_is_refused() {
+    let range = |start: &'static [u8], end: &'static [u8]| {
+        let (keyspace, range) = (KeyspaceId(0), KeyRange::from_parts(start.into(), Some(end.into())));
+        let batch = WriteBatch { branch: crate::MAIN, ops: vec![WriteOp::DeleteRange { keyspace, range }] };
+        Command { time_ms: 0, body: CommandBody::Batch(batch) }
+    };
+    assert_eq!(range(b"a", b"c").encode().expect("it holds a key"), removed_range(b"a", b"c"));
+    Command::decode(&removed_range(b"a", b"")).expect("without an end");
+    for (start, end) in [(&b"c"[..], &b"a"[..]), (b"a", b"a")] {
+        assert_eq!(range(start, end).encode().expect_err("no key").kind(), ErrorKind::Invalid);
+        assert_eq!(Command::decode(&removed_range(start, end)).expect_err("no key").kind(), ErrorKind::Corrupt);
+    }
+    let long = vec![1; BOUND_BYTES_MAX + 1];
+    for (start, end) in [(&b""[..], &b"a"[..]), (&long, b""), (b"\x01", &long)] {
+        assert_eq!(Command::decode(&removed_range(start, end)).expect_err("out of bounds").kind(), ErrorKind::Corrupt);
+    }
+}
+
+/// What builds from before range tombstones wrote is what is written as long as there are none.
+#[test]
+fn an_install_names_range_tombstones_by_a_kind_of_its_own() {
+    let mut table = InstallTable {
+        id: TableId { job: JobId(1), ordinal: 0 },
+        branch: crate::MAIN,
+        keyspace: KeyspaceId(0),
+        first: "a".into(),
+        last: "m".into(),
+        entries: 1,
+        tombstones: 1,
+        bytes: 4096,
+        digest: 7,
+        root: Bytes::new(),
+        ranges: TableRanges::default(),
+    };
+    let install = |table: &InstallTable| {
+        let body = CommandBody::Install { job: JobId(1), tables: vec![table.clone()] };
+        Command { time_ms: 0, body }.encode().expect("valid")
+    };
+    assert_eq!(install(&table).get(1), Some(&KIND_INSTALL));
+    table.ranges = TableRanges { tombstones: 1, spans: vec![KeyRange::from_parts("b".into(), None)] };
+    table.last = crate::range_tombstone::last_key();
+    let bytes = install(&table);
+    assert_eq!(bytes.get(1), Some(&KIND_INSTALL_RANGED));
+    assert!(Command::lets_the_log_be_cut(&bytes));
+    assert!(bytes.len() < 200, "the last key of all is written short: {}", bytes.len());
+    // What is hidden outside of the table.
+    table.last = "c".into();
+    assert_eq!(Command::decode(&install(&table)).expect_err("outside").kind(), ErrorKind::Corrupt);
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! 2. Everything an entry writes becomes readable in one step, when the applied index reaches it.
 //! 3. No I/O, but for reads of the embedder's state machine, of conditions, and of the answers to clients that ask for it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -18,6 +19,7 @@ use crate::command::{WriteOp, check_span, encode_refusals};
 use crate::manifest::{Effects, ManifestOp};
 use crate::memtable::Memtable;
 use crate::once::{apply_once, no_state_machine, not_once};
+use crate::range_tombstone::fold;
 use crate::state_machine::Apply;
 use crate::{BranchId, ClientToken, Command, CommandBody, Error, ErrorKind, KeyspaceId, LogIndex, Result};
 
@@ -141,10 +143,20 @@ impl GroupShared {
             }
             CommandBody::Batches(batches) => {
                 let mut refusals = Vec::new();
+                // Of one branch those one after the other: a range takes what the batches before it have written too.
+                let mut accepted: BTreeMap<BranchId, Vec<&[WriteOp]>> = BTreeMap::new();
                 for (place, batch) in batches.iter().enumerate() {
                     match self.check_batch(core, index, batch.branch, &batch.ops, []) {
-                        Ok(()) => self.write(core, entry, batch.branch, &batch.ops),
+                        Ok(()) => accepted.entry(batch.branch).or_default().push(&batch.ops),
                         Err(error) => refusals.push((place, error)),
+                    }
+                }
+                for (branch, batches) in accepted {
+                    let ranged = |ops: &&[WriteOp]| ops.iter().any(|op| matches!(op, WriteOp::DeleteRange { .. }));
+                    if batches.iter().any(ranged) {
+                        self.write(core, entry, branch, &batches.concat());
+                    } else {
+                        batches.iter().for_each(|ops| self.write(core, entry, branch, ops));
                     }
                 }
                 Ok(encode_refusals(&refusals))
@@ -252,8 +264,9 @@ impl GroupShared {
         Ok(())
     }
 
-    /// Writes checked mutations into the memtables in use.
+    /// Writes checked mutations into the memtables in use. An entry that removes ranges writes all of a branch at once.
     fn write(&self, core: &mut Core, entry: &mut Entry, branch: BranchId, ops: &[WriteOp]) {
+        let ops = &*fold(ops);
         // Those of the keyspaces met so far: a command writes to a few in turns.
         let mut met: Vec<(KeyspaceId, Arc<Memtable>)> = Vec::new();
         let mut written = 0;
@@ -272,10 +285,15 @@ impl GroupShared {
                 met.len() - 1
             });
             let memtable = &met[place].1;
-            memtable.insert(op.key(), entry.index, op.value());
-            let bytes = op.key().len() + op.value().map_or(0, Bytes::len);
-            core.written += bytes as u64 + OP_OVERHEAD_BYTES;
-            written += bytes as u64;
+            let bytes = match op {
+                WriteOp::DeleteRange { range, .. } => memtable.remove_range(range, entry.index),
+                _ => {
+                    memtable.insert(op.key(), entry.index, op.value());
+                    op.bytes() as u64
+                }
+            };
+            core.written += bytes + OP_OVERHEAD_BYTES;
+            written += op.bytes() as u64;
         }
         self.engine.stats.user_bytes.fetch_add(written, Ordering::Relaxed);
     }

@@ -16,7 +16,7 @@ use super::jobs::Output;
 use crate::heal::Retry;
 use crate::manifest::{Job, Manifest, ManifestOp, Version};
 use crate::memtable::Memtable;
-use crate::read::ReadView;
+use crate::read::{LevelView, ReadView};
 use crate::stored::StoredTable;
 use crate::table::Table;
 use crate::{BranchId, Error, Generation, JobId, KeyspaceId, LogIndex, TableId};
@@ -248,7 +248,7 @@ fn published(
             let shared = old.zip(old_version).filter(|(_, v)| Arc::ptr_eq(&v.levels[at], level));
             match shared.and_then(|(o, _)| o.view.levels.get(at)) {
                 Some(list) => list.clone(),
-                None => level.iter().map(|t| open(t.id)).collect(),
+                None => level.iter().map(|t| open(t.id)).collect::<LevelView>(),
             }
         });
         view.levels = levels.collect();

@@ -17,6 +17,7 @@ use super::core::{Core, Stuck};
 use crate::manifest::{Job, TableRef, TableShape};
 use crate::memory::MemoryKind;
 use crate::memtable::Memtable;
+use crate::range_tombstone::RangeTombstone;
 use crate::read::MergeInput;
 use crate::stored::{ExtentWriter, StoredBytes, StoredTable};
 use crate::table::{Table, TableBuilder};
@@ -333,11 +334,17 @@ impl Run {
     async fn write_tables(&self, reservation: &mut Reservation, tables: &mut Vec<StoredTable>) -> Result<()> {
         for part in &self.parts {
             let mut input = MergeInput::new(part.memtables.clone(), part.tables.clone(), part.drop_tombstones);
+            let mut ranges = input.ranges().await?.into_iter().peekable();
             let mut open: Option<Writing<'_>> = None;
-            while let Some(entry) = input.next().await? {
-                if let Some(full) = open.take_if(|w| w.builder.estimated_bytes() >= self.table_bytes) {
-                    tables.push(full.finish(self, part, tables.len(), reservation).await?);
+            loop {
+                let entry = input.next().await?;
+                let begun = |one: &RangeTombstone| entry.is_none_or(|entry| one.range.start().as_ref() <= entry.key);
+                while let Some(range) = ranges.next_if(begun) {
+                    self.cut(&mut open, range.range.start(), part, tables, reservation).await?;
+                    open.get_or_insert_with(|| Writing::new(self, part)).builder.add_range(range);
                 }
+                let Some(entry) = entry else { break };
+                self.cut(&mut open, entry.key, part, tables, reservation).await?;
                 let writing = open.get_or_insert_with(|| Writing::new(self, part));
                 writing.builder.add(entry.key, entry.index, entry.value);
                 if writing.builder.estimated_bytes() >= writing.written + WRITE_BYTES {
@@ -351,6 +358,25 @@ impl Run {
         if !tables.is_empty() && !mainstay_io::mutant!(TablesNotFlushed) {
             self.group.engine.volume.flush().await?;
         }
+        Ok(())
+    }
+
+    /// Ends a table that is full before `next`; what its last range tombstone has left over begins the one after it.
+    async fn cut<'a>(
+        &'a self,
+        open: &mut Option<Writing<'a>>,
+        next: &[u8],
+        part: &Part,
+        tables: &mut Vec<StoredTable>,
+        reservation: &mut Reservation,
+    ) -> Result<()> {
+        let Some(mut full) = open.take_if(|writing| writing.builder.is_full(self.table_bytes, next)) else {
+            return Ok(());
+        };
+        if let Some(rest) = full.builder.cut(next) {
+            open.insert(Writing::new(self, part)).builder.add_range(rest);
+        }
+        tables.push(full.finish(self, part, tables.len(), reservation).await?);
         Ok(())
     }
 }
@@ -411,6 +437,7 @@ impl<'a> Writing<'a> {
             bytes: meta.bytes,
             digest: meta.digest,
             root: meta.root,
+            ranges: meta.ranges,
         };
         let engine = &run.group.engine;
         let bytes = StoredBytes::new(engine.volume.clone(), self.writer.finish(), meta.bytes);

@@ -20,20 +20,23 @@ use mainstay_wal::{GroupId, Record, RecordKind, RecordPos, Reserve};
 use super::GroupShared;
 use super::core::{Core, Edit, Structure, structure};
 use super::jobs::discard;
-use crate::codec::{Decoder, put_varint};
+use crate::codec::{Decoder, TableForm, put_varint};
 use crate::heal::Retry;
 use crate::manifest::{
-    Manifest, ManifestOp, ManifestSettings, Places, TableShape, decode_op, encode_op, put_settings, take_settings,
+    Manifest, ManifestOp, ManifestSettings, Places, TableShape, decode_op, encode_op, form_of, put_settings,
+    take_settings,
 };
 use crate::stored::StoredTable;
 use crate::{Error, ErrorKind, LogIndex, Result};
 
 /// The kind of a manifest edit in the log.
 pub(crate) const MANIFEST_EDIT: RecordKind = RecordKind(1);
-/// The encoding of an edit written today.
+/// The encoding of an edit that installs no table with range tombstones.
 pub(crate) const EDIT_VERSION: u8 = 1;
-/// The encoding of an edit whose settings say how tables are built. All others are written as before there was a choice.
+/// The encoding of an edit whose settings say how tables are built: the first of a group. All others are written as before there was a choice.
 pub(crate) const EDIT_VERSION_SHAPED: u8 = 2;
+/// The encoding of one that installs such a table.
+pub(crate) const EDIT_VERSION_RANGED: u8 = 3;
 /// Edits in the log after which pages are written.
 const EDITS_MAX: usize = 512;
 
@@ -326,7 +329,13 @@ fn encode_edit(
     places: &Places,
 ) -> Bytes {
     let shaped = settings.is_some_and(|settings| settings.tables != TableShape::Uniform);
-    let version = if shaped { EDIT_VERSION_SHAPED } else { EDIT_VERSION };
+    let form = form_of(&edit.ops);
+    assert!(!shaped || form == TableForm::Plain, "the first edit of a group installs nothing");
+    let version = match form {
+        TableForm::Plain if shaped => EDIT_VERSION_SHAPED,
+        TableForm::Plain => EDIT_VERSION,
+        TableForm::Ranged => EDIT_VERSION_RANGED,
+    };
     let mut out = vec![version, settings.is_some().into()];
     put_varint(&mut out, lineage);
     put_varint(&mut out, previous.0);
@@ -335,7 +344,7 @@ fn encode_edit(
         put_settings(&mut out, &settings);
     }
     put_varint(&mut out, edit.ops.len() as u64);
-    edit.ops.iter().for_each(|op| encode_op(&mut out, op, places));
+    edit.ops.iter().for_each(|op| encode_op(&mut out, op, places, form));
     out.into()
 }
 
@@ -357,17 +366,22 @@ impl Recovered {
     pub(crate) fn apply_edit(known: &mut Option<Self>, group: GroupId, payload: Bytes) -> Result<()> {
         let mut from = Decoder::new(payload, "a manifest edit");
         let version = from.u8()?;
-        if version != EDIT_VERSION && version != EDIT_VERSION_SHAPED {
-            return Err(Error::new(
-                ErrorKind::Foreign,
-                format!("a manifest edit of another version version={version} known={EDIT_VERSION_SHAPED}"),
-            ));
-        }
+        let form = match version {
+            EDIT_VERSION | EDIT_VERSION_SHAPED => TableForm::Plain,
+            EDIT_VERSION_RANGED => TableForm::Ranged,
+            version => {
+                return Err(Error::new(
+                    ErrorKind::Foreign,
+                    format!("a manifest edit of another version version={version} known={EDIT_VERSION_RANGED}"),
+                ));
+            }
+        };
         let with_settings = from.u8()? != 0;
         let lineage = from.varint()?;
         let previous = LogIndex(from.varint()?);
         let index = LogIndex(from.varint()?);
-        let settings = if with_settings { Some(take_settings(&mut from, version == EDIT_VERSION)?) } else { None };
+        let settings =
+            if with_settings { Some(take_settings(&mut from, version != EDIT_VERSION_SHAPED)?) } else { None };
         if let (None, Some(settings)) = (&known, settings) {
             let manifest = Manifest::new(settings);
             *known = Some(Self { lineage, manifest, places: Places::new(), oldest: None });
@@ -379,7 +393,7 @@ impl Recovered {
         };
         let mut places = Places::new();
         for _ in 0..from.count(1)? {
-            let op = decode_op(&mut from, &mut places)?;
+            let op = decode_op(&mut from, &mut places, form)?;
             let effects = found.manifest.apply(index, &op, true).map_err(|error| {
                 Error::new(ErrorKind::Corrupt, format!("a manifest edit cannot be applied: {error} index={index}"))
             })?;

@@ -22,7 +22,8 @@ use super::{
     TableShape, Version, Versions,
 };
 use crate::codec::{
-    Decoder, SPAN_BYTES_MAX, TABLE_BYTES_MIN, put_bytes, put_span, put_table, put_varint, take_span, take_table,
+    Decoder, SPAN_BYTES_MAX, TABLE_BYTES_MIN, TableForm, put_bytes, put_span, put_table, put_varint, take_span,
+    take_table,
 };
 use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, Result, TableId};
 
@@ -32,6 +33,16 @@ pub(crate) const MANIFEST_VERSION: u8 = 1;
 pub(crate) const MANIFEST_VERSION_MANUAL: u8 = 2;
 /// As [`MANIFEST_VERSION_MANUAL`], with [`TableShape`] behind the settings: of every group that has one.
 pub(crate) const MANIFEST_VERSION_SHAPED: u8 = 3;
+/// As [`MANIFEST_VERSION`], with a byte that says what else there is; written where a table has range tombstones.
+pub(crate) const MANIFEST_VERSION_PARTS: u8 = 4;
+/// A bit of that byte: what [`MANIFEST_VERSION_MANUAL`] adds.
+const PART_MANUALS: u8 = 1;
+/// Another one: tables are of [`TableForm::Ranged`].
+const PART_RANGED: u8 = 1 << 1;
+/// Another one: what [`MANIFEST_VERSION_SHAPED`] adds to the settings.
+const PART_SHAPE: u8 = 1 << 2;
+/// The parts of [`MANIFEST_VERSION_SHAPED`].
+const PARTS_SHAPED: u8 = PART_SHAPE | PART_MANUALS;
 
 /// Where tables lie on this volume: `(offset, length)` of each extent in order.
 pub(crate) type Places = BTreeMap<TableId, Vec<(u64, u64)>>;
@@ -161,17 +172,26 @@ pub(super) fn encode(manifest: &Manifest, places: Option<&Places>) -> Bytes {
     }
 
     let again = |job: &Arc<Job>| matches!(&**job, Job::Compact(c) if c.from == c.to);
-    let version = if manifest.settings.tables != TableShape::Uniform {
-        MANIFEST_VERSION_SHAPED
+    let mut parts = 0;
+    if manifest.settings.tables != TableShape::Uniform {
+        parts |= PARTS_SHAPED;
     } else if !manifest.manuals.is_empty() || manifest.jobs.values().any(again) {
-        MANIFEST_VERSION_MANUAL
-    } else {
-        MANIFEST_VERSION
-    };
-    if version != MANIFEST_VERSION {
+        parts |= PART_MANUALS;
+    }
+    if parts & PART_MANUALS != 0 {
         put_manuals(&mut body, manifest);
     }
-    let mut out = vec![version, places.is_some().into()];
+    let form = TableForm::of(pool.tables.values().map(|table| &**table));
+    if form == TableForm::Ranged {
+        parts |= PART_RANGED;
+    }
+    let mut out = match parts {
+        0 => vec![MANIFEST_VERSION],
+        PART_MANUALS => vec![MANIFEST_VERSION_MANUAL],
+        PARTS_SHAPED => vec![MANIFEST_VERSION_SHAPED],
+        parts => vec![MANIFEST_VERSION_PARTS, parts],
+    };
+    out.push(places.is_some().into());
     put_settings(&mut out, &manifest.settings);
     put_varint(&mut out, manifest.as_of.0);
     put_varint(&mut out, manifest.rotated.0);
@@ -180,7 +200,7 @@ pub(super) fn encode(manifest: &Manifest, places: Option<&Places>) -> Bytes {
     put_varint(&mut out, manifest.next_keyspace.0.into());
     count(&mut out, pool.tables.len());
     for (id, table) in &pool.tables {
-        put_table(&mut out, table);
+        put_table(&mut out, table, form);
         if let Some(places) = places {
             put_place(&mut out, places.get(id).map(Vec::as_slice).unwrap_or_default());
         }
@@ -196,16 +216,25 @@ pub(super) fn encode(manifest: &Manifest, places: Option<&Places>) -> Bytes {
 
 pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
     let mut from = Decoder::new(bytes, "a manifest");
-    let version = from.u8()?;
-    if !(MANIFEST_VERSION..=MANIFEST_VERSION_SHAPED).contains(&version) {
-        return Err(Error::new(
-            ErrorKind::Foreign,
-            format!("a manifest of another version version={version} known={MANIFEST_VERSION_SHAPED}"),
-        ));
+    let parts = match from.u8()? {
+        MANIFEST_VERSION => 0,
+        MANIFEST_VERSION_MANUAL => PART_MANUALS,
+        MANIFEST_VERSION_SHAPED => PARTS_SHAPED,
+        MANIFEST_VERSION_PARTS => from.u8()?,
+        version => {
+            return Err(Error::new(
+                ErrorKind::Foreign,
+                format!("a manifest of another version version={version} known={MANIFEST_VERSION_PARTS}"),
+            ));
+        }
+    };
+    if parts & !(PARTS_SHAPED | PART_RANGED) != 0 {
+        return Err(Error::new(ErrorKind::Foreign, format!("a manifest with unknown parts parts={parts:#x}")));
     }
+    let form = if parts & PART_RANGED == 0 { TableForm::Plain } else { TableForm::Ranged };
     let with_places = from.u8()? != 0;
     let mut manifest = Manifest {
-        settings: take_settings(&mut from, version < MANIFEST_VERSION_SHAPED)?,
+        settings: take_settings(&mut from, parts & PART_SHAPE == 0)?,
         as_of: LogIndex(from.varint()?),
         rotated: LogIndex(from.varint()?),
         next_generation: Generation(from.varint()?),
@@ -221,7 +250,7 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
     let mut places = Places::new();
     let mut tables = BTreeMap::new();
     for _ in 0..from.count(TABLE_BYTES_MIN)? {
-        let table = take_table(&mut from)?;
+        let table = take_table(&mut from, form)?;
         if with_places {
             places.insert(table.id, take_place(&mut from)?);
         }
@@ -287,7 +316,7 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
         };
         manifest.jobs.insert(id, Arc::new(job));
     }
-    if version >= MANIFEST_VERSION_MANUAL {
+    if parts & PART_MANUALS != 0 {
         manifest.manuals = take_manuals(&mut from)?;
     }
     from.end()?;
@@ -501,8 +530,17 @@ fn take_place(from: &mut Decoder) -> Result<Vec<(u64, u64)>> {
     (0..from.count(2)?).map(|_| Ok((from.varint()?, from.varint()?))).collect()
 }
 
+/// The form in which the tables of these operations can be written.
+pub(crate) fn form_of(ops: &[ManifestOp]) -> TableForm {
+    let tables = ops.iter().flat_map(|op| match op {
+        ManifestOp::Install { tables, .. } => tables.as_slice(),
+        _ => &[],
+    });
+    TableForm::of(tables.map(|table| &**table))
+}
+
 /// Appends an operation; an `Install` with the places of its tables.
-pub(crate) fn encode_op(out: &mut Vec<u8>, op: &ManifestOp, places: &Places) {
+pub(crate) fn encode_op(out: &mut Vec<u8>, op: &ManifestOp, places: &Places, form: TableForm) {
     match op {
         ManifestOp::Rotate { touched } => {
             out.push(OP_ROTATE);
@@ -513,7 +551,7 @@ pub(crate) fn encode_op(out: &mut Vec<u8>, op: &ManifestOp, places: &Places) {
             put_varint(out, job.0);
             put_varint(out, tables.len() as u64);
             for table in tables {
-                put_table(out, table);
+                put_table(out, table, form);
                 put_place(out, places.get(&table.id).map(Vec::as_slice).unwrap_or_default());
             }
         }
@@ -546,14 +584,14 @@ fn put_named(out: &mut Vec<u8>, tag: u8, name: &str) {
 }
 
 /// Reads what [`encode_op`] wrote and adds the places to `places`.
-pub(crate) fn decode_op(from: &mut Decoder, places: &mut Places) -> Result<ManifestOp> {
+pub(crate) fn decode_op(from: &mut Decoder, places: &mut Places, form: TableForm) -> Result<ManifestOp> {
     Ok(match from.u8()? {
         OP_ROTATE => ManifestOp::Rotate { touched: take_touched(from)? },
         OP_INSTALL => {
             let job = JobId(from.varint()?);
             let mut tables = Vec::new();
             for _ in 0..from.count(TABLE_BYTES_MIN)? {
-                let table = take_table(from)?;
+                let table = take_table(from, form)?;
                 places.insert(table.id, take_place(from)?);
                 tables.push(Arc::new(table));
             }

@@ -29,8 +29,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 #[cfg(test)]
-pub(crate) use self::codec::{MANIFEST_VERSION, MANIFEST_VERSION_MANUAL, MANIFEST_VERSION_SHAPED, OP_KINDS};
-pub(crate) use self::codec::{Places, decode_op, encode_op, put_settings, take_settings};
+pub(crate) use self::codec::{
+    MANIFEST_VERSION, MANIFEST_VERSION_MANUAL, MANIFEST_VERSION_PARTS, MANIFEST_VERSION_SHAPED, OP_KINDS,
+};
+pub(crate) use self::codec::{Places, decode_op, encode_op, form_of, put_settings, take_settings};
 pub(crate) use self::manual::Manual;
 pub(crate) use self::ops::Effects;
 pub(crate) use self::picker::Compaction;

@@ -13,8 +13,9 @@ use proptest::prelude::*;
 use super::picker::{LEVEL_RATIO, Pick, pick, targets};
 use super::version::{LEVELS, overlap};
 use super::*;
-use crate::codec::Decoder;
-use crate::{ErrorKind, Result};
+use crate::codec::{Decoder, TableForm};
+use crate::range_tombstone::{KeyRange, last_before};
+use crate::{ErrorKind, Result, TableRanges};
 
 const PICKER: ManifestSettings = ManifestSettings {
     memtable_bytes: 1 << 20,
@@ -36,7 +37,18 @@ fn table(job: u64, ordinal: u32, first: &str, last: &str, bytes: u64) -> TableRe
         bytes,
         digest: u128::from(job) << 32 | u128::from(ordinal),
         root: Bytes::from_static(b"root"),
+        ranges: TableRanges::default(),
     })
+}
+
+/// The same with range tombstones over these keys; an empty end is none. `bare`: and nothing else but tombstones.
+fn ranged(t: &TableRef, spans: &[(&str, &str)], bare: bool) -> TableRef {
+    let key = |key: &str| Bytes::copy_from_slice(key.as_bytes());
+    let span = |&(a, b): &(&str, &str)| KeyRange::from_parts(key(a), (!b.is_empty()).then(|| key(b)));
+    let spans: Vec<_> = spans.iter().map(span).collect();
+    let last = spans.last().map_or(t.last.clone(), |span| last_before(span.end_place()).max(t.last.clone()));
+    let ranges = TableRanges { tombstones: spans.len() as u64, spans };
+    Arc::new(InstallTable { last, ranges, tombstones: bare.into(), ..(**t).clone() })
 }
 
 fn in_place(t: &TableRef, branch: BranchId, keyspace: u32) -> TableRef {
@@ -616,7 +628,14 @@ fn operations(m: &Manifest, index: LogIndex, step: &Step) -> Vec<ManifestOp> {
                 let t = table(job.0, at as u32, &key, &key, bytes);
                 let dropped = matches!(&**outstanding, Job::Compact(c) if c.drop_tombstones);
                 let t = InstallTable { tombstones: u64::from(bytes % 3 == 0 && !dropped), ..(*t).clone() };
-                in_place(&Arc::new(t), branch, keyspace.0)
+                let flush = matches!(**outstanding, Job::Flush { .. });
+                let end =
+                    ["", "f", "m", "r"].into_iter().find(|end| end.is_empty() && bytes % 5 == 0 || **end > key[..]);
+                let t = match end.filter(|_| flush && bytes % 4 == 0) {
+                    Some(end) => ranged(&Arc::new(t), &[(&key, end)], bytes % 8 == 0),
+                    None => Arc::new(t),
+                };
+                in_place(&t, branch, keyspace.0)
             });
             vec![ManifestOp::Install { job, tables: tables.collect() }]
         }
@@ -707,8 +726,8 @@ proptest! {
 
     #[test]
     fn bytes_of_any_content_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 2..300)) {
-        let _ = decode_op(&mut Decoder::new(bytes.clone().into(), "test"), &mut Places::new());
-        for version in [MANIFEST_VERSION, MANIFEST_VERSION_MANUAL] {
+        let _ = decode_op(&mut Decoder::new(bytes.clone().into(), "test"), &mut Places::new(), TableForm::Ranged);
+        for version in [MANIFEST_VERSION, MANIFEST_VERSION_MANUAL, MANIFEST_VERSION_PARTS] {
             bytes[0] = version;
             let _ = Manifest::decode(bytes.clone().into());
         }
@@ -721,6 +740,7 @@ fn operations_come_back_with_their_places() {
     let ops = [
         rotate(&[(0, 0), (5, 2)]),
         install(3, vec![t.clone()]),
+        install(3, vec![ranged(&t, &[("a", "c"), ("d", "")], false)]),
         ManifestOp::CreateKeyspace { name: "k".into() },
         ManifestOp::DropKeyspace { name: "k".into() },
         checkpoint("c"),
@@ -733,10 +753,11 @@ fn operations_come_back_with_their_places() {
     let places = Places::from([(t.id, vec![(65536, 131_072), (0, 65536)])]);
     for op in ops {
         let mut out = Vec::new();
-        encode_op(&mut out, &op, &places);
+        let form = form_of(std::slice::from_ref(&op));
+        encode_op(&mut out, &op, &places, form);
         let mut found = Places::new();
         let mut from = Decoder::new(out.into(), "test");
-        assert_eq!(decode_op(&mut from, &mut found).expect("encoded above"), op);
+        assert_eq!(decode_op(&mut from, &mut found, form).expect("encoded above"), op);
         from.end().expect("nothing follows");
         if matches!(op, ManifestOp::Install { .. }) {
             assert_eq!(found, places);

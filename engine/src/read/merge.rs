@@ -5,6 +5,8 @@
 //! G2. A source is stepped when the next entry is asked for, not when its entry is given: no block is read for entries
 //!     that nobody asks for.
 //! G3. Dropping the future of [`Merge::next`] loses nothing: what was stepped is stepped, the rest is `stale` still.
+//! G4. In a merge for readers sources come from the newest to the oldest: what a range tombstone of one hides, it hides of all behind it.
+//!     So these are moved past the range as a whole, and only those before it, and itself, are walked through it.
 
 use std::cmp::Ordering;
 use std::ops::Bound;
@@ -13,8 +15,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::memtable::{Memtable, MemtableCursor};
+use crate::range_tombstone::{Cover, RangeTombstone, behind, fragment, no_end};
 use crate::table::{Step, Table, TableCursor};
 use crate::{LogIndex, Result};
+
+/// Keys that a range tombstone hides are met one by one so many times, before the sources are moved to where it ends.
+const HIDDEN_KEYS_BEFORE_SEEK: usize = 8;
 
 /// Tables in order of keys, without overlap, as one source.
 struct RunCursor {
@@ -204,9 +210,58 @@ impl Source {
     }
 }
 
+/// Where a source of range tombstones has them.
+enum RangeSource {
+    Memtable(Arc<Memtable>),
+    Run(Arc<[Arc<Table>]>),
+}
+
+impl RangeSource {
+    async fn cover(&self, key: &[u8], at: LogIndex) -> Result<Cover> {
+        let tables = match self {
+            Self::Memtable(memtable) => return Ok(memtable.cover(key, at)),
+            Self::Run(tables) => tables,
+        };
+        let place = tables.partition_point(|table| table.meta().last.as_ref() < key);
+        let before = place.checked_sub(1).and_then(|before| tables.get(before));
+        let from = before.map_or_else(Bytes::new, |before| behind(&before.meta().last));
+        let Some(table) = tables.get(place) else {
+            return Ok(Cover { from, to: no_end(), index: LogIndex(0) });
+        };
+        let (first, last) = (&table.meta().first, &table.meta().last);
+        if key < first.as_ref() {
+            return Ok(Cover { from, to: first.clone(), index: LogIndex(0) });
+        }
+        let mut cover = table.ranges().await?.cover(key, at);
+        if cover.index == LogIndex(0) {
+            // What it says of keys outside of itself is for others to say.
+            cover.from = cover.from.max(first.clone());
+            cover.to = cover.to.min(behind(last));
+        }
+        Ok(cover)
+    }
+}
+
+/// Range tombstones of one source, with what they say around the key that they were last asked for.
+struct Ranges {
+    /// Which source has them (G4).
+    source: usize,
+    of: RangeSource,
+    at: LogIndex,
+    cover: Option<Cover>,
+}
+
 /// The newest version of each key, tombstones included, in one direction.
 pub(super) struct Merge {
     sources: Vec<Source>,
+    /// Of those that have some.
+    ranges: Vec<Ranges>,
+    /// The version at `key` is hidden by a range tombstone.
+    hidden: bool,
+    /// So many keys one after the other were.
+    hidden_keys: usize,
+    /// The range tombstones at `key`, which the stale sources behind theirs are to be moved past: its place among `ranges`.
+    passing: Option<usize>,
     /// The sources that stand on an entry (G1).
     order: Vec<usize>,
     /// So many at the front of `order` stand on the key that was given, and have yet to be stepped.
@@ -217,7 +272,36 @@ pub(super) struct Merge {
 
 impl Merge {
     pub(super) fn new(reverse: bool) -> Self {
-        Self { sources: Vec::new(), order: Vec::new(), stale: 0, reverse, key: Vec::new() }
+        Self {
+            sources: Vec::new(),
+            ranges: Vec::new(),
+            hidden: false,
+            hidden_keys: 0,
+            passing: None,
+            order: Vec::new(),
+            stale: 0,
+            reverse,
+            key: Vec::new(),
+        }
+    }
+
+    /// What its removed ranges hide is passed over as well.
+    pub(super) fn memtable_with_ranges(&mut self, memtable: &Arc<Memtable>, at: LogIndex) {
+        if memtable.has_ranges() {
+            self.ranges(RangeSource::Memtable(memtable.clone()), at);
+        }
+        self.memtable(memtable, at);
+    }
+
+    /// As [`Merge::run`]; what range tombstones of its tables hide is passed over as well.
+    pub(super) fn run_with_ranges(&mut self, tables: Arc<[Arc<Table>]>, at: LogIndex) {
+        self.ranges(RangeSource::Run(tables.clone()), at);
+        self.run(tables, at, false);
+    }
+
+    /// Of the source that is added next.
+    fn ranges(&mut self, of: RangeSource, at: LogIndex) {
+        self.ranges.push(Ranges { source: self.sources.len(), of, at, cover: None });
     }
 
     pub(super) fn memtable(&mut self, memtable: &Arc<Memtable>, at: LogIndex) {
@@ -237,6 +321,7 @@ impl Merge {
     pub(super) async fn seek(&mut self, from: Bound<&[u8]>) -> Result<()> {
         self.order.clear();
         self.stale = 0;
+        (self.hidden, self.hidden_keys, self.passing) = (false, 0, None);
         for at in 0..self.sources.len() {
             self.sources[at].seek(from).await?;
             if self.sources[at].valid() {
@@ -254,20 +339,52 @@ impl Merge {
     #[inline]
     pub(super) async fn next(&mut self) -> Result<bool> {
         while self.stale > 0 {
-            let source = &mut self.sources[self.order[0]];
-            if source.step()? == Step::Load {
-                source.load().await?;
+            let at = self.order[0];
+            match self.passing.map(|passing| &self.ranges[passing]) {
+                Some(Ranges { source, cover: Some(cover), .. }) if *source < at => {
+                    let place =
+                        if self.reverse { Bound::Excluded(&cover.from[..]) } else { Bound::Included(&cover.to[..]) };
+                    self.sources[at].seek(place).await?;
+                }
+                _ => {
+                    let source = &mut self.sources[at];
+                    if source.step()? == Step::Load {
+                        source.load().await?;
+                    }
+                }
             }
             self.reorder();
         }
         let Some(&first) = self.order.first() else { return Ok(false) };
         self.key.clear();
         self.key.extend_from_slice(self.sources[first].key());
+        if !self.ranges.is_empty() {
+            self.compare_with_ranges(first).await?;
+        }
         self.stale = 1;
         while self.order.get(self.stale).is_some_and(|other| self.sources[*other].key() == self.key) {
             self.stale += 1;
         }
         Ok(true)
+    }
+
+    /// Finds out whether the version that `first` stands on is hidden. What is kept of it does not depend on how often it is asked.
+    async fn compare_with_ranges(&mut self, first: usize) -> Result<()> {
+        let mut newest = (LogIndex(0), 0);
+        for place in 0..self.ranges.len() {
+            let ranges = &mut self.ranges[place];
+            let cover = match ranges.cover.take().filter(|cover| cover.contains(&self.key)) {
+                Some(cover) => cover,
+                None => ranges.of.cover(&self.key, ranges.at).await?,
+            };
+            newest = newest.max((cover.index, place));
+            ranges.cover = Some(cover);
+        }
+        self.hidden = self.sources[first].index() < newest.0;
+        self.hidden_keys = if self.hidden { self.hidden_keys + 1 } else { 0 };
+        // A short range is walked through: that costs less than finding a place in every source.
+        self.passing = (self.hidden_keys > HIDDEN_KEYS_BEFORE_SEEK).then_some(newest.1);
+        Ok(())
     }
 
     /// Puts the first source, just stepped, where it belongs now.
@@ -308,12 +425,19 @@ impl Merge {
         self.order.first().map_or(LogIndex(0), |first| self.sources[*first].index())
     }
 
+    /// None when the key was removed.
     pub(super) fn value(&self) -> Option<Bytes> {
+        if self.hidden {
+            return None;
+        }
         self.order.first().and_then(|first| self.sources[*first].value())
     }
 
     /// As [`Merge::value`], borrowed.
     pub(super) fn value_part(&self) -> Option<&[u8]> {
+        if self.hidden {
+            return None;
+        }
         self.order.first().and_then(|first| self.sources[*first].value_part())
     }
 }
@@ -329,12 +453,17 @@ pub(crate) struct EntryRef<'a> {
     pub(crate) value: Option<&'a [u8]>,
 }
 
-/// Merges memtables and tables for a flush or compaction: the newest version of each key, ascending. Reads go in large
-/// pieces and leave the block cache as it is.
+/// Merges memtables and tables for a flush or compaction: the newest version of each key that no range tombstone hides, ascending. Reads
+/// go in large pieces and leave the block cache as it is.
 pub(crate) struct MergeInput {
     merge: Merge,
+    memtables: Vec<Arc<Memtable>>,
+    tables: Vec<Arc<Table>>,
     started: bool,
     drop_tombstones: bool,
+    ranges: Vec<RangeTombstone>,
+    /// The first of `ranges` that ends behind the last key.
+    range: usize,
     value: Option<Bytes>,
 }
 
@@ -347,26 +476,61 @@ impl MergeInput {
         for memtable in &memtables {
             merge.memtable(memtable, all);
         }
-        for run in runs(tables) {
+        for run in runs(tables.clone()) {
             merge.run(run, all, true);
         }
-        Self { merge, started: false, drop_tombstones, value: None }
+        let (ranges, range, value) = (Vec::new(), 0, None);
+        Self { merge, memtables, tables, started: false, drop_tombstones, ranges, range, value }
+    }
+
+    /// The range tombstones for the output, in order. Before the first entry.
+    pub(crate) async fn ranges(&mut self) -> Result<Vec<RangeTombstone>> {
+        self.start().await?;
+        let dropped = self.drop_tombstones || mainstay_io::mutant!(DropTombstones);
+        Ok(if dropped { Vec::new() } else { self.ranges.clone() })
+    }
+
+    async fn start(&mut self) -> Result<()> {
+        if self.started {
+            return Ok(());
+        }
+        let mut ranges = Vec::new();
+        for memtable in &self.memtables {
+            ranges.extend(memtable.ranges().into_list());
+        }
+        for table in &self.tables {
+            ranges.extend(table.ranges().await?.iter().cloned());
+        }
+        self.ranges = fragment(ranges).into_list();
+        self.merge.seek(Bound::Unbounded).await?;
+        self.started = true;
+        Ok(())
     }
 
     /// The next entry.
     pub(crate) async fn next(&mut self) -> Result<Option<EntryRef<'_>>> {
-        if !self.started {
-            self.merge.seek(Bound::Unbounded).await?;
-            self.started = true;
-        }
+        self.start().await?;
         while self.merge.next().await? {
             self.value = self.merge.value();
+            if self.is_hidden() {
+                continue;
+            }
             if self.value.is_some() || !(self.drop_tombstones || mainstay_io::mutant!(DropTombstones)) {
                 let (key, index) = (self.merge.key(), self.merge.index());
                 return Ok(Some(EntryRef { key, index, value: self.value.as_deref() }));
             }
         }
         Ok(None)
+    }
+
+    /// The entry that `merge` stands on says nothing that a range tombstone does not say.
+    fn is_hidden(&mut self) -> bool {
+        let (key, index) = (self.merge.key(), self.merge.index());
+        while self.ranges.get(self.range).is_some_and(|one| one.range.end_place().as_ref() <= key) {
+            self.range += 1;
+        }
+        let Some(one) = self.ranges.get(self.range).filter(|one| one.range.contains(key)) else { return false };
+        index < one.index || (index == one.index && self.value.is_none())
     }
 }
 

@@ -12,7 +12,7 @@ mod view;
 use bytes::Bytes;
 
 pub(crate) use merge::MergeInput;
-pub(crate) use view::{ReadView, ScanCursor};
+pub(crate) use view::{LevelView, ReadView, ScanCursor};
 
 /// What a memtable or a table knows of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -22,7 +22,23 @@ pub(crate) struct ReadView {
     /// Newest first.
     pub(crate) l0: Vec<Arc<Table>>,
     /// From L1 down; each sorted by key, without overlap.
-    pub(crate) levels: Vec<Arc<[Arc<Table>]>>,
+    pub(crate) levels: Vec<LevelView>,
+}
+
+/// The tables of a level.
+#[derive(Clone)]
+pub(crate) struct LevelView {
+    pub(crate) tables: Arc<[Arc<Table>]>,
+    /// Some of them have range tombstones.
+    ranged: bool,
+}
+
+impl FromIterator<Arc<Table>> for LevelView {
+    fn from_iter<I: IntoIterator<Item = Arc<Table>>>(tables: I) -> Self {
+        let tables: Arc<[Arc<Table>]> = tables.into_iter().collect();
+        let ranged = tables.iter().any(|table| table.has_ranges());
+        Self { tables, ranged }
+    }
 }
 
 impl ReadView {
@@ -49,21 +65,22 @@ impl ReadView {
 
     async fn lookup(&self, key: &[u8], at: LogIndex) -> Result<Option<(LogIndex, Lookup)>> {
         for memtable in &self.memtables {
-            if let Some(lookup) = memtable.get_version(key, at) {
-                return Ok(Some(lookup));
+            let hidden = memtable.hidden_below(key, at);
+            if let Some(known) = judge(memtable.get_version(key, at), hidden) {
+                return Ok(Some(known));
             }
         }
         for table in &self.l0 {
-            if let Some(lookup) = table.get_version(key, at).await? {
-                return Ok(Some(lookup));
+            if let Some(known) = lookup_table(table, key, at).await? {
+                return Ok(Some(known));
             }
         }
         for level in &self.levels {
-            let place = level.partition_point(|table| table.meta().last.as_ref() < key);
-            if let Some(table) = level.get(place)
-                && let Some(lookup) = table.get_version(key, at).await?
+            let place = level.tables.partition_point(|table| table.meta().last.as_ref() < key);
+            if let Some(table) = level.tables.get(place)
+                && let Some(known) = lookup_table(table, key, at).await?
             {
-                return Ok(Some(lookup));
+                return Ok(Some(known));
             }
         }
         Ok(None)
@@ -87,23 +104,42 @@ impl ReadView {
     fn merge(&self, at: LogIndex, reverse: bool, lower: Bound<&[u8]>, upper: Bound<&[u8]>) -> Merge {
         let mut merge = Merge::new(reverse);
         for memtable in &self.memtables {
-            merge.memtable(memtable, at);
+            merge.memtable_with_ranges(memtable, at);
         }
         let outside = |table: &Table| {
             let (first, last) = (table.meta().first.as_ref(), table.meta().last.as_ref());
             above(last, lower) || below(first, upper) || table.indexes().0 > at
         };
         for table in self.l0.iter().filter(|table| !outside(table)) {
-            merge.run(Arc::from([table.clone()]), at, false);
+            let run: Arc<[Arc<Table>]> = Arc::from([table.clone()]);
+            if table.has_ranges() { merge.run_with_ranges(run, at) } else { merge.run(run, at, false) }
         }
         for level in &self.levels {
-            let from = level.partition_point(|table| above(&table.meta().last, lower));
-            if level.get(from).is_some_and(|table| !below(&table.meta().first, upper)) {
-                merge.run(level.clone(), at, false);
+            let from = level.tables.partition_point(|table| above(&table.meta().last, lower));
+            if level.tables.get(from).is_some_and(|table| !below(&table.meta().first, upper)) {
+                let run = level.tables.clone();
+                if level.ranged { merge.run_with_ranges(run, at) } else { merge.run(run, at, false) }
             }
         }
         merge
     }
+}
+
+/// What is known of a key where this was found of it, and versions below `hidden` are hidden: nothing older counts then.
+fn judge(found: Option<(LogIndex, Lookup)>, hidden: LogIndex) -> Option<(LogIndex, Lookup)> {
+    match found {
+        Some((index, _)) if index < hidden => Some((hidden, Lookup::Deleted)),
+        None if hidden > LogIndex(0) => Some((hidden, Lookup::Deleted)),
+        found => found,
+    }
+}
+
+async fn lookup_table(table: &Table, key: &[u8], at: LogIndex) -> Result<Option<(LogIndex, Lookup)>> {
+    let found = table.get_version(key, at).await?;
+    if !table.has_ranges() {
+        return Ok(found);
+    }
+    Ok(judge(found, table.hidden_below(key, at).await?))
 }
 
 /// All keys up to `last` are before the lower bound.

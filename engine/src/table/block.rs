@@ -48,14 +48,17 @@ pub(crate) enum EntryKind {
     Tombstone = 0,
     /// The value stands in the entry.
     Value = 1,
-    // 2 merge operand, 3 range tombstone, 4 reference to a blob: reserved, behind feature bits of the root.
+    /// The keys from this one up to the value were removed. Only in a block of range tombstones, where there is nothing else.
+    RangeTombstone = 3,
+    // 2 merge operand, 4 reference to a blob: reserved, behind feature bits of the root.
 }
 
 impl EntryKind {
-    fn decode(byte: u8) -> Result<Self> {
-        match byte {
-            0 => Ok(Self::Tombstone),
-            1 => Ok(Self::Value),
+    fn decode(byte: u8, ranges: bool) -> Result<Self> {
+        match (byte, ranges) {
+            (0, false) => Ok(Self::Tombstone),
+            (1, false) => Ok(Self::Value),
+            (3, true) => Ok(Self::RangeTombstone),
             _ => Err(Malformed("an entry of unknown kind")),
         }
     }
@@ -153,6 +156,8 @@ struct Frame {
     /// Of the key at each restart, eight bytes after those: a search touches few lines of memory before it is at the
     /// right restart.
     heads: Box<[u64]>,
+    /// A block of range tombstones.
+    ranges: bool,
 }
 
 /// One entry where it lies.
@@ -179,6 +184,15 @@ pub(crate) struct Found {
 impl Block {
     /// Checks the frame of a block; entries are checked when they are met.
     pub(crate) fn parse(bytes: Bytes) -> Result<Self> {
+        Self::parse_as(bytes, false)
+    }
+
+    /// The same for a block of range tombstones.
+    pub(crate) fn parse_ranges(bytes: Bytes) -> Result<Self> {
+        Self::parse_as(bytes, true)
+    }
+
+    fn parse_as(bytes: Bytes, ranges: bool) -> Result<Self> {
         const SHORT: Malformed = Malformed("a block without room for its restarts");
         if bytes.len() > BLOCK_BYTES_MAX {
             return Err(Malformed("a block over the limit"));
@@ -189,7 +203,7 @@ impl Block {
         if restarts == 0 || end == 0 {
             return Err(Malformed("a block without entries"));
         }
-        let mut frame = Frame { bytes, end, restarts, prefix: 0..0, heads: Box::default() };
+        let mut frame = Frame { bytes, end, restarts, prefix: 0..0, heads: Box::default(), ranges };
         if frame.restart(0)? != 0 {
             return Err(Malformed("a first restart that is not the first entry"));
         }
@@ -330,7 +344,7 @@ impl Frame {
         };
         let index = varint::take(&mut input).ok_or(CUT)?;
         let value = varint::take(&mut input).ok_or(CUT)?;
-        let kind = EntryKind::decode(kind)?;
+        let kind = EntryKind::decode(kind, self.ranges)?;
         let start = self.end.checked_sub(input.len()).ok_or(CUT)?;
         let middle = usize::try_from(unshared).ok().and_then(|bytes| start.checked_add(bytes)).ok_or(CUT)?;
         let end = usize::try_from(value).ok().and_then(|bytes| middle.checked_add(bytes)).ok_or(CUT)?;

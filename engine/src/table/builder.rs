@@ -4,8 +4,8 @@
 //! used by flush and compaction, which write the chunks as they come
 //! # Invariants
 //! T1. Equal options and equal entries give equal bytes: nothing of time, addresses or chance goes into them.
-//! T2. Memory is bounded by one data block, one index block, the hashes of one filter partition, the top index, and the
-//!     chunks that were not yet taken; with zstd also its context, some 300 KiB for blocks of the usual size.
+//! T2. Memory is bounded by one data block, one index block, the hashes of one filter partition, the top index, the block of
+//!     range tombstones, and the chunks that were not yet taken; with zstd also its context, some 300 KiB for blocks of the usual size.
 
 use bytes::Bytes;
 use mainstay_io::{AlignedBuf, AlignedBytes, BLOCK_BYTES};
@@ -14,10 +14,13 @@ use xxhash_rust::xxh3::Xxh3;
 use super::block::{BlockBuilder, EntryKind, INDEX_RESTART_INTERVAL, RESTART_INTERVAL};
 use super::codec::Compressor;
 use super::index::{
-    Codec, FEATURE_FILTERS_12, FEATURE_ZSTD, FOOTER_BYTES, Handle, MAGIC, ROOT_BYTES, Root, checksum, separator,
+    Codec, FEATURE_FILTERS_12, FEATURE_RANGES, FEATURE_ZSTD, FOOTER_BYTES, Handle, MAGIC, Parts, ROOT_BYTES, Root,
+    checksum, separator,
 };
+use super::ranges::RangesBuilder;
 use super::{Compression, TableMeta, TableOptions, filter};
 use crate::LogIndex;
+use crate::range_tombstone::RangeTombstone;
 
 /// Bytes of a chunk; the last one may be shorter.
 pub(crate) const CHUNK_BYTES: usize = 256 << 10;
@@ -46,6 +49,7 @@ pub(crate) struct TableBuilder {
     raw_bytes: u64,
     index_min: u64,
     index_max: u64,
+    ranges: RangesBuilder,
 }
 
 impl TableBuilder {
@@ -68,6 +72,7 @@ impl TableBuilder {
             raw_bytes: 0,
             index_min: u64::MAX,
             index_max: 0,
+            ranges: RangesBuilder::new(),
         }
     }
 
@@ -106,9 +111,37 @@ impl TableBuilder {
         }
     }
 
+    /// Adds a range tombstone: in order and without overlap, each before the entries behind its start. What it hides is not added.
+    pub(crate) fn add_range(&mut self, tombstone: RangeTombstone) {
+        self.ranges.add(tombstone);
+    }
+
+    /// True when the table is to be cut before `next`, an entry or the start of a range tombstone.
+    pub(crate) fn is_full(&self, table_bytes: u64, next: &[u8]) -> bool {
+        // What the last range has left over from the table before is not enough to make one.
+        let has_own = self.entries > 0 || self.ranges.has_more_than_one();
+        self.may_be_cut(next) && (has_own && self.estimated_bytes() >= table_bytes || self.ranges.is_full())
+    }
+
+    /// False where a range tombstone has just begun.
+    pub(crate) fn may_be_cut(&self, next: &[u8]) -> bool {
+        self.ranges.may_be_cut(next, &self.last)
+    }
+
+    /// Ends the table before `next`, where it may be cut. The part of the last range tombstone that is left for the
+    /// next table begins behind every key of this one, so that the two do not overlap.
+    pub(crate) fn cut(&mut self, next: &[u8]) -> Option<RangeTombstone> {
+        self.ranges.cut(next, (self.entries > 0).then_some(self.last.as_slice()))
+    }
+
     /// About the length that `finish` would give now; the open block counts uncompressed.
     pub(crate) fn estimated_bytes(&self) -> u64 {
-        let open = self.data.len() + self.index.len() + self.top.len() + self.filters.len() + FOOTER_BYTES;
+        let open = self.data.len()
+            + self.index.len()
+            + self.top.len()
+            + self.filters.len()
+            + self.ranges.bytes()
+            + FOOTER_BYTES;
         let filter = self.hashes.len() * usize::from(self.options.filter_bits) * 5 / 32;
         self.out.length + (open + filter) as u64
     }
@@ -120,8 +153,18 @@ impl TableBuilder {
 
     /// The remaining chunks, and what names the table.
     ///
-    /// At least one entry was added.
+    /// At least one entry or range tombstone was added.
     pub(crate) fn finish(mut self) -> (Vec<AlignedBytes>, TableMeta) {
+        let ranges = std::mem::replace(&mut self.ranges, RangesBuilder::new()).finish();
+        if let (0, Some(ranges)) = (self.entries, &ranges) {
+            // Says again what the first one says, since a table has an entry.
+            let (key, index) = ranges.first();
+            self.add(&key, index, None);
+        }
+        if let Some(ranges) = &ranges {
+            self.index_min = self.index_min.min(ranges.indexes.0);
+            self.index_max = self.index_max.max(ranges.indexes.1);
+        }
         assert!(self.entries > 0, "a table has an entry");
         self.cut_data();
         if let Some(handle) = self.unreferred.take() {
@@ -148,6 +191,14 @@ impl TableBuilder {
             let block = self.filters.finish();
             Some(self.out.block(&block, self.options.compression))
         };
+        let parts = ranges.as_ref().map(|ranges| {
+            let block = self.out.block(&ranges.block, self.options.compression);
+            let mut parts = BlockBuilder::new(INDEX_RESTART_INTERVAL);
+            let all = Parts { filters, ranges: Some(block) };
+            all.entries().for_each(|(name, handle)| add_handle(&mut parts, name, handle));
+            self.out.features |= FEATURE_RANGES;
+            self.out.block(&parts.finish(), self.options.compression)
+        });
         let bytes = (self.out.length + FOOTER_BYTES as u64).next_multiple_of(BLOCK_BYTES as u64);
         let root = Root {
             levels: self.levels,
@@ -158,19 +209,21 @@ impl TableBuilder {
             index_min: self.index_min,
             index_max: self.index_max,
             top,
-            filters,
+            filters: parts.or(filters),
             bytes,
         }
         .encode();
         let (chunks, digest) = self.out.finish(bytes, &root);
+        let (first, last) = (Bytes::from(self.first), Bytes::from(self.last));
         let meta = TableMeta {
-            first: self.first.into(),
-            last: self.last.into(),
+            first: ranges.as_ref().map_or(first.clone(), |ranges| ranges.first().0.min(first)),
+            last: ranges.as_ref().map_or(last.clone(), |ranges| ranges.last().max(last)),
             entries: self.entries,
             tombstones: self.tombstones,
             bytes,
             digest,
             root,
+            ranges: ranges.map(|ranges| ranges.meta).unwrap_or_default(),
         };
         (chunks, meta)
     }

@@ -8,10 +8,10 @@ use mainstay_io::{BoxFuture, block_on};
 use super::block::{Block, BlockCursor};
 use super::filter::Filter;
 use super::index::{FOOTER_BYTES, Handle, ROOT_BYTES, Root};
-use super::{Table, TableBytes, TableCursor, TableMeta};
+use super::{Table, TableBytes, TableCursor, TableMeta, ranges};
 use crate::cache::BlockCache;
 use crate::memory::MemoryBudget;
-use crate::{Error, ErrorKind, LogIndex, Result};
+use crate::{Error, ErrorKind, LogIndex, Result, TableRanges};
 
 /// Entries that a walk looks at, at most: hostile bytes may claim many.
 const STEPS_MAX: usize = 1 << 16;
@@ -55,6 +55,7 @@ pub(crate) fn parts(bytes: &[u8]) {
             let _ = filter.may_contain(hash);
         }
     }
+    let _ = ranges::decode(Bytes::copy_from_slice(bytes));
     let probe = bytes.get(..bytes.len().min(8)).unwrap_or_default();
     block(bytes, probe);
 }
@@ -83,12 +84,14 @@ pub(crate) fn table(bytes: &[u8]) {
         bytes: decoded.bytes,
         digest: xxhash_rust::xxh3::xxh3_128(bytes),
         root,
+        ranges: TableRanges { tombstones: u64::from(decoded.has_ranges()), spans: Vec::new() },
     };
     let budget = MemoryBudget::new(16 << 20);
     let cache = BlockCache::new(&budget);
     let Ok(table) = Table::open(meta, Arc::new(Whole(Bytes::copy_from_slice(bytes))), &cache, &budget) else { return };
     block_on(async {
         let _ = table.verify().await;
+        let _ = table.ranges().await.map(|ranges| ranges.cover(b"user/000007/name", LogIndex(u64::MAX)));
         let _ = table.get(b"user/000007/name", LogIndex(u64::MAX)).await;
         for reverse in [false, true] {
             let mut cursor = TableCursor::new(reverse);

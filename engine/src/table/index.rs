@@ -6,18 +6,19 @@
 
 use bytes::Bytes;
 
-use super::block::{BLOCK_BYTES_MAX, Malformed};
+use super::block::{BLOCK_BYTES_MAX, Block, Malformed};
 use super::varint;
 
 /// The version of the table format that we write, and the highest that we read.
 pub(crate) const FORMAT_VERSION: u16 = 1;
 /// A feature that a reader must know: a block is compressed by zstd.
 pub(crate) const FEATURE_ZSTD: u32 = 1;
+/// A feature that a reader must know: there is a block of range tombstones, and its handle in a block of [`Parts`].
+pub(crate) const FEATURE_RANGES: u32 = 1 << 2;
 /// A feature that a reader must know: fingerprints of filters have 12 bits.
 pub(crate) const FEATURE_FILTERS_12: u32 = 1 << 4;
-/// Features of a table that this reader knows. Bits 1 to 3 are kept for blob references, range tombstones and merge
-/// operands.
-pub(crate) const FEATURES_KNOWN: u32 = FEATURE_ZSTD | FEATURE_FILTERS_12;
+/// Features of a table that this reader knows. Bits 1 and 3 are kept for blob references and merge operands.
+pub(crate) const FEATURES_KNOWN: u32 = FEATURE_ZSTD | FEATURE_RANGES | FEATURE_FILTERS_12;
 /// The bit of [`Handle::raw`] at which the number of the [`Codec`] begins.
 const CODEC_SHIFT: u32 = 25;
 /// Bytes of an encoded [`Root`].
@@ -134,13 +135,18 @@ pub(crate) struct Root {
     pub(crate) index_max: u64,
     /// The top index.
     pub(crate) top: Handle,
-    /// The filter index, if there are filters.
+    /// The filter index, if there are filters. With [`FEATURE_RANGES`] the block of [`Parts`].
     pub(crate) filters: Option<Handle>,
     /// Length of the table.
     pub(crate) bytes: u64,
 }
 
 impl Root {
+    /// There are range tombstones.
+    pub(crate) fn has_ranges(&self) -> bool {
+        self.features & FEATURE_RANGES != 0
+    }
+
     /// Encodes the root.
     pub(crate) fn encode(&self) -> Bytes {
         let mut out = Vec::with_capacity(ROOT_BYTES);
@@ -203,7 +209,39 @@ impl Root {
         if entries == 0 || tombstones > entries || index_min > index_max {
             return Err(Some(Malformed("a root whose counts contradict each other")));
         }
+        if features & FEATURE_RANGES != 0 && filters.is_none() {
+            return Err(Some(Malformed("a root without a handle of what it says there is")));
+        }
         Ok(Self { levels, features, entries, tombstones, raw_bytes, index_min, index_max, top, filters, bytes })
+    }
+}
+
+/// What a table has besides its entries, by name: a block in the place of the filter index of those that have more than filters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Parts {
+    /// The filter index.
+    pub(crate) filters: Option<Handle>,
+    /// The block of range tombstones.
+    pub(crate) ranges: Option<Handle>,
+}
+
+const PART_FILTERS: &[u8] = b"filters";
+const PART_RANGES: &[u8] = b"ranges";
+
+impl Parts {
+    /// The handles as entries in order of their names.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (&'static [u8], Handle)> {
+        let named = [(PART_FILTERS, self.filters), (PART_RANGES, self.ranges)];
+        named.into_iter().filter_map(|(name, handle)| Some((name, handle?)))
+    }
+
+    /// Takes them from their block. A name that is not known is of no matter to who reads: what matters has a feature bit.
+    pub(crate) fn find(block: &Block, table_bytes: u64) -> Result<Self, Malformed> {
+        let handle = |name| match block.search(name)? {
+            Some(found) if found.exact => Handle::take(block.part(&found.value), table_bytes).map(Some),
+            _ => Ok(None),
+        };
+        Ok(Self { filters: handle(PART_FILTERS)?, ranges: handle(PART_RANGES)? })
     }
 }
 

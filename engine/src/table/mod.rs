@@ -9,6 +9,7 @@
 //! T2. Every checksum stands in the referrer: manifest, root, top index, index, block. So a block of the right form in the
 //!     wrong place is found as well as a flipped bit.
 //! T3. At most one version of a key; keys ascend strictly.
+//! T4. Range tombstones do not overlap, and hide nothing of the table that has them. First and last key reach over both.
 
 pub(crate) mod block;
 mod builder;
@@ -17,6 +18,7 @@ mod cursor;
 pub(crate) mod filter;
 pub(crate) mod fuzzing;
 mod index;
+mod ranges;
 mod reader;
 #[cfg(test)]
 #[allow(clippy::disallowed_methods, clippy::type_complexity, reason = "a test has no runtime; its bytes lie in memory")]
@@ -30,7 +32,7 @@ pub(crate) use builder::TableBuilder;
 pub(crate) use cursor::{Step, TableCursor};
 pub(crate) use reader::{CachedBlock, Table};
 
-use crate::Result;
+use crate::{Result, TableRanges};
 
 /// Where the bytes of a table lie.
 pub(crate) trait TableBytes: Send + Sync + 'static {
@@ -85,9 +87,9 @@ impl Default for TableOptions {
 /// What names and verifies a finished table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct TableMeta {
-    /// First key.
+    /// First key, or where the first range tombstone begins.
     pub(crate) first: Bytes,
-    /// Last key.
+    /// Last key, or where the last range tombstone ends ([`last_before`](crate::range_tombstone::last_before)).
     pub(crate) last: Bytes,
     /// Entries, tombstones included.
     pub(crate) entries: u64,
@@ -99,4 +101,6 @@ pub(crate) struct TableMeta {
     pub(crate) digest: u128,
     /// The encoded root: where the top index and the filter index lie, and their checksums.
     pub(crate) root: Bytes,
+    /// Its range tombstones, as the manifest keeps them.
+    pub(crate) ranges: TableRanges,
 }

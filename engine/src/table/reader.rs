@@ -16,10 +16,11 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::block::{Block, BlockCursor, EntryKind, Malformed};
 use super::filter::Filter;
-use super::index::{FOOTER_BYTES, Handle, MAGIC, ROOT_BYTES, Root};
-use super::{TableBytes, TableMeta, codec, filter};
+use super::index::{FOOTER_BYTES, Handle, MAGIC, Parts, ROOT_BYTES, Root};
+use super::{TableBytes, TableMeta, codec, filter, ranges};
 use crate::cache::BlockCache;
 use crate::memory::{MemoryBudget, MemoryKind, Reservation};
+use crate::range_tombstone::{Fragments, last_before};
 use crate::read::Lookup;
 use crate::{Error, ErrorKind, LogIndex, Result};
 
@@ -55,6 +56,12 @@ struct Pinned {
     _memory: Reservation,
 }
 
+/// The range tombstones, kept as long as the table is open.
+struct PinnedRanges {
+    fragments: Fragments,
+    _memory: Reservation,
+}
+
 /// An open table.
 pub(crate) struct Table {
     meta: TableMeta,
@@ -66,6 +73,9 @@ pub(crate) struct Table {
     owner: u64,
     top: OnceLock<Pinned>,
     filters: OnceLock<Pinned>,
+    /// Only of a table with range tombstones.
+    parts: OnceLock<Parts>,
+    ranges: OnceLock<PinnedRanges>,
 }
 
 impl Table {
@@ -83,7 +93,11 @@ impl Table {
             None => Error::new(ErrorKind::Foreign, "the table is of a newer format; use a newer release"),
             Some(Malformed(what)) => Error::new(ErrorKind::Corrupt, format!("the table has {what}")),
         })?;
-        if root.bytes != meta.bytes || root.entries != meta.entries || root.tombstones != meta.tombstones {
+        if root.bytes != meta.bytes
+            || root.entries != meta.entries
+            || root.tombstones != meta.tombstones
+            || root.has_ranges() != (meta.ranges.tombstones > 0)
+        {
             return Err(Error::new(ErrorKind::Corrupt, "the root of a table contradicts the manifest"));
         }
         Ok(Self {
@@ -95,6 +109,8 @@ impl Table {
             owner: cache.owner(),
             top: OnceLock::new(),
             filters: OnceLock::new(),
+            parts: OnceLock::new(),
+            ranges: OnceLock::new(),
         })
     }
 
@@ -103,7 +119,49 @@ impl Table {
         &self.meta
     }
 
-    /// Lowest and highest index of an entry.
+    /// It has range tombstones.
+    pub(crate) fn has_ranges(&self) -> bool {
+        self.root.has_ranges()
+    }
+
+    /// Its range tombstones, read when they are first asked for.
+    ///
+    /// # Errors
+    /// As [`Table::get_version`].
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(crate) async fn ranges(&self) -> Result<&Fragments> {
+        static NONE: Fragments = Fragments::none();
+        if !self.root.has_ranges() {
+            return Ok(&NONE);
+        }
+        if let Some(pinned) = self.ranges.get() {
+            return Ok(&pinned.fragments);
+        }
+        let Some(handle) = self.parts().await?.ranges else { return Ok(&NONE) };
+        let parse = |stored: &Bytes| {
+            let decoded = codec::open(stored, &handle).and_then(ranges::decode);
+            decoded.map_err(|error| self.corrupt(error, &handle))
+        };
+        let fragments = self.sound(&handle, parse).await?;
+        let memory = self.budget.reserve(MemoryKind::Table, fragments.memory_bytes());
+        Ok(&self.ranges.get_or_init(|| PinnedRanges { fragments, _memory: memory }).fragments)
+    }
+
+    /// The newest removal with an index of at most `at` of a range that holds `key`; 0 for none.
+    ///
+    /// # Errors
+    /// As [`Table::get_version`].
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(crate) async fn hidden_below(&self, key: &[u8], at: LogIndex) -> Result<LogIndex> {
+        if !self.root.has_ranges() || !self.covers(key) {
+            return Ok(LogIndex(0));
+        }
+        Ok(self.ranges().await?.at(key).filter(|one| one.index <= at).map_or(LogIndex(0), |one| one.index))
+    }
+
+    /// Lowest and highest index of an entry or range tombstone.
     pub(crate) fn indexes(&self) -> (LogIndex, LogIndex) {
         (LogIndex(self.root.index_min), LogIndex(self.root.index_max))
     }
@@ -131,12 +189,17 @@ impl Table {
         if !self.covers(key) || self.root.index_min > at.0 {
             return Ok(None);
         }
-        if let Some(handle) = self.root.filters {
+        let filters = if self.root.has_ranges() { self.parts().await?.filters } else { self.root.filters };
+        if let Some(handle) = filters {
             let filters = match self.filters.get() {
                 Some(pinned) => &pinned.block,
                 None => self.filter_index(&handle).await?,
             };
             let Some(found) = filters.search(key).map_err(|error| self.corrupt(error, &handle))? else {
+                if self.root.has_ranges() {
+                    // Behind the last entry, and at most before the end of a range tombstone.
+                    return Ok(None);
+                }
                 // Partitions reach to the last key, which `covers` has compared.
                 return Err(self.corrupt(Malformed("a filter index that ends before the last key"), &handle));
             };
@@ -166,6 +229,7 @@ impl Table {
                 Lookup::Value(Bytes::copy_from_slice(block.part(&found.value)))
             }
             EntryKind::Value => Lookup::Value(block.slice(found.value)),
+            EntryKind::RangeTombstone => return Err(self.corrupt(Malformed("a range among its entries"), &handle)),
         };
         Ok(Some((found.index, lookup)))
     }
@@ -197,13 +261,15 @@ impl Table {
             return Err(self.corrupt(Malformed("a footer that is not its root"), &whole));
         }
         let (mut entries, mut tombstones) = (0u64, 0u64);
-        let mut last: Vec<u8> = Vec::new();
+        let (mut first, mut last): (Vec<u8>, Vec<u8>) = (Vec::new(), Vec::new());
+        let ranges = self.ranges().await?;
+        let filters = self.parts().await?.filters;
         let mut cursor = super::TableCursor::new_bypass(self);
         cursor.seek_start(self).await?;
         while cursor.valid() {
             let key = cursor.key();
-            if entries == 0 && key != self.meta.first.as_ref() {
-                return Err(self.corrupt(Malformed("another first key than the manifest says"), &whole));
+            if entries == 0 {
+                first.extend_from_slice(key);
             }
             if entries > 0 && key <= last.as_slice() {
                 return Err(self.corrupt(Malformed("keys that do not ascend"), &whole));
@@ -211,7 +277,10 @@ impl Table {
             if !(self.root.index_min..=self.root.index_max).contains(&cursor.index().0) {
                 return Err(self.corrupt(Malformed("an entry outside of the indexes of the root"), &whole));
             }
-            if let Some(handle) = self.root.filters {
+            if ranges.at(key).is_some_and(|one| cursor.index() < one.index) {
+                return Err(self.corrupt(Malformed("an entry that a range tombstone of its own hides"), &whole));
+            }
+            if let Some(handle) = filters {
                 let filters = self.filter_index(&handle).await?;
                 let found = filters.search(key).map_err(|error| self.corrupt(error, &handle))?;
                 let child = found.map(|found| self.handle(filters.part(&found.value), &handle)).transpose()?;
@@ -228,6 +297,21 @@ impl Table {
             entries = entries.saturating_add(1);
             tombstones = tombstones.saturating_add(u64::from(cursor.is_tombstone()));
             cursor.advance(self).await?;
+        }
+        if let (Some(low), Some(high)) = (ranges.iter().next(), ranges.iter().next_back()) {
+            first = first.min(low.range.start().to_vec());
+            last = last.max(last_before(high.range.end_place()).to_vec());
+            let indexes = self.root.index_min..=self.root.index_max;
+            if !ranges.iter().all(|one| indexes.contains(&one.index.0)) {
+                return Err(self.corrupt(Malformed("a range tombstone outside of the indexes of the root"), &whole));
+            }
+        }
+        let spans = &self.meta.ranges.spans;
+        if ranges.iter().len() as u64 != self.meta.ranges.tombstones || !spans.iter().all(|span| ranges.hide(span)) {
+            return Err(self.corrupt(Malformed("other range tombstones than the manifest says"), &whole));
+        }
+        if first != self.meta.first.as_ref() {
+            return Err(self.corrupt(Malformed("another first key than the manifest says"), &whole));
         }
         if last != self.meta.last.as_ref() || entries != self.meta.entries || tombstones != self.meta.tombstones {
             return Err(self.corrupt(Malformed("another last key or other counts than the manifest says"), &whole));
@@ -246,6 +330,23 @@ impl Table {
     /// The top index.
     pub(super) async fn top(&self) -> Result<&Block> {
         self.pinned(&self.top, &self.root.top).await
+    }
+
+    /// What it has besides entries: of most tables the filter index, whose handle stands in the root.
+    async fn parts(&self) -> Result<Parts> {
+        if !self.root.has_ranges() {
+            return Ok(Parts { filters: self.root.filters, ranges: None });
+        }
+        if let Some(parts) = self.parts.get() {
+            return Ok(*parts);
+        }
+        let Some(handle) = self.root.filters else { return Ok(Parts::default()) };
+        let block = self.load(&handle).await?;
+        let parts = Parts::find(&block, self.meta.bytes).map_err(|error| self.corrupt(error, &handle))?;
+        if parts.ranges.is_none() {
+            return Err(self.corrupt(Malformed("no range tombstones where its root says that there are some"), &handle));
+        }
+        Ok(*self.parts.get_or_init(|| parts))
     }
 
     async fn filter_index(&self, handle: &Handle) -> Result<&Block> {

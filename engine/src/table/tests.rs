@@ -16,6 +16,7 @@ use super::index::{
 use super::*;
 use crate::cache::BlockCache;
 use crate::memory::MemoryBudget;
+use crate::range_tombstone::{KeyRange, RangeTombstone};
 use crate::read::Lookup;
 use crate::{ErrorKind, LogIndex};
 
@@ -72,6 +73,28 @@ pub(crate) fn build(options: &TableOptions, entries: &Entries) -> (Vec<u8>, Tabl
     assert_eq!(bytes.len() as u64, meta.bytes);
     assert!(bytes.len().is_multiple_of(BLOCK_BYTES));
     (bytes, meta)
+}
+
+/// The same with range tombstones. What they hide is left out, as a merge leaves it out.
+fn build_ranged(options: &TableOptions, entries: &Entries, ranges: &[RangeTombstone]) -> (Vec<u8>, TableMeta) {
+    let mut builder = TableBuilder::new(options.clone());
+    let mut left = ranges.iter().peekable();
+    let hidden = |key: &[u8], index| ranges.iter().any(|one| one.range.contains(key) && index < one.index.0);
+    for (key, (index, value)) in entries.iter().filter(|(key, (index, _))| !hidden(key, *index)) {
+        while let Some(one) = left.next_if(|one| one.range.start().as_ref() <= key.as_slice()) {
+            builder.add_range(one.clone());
+        }
+        builder.add(key, LogIndex(*index), value.as_deref());
+    }
+    left.for_each(|one| builder.add_range(one.clone()));
+    let (chunks, meta) = builder.finish();
+    (chunks.iter().flat_map(|chunk| chunk.to_vec()).collect(), meta)
+}
+
+/// From one key up to another, or to the end.
+fn removed(start: &str, end: Option<&str>, index: u64) -> RangeTombstone {
+    let key = |key: &str| Bytes::copy_from_slice(key.as_bytes());
+    RangeTombstone { range: KeyRange::from_parts(key(start), end.map(key)), index: LogIndex(index) }
 }
 
 pub(crate) struct Place {
@@ -364,12 +387,15 @@ fn small() -> Entries {
 /// `verify` finds it in every case. The old wrong result would be another value, or a key that is gone.
 #[test]
 fn every_flipped_bit_is_found_and_never_read_as_data() {
-    for compression in COMPRESSIONS {
+    // Between, around and behind the entries, and older than all of them.
+    let ranges = [removed("a", Some("key"), 7), removed("key0003", Some("key0003\0"), 1), removed("m", None, 9)];
+    let plain = COMPRESSIONS.into_iter().map(|compression| (compression, false));
+    for (compression, ranged) in plain.chain([(Compression::None, true)]) {
         // zstd makes nothing of a few entries smaller: there blocks are larger.
         let block_bytes = if compression == Compression::Zstd { 512 } else { 128 };
         let options = TableOptions { block_bytes, compression, filter_bits: 8 };
         let entries = small();
-        let (good, meta) = build(&options, &entries);
+        let (good, meta) = if ranged { build_ranged(&options, &entries, &ranges) } else { build(&options, &entries) };
         let place = place();
         let all = flat(entries.iter());
         let used = good.iter().rposition(|byte| *byte != 0).map_or(0, |at| at + 1);
@@ -392,6 +418,10 @@ fn every_flipped_bit_is_found_and_never_read_as_data() {
                 };
                 match scan {
                     Ok(found) => assert_eq!(found, all, "bit={bit}"),
+                    Err(error) => assert_eq!(error.kind(), ErrorKind::Corrupt, "bit={bit}"),
+                }
+                match table.hidden_below(b"abc", LogIndex(u64::MAX)).await {
+                    Ok(found) => assert_eq!(found.0, if ranged { 7 } else { 0 }, "bit={bit}"),
                     Err(error) => assert_eq!(error.kind(), ErrorKind::Corrupt, "bit={bit}"),
                 }
                 for (key, (_, value)) in entries.iter().step_by(11) {
@@ -419,6 +449,96 @@ fn every_flipped_bit_of_the_root_is_refused() {
         let error = place().open(bad, MemoryBytes::new(bytes.clone())).expect_err("a damaged root");
         assert_eq!(error.kind(), ErrorKind::Corrupt, "bit={bit}");
     }
+}
+
+/// Builds from before range tombstones know no feature: theirs is one bit, and only where there are some.
+#[test]
+fn range_tombstones_are_a_feature_of_the_tables_that_have_them() {
+    let features = |meta: &TableMeta| u32::from_le_bytes([4, 5, 6, 7].map(|at| meta.root[at]));
+    let options = TableOptions::default();
+    assert_eq!(features(&build(&options, &small()).1), 0);
+    assert_eq!(features(&build_ranged(&options, &small(), &[]).1), 0);
+    let (bytes, meta) = build_ranged(&options, &small(), &[removed("a", Some("b"), 3)]);
+    assert_eq!(features(&meta), index::FEATURE_RANGES);
+    // The manifest has to say so as well.
+    for ranges in [TableRanges::default(), TableRanges { tombstones: 1, spans: vec![removed("a", Some("c"), 0).range] }]
+    {
+        let table = place().open(TableMeta { ranges, ..meta.clone() }, MemoryBytes::new(bytes.clone()));
+        let error = table.and_then(|table| block_on(table.verify())).expect_err("another than the table has");
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+    }
+}
+
+#[test]
+fn a_table_of_range_tombstones_alone_reaches_over_them() {
+    let cases: &[(&[RangeTombstone], &[u8], &[u8], u64)] = &[
+        (&[removed("b", Some("d"), 5)], b"b", b"d", 1),
+        (&[removed("b", Some("d"), 5), removed("d", Some("f\0"), 6)], b"b", b"f", 1),
+        (&[removed("b", Some("c"), 5), removed("x", None, 4)], b"b", &crate::range_tombstone::last_key(), 2),
+    ];
+    for (ranges, first, last, spans) in cases {
+        let (bytes, meta) = build_ranged(&TableOptions::default(), &Entries::new(), ranges);
+        assert_eq!((meta.first.as_ref(), meta.last.as_ref()), (*first, *last));
+        assert_eq!((meta.entries, meta.tombstones), (1, 1), "it says again what the first one says");
+        assert_eq!((meta.ranges.tombstones, meta.ranges.spans.len() as u64), (ranges.len() as u64, *spans));
+        let table = place().open(meta, MemoryBytes::new(bytes)).expect("own root");
+        block_on(async {
+            table.verify().await.expect("a table just built");
+            assert_eq!(table.ranges().await.expect("read").iter().cloned().collect::<Vec<_>>(), *ranges);
+            for (key, at, expect) in
+                [("b", 9, 5), ("bz", 9, 5), ("bz", 4, 0), ("a", 9, 0), ("z", 9, ranges[ranges.len() - 1].index.0)]
+            {
+                let expect = if key == "z" && last.len() == 1 { 0 } else { expect };
+                assert_eq!(
+                    table.hidden_below(key.as_bytes(), LogIndex(at)).await.expect("read").0,
+                    expect,
+                    "{key} at {at}"
+                );
+            }
+        });
+    }
+}
+
+/// What the manifest keeps of many ranges is bounded, and what it keeps of long ones nothing.
+#[test]
+fn the_manifest_keeps_few_spans_and_short_ones() {
+    let long = "k".repeat(ranges::SPAN_BYTES_MAX);
+    let mut all = vec![removed("a", Some(&format!("a{long}")), 1)];
+    all.extend((0..100).map(|at| removed(&format!("b{at:03}"), Some(&format!("b{at:03}x")), 2)));
+    let (_, meta) = build_ranged(&TableOptions::default(), &Entries::new(), &all);
+    assert_eq!((meta.ranges.tombstones, meta.ranges.spans.len()), (101, ranges::SPANS_MAX));
+    assert_eq!(meta.ranges.spans[0], all[1].range);
+}
+
+/// Cut anywhere, two tables hide what one does, and do not overlap.
+#[test]
+fn a_range_goes_on_behind_the_last_key_of_the_table_before() {
+    let cut = |entries: &[&str], range: RangeTombstone, next: &str| {
+        let mut builder = TableBuilder::new(TableOptions::default());
+        let mut range = Some(range);
+        for key in entries {
+            if let Some(range) = range.take_if(|range| range.range.start().as_ref() <= key.as_bytes()) {
+                builder.add_range(range);
+            }
+            builder.add(key.as_bytes(), LogIndex(9), None);
+        }
+        range.into_iter().for_each(|range| builder.add_range(range));
+        let rest = builder.cut(next.as_bytes());
+        let meta = builder.finish().1;
+        let spans: Vec<_> = meta.ranges.spans.iter().map(|span| format!("{span:?}")).collect();
+        (meta.last, spans.concat(), rest.map(|rest| format!("{:?}", rest.range)))
+    };
+    let told = |last: &'static str, spans: &str, rest: Option<&str>| {
+        (Bytes::from(last), spans.to_owned(), rest.map(str::to_owned))
+    };
+    let range = |start, end| removed(start, Some(end), 3);
+    assert_eq!(cut(&["c", "f"], range("a", "m"), "k"), told("f", "[a, f\\x00)", Some("[f\\x00, m)")));
+    assert_eq!(cut(&["c", "f"], range("a", "e"), "k"), told("f", "[a, e)", None));
+    // It ends where the next one begins: its end is not in it, and the last key of a table is.
+    assert_eq!(cut(&["c"], range("a", "k"), "k"), told("c", "[a, c\\x00)", Some("[c\\x00, k)")));
+    assert_eq!(cut(&["c"], range("a", "c\0"), "k"), told("c", "[a, c\\x00)", None));
+    // Before the first entry there is nothing but itself.
+    assert_eq!(cut(&[], range("a", "m"), "k"), told("a", "[a, a\\x00)", Some("[a\\x00, m)")));
 }
 
 #[test]
@@ -659,6 +779,9 @@ fn the_layout_is_that_of_the_document() {
         format!("| {} | fingerprints of filters have 12 bits |", FEATURE_FILTERS_12.trailing_zeros()),
         format!("| bits of a fingerprint | {:?};", filter::WIDTHS).replace(['[', ']'], ""),
         format!("{} lz4 (block format, no size prefix); {} zstd", Codec::Lz4 as u8, Codec::Zstd as u8),
+        format!("| {} | range tombstones, see there |", index::FEATURE_RANGES.trailing_zeros()),
+        format!("at most {} of them", ranges::SPANS_MAX),
+        format!("none of more than {} bytes", ranges::SPAN_BYTES_MAX),
     ] {
         assert!(document.contains(&line), "docs/format.md lacks: {line}");
     }

@@ -23,10 +23,14 @@ fn the_document_has_the_versions_kinds_and_bounds_of_the_code() {
             format!("1 to {} long", crate::codec::NAME_BYTES_MAX),
             format!("1 to {KEY_BYTES_MAX} bytes, a value 0 to {VALUE_BYTES_MAX}"),
             format!("at most {};", crate::codec::ROOT_BYTES_MAX),
+            format!("The start has 1 to {} bytes", crate::range_tombstone::BOUND_BYTES_MAX),
         ],
     );
     for (kind, name) in crate::command::KINDS {
         check("Commands", &[format!("| {kind} | {name} |")]);
+    }
+    for (kind, name) in crate::command::OP_KINDS {
+        check("Commands", &[format!("{kind} {name}: bytes")]);
     }
     for (kind, name) in crate::condition::CONDITION_KINDS {
         check("Commands", &[format!("| {kind} {name} |")]);
@@ -42,9 +46,10 @@ fn the_document_has_the_versions_kinds_and_bounds_of_the_code() {
     check(
         "Manifest",
         &[
-            format!("| version | {}. Of", crate::manifest::MANIFEST_VERSION_SHAPED),
+            format!("| version | {}, or", crate::manifest::MANIFEST_VERSION_SHAPED),
             format!("`tables` {};", crate::manifest::MANIFEST_VERSION),
             format!("; {} where a compaction was asked for", crate::manifest::MANIFEST_VERSION_MANUAL),
+            format!("or {} when a table has range tombstones", crate::manifest::MANIFEST_VERSION_PARTS),
             format!("{} levels", crate::manifest::LEVELS),
         ],
     );
@@ -53,6 +58,7 @@ fn the_document_has_the_versions_kinds_and_bounds_of_the_code() {
         &[
             format!("Records of kind {}:", crate::group::MANIFEST_EDIT.0),
             format!("| version | u8 | {}, or {} with", crate::group::EDIT_VERSION, crate::group::EDIT_VERSION_SHAPED),
+            format!("; {} when a table that it installs", crate::group::EDIT_VERSION_RANGED),
         ],
     );
     for (kind, name) in crate::manifest::OP_KINDS {

@@ -10,8 +10,8 @@ use mainstay_io::{Environment, block_on};
 use mainstay_wal::GroupId;
 
 use crate::{
-    Applied, BranchId, Command, CommandBody, Engine, EngineSettings, Group, GroupSettings, KeyspaceId, LocalLog,
-    LogIndex, MAIN, OwnerRecord, Result, Snapshot, StateMachine, TableCompression, WriteBatch, WriteOp,
+    Applied, BranchId, Command, CommandBody, Engine, EngineSettings, Group, GroupSettings, KeyRange, KeyspaceId,
+    LocalLog, LogIndex, MAIN, OwnerRecord, Result, Snapshot, StateMachine, TableCompression, WriteBatch, WriteOp,
 };
 
 pub(super) const GROUP: GroupId = GroupId(7);
@@ -147,6 +147,16 @@ pub(super) fn compact(branch: BranchId, first: &str, end: Option<&str>) -> Comma
     let (first, end) =
         (Bytes::copy_from_slice(first.as_bytes()), end.map(|end| Bytes::copy_from_slice(end.as_bytes())));
     CommandBody::Compact { branch, keyspace: DEFAULT, first, end }
+}
+
+/// Keys from `start` up to `end`, or to the last one.
+pub(super) fn range(start: &str, end: Option<&str>) -> KeyRange {
+    let key = |key: &str| Bytes::copy_from_slice(key.as_bytes());
+    KeyRange::new(Bound::Included(key(start)), end.map_or(Bound::Unbounded, |end| Bound::Excluded(key(end))))
+}
+
+pub(super) fn delete_range(branch: BranchId, range: KeyRange) -> CommandBody {
+    CommandBody::Batch(WriteBatch { branch, ops: vec![WriteOp::DeleteRange { keyspace: DEFAULT, range }] })
 }
 
 pub(super) fn get(snapshot: &Snapshot, key: &str) -> Option<Bytes> {

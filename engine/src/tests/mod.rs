@@ -15,6 +15,7 @@ mod lifecycle;
 mod model;
 mod offline;
 mod once;
+mod ranges;
 mod replicas;
 mod space;
 mod state_machine;

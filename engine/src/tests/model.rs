@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
 use mainstay_io::sim::SimMedia;
 use proptest::prelude::*;
 
 use super::harness::*;
-use crate::{BranchId, CommandBody, MAIN};
+use crate::{BranchId, CommandBody, MAIN, Snapshot, WriteBatch, WriteOp};
 
 type Pairs = BTreeMap<Vec<u8>, Vec<u8>>;
 
@@ -15,6 +16,12 @@ enum Step {
     /// Branch, key, value length; 0 deletes.
     Write(u8, u8, u16),
     Many(u8, u8),
+    /// Branch, first key, how many; 0 for all behind it.
+    RemoveRange(u8, u8, u8),
+    /// A batch of branch and key: a put, a range that holds it, another put in the range.
+    Refill(u8, u8),
+    /// What is read now is read again and again until the store is opened anew.
+    Pin(u8),
     Rotate,
     Settle,
     Checkpoint(u8, u8),
@@ -32,6 +39,9 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         12 => (any::<u8>(), any::<u8>(), 0..900_u16).prop_map(|(b, k, v)| Step::Write(b, k, v)),
         3 => (any::<u8>(), any::<u8>()).prop_map(|(b, n)| Step::Many(b, n)),
+        3 => (any::<u8>(), any::<u8>(), 0..90_u8).prop_map(|(b, k, n)| Step::RemoveRange(b, k, n)),
+        2 => (any::<u8>(), any::<u8>()).prop_map(|(b, k)| Step::Refill(b, k)),
+        1 => any::<u8>().prop_map(Step::Pin),
         2 => Just(Step::Rotate),
         1 => Just(Step::Settle),
         2 => (0..3_u8, any::<u8>()).prop_map(|(n, b)| Step::Checkpoint(n, b)),
@@ -49,6 +59,7 @@ fn step() -> impl Strategy<Value = Step> {
 struct Model {
     branches: BTreeMap<BranchId, (String, Pairs)>,
     checkpoints: BTreeMap<String, Pairs>,
+    pinned: Vec<(Snapshot, Pairs)>,
 }
 
 impl Model {
@@ -72,6 +83,10 @@ impl Model {
         }
         let names: Vec<_> = group.checkpoints().into_iter().map(|c| c.name).collect();
         assert_eq!(names, self.checkpoints.keys().cloned().collect::<Vec<_>>());
+        for (snapshot, pairs) in &self.pinned {
+            assert_eq!(&all(snapshot, DEFAULT), pairs, "at {}", snapshot.index());
+            assert_eq!(&all_back(snapshot, DEFAULT), pairs, "at {} from behind", snapshot.index());
+        }
         for (name, pairs) in &self.checkpoints {
             assert_eq!(&all(&group.checkpoint(name).expect("it is there"), DEFAULT), pairs, "{name}");
         }
@@ -87,6 +102,7 @@ fn run(steps: &[Step]) {
         store = apply(&media, store, &mut model, step);
     }
     model.check(&store);
+    model.pinned.clear();
     store.close();
     let store = Store::open(&media);
     model.check(&store);
@@ -120,6 +136,30 @@ fn apply(media: &SimMedia, store: Store, model: &mut Model, step: &Step) -> Stor
                 store.must(put(branch, &key, &[n; 150]));
                 model.pairs(branch).insert(key.into_bytes(), vec![n; 150]);
             }
+        }
+        Step::RemoveRange(pick, first, count) => {
+            let branch = model.branch(pick);
+            let end = (count > 0).then(|| format!("key-{:03}", u16::from(first) + u16::from(count)));
+            let range = range(&format!("key-{first:03}"), end.as_deref());
+            model.pairs(branch).retain(|key, _| !range.contains(key));
+            store.must(delete_range(branch, range));
+        }
+        Step::Refill(pick, key) => {
+            let branch = model.branch(pick);
+            let keys = [key, key.wrapping_add(1)].map(|key| Bytes::from(format!("key-{key:03}")));
+            let put = |key: &Bytes, value| WriteOp::Put { keyspace: DEFAULT, key: key.clone(), value };
+            let range = range("key-", Some(&format!("key-{:03}", u16::from(key) + 9)));
+            model.pairs(branch).retain(|key, _| !range.contains(key));
+            model.pairs(branch).insert(keys[1].to_vec(), b"after".to_vec());
+            let between = WriteOp::DeleteRange { keyspace: DEFAULT, range };
+            let ops = vec![put(&keys[0], "before".into()), between, put(&keys[1], "after".into())];
+            store.must(CommandBody::Batch(WriteBatch { branch, ops }));
+        }
+        Step::Pin(pick) => {
+            let branch = model.branch(pick);
+            let snapshot = store.group().snapshot(branch).expect("the branch is there");
+            let pairs = model.pairs(branch).clone();
+            model.pinned.push((snapshot, pairs));
         }
         Step::Rotate => drop(store.must(CommandBody::Rotate)),
         Step::Settle => {
@@ -165,12 +205,14 @@ fn apply(media: &SimMedia, store: Store, model: &mut Model, step: &Step) -> Stor
             }
         }
         Step::Reopen => {
+            model.pinned.clear();
             store.close();
             let store = Store::open(media);
             model.check(&store);
             return store;
         }
         Step::Kill(seed) | Step::Crash(seed) => {
+            model.pinned.clear();
             drop(store);
             if matches!(step, Step::Kill(_)) {
                 media.kill(seed)

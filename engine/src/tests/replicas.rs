@@ -101,6 +101,10 @@ pub(super) fn work() -> impl Iterator<Item = CommandBody> {
         550 => compact(MAIN, "k0100", Some("k0200")),
         700 => CommandBody::CreateCheckpoint { name: "d".into(), branch: MAIN },
         900 => CommandBody::DropCheckpoint { name: "c".into() },
+        _ if n % 97 == 50 => {
+            let (from, end) = (n * 31 % 500, n * 31 % 500 + n % 120);
+            delete_range(MAIN, range(&format!("k{from:04}"), (n % 2 == 0).then_some(&format!("k{end:04}"))))
+        }
         _ if n % 17 == 3 => delete(MAIN, &format!("k{:04}", n * 13 % 500)),
         _ => put(MAIN, &format!("k{:04}", n * 29 % 500), format!("{n:<60}").as_bytes()),
     })

@@ -13,7 +13,7 @@ use super::harness::*;
 use crate::{Apply, Command, CommandBody, Error, ErrorKind, LogIndex, MAIN, Result, StateMachine};
 
 /// `add key n` adds to a counter in the keyspace `counters`, `sum` adds all, `swap a b` exchanges two, `many n`
-/// writes and reads n counters, `fail` writes and fails.
+/// writes and reads n counters, `clear a b` removes those from a up to b but for one that it makes, `fail` writes and fails.
 #[derive(Default)]
 struct Counters {
     applied: AtomicU64,
@@ -58,6 +58,28 @@ impl StateMachine for Counters {
                         assert_eq!(number(apply, counters, &format!("many{i:08}")).await?, 1);
                     }
                     Ok(Bytes::new())
+                }
+                ["clear", a, b] => {
+                    let (first, end) = (Bytes::from(a.to_owned()), Bytes::from(b.to_owned()));
+                    let count = |pairs: Vec<_>| pairs.len();
+                    let all = |reverse| apply.range(counters, Bound::Unbounded, Bound::Unbounded, reverse, usize::MAX);
+                    let before = count(all(false).await?);
+                    apply.put(counters, a.to_owned(), "7")?;
+                    apply.delete_range(counters, Bound::Included(first.clone()), Bound::Excluded(end.clone()))?;
+                    let refused = apply.delete_range(counters, Bound::Included(end), Bound::Excluded(first));
+                    assert_eq!(refused.expect_err("no key").kind(), ErrorKind::Invalid);
+                    assert_eq!(apply.get(counters, a.as_bytes()).await?, None, "what it wrote before is gone");
+                    let kept = format!("{a}+");
+                    apply.put(counters, kept.clone(), "1")?;
+                    assert_eq!(number(apply, counters, &kept).await?, 1, "and what it writes behind is not");
+                    let all = |reverse| apply.range(counters, Bound::Unbounded, Bound::Unbounded, reverse, usize::MAX);
+                    let (mut there, back) = (all(false).await?, all(true).await?);
+                    assert!(
+                        there.iter().all(|(key, _)| *key == kept || !(a.as_bytes()..b.as_bytes()).contains(&&key[..]))
+                    );
+                    there.reverse();
+                    assert_eq!(there, back);
+                    Ok(format!("{} of {before}", there.len()).into())
                 }
                 ["sum"] => {
                     let pairs = apply.range(counters, Bound::Unbounded, Bound::Unbounded, false, usize::MAX).await?;
@@ -121,6 +143,31 @@ fn commands_decide_the_same_before_and_after_a_crash() {
     assert_eq!(all(&store.group().snapshot(MAIN).expect("main"), id), before);
     assert!(answer(&store, "sum").expect("summed").starts_with("44850 at "));
     assert_eq!(store.group().status().divergences, 0);
+    store.close();
+}
+
+#[test]
+fn a_command_that_removes_a_range_reads_what_is_left_of_it() {
+    let media = media();
+    let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
+    for n in 0..30 {
+        answer(&store, &format!("add k{n:02} 1")).expect("counted");
+        if n == 15 {
+            store.flush();
+        }
+    }
+    assert_eq!(answer(&store, "clear k05 k25").expect("cleared"), "11 of 30");
+    assert_eq!(answer(&store, "clear k a").map_err(|error| error.kind()), Err(ErrorKind::Invalid));
+    let id = store.group().keyspace("counters").expect("made by the first command");
+    let before = all(&store.group().snapshot(MAIN).expect("main"), id);
+    assert_eq!((before.len(), before.contains_key(&b"k05+"[..])), (11, true));
+    drop(store);
+    media.crash(2);
+
+    let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
+    store.settle();
+    assert_eq!(all(&store.group().snapshot(MAIN).expect("main"), id), before);
+    assert!(answer(&store, "sum").expect("summed").starts_with("11 at "));
     store.close();
 }
 
