@@ -9,7 +9,7 @@ use bytes::Bytes;
 
 use super::manual::{MANUALS_MAX, Manual, Next};
 use super::picker::{self, Pick};
-use super::version::{overlap, sorted};
+use super::version::{LEVELS, overlap, sorted};
 use super::{
     Branch, Checkpoint, Compaction, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, TableRef, Version,
     Versions,
@@ -354,7 +354,10 @@ impl Manifest {
                         outstanding += 1;
                     }
                 }
-                let manual = match picker::l0_is_due(&settings, version, &busy) {
+                // What is dropped unread need not be compacted by whoever asked for it.
+                let picker_first =
+                    picker::l0_is_due(&settings, version, &busy) || !picker::hidden_tables(version, &busy).is_empty();
+                let manual = match picker_first {
                     true => None,
                     false => self.next_manual(branch, keyspace, &busy, outstanding),
                 };
@@ -381,6 +384,17 @@ impl Manifest {
                         version.remove(from, &|id| moved.contains(&id));
                         version.add(to, &tables);
                         (None, tables)
+                    }
+                    Some(Pick::Drop { tables }) => {
+                        let Some(version) = self.branches.get_mut(&branch).and_then(|b| b.versions.get_mut(&keyspace))
+                        else {
+                            break;
+                        };
+                        let version = Arc::make_mut(version);
+                        let gone: BTreeSet<_> = tables.iter().map(|t| t.id).collect();
+                        (0..=LEVELS as u8).for_each(|level| version.remove(level, &|id| gone.contains(&id)));
+                        effects.removed.extend(tables);
+                        continue;
                     }
                 };
                 if let Some(manual) = manual.and_then(|(index, _)| self.manuals.get_mut(&index)) {

@@ -13,15 +13,18 @@
 //! 3. One compaction at a time takes from L0, and it takes all runs, so no older run stays behind above its output.
 //! 4. A tombstone is dropped only where no deeper level overlaps the inputs. Jobs that run at the same time cannot put older
 //!    data below: what they give to a deeper level lies within keys that overlapped there already.
+//! 5. Who has range tombstones over all keys of a table is newer than the table: it lies above, and no job puts its tombstones anywhere but
+//!    above or into what it overlaps. So such a table holds nothing that anybody reads, and is dropped unread.
 
 #![deny(clippy::indexing_slicing)]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
 use super::ManifestSettings;
-use super::version::{LEVELS, TableRef, Version, bytes_of, overlap, sorted};
+use super::version::{LEVELS, TableRef, Tables, Version, bytes_of, overlap, sorted};
+use crate::range_tombstone::{RangeSet, last_before};
 use crate::{BranchId, KeyspaceId, TableId};
 
 /// Bytes of a level over bytes of the level above it.
@@ -63,6 +66,8 @@ impl Compaction {
 pub(crate) enum Pick {
     /// The tables change their level and nothing is written.
     Move { from: u8, to: u8, tables: Vec<TableRef> },
+    /// The tables hold nothing that counts: they leave the version unread.
+    Drop { tables: Vec<TableRef> },
     /// A job.
     Start(Compaction),
 }
@@ -109,6 +114,10 @@ pub(crate) fn pick(
     busy: &BTreeSet<TableId>,
     outstanding: usize,
 ) -> Option<Pick> {
+    let dropped = hidden_tables(version, busy);
+    if !dropped.is_empty() {
+        return Some(Pick::Drop { tables: dropped });
+    }
     let targets = targets(version, settings.base_level_bytes);
     let mut due = vec![(l0_score(settings, version), 0)];
     for (level, target) in (1..LAST).zip(targets.bytes) {
@@ -138,12 +147,38 @@ pub(crate) fn l0_is_due(settings: &ManifestSettings, version: &Version, busy: &B
         && !version.l0.iter().flat_map(|run| run.iter()).any(|t| busy.contains(&t.id))
 }
 
+/// Tables that range tombstones above them hide wholly, and those that have nothing but tombstones, range tombstones among them, over
+/// keys of which nothing older is left. Without range tombstones there are none, so that builds which know none pick as they did.
+pub(crate) fn hidden_tables(version: &Version, busy: &BTreeSet<TableId>) -> Vec<TableRef> {
+    let mut gone: BTreeMap<TableId, TableRef> = BTreeMap::new();
+    if !version.tables().any(|t| t.has_ranges()) {
+        return Vec::new();
+    }
+    let lists: Vec<&Tables> = version.lists().collect();
+    let mut hidden = RangeSet::default();
+    for (place, list) in lists.iter().enumerate() {
+        for range in hidden.iter() {
+            let inside = overlap(list, range.start(), &last_before(range.end_place()));
+            let inside = inside.iter().filter(|t| range.contains(&t.first) && range.contains(&t.last));
+            gone.extend(inside.map(|t| (t.id, t.clone())));
+        }
+        let older = lists.iter().skip(place.saturating_add(1));
+        for t in list.iter().filter(|t| t.has_ranges()) {
+            if t.entries == t.tombstones && older.clone().all(|list| overlap(list, &t.first, &t.last).is_empty()) {
+                gone.insert(t.id, t.clone());
+            }
+            t.ranges.spans.iter().for_each(|span| hidden.add(span));
+        }
+    }
+    gone.into_values().filter(|t| !busy.contains(&t.id)).collect()
+}
+
 fn l0_score(settings: &ManifestSettings, version: &Version) -> u64 {
     (version.l0.len() as u64).saturating_mul(SCORE_FULL) / u64::from(settings.l0_compaction_runs.max(1))
 }
 
 /// What becomes of chosen inputs: a move where nothing is to be merged, else a job, while there may be one more. Tables do not move where their
-/// tombstones could go and are at least one of `share` entries.
+/// tombstones could go and are at least one of `share` entries, or any of them hides a range: so the last level has no range tombstones.
 pub(crate) fn decide(
     branch: BranchId,
     keyspace: KeyspaceId,
@@ -155,7 +190,7 @@ pub(crate) fn decide(
 ) -> Option<Pick> {
     let (first, last) = range(upper.iter().chain(&lower))?;
     let drop_tombstones = (to + 1..=LAST).all(|deeper| overlap(version.level(deeper), &first, &last).is_empty());
-    let cleaned = drop_tombstones && is_dense(&upper, &[], share);
+    let cleaned = drop_tombstones && (is_dense(&upper, &[], share) || upper.iter().any(|t| t.has_ranges()));
     if from < to && lower.is_empty() && sorted(&upper) && !cleaned {
         return Some(Pick::Move { from, to, tables: upper });
     }

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::picker::{LEVEL_RATIO, Pick, pick, targets};
-use super::version::{LEVELS, overlap};
+use super::version::{LEVELS, Tables, overlap};
 use super::*;
 use crate::codec::{Decoder, TableForm};
 use crate::range_tombstone::{KeyRange, last_before};
@@ -260,12 +260,13 @@ fn picked(v: &Version, busy: &[(u64, u32)]) -> Option<Pick> {
     pick(&PICKER, MAIN, KeyspaceId(0), v, &busy, 0)
 }
 
-/// `from>to upper+lower` with `!` where tombstones end, or `move`, or `-`.
+/// `from>to upper+lower` with `!` where tombstones end, or `move`, or `drop`, or `-`.
 fn told(pick: Option<Pick>) -> String {
     let names = |tables: &[TableRef]| tables.iter().map(|t| t.id.to_string()).collect::<Vec<_>>().join(",");
     match pick {
         None => "-".into(),
         Some(Pick::Move { from, to, tables }) => format!("move {from}>{to} {}", names(&tables)),
+        Some(Pick::Drop { tables }) => format!("drop {}", names(&tables)),
         Some(Pick::Start(c)) => {
             let end = if c.drop_tombstones { "!" } else { "" };
             format!("{}>{} {}+{}{end}", c.from, c.to, names(&c.upper), names(&c.lower))
@@ -377,6 +378,126 @@ fn tombstones_go_down_where_they_are_many() {
         let v = Version { frozen: Vec::new(), l0, levels: v.levels.each_ref().map(list) };
         assert_eq!(told(picked(&v, busy)), *expect, "{name}");
     }
+}
+
+/// A version with range tombstones in the tables that these ids name.
+fn with_ranges(mut v: Version, ranges: &[((u64, u32), &[(&str, &str)], bool)]) -> Version {
+    let with = |list: &Tables| {
+        let of = |t: &TableRef| match ranges.iter().find(|(id, _, _)| *id == (t.id.job.0, t.id.ordinal)) {
+            Some((_, spans, bare)) => ranged(t, spans, *bare),
+            None => t.clone(),
+        };
+        Arc::new(list.iter().map(of).collect())
+    };
+    v.l0 = v.l0.iter().map(with).collect();
+    v.levels = v.levels.each_ref().map(with);
+    v
+}
+
+#[test]
+fn what_ranges_hide_is_dropped_by_its_table_of_cases() {
+    let [a, bc] = [[("a", "a")], [("b", "c")]];
+    let (a, bc): (&[(&str, &str)], &[(&str, &str)]) = (&a, &bc);
+    let six: (u8, &[(&str, &str, u64)]) = (6, &[("a", "c", 10), ("d", "f", 10), ("g", "i", 10)]);
+    let cases: &[(&str, Version, &[(u64, u32)], &str)] = &[
+        ("no range, nothing to drop", version(&[a], &[six]), &[], "-"),
+        (
+            "what lies within, and not what reaches out",
+            with_ranges(version(&[a], &[six]), &[((101, 0), &[("a", "h")], false)]),
+            &[],
+            "drop 6-0,6-1",
+        ),
+        (
+            "an end is not hidden itself",
+            with_ranges(version(&[a], &[six]), &[((101, 0), &[("a", "f")], false)]),
+            &[],
+            "drop 6-0",
+        ),
+        (
+            "nor is what lies above or beside",
+            with_ranges(version(&[bc, a], &[six]), &[((102, 0), &[("a", "d")], false), ((6, 2), &[("a", "z")], false)]),
+            &[],
+            "drop 6-0",
+        ),
+        (
+            "an older run, and levels between",
+            with_ranges(version(&[a, bc], &[(5, &[("a", "b", 10)]), six]), &[((101, 0), &[("a", "")], false)]),
+            &[],
+            "drop 5-0,6-0,6-1,6-2,102-0",
+        ),
+        (
+            "two that touch hide together",
+            with_ranges(
+                version(&[bc, a], &[six]),
+                &[((101, 0), &[("b", "d")], false), ((102, 0), &[("a", "b")], false)],
+            ),
+            &[],
+            "drop 6-0",
+        ),
+        (
+            "two with a gap do not",
+            with_ranges(
+                version(&[bc, a], &[six]),
+                &[((101, 0), &[("bb", "d")], false), ((102, 0), &[("a", "b")], false)],
+            ),
+            &[],
+            "-",
+        ),
+        (
+            "not what a job reads",
+            with_ranges(version(&[a], &[six]), &[((101, 0), &[("a", "h")], false)]),
+            &[(6, 1)],
+            "drop 6-0",
+        ),
+        (
+            "tombstones over nothing",
+            with_ranges(version(&[a], &[(6, &[("d", "f", 10)])]), &[((101, 0), &[("a", "c")], true)]),
+            &[],
+            "drop 101-0",
+        ),
+        (
+            "not while something older is there: they go down to it",
+            with_ranges(version(&[a], &[(6, &[("c", "f", 10)])]), &[((101, 0), &[("a", "d")], true)]),
+            &[],
+            "0>6 101-0+6-0!",
+        ),
+        (
+            "nor with a value beside them",
+            with_ranges(version(&[a], &[(6, &[("d", "f", 10)])]), &[((101, 0), &[("a", "c")], false)]),
+            &[],
+            "-",
+        ),
+        (
+            "where nothing is below they do not move",
+            with_ranges(
+                version(&[&[("g", "h")], &[("e", "f")], &[("c", "d")], a], &[]),
+                &[((104, 0), &[("a", "b")], false)],
+            ),
+            &[],
+            "0>6 104-0,103-0,102-0,101-0+!",
+        ),
+    ];
+    for (name, v, busy, expect) in cases {
+        assert!(v.is_sound(), "{name}");
+        assert_eq!(told(picked(v, busy)), *expect, "{name}");
+    }
+}
+
+/// All keys are removed: every table below goes unread, and then the one that said so. A checkpoint keeps them all.
+#[test]
+fn a_cleared_keyspace_holds_nothing() {
+    let mut m = Manifest::new(PICKER);
+    ok(&mut m, 10, rotate(&[(0, 0)]));
+    ok(&mut m, 11, install(1, vec![table(1, 0, "a", "c", 10), table(1, 1, "d", "f", 10)]));
+    ok(&mut m, 12, checkpoint("c"));
+    ok(&mut m, 20, rotate(&[(0, 0)]));
+    let cleared = ranged(&table(2, 0, "a", "a", 10), &[("a", "")], true);
+    let effects = ok(&mut m, 21, install(2, vec![cleared.clone()]));
+    assert!(main_version(&m).tables().next().is_none());
+    let mut removed: Vec<_> = effects.removed.iter().map(|t| (t.id.job.0, t.id.ordinal, m.names(t))).collect();
+    removed.sort_unstable();
+    removed.dedup();
+    assert_eq!(removed, [(1, 0, true), (1, 1, true), (2, 0, false)], "the checkpoint names two of them");
 }
 
 #[test]

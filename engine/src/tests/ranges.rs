@@ -146,6 +146,51 @@ fn a_range_conflicts_with_what_was_read_of_it() {
     store.close();
 }
 
+/// A keyspace that is cleared gives its tables back unread, and so does the tombstone that said so; a checkpoint and a clone of before keep
+/// theirs.
+#[test]
+fn a_cleared_keyspace_gives_its_space_back_and_a_checkpoint_keeps_its_own() {
+    let media = media();
+    let store = Store::open(&media);
+    for n in 0..600 {
+        store.put(&key(n), &[7; 100]);
+    }
+    store.settle();
+    let held = store.group().status().table_bytes;
+    let log = store.group().applied();
+    store.must(delete_range(MAIN, range("", None)));
+    assert_eq!(store.group().applied(), LogIndex(log.0 + 1), "one entry");
+    assert!(live(&store).is_empty());
+    store.settle();
+    let status = store.group().status();
+    assert_eq!((status.tables, status.table_bytes, status.divergences), (0, 0, 0), "held {held} before");
+    for n in 0..600 {
+        store.put(&key(n), &[8; 100]);
+    }
+    store.must(CommandBody::CreateCheckpoint { name: "c".into(), branch: MAIN });
+    let clone = store.must(CommandBody::CreateClone { name: "x".into(), checkpoint: "c".into() });
+    store.must(delete_range(MAIN, range(&key(0), Some(&key(600)))));
+    store.settle();
+    assert!(live(&store).is_empty());
+    let clone = crate::BranchId(clone.index.0);
+    for _ in 0..2 {
+        assert_eq!(all(&store.group().checkpoint("c").expect("made"), DEFAULT).len(), 600);
+        assert_eq!(all(&store.group().snapshot(clone).expect("made"), DEFAULT).len(), 600);
+        store.must(delete_range(clone, range(&key(100), Some(&key(500)))));
+        assert_eq!(all_back(&store.group().snapshot(clone).expect("made"), DEFAULT).len(), 200);
+        store.must(delete_range(clone, range(&key(600), None)));
+        for n in 100..500 {
+            store.must(put(clone, &key(n), b"again"));
+        }
+        store.settle();
+    }
+    store.must(CommandBody::DropCheckpoint { name: "c".into() });
+    store.must(CommandBody::DropClone { name: "x".into() });
+    store.settle();
+    store.close();
+    check_no_leak(&media);
+}
+
 /// One range over tables of several levels, cut where the tables of its level are cut: each key on its own side of it.
 #[test]
 fn a_range_is_cut_where_tables_are_cut() {
