@@ -1,12 +1,15 @@
 //! Mutations applied all or none, and what must hold for them to be.
 
-use bytes::Bytes;
-use mainstay_engine::{BranchId, CommandBody, Condition, ConditionalBatch, KeyspaceId, WriteBatch, WriteOp};
+use std::ops::RangeBounds;
 
+use bytes::Bytes;
+use mainstay_engine::{BranchId, CommandBody, Condition, ConditionalBatch, KeyRange, KeyspaceId, WriteBatch, WriteOp};
+
+use crate::snapshot::{owned_bounds, prefix_bounds};
 use crate::{Keyspace, LogIndex};
 
 /// Mutations over any keyspaces of one store, applied all or none by [`crate::Store::commit`]. The later of two mutations
-/// of one key wins.
+/// of one key wins; a range that is removed takes what stands before it in the batch, and nothing that comes after.
 ///
 /// A batch may have conditions: see [`Batch::require_value`] and the others beside it. They are decided when the batch is applied,
 /// on the state before its mutations, and by every replica alike. If one does not hold the batch changes nothing and is
@@ -74,6 +77,45 @@ impl Batch {
         self
     }
 
+    /// Removes all keys within the bounds, however many there are: one mutation, whose cost does not depend on them. Their space is given
+    /// back when it is flushed, as far as whole tables are within, and by compaction.
+    ///
+    /// Bounds that hold no key, or are longer than a key may be, are refused by [`crate::Store::commit`].
+    ///
+    /// ```
+    /// # fn main() -> mainstay::Result<()> {
+    /// # let dir = tempfile::tempdir().expect("a temporary directory");
+    /// # let store = mainstay::Store::builder().wal_bytes(16 << 20).open(dir.path().join("store"))?;
+    /// use mainstay::Batch;
+    ///
+    /// let jobs = store.keyspace("jobs")?;
+    /// for n in 0..100 {
+    ///     jobs.insert(format!("{n:03}"), "done")?;
+    /// }
+    /// let mut batch = Batch::new();
+    /// batch.remove_range(&jobs, "000".."090").insert(&jobs, "next", "090");
+    /// store.commit(batch)?;
+    /// assert_eq!(jobs.range("0".."1").count(), 10);
+    /// # store.close()
+    /// # }
+    /// ```
+    pub fn remove_range<K: AsRef<[u8]>>(&mut self, keyspace: &Keyspace, bounds: impl RangeBounds<K>) -> &mut Self {
+        let (lower, upper) = owned_bounds(&bounds);
+        self.remove_range_in(keyspace.id(), KeyRange::new(lower, upper))
+    }
+
+    /// Removes all keys that begin with `prefix`, as [`Batch::remove_range`]; an empty one is that of all keys.
+    pub fn remove_prefix(&mut self, keyspace: &Keyspace, prefix: impl AsRef<[u8]>) -> &mut Self {
+        let (lower, upper) = prefix_bounds(prefix.as_ref());
+        self.remove_range_in(keyspace.id(), KeyRange::new(lower, upper))
+    }
+
+    pub(crate) fn remove_range_in(&mut self, keyspace: KeyspaceId, range: KeyRange) -> &mut Self {
+        self.bytes += range.bytes();
+        self.ops.push(WriteOp::DeleteRange { keyspace, range });
+        self
+    }
+
     /// The batch is applied only if the key is absent: never written, or removed.
     pub fn require_absent(&mut self, keyspace: &Keyspace, key: impl AsRef<[u8]>) -> &mut Self {
         self.require_version(keyspace, key, None)
@@ -132,7 +174,7 @@ impl Batch {
         self.ops.is_empty() && self.conditions.is_empty()
     }
 
-    /// Bytes of keys and values, and about those of the conditions.
+    /// Bytes of keys, bounds of ranges and values, and about those of the conditions.
     pub fn bytes(&self) -> usize {
         self.bytes
     }

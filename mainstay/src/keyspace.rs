@@ -117,6 +117,41 @@ impl Keyspace {
         self.store.commit_async(batch)
     }
 
+    /// Removes all keys within the bounds, however many there are: a batch of one mutation. See [`Batch::remove_range`].
+    ///
+    /// # Errors
+    /// `Invalid` for bounds that hold no key, and as [`Store::commit`].
+    pub fn remove_range<K: AsRef<[u8]>>(&self, bounds: impl RangeBounds<K>) -> Result<Commit> {
+        let mut batch = Batch::new();
+        batch.remove_range(self, bounds);
+        self.store.commit(batch)
+    }
+
+    /// As [`Keyspace::remove_range`], without blocking the thread. Not cancel safe: a dropped future may have written.
+    pub fn remove_range_async<K: AsRef<[u8]>>(&self, bounds: impl RangeBounds<K>) -> BoxFuture<Result<Commit>> {
+        let mut batch = Batch::new();
+        batch.remove_range(self, bounds);
+        self.store.commit_async(batch)
+    }
+
+    /// Removes all keys that begin with `prefix`, all there are for an empty one: a batch of one mutation. See
+    /// [`Batch::remove_prefix`].
+    ///
+    /// # Errors
+    /// As [`Store::commit`].
+    pub fn remove_prefix(&self, prefix: impl AsRef<[u8]>) -> Result<Commit> {
+        let mut batch = Batch::new();
+        batch.remove_prefix(self, prefix);
+        self.store.commit(batch)
+    }
+
+    /// As [`Keyspace::remove_prefix`], without blocking the thread. Not cancel safe: a dropped future may have written.
+    pub fn remove_prefix_async(&self, prefix: impl AsRef<[u8]>) -> BoxFuture<Result<Commit>> {
+        let mut batch = Batch::new();
+        batch.remove_prefix(self, prefix);
+        self.store.commit_async(batch)
+    }
+
     /// The pairs within `bounds` in order of keys; `.rev()` for the other way. One snapshot, taken when the first pair is
     /// asked for; a failure to take it is the first item.
     pub fn range<K: AsRef<[u8]>>(&self, bounds: impl RangeBounds<K>) -> Scan {

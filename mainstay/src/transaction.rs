@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use futures_util::future::try_join_all;
-use mainstay_engine::{ClientToken, Condition};
+use mainstay_engine::{ClientToken, Condition, KeyRange, RangeSet};
 use mainstay_io::BoxFuture;
 
 use self::reads::Reads;
@@ -58,6 +58,9 @@ pub enum Isolation {
 /// Two states of a key are told apart by the entry that wrote the value. A key that was absent and is absent again counts as
 /// unchanged, and what a transaction writes unconditionally conflicts with writes since its beginning all the same.
 ///
+/// A range that it removes ([`Transaction::remove_range`]) is no read: it is gone at the commit, whatever others have put into it meanwhile.
+/// Whoever is to know reads the range first.
+///
 /// It pins what its snapshot reads, in memory and in tables, as [`crate::Snapshot`] does: keep it short.
 pub struct Transaction {
     store: Store,
@@ -65,6 +68,8 @@ pub struct Transaction {
     snapshot: mainstay_engine::Snapshot,
     /// None removes.
     writes: BTreeMap<(KeyspaceId, Bytes), Option<Bytes>>,
+    /// What `writes` has of their keys was written after them.
+    removed: BTreeMap<KeyspaceId, RangeSet>,
     reads: Arc<Mutex<Reads>>,
 }
 
@@ -93,7 +98,7 @@ impl Read {
 
 impl Transaction {
     pub(crate) fn new(store: Store, isolation: Isolation, snapshot: mainstay_engine::Snapshot) -> Self {
-        Self { store, isolation, snapshot, writes: BTreeMap::new(), reads: Arc::default() }
+        Self { store, isolation, snapshot, writes: BTreeMap::new(), removed: BTreeMap::new(), reads: Arc::default() }
     }
 
     /// The index whose state it reads.
@@ -138,6 +143,10 @@ impl Transaction {
         if let Some(own) = self.writes.get(&place) {
             // Others that write it are met at commit: it is written.
             return Box::pin(std::future::ready(Ok(own.clone())));
+        }
+        if self.removed.get(&place.0).is_some_and(|removed| removed.at(&place.1).is_some()) {
+            // Whatever is there when it commits, it is gone then.
+            return Box::pin(std::future::ready(Ok(None)));
         }
         let read = Read { snapshot: self.snapshot.clone(), reads: validated.then(|| self.reads.clone()) };
         Box::pin(async move { read.get(place.0, place.1).await })
@@ -204,7 +213,8 @@ impl Transaction {
         let own = own.map(|((_, key), value)| (key.clone(), value.clone())).collect();
         let scan = self.snapshot.range(id, lower.clone(), upper.clone());
         let reads = (self.isolation == Isolation::Serializable).then_some(&self.reads);
-        TransactionScan::new(scan, own, reads, (id, lower, upper))
+        let removed = self.removed.get(&id).cloned().unwrap_or_default();
+        TransactionScan::new(scan, own, removed, reads, (id, lower, upper))
     }
 
     /// Sets a key.
@@ -230,6 +240,37 @@ impl Transaction {
     /// As [`Transaction::insert`].
     pub fn remove(&mut self, keyspace: &Keyspace, key: impl AsRef<[u8]>) -> Result<()> {
         self.write(keyspace, Bytes::copy_from_slice(key.as_ref()), None)
+    }
+
+    /// Removes all keys within the bounds, however many there are; see [`Batch::remove_range`]. What the transaction writes to them later stays.
+    /// They are gone at the commit whoever has written them, and nobody conflicts with that: it is no read of the range.
+    ///
+    /// # Errors
+    /// As [`Transaction::insert`], and `Invalid` for bounds that hold no key.
+    pub fn remove_range<K: AsRef<[u8]>>(&mut self, keyspace: &Keyspace, bounds: impl RangeBounds<K>) -> Result<()> {
+        let (lower, upper) = owned_bounds(&bounds);
+        self.write_range(keyspace, KeyRange::new(lower, upper))
+    }
+
+    /// Removes all keys that begin with `prefix`, as [`Transaction::remove_range`]; an empty one is that of all keys.
+    ///
+    /// # Errors
+    /// As [`Transaction::insert`].
+    pub fn remove_prefix(&mut self, keyspace: &Keyspace, prefix: impl AsRef<[u8]>) -> Result<()> {
+        let (lower, upper) = prefix_bounds(prefix.as_ref());
+        self.write_range(keyspace, KeyRange::new(lower, upper))
+    }
+
+    fn write_range(&mut self, keyspace: &Keyspace, range: KeyRange) -> Result<()> {
+        range.check()?;
+        lock(&self.reads).charge(range.bytes())?;
+        let id = keyspace.id();
+        let from = self.writes.range((id, range.start().clone())..);
+        let within = from.take_while(|((at, key), _)| *at == id && range.contains(key));
+        let gone: Vec<_> = within.map(|(place, _)| place.clone()).collect();
+        gone.iter().for_each(|place| drop(self.writes.remove(place)));
+        self.removed.entry(id).or_default().add(&range);
+        Ok(())
     }
 
     fn write(&mut self, keyspace: &Keyspace, key: Bytes, value: Option<Bytes>) -> Result<()> {
@@ -278,7 +319,7 @@ impl Transaction {
 
     async fn commit_inner(self, token: Option<ClientToken>) -> Result<Commit> {
         lock(&self.reads).check()?;
-        if self.writes.is_empty() {
+        if self.writes.is_empty() && self.removed.is_empty() {
             return Ok(Commit::at(self.snapshot.index()));
         }
         let store = self.store.clone();
@@ -299,6 +340,11 @@ impl Transaction {
         }
         let mut batch = Batch::new();
         batch.require(conditions);
+        for (keyspace, removed) in &self.removed {
+            for range in removed.iter() {
+                batch.remove_range_in(*keyspace, range);
+            }
+        }
         for ((keyspace, key), value) in self.writes {
             match value {
                 Some(value) => batch.insert_in(keyspace, key, value),

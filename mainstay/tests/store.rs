@@ -132,6 +132,50 @@ fn ranges_and_prefixes_run_both_ways_and_meet() {
 }
 
 #[test]
+fn ranges_and_prefixes_are_removed_at_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = builder().open(folder.path().join("store")).expect("opens");
+    let (names, others) = (store.keyspace("names").expect("made"), store.keyspace("others").expect("made"));
+    let fill = || {
+        for name in ["ada", "alan", "barbara", "edsger", "grace"] {
+            names.insert(name, "").expect("written");
+            others.insert(name, "").expect("written");
+        }
+    };
+    fill();
+    let before = store.snapshot().expect("a view");
+    names.remove_range("alan".."edsger").expect("written");
+    assert_eq!(keys(names.iter()), ["ada", "edsger", "grace"]);
+    names.remove_range("edsger"..="edsger").expect("written");
+    assert_eq!(keys(names.iter().rev()), ["grace", "ada"]);
+    names.remove_prefix("a").expect("written");
+    assert_eq!(keys(names.iter()), ["grace"]);
+    names.remove_range::<&str>(..).expect("written");
+    assert!(names.first().expect("readable").is_none());
+    assert_eq!(keys(before.iter(&names)).len(), 5, "a snapshot keeps what it has");
+    assert_eq!(keys(others.iter()).len(), 5, "a keyspace is its own");
+    fill();
+    let mut batch = Batch::new();
+    batch
+        .insert(&names, "bob", "")
+        .remove_range(&names, "b".."f")
+        .insert(&names, "carl", "")
+        .remove_prefix(&others, "");
+    assert_eq!(batch.len(), 4);
+    store.commit(batch).expect("written");
+    assert_eq!(keys(names.iter()), ["ada", "alan", "carl", "grace"]);
+    assert!(others.first().expect("readable").is_none());
+    assert_eq!(names.remove_range("b".."b").expect_err("no key").kind(), ErrorKind::Invalid);
+    assert_eq!(names.remove_range("c".."b").expect_err("no key").kind(), ErrorKind::Invalid);
+    pollster(names.remove_range_async("a".."b")).expect("written");
+    pollster(names.remove_prefix_async("c")).expect("written");
+    store.close().expect("closes");
+    let store = builder().open(folder.path().join("store")).expect("opens again");
+    assert_eq!(keys(store.keyspace("names").expect("there").iter()), ["grace"]);
+    store.close().expect("closes");
+}
+
+#[test]
 fn a_snapshot_stays_while_the_store_moves_on() {
     let folder = tempfile::tempdir().expect("a folder");
     let store = builder().open(folder.path().join("store")).expect("opens");

@@ -1,6 +1,6 @@
 //! Transactions through the facade: stories, and a model that knows every version.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Barrier;
 
 use mainstay::{
@@ -167,6 +167,50 @@ fn own_writes_are_seen_over_the_snapshot_and_by_nobody_else() {
     assert_eq!(keys(names.iter()), ["a", "c", "e", "z"], "nobody else sees them");
     drop(transaction);
     assert_eq!(keys(names.iter()), ["a", "c", "e", "z"], "and dropped they never were");
+    store.close().expect("closes");
+}
+
+#[test]
+fn a_removed_range_is_seen_by_its_transaction_and_is_no_read() {
+    let folder = folder();
+    let store = open(&folder);
+    let names = store.keyspace("names").expect("made");
+    for name in ["a", "b1", "b2", "c"] {
+        names.insert(name, "1").expect("written");
+    }
+    let mut transaction = store.transaction(Isolation::Serializable).expect("begun");
+    transaction.insert(&names, "b0", "before").expect("recorded");
+    transaction.remove_prefix(&names, "b").expect("recorded");
+    transaction.insert(&names, "b2", "after").expect("recorded");
+    assert_eq!(transaction.get(&names, "b1").expect("readable"), None);
+    assert_eq!(transaction.get(&names, "b0").expect("readable"), None);
+    assert_eq!(keys(transaction.range(&names, "a".."c")), ["a", "b2"]);
+    assert_eq!(keys(transaction.iter(&names).rev()), ["c", "b2", "a"]);
+    assert_eq!(kind(transaction.remove_range(&names, "c".."b")), Some(ErrorKind::Invalid));
+    assert_eq!(keys(names.iter()), ["a", "b1", "b2", "c"], "nobody else sees it");
+    transaction.commit().expect("nothing has changed");
+    assert_eq!(keys(names.iter()), ["a", "b2", "c"]);
+
+    // Others write into a range that is removed and not read: that is gone too, and nobody conflicts.
+    let mut blind = store.transaction(Isolation::Serializable).expect("begun");
+    blind.remove_range(&names, "b".."c").expect("recorded");
+    names.insert("b9", "late").expect("written");
+    blind.commit().expect("it has read nothing");
+    assert_eq!(keys(names.iter()), ["a", "c"]);
+    // Who has read of a range conflicts with its removal, at a key and at a range, and who has only written it too.
+    let conflicts = |depend: &dyn Fn(&mut Transaction)| {
+        let mut transaction = store.transaction(Isolation::Serializable).expect("begun");
+        depend(&mut transaction);
+        transaction.insert(&names, "z", "").expect("recorded");
+        names.remove_range("a".."b").expect("written");
+        let outcome = kind(transaction.commit());
+        names.insert("a", "1").expect("written");
+        outcome
+    };
+    assert_eq!(conflicts(&|transaction| drop(transaction.get(&names, "a"))), Some(ErrorKind::Conflict));
+    assert_eq!(conflicts(&|transaction| drop(keys(transaction.iter(&names)))), Some(ErrorKind::Conflict));
+    assert_eq!(conflicts(&|transaction| drop(transaction.insert(&names, "a", "2"))), Some(ErrorKind::Conflict));
+    assert_eq!(conflicts(&|transaction| drop(transaction.get(&names, "c"))), None);
     store.close().expect("closes");
 }
 
@@ -340,6 +384,8 @@ enum Step {
     Range(u8, u8, bool, usize),
     Insert(u8, u8),
     Remove(u8),
+    /// From, to.
+    RemoveRange(u8, u8),
     Commit,
     Drop,
 }
@@ -351,6 +397,7 @@ fn step() -> impl Strategy<Value = (usize, Step)> {
         3 => (key(), 0..=KEYS, any::<bool>(), 0..5_usize).prop_map(|(a, b, back, count)| Step::Range(a, b, back, count)),
         3 => (key(), any::<u8>()).prop_map(|(key, value)| Step::Insert(key, value)),
         2 => key().prop_map(Step::Remove),
+        2 => (key(), key()).prop_map(|(a, b)| Step::RemoveRange(a.min(b), a.max(b) + 1)),
         4 => Just(Step::Commit),
         1 => Just(Step::Drop),
     ];
@@ -364,6 +411,8 @@ struct Open {
     own: BTreeMap<u8, Option<u8>>,
     /// Keys that it depends on: from, to before.
     depends: Vec<(u8, u8)>,
+    /// Those that it depends on since it writes them.
+    written: BTreeSet<u8>,
     /// What it did and saw, to be done again at its place in the order of commits.
     seen: Vec<(Step, Vec<(u8, u8)>)>,
 }
@@ -410,8 +459,8 @@ fn seen_keys(step: &Step, found: &[(u8, u8)]) -> (u8, u8) {
 impl Open {
     fn begin(store: &Store, isolation: Isolation, model: &Model) -> Self {
         let transaction = store.transaction(isolation).expect("begun");
-        let (own, depends, seen) = Default::default();
-        Self { transaction, began: model.clone(), own, depends, seen }
+        let (own, depends, written, seen) = Default::default();
+        Self { transaction, began: model.clone(), own, depends, written, seen }
     }
 
     /// Does a step that is no end, and checks what it sees against the snapshot.
@@ -429,13 +478,19 @@ impl Open {
             Step::Insert(key, value) => {
                 self.transaction.insert(keyspace, [key], [value]).expect("recorded");
                 self.own.insert(key, Some(value));
-                self.depends.push((key, key + 1));
+                self.written.insert(key);
                 Vec::new()
             }
             Step::Remove(key) => {
                 self.transaction.remove(keyspace, [key]).expect("recorded");
                 self.own.insert(key, None);
-                self.depends.push((key, key + 1));
+                self.written.insert(key);
+                Vec::new()
+            }
+            Step::RemoveRange(from, to) => {
+                self.transaction.remove_range(keyspace, [from]..[to]).expect("recorded");
+                self.own.extend((from..to).map(|key| (key, None)));
+                self.written.retain(|key| !(from..to).contains(key));
                 Vec::new()
             }
             Step::Commit | Step::Drop => Vec::new(),
@@ -456,7 +511,9 @@ impl Open {
         let part = |model: &Model, from: u8, to: u8| -> Vec<_> {
             model.iter().filter(|(key, _)| from <= **key && **key < to).map(|(k, v)| (*k, *v)).collect()
         };
-        let changed = self.depends.iter().any(|(a, b)| part(&self.began, *a, *b) != part(model, *a, *b));
+        let written = self.written.iter().map(|key| (*key, key + 1));
+        let changed =
+            self.depends.iter().copied().chain(written).any(|(a, b)| part(&self.began, a, b) != part(model, a, b));
         let isolation = self.transaction.isolation();
         let commit = match self.transaction.commit() {
             Err(error) => {
@@ -479,6 +536,7 @@ impl Open {
                     Step::Remove(key) => {
                         own.insert(key, None);
                     }
+                    Step::RemoveRange(from, to) => own.extend((from..to).map(|key| (key, None))),
                     _ => prop_assert_eq!(&look(&view(at, &own), step), found, "{:?}", step),
                 }
             }

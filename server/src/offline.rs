@@ -12,6 +12,9 @@ use crate::cli::{Failure, FormatArgs, InspectCommand, OfflineArgs, print};
 use crate::status::hex;
 use crate::units::ByteSize;
 
+/// Bytes of a key that are shown.
+const KEY_SHOWN_BYTES: usize = 1024;
+
 /// Lays out a volume.
 pub(crate) fn format(args: &FormatArgs) -> Result<(), Failure> {
     let builder = Store::builder().wal_bytes(args.wal.0).backend(args.backend.into());
@@ -170,16 +173,22 @@ async fn wal(args: &OfflineArgs) -> Result<(), Failure> {
     })
 }
 
+/// The beginning of a key: where a range without an end is removed, the last key of its table is the longest there can be.
+fn shown(key: &[u8]) -> &[u8] {
+    key.get(..KEY_SHOWN_BYTES).unwrap_or(key)
+}
+
 fn table_document(group: GroupId, table: &TableInfo) -> Value {
     let meta = &table.meta;
     json!({
         "id": format!("{group}/{}", meta.id),
         "branch": meta.branch.0,
         "keyspace": meta.keyspace.0,
-        "first": String::from_utf8_lossy(&meta.first),
-        "last": String::from_utf8_lossy(&meta.last),
+        "first": String::from_utf8_lossy(shown(&meta.first)),
+        "last": String::from_utf8_lossy(shown(&meta.last)),
         "entries": meta.entries,
         "tombstones": meta.tombstones,
+        "range_tombstones": meta.ranges.tombstones,
         "bytes": meta.bytes,
         "digest": format!("{:032x}", meta.digest),
         "extents": table.extents.iter().map(|(first, units)| json!({ "first_unit": first, "units": units })).collect::<Vec<_>>(),
@@ -230,9 +239,13 @@ fn group_text(group: &GroupInfo) -> String {
     }
     for table in &group.tables {
         let meta = &table.meta;
-        let (first, last) = (meta.first.escape_ascii(), meta.last.escape_ascii());
+        let (first, last) = (shown(&meta.first).escape_ascii(), shown(&meta.last).escape_ascii());
+        let ranges = match meta.ranges.tombstones {
+            0 => String::new(),
+            count => format!(", {count} range tombstones"),
+        };
         text += &format!(
-            "  table {}/{} {} entries, {}, from {first} to {last}\n",
+            "  table {}/{} {} entries{ranges}, {}, from {first} to {last}\n",
             group.group,
             meta.id,
             meta.entries,

@@ -5,6 +5,7 @@ use std::ops::Bound;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
+use mainstay_engine::RangeSet;
 
 use super::lock;
 use super::reads::{RangeRead, Reads, Seen};
@@ -19,6 +20,8 @@ pub struct TransactionScan {
     scan: mainstay_engine::Scan,
     /// Own writes that neither end has passed.
     own: BTreeMap<Bytes, Option<Bytes>>,
+    /// Ranges that the transaction has removed from the snapshot.
+    removed: RangeSet,
     /// Pairs of the snapshot that were taken from it and not given yet, of each end.
     low: Option<Entry>,
     high: Option<Entry>,
@@ -35,14 +38,15 @@ enum End {
 }
 
 impl TransactionScan {
-    /// `own` is what the transaction has written within the bounds; `reads` are given when what is seen is validated.
+    /// `own` is what the transaction has written within the bounds, `removed` the ranges that it has removed before; `reads` are given when what is seen is validated.
     pub(super) fn new(
         scan: mainstay_engine::Scan,
         own: BTreeMap<Bytes, Option<Bytes>>,
+        removed: RangeSet,
         reads: Option<&Arc<Mutex<Reads>>>,
         (keyspace, lower, upper): (KeyspaceId, Bound<Bytes>, Bound<Bytes>),
     ) -> Self {
-        let mut this = Self { scan, own, low: None, high: None, record: None, ended: None };
+        let mut this = Self { scan, own, removed, low: None, high: None, record: None, ended: None };
         if let Some(reads) = reads {
             let (low, high) = (Seen::default(), Seen::default());
             match lock(reads).add_range(RangeRead { keyspace, lower, upper, low, high, finished: false }) {
@@ -103,7 +107,10 @@ impl TransactionScan {
                     (own.remove_entry(), 1)
                 }
                 (_, _) => match stored.take() {
-                    Some(Entry { key, value }) => ((key, Some(value)), 1),
+                    Some(Entry { key, value }) => {
+                        let value = self.removed.at(&key).is_none().then_some(value);
+                        ((key, value), 1)
+                    }
                     None => continue,
                 },
             };
