@@ -6,6 +6,7 @@
 use std::ops::{Bound, RangeBounds};
 
 use bytes::Bytes;
+use mainstay_engine::KeyRange;
 use mainstay_io::BoxFuture;
 use mainstay_replication::{self as replication, PlacedOp, RangeInfo};
 
@@ -26,7 +27,8 @@ pub struct Placed {
     read_level: ReadLevel,
 }
 
-/// Mutations of a placed keyspace, applied all or none: their keys are in one group. The later of two mutations of one key wins.
+/// Mutations of a placed keyspace, applied all or none: their keys are in one group. The later of two mutations of one key wins; a range that
+/// is removed takes what stands before it.
 #[derive(Clone, Debug, Default)]
 pub struct PlacedBatch {
     ops: Vec<PlacedOp>,
@@ -40,16 +42,24 @@ impl PlacedBatch {
 
     /// Sets a key. The key has 1 byte to 64 KiB, the value at most 16 MiB.
     pub fn insert(&mut self, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> &mut Self {
-        self.push(key.as_ref(), Some(Bytes::copy_from_slice(value.as_ref())))
+        let (key, value) = (Bytes::copy_from_slice(key.as_ref()), Bytes::copy_from_slice(value.as_ref()));
+        self.push(PlacedOp::Put { key, value })
     }
 
     /// Removes a key; nothing if it is absent.
     pub fn remove(&mut self, key: impl AsRef<[u8]>) -> &mut Self {
-        self.push(key.as_ref(), None)
+        self.push(PlacedOp::Delete { key: Bytes::copy_from_slice(key.as_ref()) })
     }
 
-    fn push(&mut self, key: &[u8], value: Option<Bytes>) -> &mut Self {
-        self.ops.push(PlacedOp { key: Bytes::copy_from_slice(key), value });
+    /// Removes all keys within the bounds, however many there are: one mutation, as [`crate::Batch::remove_range`]. All of them are in one
+    /// group.
+    pub fn remove_range<K: AsRef<[u8]>>(&mut self, bounds: impl RangeBounds<K>) -> &mut Self {
+        let (lower, upper) = owned_bounds(&bounds);
+        self.push(PlacedOp::DeleteRange { range: KeyRange::new(lower, upper) })
+    }
+
+    fn push(&mut self, op: PlacedOp) -> &mut Self {
+        self.ops.push(op);
         self
     }
 
@@ -127,10 +137,20 @@ impl Placed {
         self.commit(batch)
     }
 
+    /// Removes all keys within the bounds, however many there are, if one group holds them all.
+    ///
+    /// # Errors
+    /// As [`Placed::commit`].
+    pub fn remove_range<K: AsRef<[u8]>>(&self, bounds: impl RangeBounds<K>) -> Result<()> {
+        let mut batch = PlacedBatch::new();
+        batch.remove_range(bounds);
+        self.commit(batch)
+    }
+
     /// Applies a batch in one group, all or none. It waits while its range is being moved.
     ///
     /// # Errors
-    /// Not applied: `Invalid` (no mutation, keys of two groups, which the message names, an empty key, a key or value over its limit),
+    /// Not applied: `Invalid` (no mutation, keys or a range of two groups, which the message names, an empty key, a key or value over its limit),
     /// `Unsupported` (at [`Durability::Local`]), `NotLeader`, `Unavailable`, `OutOfSpace`, `Closed`. `Indeterminate`: read before trying
     /// again.
     pub fn commit(&self, batch: PlacedBatch) -> Result<()> {

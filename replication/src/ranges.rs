@@ -21,7 +21,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use mainstay_engine::{
-    Applied, CommandBody, Condition, ConditionalBatch, KeyspaceId, MAIN, Scan, Snapshot, Value, WriteBatch, WriteOp,
+    Applied, CommandBody, Condition, ConditionalBatch, KeyRange, KeyspaceId, MAIN, Scan, Snapshot, Value, WriteBatch,
+    WriteOp,
 };
 use openraft_rt::Instant;
 
@@ -47,11 +48,57 @@ const HELP_AFTER: Duration = Duration::from_secs(4);
 
 /// One mutation of a placed keyspace.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PlacedOp {
-    /// 1 to [`mainstay_engine::KEY_BYTES_MAX`] bytes.
-    pub key: Bytes,
-    /// What it is set to, at most [`mainstay_engine::VALUE_BYTES_MAX`] bytes; none removes it.
-    pub value: Option<Bytes>,
+#[non_exhaustive]
+pub enum PlacedOp {
+    /// Sets a key.
+    Put {
+        /// 1 to [`mainstay_engine::KEY_BYTES_MAX`] bytes.
+        key: Bytes,
+        /// At most [`mainstay_engine::VALUE_BYTES_MAX`] bytes.
+        value: Bytes,
+    },
+    /// Removes a key; nothing if it is absent.
+    Delete {
+        /// 1 to [`mainstay_engine::KEY_BYTES_MAX`] bytes.
+        key: Bytes,
+    },
+    /// Removes all keys of a range, however many there are. One group holds all of it.
+    DeleteRange {
+        /// Which keys.
+        range: KeyRange,
+    },
+}
+
+impl PlacedOp {
+    /// The first key that it may write.
+    fn first(&self) -> &Bytes {
+        match self {
+            Self::Put { key, .. } | Self::Delete { key } => key,
+            Self::DeleteRange { range } => range.start(),
+        }
+    }
+
+    /// The rows of what it may write, each with a key of it; none where nobody is known to answer for one.
+    fn rows<'a>(&self, layout: &'a Layout) -> Option<Vec<(&'a str, &'a Row, Bytes)>> {
+        let mut rows = Vec::new();
+        let mut key = self.first().clone();
+        loop {
+            let (group, row) = layout.covering(&key)?;
+            rows.push((group, row, key));
+            match (self, &row.end) {
+                (Self::DeleteRange { range }, Some(end)) if range.contains(end) => key = end.clone(),
+                _ => return Some(rows),
+            }
+        }
+    }
+
+    fn in_keyspace(&self, keyspace: KeyspaceId) -> WriteOp {
+        match self.clone() {
+            Self::Put { key, value } => put(keyspace, key, value),
+            Self::Delete { key } => WriteOp::Delete { keyspace, key },
+            Self::DeleteRange { range } => WriteOp::DeleteRange { keyspace, range },
+        }
+    }
 }
 
 /// A range of keys and who holds it.
@@ -220,7 +267,7 @@ impl<R: Runtime> Placed<R> {
     /// Applies the mutations in one group, all or none. They wait while their range is being moved.
     ///
     /// # Errors
-    /// `Invalid`: keys of two groups, which the message names, or what [`Node::write`] refuses. `Unsupported`: [`Durability::Local`].
+    /// `Invalid`: keys or a range of two groups, which the message names, or what [`Node::write`] refuses. `Unsupported`: [`Durability::Local`].
     /// `Unavailable`: not applied, the range is being moved or its group has no leader. Else as [`Node::write`].
     /// # Cancel safety
     /// Not cancel safe: a dropped future may have written.
@@ -231,7 +278,7 @@ impl<R: Runtime> Placed<R> {
                 "a write to a placed keyspace is answered when it is applied",
             ));
         }
-        let Some(key) = ops.first().map(|op| op.key.clone()) else {
+        let Some(key) = ops.first().map(|op| op.first().clone()) else {
             return Err(Error::new(ErrorKind::Invalid, "the batch is empty"));
         };
         let mut waits = Waits::<R>::new();
@@ -252,19 +299,21 @@ impl<R: Runtime> Placed<R> {
     ) -> Result<Option<Applied>> {
         let view = self.view().await?;
         let mut rows = BTreeMap::new();
-        let mut holder: Option<(&str, &Bytes)> = None;
+        let mut holder: Option<(&str, Bytes)> = None;
         for op in ops {
-            let Some((group, row)) = view.layout.covering(&op.key) else { return Ok(None) };
-            match holder {
-                Some((held, key)) if held != group => {
-                    return if looked_again { Err(two_groups((held, key), (group, &op.key))) } else { Ok(None) };
+            let Some(written) = op.rows(&view.layout) else { return Ok(None) };
+            for (group, row, key) in written {
+                match &holder {
+                    Some((held, first)) if *held != group => {
+                        return if looked_again { Err(two_groups((held, first), (group, &key))) } else { Ok(None) };
+                    }
+                    _ => holder = Some((group, key)),
                 }
-                _ => holder = Some((group, &op.key)),
+                if row.state != State::Held {
+                    return Ok(None);
+                }
+                rows.insert(row.first.clone(), row);
             }
-            if row.state != State::Held {
-                return Ok(None);
-            }
-            rows.insert(row.first.clone(), row);
         }
         let Some(group) = holder.and_then(|(name, _)| view.groups.get(name)) else { return Ok(None) };
         let names = [RANGES_KEYSPACE.to_owned(), self.data_name()].map(|name| group.group.keyspace(&name));
@@ -274,10 +323,7 @@ impl<R: Runtime> Placed<R> {
             None => self.keyspace_of(group, &self.data_name()).await?,
         };
         let conditions = rows.into_values().map(|row| has(ranges, self.key_of(row), Some(row.encode()))).collect();
-        let ops = ops.iter().map(|op| match &op.value {
-            Some(value) => put(data, op.key.clone(), value.clone()),
-            None => WriteOp::Delete { keyspace: data, key: op.key.clone() },
-        });
+        let ops = ops.iter().map(|op| op.in_keyspace(data));
         match self.swap(group, conditions, ops.collect(), durability.clone()).await {
             Err(error) if error.kind() == ErrorKind::Conflict => Ok(None),
             other => other.map(Some),

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use mainstay_engine::KeyRange;
 
 use super::cluster::*;
 use super::groups::group_of;
@@ -20,7 +21,7 @@ fn key(n: usize) -> Bytes {
 }
 
 fn op(n: usize, value: impl Into<Bytes>) -> PlacedOp {
-    PlacedOp { key: key(n), value: Some(value.into()) }
+    PlacedOp::Put { key: key(n), value: value.into() }
 }
 
 /// Until it is written. What is not known to be written is written again: it is the same value.
@@ -204,6 +205,52 @@ fn a_batch_is_of_one_group() {
         let kinds = [empty, local, index, group, name].map(|error| error.kind());
         let [invalid, unsupported] = [ErrorKind::Invalid, ErrorKind::Unsupported];
         assert_eq!(kinds, [invalid, unsupported, unsupported, ErrorKind::NotFound, invalid]);
+        cluster.finish().await;
+    });
+}
+
+#[test]
+fn a_removed_range_is_of_one_group_and_may_be_of_several_ranges_there() {
+    run(async {
+        let cluster = with_groups(3, &["a"]).await;
+        let placed = placed_at(&cluster, 0).await;
+        let mut model = Model::new();
+        for n in 0..20 {
+            write(&placed, vec![op(n, "x")]).await;
+            model.insert(key(n), "x".into());
+        }
+        for n in [5, 10, 15] {
+            placed.split(&key(n)).await.expect("split");
+        }
+        placed.move_range(&key(15), Some("a")).await.expect("moved");
+        let remove = |lower, upper| PlacedOp::DeleteRange { range: KeyRange::new(lower, upper) };
+        for i in 0..3 {
+            let placed = placed_at(&cluster, i).await;
+            for upper in [Bound::Unbounded, Bound::Included(key(15))] {
+                let across = vec![remove(Bound::Included(key(12)), upper)];
+                let refused = placed.write(across, Durability::Quorum).await.expect_err("two groups");
+                assert_eq!(refused.kind(), ErrorKind::Invalid);
+                let message = refused.to_string();
+                for part in ["key=k0012 is held by group=the first", "key=k0015 by group=a"] {
+                    assert!(message.contains(part), "{message}");
+                }
+            }
+            let nothing = vec![remove(Bound::Included(key(9)), Bound::Excluded(key(3)))];
+            let refused = placed.write(nothing, Durability::Quorum).await.expect_err("no key");
+            assert_eq!(refused.kind(), ErrorKind::Invalid);
+        }
+        check(&placed, &model).await;
+        // Up to the border of what the other group holds, and all that that one has; in order within a batch.
+        write(&placed, vec![op(4, "gone"), remove(Bound::Included(key(3)), Bound::Excluded(key(15))), op(7, "kept")])
+            .await;
+        model.retain(|at, _| *at < key(3) || *at >= key(15));
+        model.insert(key(7), "kept".into());
+        check(&placed, &model).await;
+        write(&placed_at(&cluster, 1).await, vec![remove(Bound::Included(key(16)), Bound::Unbounded)]).await;
+        model.retain(|at, _| *at < key(16));
+        for i in 0..3 {
+            check(&placed_at(&cluster, i).await, &model).await;
+        }
         cluster.finish().await;
     });
 }

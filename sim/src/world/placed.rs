@@ -71,7 +71,7 @@ impl PlacedClient {
     async fn write(&mut self, node: usize) {
         let (n, value) = (self.rng.below(REGISTERS), self.notes.value());
         let invoked = self.notes.stamp();
-        let ops = vec![PlacedOp { key: register(n), value: Some(encode(value)) }];
+        let ops = vec![PlacedOp::Put { key: register(n), value: encode(value) }];
         let called = on(&self.cluster, node, move |placed| {
             Box::pin(async move { placed.write(ops, Durability::Quorum).await.map(drop) })
         })
