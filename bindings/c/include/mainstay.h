@@ -104,6 +104,15 @@ enum MainstayCode mainstay_batch_delete(const struct MainstayBatch *batch,
                                         const uint8_t *key,
                                         size_t key_len);
 
+// Adds the removal of all keys from `start` up to `end`, which is not among them, however many there are. A null `end` is none: all keys
+// from `start` on. It takes what was added before it, and nothing that is added later.
+enum MainstayCode mainstay_batch_delete_range(const struct MainstayBatch *batch,
+                                              const struct MainstayKeyspace *keyspace,
+                                              const uint8_t *start,
+                                              size_t start_len,
+                                              const uint8_t *end,
+                                              size_t end_len);
+
 // Applies the batch all or none, durable on return, and empties it. On an error it keeps its mutations.
 enum MainstayCode mainstay_batch_commit(const struct MainstayStore *store,
                                         const struct MainstayBatch *batch);

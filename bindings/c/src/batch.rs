@@ -1,5 +1,6 @@
 //! Batches: mutations applied all or none.
 
+use std::ops::Bound;
 use std::sync::{Mutex, PoisonError};
 
 use facade::Batch;
@@ -51,6 +52,30 @@ pub unsafe extern "C" fn mainstay_batch_delete(
         unsafe {
             let (batch, keyspace) = (handle(batch, "batch")?, handle(keyspace, "keyspace")?);
             batch.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&keyspace.0, input(key, key_len)?);
+        }
+        Ok(())
+    })
+}
+
+/// Adds the removal of all keys from `start` up to `end`, which is not among them, however many there are. A null `end` is none: all keys
+/// from `start` on. It takes what was added before it, and nothing that is added later.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_batch_delete_range(
+    batch: *const MainstayBatch,
+    keyspace: *const MainstayKeyspace,
+    start: *const u8,
+    start_len: usize,
+    end: *const u8,
+    end_len: usize,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let (batch, keyspace) = (handle(batch, "batch")?, handle(keyspace, "keyspace")?);
+            let start = Bound::Included(input(start, start_len)?);
+            let end = if end.is_null() { Bound::Unbounded } else { Bound::Excluded(input(end, end_len)?) };
+            let mut batch = batch.0.lock().unwrap_or_else(PoisonError::into_inner);
+            batch.remove_range::<&[u8]>(&keyspace.0, (start, end));
         }
         Ok(())
     })

@@ -91,6 +91,24 @@ int main(int argc, char **argv) {
   expect(users, "grace", NULL);
   expect(posts, "1", "hello");
 
+  // A range of keys, and all behind one; what comes behind it in its batch stays.
+  put(posts, "2", "gone");
+  put(posts, "3", "gone");
+  OK(mainstay_batch_new(&batch));
+  OK(mainstay_batch_delete_range(batch, posts, u8("2"), 1, NULL, 0));
+  OK(mainstay_batch_put(batch, posts, u8("4"), 1, u8("kept"), 4));
+  OK(mainstay_batch_commit(store, batch));
+  expect(posts, "1", "hello");
+  expect(posts, "2", NULL);
+  expect(posts, "3", NULL);
+  expect(posts, "4", "kept");
+  OK(mainstay_batch_delete_range(batch, posts, u8("4"), 1, u8("5"), 1));
+  OK(mainstay_batch_commit(store, batch));
+  expect(posts, "4", NULL);
+  OK(mainstay_batch_delete_range(batch, posts, u8("5"), 1, u8("4"), 1));
+  CHECK(mainstay_batch_commit(store, batch) == MAINSTAY_INVALID);
+  mainstay_batch_free(batch);
+
   // Both ways over a range.
   MainstaySnapshot *now = NULL;
   MainstayIterator *iterator = NULL;
