@@ -1,4 +1,4 @@
-//! A store alone on one node in the simulation: commands, reads, pinned snapshots, checkpoints, clones, power cuts.
+//! A store alone on one node in the simulation: commands, removed ranges, reads, pinned snapshots, checkpoints, clones, power cuts.
 //!
 //! # Checked
 //! - S1. After a power cut the store holds every acknowledged command, and each command in flight wholly or not
@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use mainstay_engine::{
-    Applied, Command, CommandBody, Engine, EngineSettings, GroupSettings, KeyspaceId, LocalLog, LogIndex, Snapshot,
-    WriteBatch, WriteOp,
+    Applied, Command, CommandBody, Engine, EngineSettings, GroupSettings, KeyRange, KeyspaceId, LocalLog, LogIndex,
+    Snapshot, WriteBatch, WriteOp,
 };
 use mainstay_wal::GroupId;
 use tokio::sync::oneshot;
@@ -43,6 +43,7 @@ struct Model {
 #[derive(Clone, Debug)]
 enum Change {
     Batch { branch: String, ops: Vec<(u32, Bytes, Option<u64>)> },
+    RemoveRange { branch: String, keyspace: u32, range: KeyRange },
     CreateKeyspace(String),
     DropKeyspace(String),
     Rotate,
@@ -255,6 +256,7 @@ impl World<'_> {
                 .pick(model.checkpoints.into_keys())
                 .map(|checkpoint| Change::CreateClone { name: format!("clone-{fresh}"), checkpoint }),
             55..61 => self.pick(model.branches.into_keys().filter(|name| name != "main")).map(Change::DropClone),
+            61..110 => self.remove_range(),
             _ => None,
         };
         if let Some(change) = other {
@@ -280,6 +282,19 @@ impl World<'_> {
         changes
     }
 
+    /// From one key up to another, or to the last one; now and then all keys.
+    fn remove_range(&mut self) -> Option<Change> {
+        let branch = self.pick(self.model.branches.clone().into_keys())?;
+        let keyspace = self.pick(self.model.keyspaces.clone().into_values().chain([0]))?;
+        let (a, b) = (self.key(), self.key());
+        let (lower, upper) = match self.rng.below(10) {
+            0 => (Bound::Unbounded, Bound::Unbounded),
+            1 => (Bound::Included(a), Bound::Unbounded),
+            _ => (Bound::Included(a.clone().min(b.clone())), Bound::Included(a.max(b))),
+        };
+        Some(Change::RemoveRange { branch, keyspace, range: KeyRange::new(lower, upper) })
+    }
+
     fn command(&self, life: &Life, change: &Change) -> Command {
         let branch = |name: &str| life.log.group().branch(name).unwrap_or_default();
         let body = match change.clone() {
@@ -292,6 +307,10 @@ impl World<'_> {
                         None => WriteOp::Delete { keyspace: KeyspaceId(keyspace), key },
                     })
                     .collect(),
+            }),
+            Change::RemoveRange { branch: name, keyspace, range } => CommandBody::Batch(WriteBatch {
+                branch: branch(&name),
+                ops: vec![WriteOp::DeleteRange { keyspace: KeyspaceId(keyspace), range }],
             }),
             Change::CreateKeyspace(name) => CommandBody::CreateKeyspace { name },
             Change::DropKeyspace(name) => CommandBody::DropKeyspace { name },
@@ -359,6 +378,10 @@ impl World<'_> {
                     };
                 }
             }
+            Change::RemoveRange { branch, keyspace, range } => {
+                let state = model.branches.get_mut(&branch).ok_or("no such branch in the model")?;
+                state.entry(keyspace).or_default().retain(|key, _| !range.contains(key));
+            }
             Change::CreateKeyspace(name) => {
                 let id = life.log.group().keyspace(&name).ok_or(format!("the keyspace {name} is not there"))?;
                 model.keyspaces.insert(name, id.0);
@@ -412,6 +435,30 @@ impl World<'_> {
                         return Err(format!("a batch is there in part: {yes} yes, {no} no, {ops:?}"));
                     }
                     yes > 0
+                }
+                Change::RemoveRange { branch, keyspace, range } => {
+                    let view = group.branch(branch).and_then(|id| group.snapshot(id).ok());
+                    let view = view.ok_or(format!("the branch {branch} is gone"))?;
+                    let state = self.model.branches.get(branch).and_then(|state| state.get(keyspace));
+                    let within: Vec<_> = state.into_iter().flatten().filter(|(key, _)| range.contains(key)).collect();
+                    let within: Vec<(Bytes, u64)> =
+                        within.into_iter().map(|(key, value)| (key.clone(), *value)).collect();
+                    let mut left = 0;
+                    for (key, value) in &within {
+                        match self.get(life, &view, *keyspace, key.clone()).await? {
+                            Some(found) if found == *value => left += 1,
+                            None => {}
+                            other => {
+                                return Err(format!(
+                                    "{key:?} is {other:?} and was {value}: its range was being removed"
+                                ));
+                            }
+                        }
+                    }
+                    if left > 0 && left < within.len() {
+                        return Err(format!("a range is gone in part: {left} of {} are left, {range:?}", within.len()));
+                    }
+                    left == 0
                 }
                 Change::CreateKeyspace(name) => group.keyspace(name).is_some(),
                 Change::DropKeyspace(name) => group.keyspace(name).is_none(),
