@@ -68,7 +68,12 @@ pub mod fuzz {
         ];
         shapes
             .map(|(compression, filter_bits, entries, ranged)| {
-                let mut builder = TableBuilder::new(TableOptions { block_bytes: 512, compression, filter_bits });
+                let mut builder = TableBuilder::new(TableOptions {
+                    block_bytes: 512,
+                    compression,
+                    filter_bits,
+                    ..TableOptions::default()
+                });
                 for at in 0..entries {
                     let value = format!("value {at}").repeat(3);
                     let value = (at % 7 != 5).then_some(value.as_bytes());
@@ -359,7 +364,7 @@ pub mod bench {
     impl DataBlock {
         /// Builds one of as many pairs as fit.
         pub fn new<'a>(pairs: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Option<Self> {
-            let mut builder = BlockBuilder::new(16);
+            let mut builder = BlockBuilder::data(crate::table::block::DATA_RESTART_BYTES);
             for (key, value) in pairs {
                 if builder.len() > 16 << 10 {
                     break;

@@ -14,13 +14,14 @@
 
 use super::version::LEVELS;
 use crate::TableCompression;
+use crate::table::block::{DATA_RESTART_BYTES, RESTART_BYTES};
 use crate::table::{Compression, TableOptions};
 
 /// How the tables of a group are built, fixed when it is made. The numbers are on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum TableShape {
-    /// lz4 and filters of 8 bits at every level: of groups that were made before there was a choice. No manifest says it.
+    /// lz4 and filters of 8 bits at every level, and restarts of data blocks far apart: of groups that were made before there was a choice. No manifest says it.
     Uniform = 0,
     /// Filters by level, as for the next two; no compression.
     Raw = 1,
@@ -48,7 +49,11 @@ impl TableShape {
             (_, 1) => 12,
             _ => 16,
         };
-        TableOptions { compression, filter_bits, ..TableOptions::default() }
+        let restart_bytes = match self {
+            Self::Uniform => RESTART_BYTES,
+            _ => DATA_RESTART_BYTES,
+        };
+        TableOptions { compression, filter_bits, restart_bytes, ..TableOptions::default() }
     }
 }
 
@@ -84,6 +89,7 @@ mod tests {
             let options = shape.options(level);
             assert_eq!((options.compression, options.filter_bits), (compression, filter_bits), "{shape:?} L{level}");
             assert_eq!(options.block_bytes, TableOptions::default().block_bytes);
+            assert_eq!(options.restart_bytes, if shape == TableShape::Uniform { 1024 } else { 256 });
         }
     }
 

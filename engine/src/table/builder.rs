@@ -11,7 +11,7 @@ use bytes::Bytes;
 use mainstay_io::{AlignedBuf, AlignedBytes, BLOCK_BYTES};
 use xxhash_rust::xxh3::Xxh3;
 
-use super::block::{BlockBuilder, EntryKind, INDEX_RESTART_INTERVAL, RESTART_INTERVAL};
+use super::block::{BlockBuilder, EntryKind, INDEX_RESTART_INTERVAL};
 use super::codec::Compressor;
 use super::index::{
     Codec, FEATURE_FILTERS_12, FEATURE_RANGES, FEATURE_ZSTD, FOOTER_BYTES, Handle, MAGIC, Parts, ROOT_BYTES, Root,
@@ -56,9 +56,9 @@ impl TableBuilder {
     /// A builder without entries.
     pub(crate) fn new(options: TableOptions) -> Self {
         Self {
+            data: BlockBuilder::data(options.restart_bytes),
             options,
             out: Output::new(),
-            data: BlockBuilder::new(RESTART_INTERVAL),
             unreferred: None,
             index: BlockBuilder::new(INDEX_RESTART_INTERVAL),
             top: BlockBuilder::new(INDEX_RESTART_INTERVAL),

@@ -76,11 +76,18 @@ pub(crate) struct TableOptions {
     /// Bits of a fingerprint of the filters: 0 (no filters), 8 (one false positive in 256), 12 (in 4,096) or 16 (in 65,536).
     /// Default 8. A key takes an eighth more than that.
     pub(crate) filter_bits: u8,
+    /// Bytes between the restarts of a data block. Default 256.
+    pub(crate) restart_bytes: usize,
 }
 
 impl Default for TableOptions {
     fn default() -> Self {
-        Self { block_bytes: 16 << 10, compression: Compression::Lz4, filter_bits: 8 }
+        Self {
+            block_bytes: 16 << 10,
+            compression: Compression::Lz4,
+            filter_bits: 8,
+            restart_bytes: block::DATA_RESTART_BYTES,
+        }
     }
 }
 

@@ -196,7 +196,12 @@ fn value() -> impl Strategy<Value = Option<Vec<u8>>> {
 pub(crate) fn options() -> impl Strategy<Value = TableOptions> {
     let compression = prop::sample::select(&COMPRESSIONS[..]);
     (prop_oneof![Just(64usize), Just(256), Just(16 << 10)], compression, prop::sample::select(&[0u8, 8, 12, 16][..]))
-        .prop_map(|(block_bytes, compression, filter_bits)| TableOptions { block_bytes, compression, filter_bits })
+        .prop_map(|(block_bytes, compression, filter_bits)| TableOptions {
+            block_bytes,
+            compression,
+            filter_bits,
+            ..TableOptions::default()
+        })
 }
 
 proptest! {
@@ -393,7 +398,7 @@ fn every_flipped_bit_is_found_and_never_read_as_data() {
     for (compression, ranged) in plain.chain([(Compression::None, true)]) {
         // zstd makes nothing of a few entries smaller: there blocks are larger.
         let block_bytes = if compression == Compression::Zstd { 512 } else { 128 };
-        let options = TableOptions { block_bytes, compression, filter_bits: 8 };
+        let options = TableOptions { block_bytes, compression, ..TableOptions::default() };
         let entries = small();
         let (good, meta) = if ranged { build_ranged(&options, &entries, &ranges) } else { build(&options, &entries) };
         let place = place();
@@ -561,7 +566,8 @@ fn a_newer_format_is_foreign() {
 #[test]
 fn blocks_in_each_others_place_are_found() {
     let entries: Entries = (0..64u64).map(|at| (at.to_be_bytes().to_vec(), (1, Some(vec![at as u8; 8])))).collect();
-    let options = TableOptions { block_bytes: 256, compression: Compression::None, filter_bits: 0 };
+    let options =
+        TableOptions { block_bytes: 256, compression: Compression::None, filter_bits: 0, ..TableOptions::default() };
     let (good, meta) = build(&options, &entries);
     let place = place();
     let table = place.open(meta.clone(), MemoryBytes::new(good.clone())).expect("own root");
@@ -617,7 +623,7 @@ fn blocks_of_a_table_are_compressed_each_in_its_way() {
         (Compression::Zstd, Some(Codec::Zstd), FEATURE_ZSTD),
     ] {
         let filter_bits = if features == FEATURE_FILTERS_12 { 12 } else { 16 };
-        let options = TableOptions { block_bytes: 512, compression, filter_bits };
+        let options = TableOptions { block_bytes: 512, compression, filter_bits, ..TableOptions::default() };
         let (bytes, meta) = build(&options, &entries);
         assert_eq!(Root::decode(&meta.root).expect("own root").features, features);
         let place = place();
@@ -768,10 +774,11 @@ fn the_layout_is_that_of_the_document() {
         format!("Footer: {FOOTER_BYTES} bytes, magic `{}`", std::str::from_utf8(&MAGIC).expect("ascii")),
         format!("Filter partition: {} keys, header of {} bytes", filter::PARTITION_KEYS, filter::HEADER_BYTES),
         format!(
-            "Restart interval: {} entries, {} in an index, or {} bytes",
+            "Restart interval: {} entries, {} in an index, or {} bytes, {} in data blocks of groups whose manifest says",
             block::RESTART_INTERVAL,
             block::INDEX_RESTART_INTERVAL,
-            block::RESTART_BYTES
+            block::RESTART_BYTES,
+            block::DATA_RESTART_BYTES
         ),
         format!("Largest block: {} bytes", block::BLOCK_BYTES_MAX),
         format!("Index block: cut at {} bytes", builder::INDEX_BLOCK_BYTES),
@@ -800,13 +807,13 @@ fn the_tables_in_git_are_read_and_written_again_byte_for_byte() {
         })
         .collect();
     entries.insert(b"user/gone".to_vec(), (900, None));
-    for (name, compression, filter_bits) in [
-        ("table-1", Compression::Lz4, 8),
-        ("table-zstd", Compression::Zstd, 8),
-        ("table-filter-12", Compression::Lz4, 12),
-        ("table-filter-16", Compression::None, 16),
+    for (name, compression, filter_bits, restart_bytes) in [
+        ("table-1", Compression::Lz4, 8, 1024),
+        ("table-zstd", Compression::Zstd, 8, 256),
+        ("table-filter-12", Compression::Lz4, 12, 256),
+        ("table-filter-16", Compression::None, 16, 256),
     ] {
-        let options = TableOptions { block_bytes: 1024, compression, filter_bits };
+        let options = TableOptions { block_bytes: 1024, compression, filter_bits, restart_bytes };
         let (bytes, meta) = build(&options, &entries);
         let path = format!("{}/testdata/{name}.bin", env!("CARGO_MANIFEST_DIR"));
         if std::env::var_os("MAINSTAY_WRITE_GOLDEN").is_some() {
