@@ -212,6 +212,13 @@ proptest! {
     ) {
         let place = place();
         let (view, all, flushed, last) = build(&layers, &place);
+        for level in &view.levels {
+            for key in probes.iter().flat_map(|(low, high, ..)| [low, high]).chain(all.keys()) {
+                let naive = level.tables.iter().find(|table| table.meta().last.as_ref() >= key.as_slice());
+                let found = level.table_of(key);
+                assert_eq!(found.map(|table| table.meta()), naive.map(|table| table.meta()), "{key:?}");
+            }
+        }
         block_on(async {
             for at in [flushed, flushed.midpoint(last), last, u64::MAX] {
                 let pairs = state(&all, at);
