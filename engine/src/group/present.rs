@@ -314,9 +314,11 @@ impl GroupShared {
     }
 }
 
-/// Applies what readers have to see before the tables of an install are here: everything but installs.
+/// Applies what readers have to see before the tables of an install are here: everything but installs, and but compactions that were asked
+/// for. Those change no data, and without installs none would end here: they would become more than there can be.
 fn apply_data(overlay: &mut Manifest, edit: &Edit) {
-    for op in edit.ops.iter().filter(|op| !matches!(op, ManifestOp::Install { .. })) {
+    let data = |op: &&ManifestOp| !matches!(op, ManifestOp::Install { .. } | ManifestOp::Compact { .. });
+    for op in edit.ops.iter().filter(data) {
         overlay.apply(edit.index, op, false).expect("the logical manifest took it, and installs change no name");
     }
 }

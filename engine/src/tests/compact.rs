@@ -4,7 +4,8 @@ use mainstay_io::block_on;
 use mainstay_io::sim::SimMedia;
 
 use super::harness::*;
-use crate::{BranchId, CommandBody, ErrorKind, KeyspaceId, LogIndex, MAIN};
+use super::replicas::{Replica, check_equal, lead};
+use crate::{BranchId, Command, CommandBody, ErrorKind, KeyspaceId, LogIndex, MAIN};
 
 fn key(n: usize) -> String {
     format!("key-{n:05}")
@@ -218,4 +219,28 @@ fn a_full_volume_is_told_to_who_waits() {
     }
     assert_eq!(entries(&store), (270, 0));
     store.close();
+}
+
+/// Each of them ends at once, so the log takes any number. A replica that lacks the tables of an install keeps all that come behind it for
+/// its readers; it counted them as waiting, and failed at more than may wait.
+#[test]
+fn a_replica_that_lacks_tables_takes_any_number_that_have_ended() {
+    let leader = Replica::new(32 << 20, 1);
+    let mut log = lead(&leader, [put(MAIN, "key", b"value")].into_iter());
+    for _ in 0..100 {
+        log.push(Command { time_ms: 5, body: compact(MAIN, "", None) });
+    }
+    leader.feed(&log);
+
+    let follower = Replica::new(32 << 20, 1);
+    let disk = follower.media.extents_disk();
+    disk.set_space(Some(disk.allocated()));
+    follower.feed(&log);
+    assert_eq!(all(&follower.group.snapshot(MAIN).expect("main"), DEFAULT).len(), 1);
+    disk.set_space(None);
+    let last = LogIndex(log.len() as u64);
+    while let Err(error) = block_on(follower.group.compacted(last)) {
+        assert_eq!(error.kind(), ErrorKind::OutOfSpace);
+    }
+    check_equal(&leader, &follower);
 }
