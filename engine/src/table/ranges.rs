@@ -86,12 +86,12 @@ impl RangesBuilder {
         !self.block.is_empty()
     }
 
-    /// False where the last one begins at `next`, for else the one before it, which may end there, would have to be cut again; and where there
-    /// is no place behind the last one's start, since that is behind the longest key already. `last` is the last key of the table.
+    /// False where the last one begins at `next`, for else the one before it, which may end there, would have to be cut again; and where it
+    /// goes on there and has no place behind its start, since that is behind the longest key already. `last` is the last key of the table.
     pub(super) fn may_be_cut(&self, next: &[u8], last: &[u8]) -> bool {
         let Some(open) = &self.open else { return true };
         let start = open.range.start().as_ref();
-        start != next && last.max(start).len() <= KEY_BYTES_MAX
+        start != next && (is_before(&open.range, next) || last.max(start).len() <= KEY_BYTES_MAX)
     }
 
     pub(super) fn is_full(&self) -> bool {
@@ -102,7 +102,7 @@ impl RangesBuilder {
     pub(super) fn cut(&mut self, next: &[u8], last: Option<&[u8]>) -> Option<RangeTombstone> {
         let open = self.open.as_mut()?;
         debug_assert!(open.range.start().as_ref() < next, "a table is not cut where its last range begins");
-        if open.range.end_place().as_ref() < next {
+        if is_before(&open.range, next) {
             return None;
         }
         let last = last.unwrap_or_default().max(open.range.start());
@@ -146,6 +146,11 @@ impl RangesBuilder {
             self.meta.spans.extend(span);
         }
     }
+}
+
+/// A table that ends with the range does not overlap one that begins at `next`.
+fn is_before(range: &KeyRange, next: &[u8]) -> bool {
+    last_before(range.end_place()).as_ref() < next
 }
 
 /// Reads the whole block.

@@ -546,6 +546,40 @@ fn a_range_goes_on_behind_the_last_key_of_the_table_before() {
     assert_eq!(cut(&[], range("a", "m"), "k"), told("a", "[a, a\\x00)", Some("[a\\x00, m)")));
 }
 
+/// Behind the longest key there is no place to cut a range at. A table was never cut at such ranges, whatever their number, until its
+/// block of them was longer than a reader takes.
+#[test]
+fn ranges_that_begin_behind_the_longest_keys_are_cut_between() {
+    let behind_longest = |byte: u8| crate::range_tombstone::behind(&vec![byte; crate::command::KEY_BYTES_MAX]);
+    let touching = |at: u8| behind_longest(at + 1);
+    let apart = |at: u8| Bytes::copy_from_slice(&[at, 255]);
+    for end in [&touching as &dyn Fn(u8) -> Bytes, &apart] {
+        let all: Vec<RangeTombstone> = (0..40)
+            .map(|at| RangeTombstone {
+                range: KeyRange::from_parts(behind_longest(at), Some(end(at))),
+                index: LogIndex(1 + u64::from(at % 2)),
+            })
+            .collect();
+        let mut builder = TableBuilder::new(TableOptions::default());
+        let mut tables = Vec::new();
+        let mut ranges = 0;
+        for range in &all {
+            if builder.is_full(1 << 30, range.range.start()) {
+                assert_eq!(builder.cut(range.range.start()), None, "nothing is left over");
+                let full = std::mem::replace(&mut builder, TableBuilder::new(TableOptions::default()));
+                tables.push(full.finish().1);
+                ranges = 0;
+            }
+            builder.add_range(range.clone());
+            ranges += 1;
+            assert!(ranges <= 16, "a table has a MiB of ranges of 64 KiB");
+        }
+        tables.push(builder.finish().1);
+        assert_eq!(tables.iter().map(|meta| meta.ranges.tombstones).sum::<u64>(), 40);
+        assert!(tables.iter().zip(tables.iter().skip(1)).all(|(a, b)| a.last < b.first), "no two overlap");
+    }
+}
+
 #[test]
 fn a_newer_format_is_foreign() {
     let (bytes, meta) = build(&TableOptions::default(), &small());
