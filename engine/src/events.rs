@@ -133,8 +133,9 @@ impl Teller {
 
     pub(crate) fn listen(&self) -> Events {
         let queue = Arc::new(Queue::default());
-        queue.ended.store(self.ended.load(Ordering::Acquire), Ordering::Release);
         let mut listeners = self.lock();
+        // Under the lock: an end that is not seen here finds the queue in the list.
+        queue.ended.store(self.ended.load(Ordering::Acquire), Ordering::Release);
         listeners.retain(|listener| listener.strong_count() > 0);
         listeners.push(Arc::downgrade(&queue));
         self.count.store(listeners.len(), Ordering::Release);
