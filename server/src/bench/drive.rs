@@ -57,12 +57,13 @@ pub(super) async fn drive<T: Target, C: Clock>(
     ops: u64,
 ) {
     let mut pace = Pace::new(run.rate, client, run.clients);
-    for _ in 0..ops {
+    for begun in 0..ops {
         let now = clock.now();
         let due = pace.next(now);
         let begin = due.max(now);
         if let Some(end) = run.end.filter(|end| begin >= *end) {
-            run.recorder(client).not_begun += pace.due_before(due, end);
+            // Nor more than there were to do.
+            run.recorder(client).not_begun += pace.due_before(due, end).min(ops - begun);
             return;
         }
         if due > now {
@@ -359,6 +360,15 @@ mod tests {
         driven(&run, &mut memory, Workload::Put, u64::MAX);
         let recorder = run.recorder(0);
         assert_eq!((recorder.all().expect("figures").len(), recorder.not_begun), (51, 49), "a hundred were due");
+        drop(recorder);
+
+        // What was never to be done is not missing.
+        let run = self::run(Some(100), Some(Duration::from_secs(1)), 100);
+        let mut memory = Memory::new(&Arc::default(), Fault::None);
+        memory.stall = Some((51, Duration::from_secs(10)));
+        driven(&run, &mut memory, Workload::Put, 60);
+        let recorder = run.recorder(0);
+        assert_eq!((recorder.all().expect("figures").len(), recorder.not_begun), (51, 9), "sixty were asked for");
     }
 
     #[test]
