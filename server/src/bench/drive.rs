@@ -70,17 +70,19 @@ pub(super) async fn drive<T: Target, C: Clock>(
             clock.sleep_until(due).await;
         }
         let operation = source.next(&run.population);
-        let done = carry_out(&run, &mut target, &operation).await;
+        let mut findings = Verified::default();
+        let done = carry_out(&run, &mut target, &operation, &mut findings).await;
         if operation.kind == Kind::Insert {
             run.population.settle(operation.record);
         }
         let now = clock.now();
         let error = {
             let mut recorder = run.recorder(client);
+            // Also what a read found before the write after it failed.
+            recorder.verified.add(findings);
             match done {
-                Ok(findings) => {
+                Ok(()) => {
                     recorder.answered(operation.kind, operation.level, due, now);
-                    recorder.verified.add(findings);
                     false
                 }
                 Err(error) => {
@@ -95,19 +97,22 @@ pub(super) async fn drive<T: Target, C: Clock>(
     }
 }
 
-async fn carry_out<T: Target>(run: &Run, target: &mut T, operation: &Operation) -> Result<Verified, String> {
-    let mut findings = Verified::default();
+async fn carry_out<T: Target>(
+    run: &Run,
+    target: &mut T,
+    operation: &Operation,
+    findings: &mut Verified,
+) -> Result<(), String> {
     let Operation { kind, record, pairs, level } = *operation;
     match kind {
-        Kind::Read => read(run, target, record, &mut findings).await?,
-        Kind::Update | Kind::Insert => write(run, target, record, level).await?,
+        Kind::Read => read(run, target, record, findings).await,
+        Kind::Update | Kind::Insert => write(run, target, record, level).await,
         Kind::ReadModifyWrite => {
-            read(run, target, record, &mut findings).await?;
-            write(run, target, record, level).await?;
+            read(run, target, record, findings).await?;
+            write(run, target, record, level).await
         }
-        Kind::Scan => scan(run, target, record, pairs, &mut findings).await?,
+        Kind::Scan => scan(run, target, record, pairs, findings).await,
     }
-    Ok(findings)
 }
 
 async fn read<T: Target>(run: &Run, target: &mut T, record: u64, findings: &mut Verified) -> Result<(), String> {
@@ -249,6 +254,8 @@ mod tests {
         Disorders,
         /// Nothing is answered but with an error.
         Refuses,
+        /// Reads find nothing, and writes are answered with an error.
+        Forgets,
     }
 
     struct Memory {
@@ -283,6 +290,9 @@ mod tests {
     impl Target for &mut Memory {
         async fn read(&mut self, key: Bytes) -> Result<Option<Bytes>, String> {
             let other = self.call(Fault::Mixes)?;
+            if self.fault == Fault::Forgets {
+                return Ok(None);
+            }
             let found = if other { self.pairs.values().next() } else { self.pairs.get(&key) };
             Ok(found.cloned())
         }
@@ -298,6 +308,9 @@ mod tests {
         }
 
         async fn write(&mut self, key: Bytes, value: Bytes, _level: usize) -> Result<(), String> {
+            if self.fault == Fault::Forgets {
+                return Err("refused".to_owned());
+            }
             if !self.call(Fault::Loses)? {
                 self.pairs.insert(key, value);
             }
@@ -388,7 +401,7 @@ mod tests {
                     Fault::None => true,
                     Fault::Loses | Fault::Mixes => false,
                     Fault::Disorders => workload != Workload::E,
-                    Fault::Refuses => unreachable!("not among these"),
+                    Fault::Refuses | Fault::Forgets => unreachable!("not among these"),
                 };
                 assert_eq!(found.is_sound(), sound, "{fault:?} {workload:?}: {found:?}");
                 assert_eq!(found.examples.is_empty(), sound, "{found:?}");
@@ -409,6 +422,20 @@ mod tests {
         assert_eq!((found.after, found.unread, found.is_sound()), (5, 5, false));
         let recorder = run.recorder(0);
         assert_eq!((recorder.errors, recorder.first_error.as_deref()), (5, Some("refused")));
+    }
+
+    /// A read-modify-write that fails is an error; what its read found counts all the same.
+    #[test]
+    fn what_was_found_before_a_write_failed_counts() {
+        let clock = Arc::new(Virtual::default());
+        let mut memory = Memory::new(&clock, Fault::None);
+        let run = run(None, None, 0);
+        driven(&run, &mut memory, Workload::Fill, 50);
+        memory.fault = Fault::Forgets;
+        driven(&run, &mut memory, Workload::F, 100);
+        let recorder = run.recorder(0);
+        assert!(recorder.errors > 0, "half of them write");
+        assert_eq!((recorder.verified.during, recorder.verified.missing), (100, 100), "all of them read");
     }
 
     #[test]
