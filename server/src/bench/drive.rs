@@ -14,8 +14,10 @@ use super::ycsb::{Kind, Operation, Population, Source};
 
 /// After an error: a server that is gone refuses at once.
 const ERROR_PAUSE: Duration = Duration::from_millis(5);
-/// How often a record is asked for when all are read back.
+/// Reads without an answer, one after the other, behind which a record is not asked for again when all are read back.
 const READ_BACK_ATTEMPTS: u32 = 200;
+/// As many, behind which a client asks for no record any more: a store that is gone is not waited for record by record.
+const READ_BACK_FAILURES_MAX: u32 = 2 * READ_BACK_ATTEMPTS;
 /// Between two of them.
 const READ_BACK_PAUSE: Duration = Duration::from_millis(50);
 
@@ -193,24 +195,31 @@ pub(super) async fn read_back<T: Target, C: Clock>(
 ) -> Verified {
     let mut findings = Verified::default();
     let Some(book) = run.book.as_ref() else { return findings };
+    let mut failures = 0;
     for record in records.iter().skip(client as usize).step_by(run.clients.max(1) as usize) {
-        let expect = book.expect(*record);
-        let mut attempt = 1;
         findings.after += 1;
+        if failures >= READ_BACK_FAILURES_MAX {
+            findings.unread += 1;
+            continue;
+        }
+        let expect = book.expect(*record);
         loop {
             match target.read(key_of(*record)).await {
                 Ok(value) => {
+                    failures = 0;
                     note(&mut findings, *record, book.judge(&run.values, *record, expect, value.as_deref()));
                     break;
                 }
-                Err(error) if attempt == READ_BACK_ATTEMPTS => {
-                    findings.unread += 1;
-                    findings.example(format!("record {record} cannot be read: {error}"));
-                    break;
+                Err(error) => {
+                    failures += 1;
+                    clock.sleep_until(clock.now() + READ_BACK_PAUSE).await;
+                    if failures >= READ_BACK_ATTEMPTS {
+                        findings.unread += 1;
+                        findings.example(format!("record {record} cannot be read: {error}"));
+                        break;
+                    }
                 }
-                Err(_) => attempt += 1,
             }
-            clock.sleep_until(clock.now() + READ_BACK_PAUSE).await;
         }
     }
     findings
@@ -422,6 +431,21 @@ mod tests {
         assert_eq!((found.after, found.unread, found.is_sound()), (5, 5, false));
         let recorder = run.recorder(0);
         assert_eq!((recorder.errors, recorder.first_error.as_deref()), (5, Some("refused")));
+    }
+
+    /// A store that is gone would otherwise be waited for as long as the first record was, once more for each record.
+    #[test]
+    fn a_store_that_is_gone_is_given_up() {
+        let clock = Arc::new(Virtual::default());
+        let mut memory = Memory::new(&clock, Fault::None);
+        let run = run(None, None, 0);
+        driven(&run, &mut memory, Workload::Fill, 5_000);
+        memory.fault = Fault::Refuses;
+        let before = memory.calls;
+        let records = Arc::new(run.book.as_ref().expect("kept").records());
+        let found = mainstay_io::block_on(read_back(run.clone(), clock, &mut memory, records, 0));
+        assert_eq!((found.after, found.unread), (5_000, 5_000));
+        assert_eq!(memory.calls - before, u64::from(READ_BACK_FAILURES_MAX));
     }
 
     /// A read-modify-write that fails is an error; what its read found counts all the same.
