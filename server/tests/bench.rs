@@ -174,6 +174,7 @@ fn text_and_page_say_what_the_document_says() {
     let refused = run(&[&args[..], &at, &["--html", "/nowhere/page.html"]].concat());
     assert_eq!(refused.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&refused.stderr).contains("/nowhere/page.html"));
+    assert!(String::from_utf8_lossy(&refused.stdout).contains("200 ops"), "the figures are not lost with the page");
 }
 
 #[test]

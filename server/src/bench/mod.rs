@@ -44,10 +44,11 @@ pub(crate) fn run(args: BenchArgs) -> Result<(), Failure> {
         threads => tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?,
     };
     let report = runtime.block_on(measure(args))?;
+    // First the figures: a page that cannot be written takes none of them.
+    print(json, &report, || report.text())?;
     if let Some(path) = html {
         write_page(&path, &report)?;
     }
-    print(json, &report, || report.text())?;
     match &report.verified {
         Some(verified) if !verified.is_sound() => {
             let Verified { missing, wrong, unread, .. } = verified;
