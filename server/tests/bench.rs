@@ -5,7 +5,7 @@ mod process;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use process::{Ports, Server, json, run};
+use process::{LoopDevice, Ports, Server, json, run};
 
 /// Small, and looked at.
 const SMALL: [&str; 11] =
@@ -202,4 +202,8 @@ fn wrong_calls_exit_with_two_and_failures_with_one() {
     std::fs::write(&file, "kept").expect("written");
     check(&["--embedded", file.to_str().expect("utf-8"), "--ops", "1"], 1, "not a directory");
     assert_eq!(std::fs::read(&file).expect("there"), b"kept");
+    let Some(device) = LoopDevice::over(&folder.path().join("image"), 48 << 20) else { return };
+    check(&["--embedded", device.0.to_str().expect("utf-8"), "--ops", "1"], 2, "takes a directory");
+    let image = std::fs::read(folder.path().join("image")).expect("read");
+    assert!(image.iter().all(|byte| *byte == 0), "nothing was laid out on it");
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use process::{mainstay, run};
+use process::{LoopDevice, mainstay, run};
 
 const SMALL: [&str; 4] = ["--seconds", "1", "--size", "8MiB"];
 
@@ -26,27 +26,6 @@ fn document(output: &Output) -> serde_json::Value {
 
 fn names(folder: &Path) -> usize {
     std::fs::read_dir(folder).expect("a folder").count()
-}
-
-/// Given back and removed when dropped.
-struct LoopDevice(PathBuf);
-
-impl LoopDevice {
-    fn over(file: &Path, bytes: u64) -> Option<Self> {
-        std::fs::File::create(file).and_then(|file| file.set_len(bytes)).expect("a sparse file");
-        let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output().ok();
-        let made = made.filter(|made| made.status.success());
-        if made.is_none() {
-            eprintln!("no loop device on this machine: raw devices are not tested");
-        }
-        made.map(|made| Self(String::from_utf8_lossy(&made.stdout).trim().into()))
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
-    }
 }
 
 #[test]

@@ -13,6 +13,7 @@ mod target;
 mod unary;
 mod ycsb;
 
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -81,6 +82,11 @@ pub async fn measure(args: BenchArgs) -> Result<Report, Failure> {
 async fn embedded(args: &BenchArgs, plan: Plan, path: &Path) -> Result<Report, Failure> {
     if args.connections.is_some() {
         return Err(Failure::usage("--connections is for a server: --embedded has none"));
+    }
+    // The library would lay out a volume on it, if it looks blank.
+    if std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device()) {
+        let message = format!("--embedded takes a directory: a device would be written over path={}", path.display());
+        return Err(Failure::usage(message));
     }
     let levels: Vec<_> = plan.levels.iter().filter_map(|level| parse_durability(level)).collect();
     let (store, target) = Embedded::open(path, args.memory.0, args.wal.0, &levels).await?;

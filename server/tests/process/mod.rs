@@ -4,7 +4,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
@@ -128,4 +128,25 @@ pub(crate) fn json(output: &Output) -> serde_json::Value {
 
 pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
+/// Given back and removed when dropped.
+pub(crate) struct LoopDevice(pub(crate) PathBuf);
+
+impl LoopDevice {
+    pub(crate) fn over(file: &Path, bytes: u64) -> Option<Self> {
+        std::fs::File::create(file).and_then(|file| file.set_len(bytes)).expect("a sparse file");
+        let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output().ok();
+        let made = made.filter(|made| made.status.success());
+        if made.is_none() {
+            eprintln!("no loop device on this machine: raw devices are not tested");
+        }
+        made.map(|made| Self(String::from_utf8_lossy(&made.stdout).trim().into()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
+    }
 }
