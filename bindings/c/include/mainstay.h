@@ -104,8 +104,10 @@ enum MainstayCode mainstay_batch_delete(const struct MainstayBatch *batch,
                                         const uint8_t *key,
                                         size_t key_len);
 
-// Adds the removal of all keys from `start` up to `end`, which is not among them, however many there are. A null `end` is none: all keys
-// from `start` on. It takes what was added before it, and nothing that is added later.
+// Adds the removal of all keys from `start` up to `end`, which is not among them, however many there are. An empty `start` is the first key
+// there can be. A null `end` with a length of 0 is none: all keys from `start` on; with another length it is `MAINSTAY_INVALID`. Bounds
+// that hold no key, an `end` of 0 bytes that is not null among them, are `MAINSTAY_INVALID` when the batch is committed. It takes what
+// was added before it, and nothing that is added later.
 enum MainstayCode mainstay_batch_delete_range(const struct MainstayBatch *batch,
                                               const struct MainstayKeyspace *keyspace,
                                               const uint8_t *start,

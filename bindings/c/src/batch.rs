@@ -57,8 +57,10 @@ pub unsafe extern "C" fn mainstay_batch_delete(
     })
 }
 
-/// Adds the removal of all keys from `start` up to `end`, which is not among them, however many there are. A null `end` is none: all keys
-/// from `start` on. It takes what was added before it, and nothing that is added later.
+/// Adds the removal of all keys from `start` up to `end`, which is not among them, however many there are. An empty `start` is the first key
+/// there can be. A null `end` with a length of 0 is none: all keys from `start` on; with another length it is `MAINSTAY_INVALID`. Bounds
+/// that hold no key, an `end` of 0 bytes that is not null among them, are `MAINSTAY_INVALID` when the batch is committed. It takes what
+/// was added before it, and nothing that is added later.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mainstay_batch_delete_range(
     batch: *const MainstayBatch,
@@ -73,7 +75,9 @@ pub unsafe extern "C" fn mainstay_batch_delete_range(
         unsafe {
             let (batch, keyspace) = (handle(batch, "batch")?, handle(keyspace, "keyspace")?);
             let start = Bound::Included(input(start, start_len)?);
-            let end = if end.is_null() { Bound::Unbounded } else { Bound::Excluded(input(end, end_len)?) };
+            // A null that was to have bytes is a mistake, which must not remove everything.
+            let upper = input(end, end_len)?;
+            let end = if end.is_null() { Bound::Unbounded } else { Bound::Excluded(upper) };
             let mut batch = batch.0.lock().unwrap_or_else(PoisonError::into_inner);
             batch.remove_range::<&[u8]>(&keyspace.0, (start, end));
         }

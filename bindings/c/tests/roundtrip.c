@@ -105,6 +105,7 @@ int main(int argc, char **argv) {
   OK(mainstay_batch_delete_range(batch, posts, u8("4"), 1, u8("5"), 1));
   OK(mainstay_batch_commit(store, batch));
   expect(posts, "4", NULL);
+  CHECK(mainstay_batch_delete_range(batch, posts, u8("1"), 1, NULL, 1) == MAINSTAY_INVALID);
   OK(mainstay_batch_delete_range(batch, posts, u8("5"), 1, u8("4"), 1));
   CHECK(mainstay_batch_commit(store, batch) == MAINSTAY_INVALID);
   mainstay_batch_free(batch);
