@@ -420,7 +420,10 @@ impl Store {
     }
 
     /// As [`Store::compact_async`] for all of the keyspaces of which the name is taken by `pick`, those that this crate and a state machine made
-    /// for themselves among them.
+    /// for themselves among them. 16 at a time.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: a dropped future leaves those going on that it has begun, and begins no other.
     pub fn compact_keyspaces_async(&self, pick: impl Fn(&str) -> bool) -> BoxFuture<Result<()>> {
         let keyspaces = self.log.group().keyspaces().into_iter().filter(|(name, _)| pick(name)).map(|(_, id)| id);
         let (this, keyspaces) = (self.clone(), keyspaces.collect());

@@ -56,7 +56,7 @@ pub enum Command {
     /// Give the space of what was removed and superseded back now, and wait for that
     ///
     /// Tables are written again on every member; reads and writes go on. Without it the same happens by and by. It waits as long as it
-    /// takes: when it is cut off, the compaction goes on.
+    /// takes, for a day or --timeout. When it is cut off, what was begun goes on: that is 16 keyspaces at a time.
     Compact(CompactArgs),
     /// Measure the etcd API of this server or of etcd, or the library in this process: the YCSB workloads and plain ones
     Bench(Box<BenchArgs>),
@@ -310,7 +310,7 @@ pub struct CompactArgs {
     /// The clone to compact; without it the store itself
     #[arg(long, value_name = "NAME")]
     pub clone: Option<String>,
-    /// Where; the answer is waited for as long as it takes.
+    /// Where.
     #[command(flatten)]
     pub endpoints: EndpointsArgs,
 }
