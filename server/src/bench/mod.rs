@@ -26,6 +26,7 @@ use self::drive::{Run, drive, read_back};
 use self::records::{Book, VALUE_BYTES_MIN, Values};
 use self::report::Recorder;
 pub use self::report::{Interval, Load, Report, Row, Verified};
+pub(crate) use self::report::{latencies, nanos};
 use self::target::{Embedded, Served, Started, Target};
 use self::unary::Connection;
 use self::ycsb::{Mix, Population, Source, mix};

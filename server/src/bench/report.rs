@@ -307,11 +307,13 @@ fn curve(latencies: &Histogram<u64>, per_ms: f64) -> Vec<(f64, f64)> {
     points
 }
 
-pub(super) fn latencies() -> Histogram<u64> {
+/// Counts latencies in nanoseconds, to three digits.
+pub(crate) fn latencies() -> Histogram<u64> {
     Histogram::new_with_bounds(1, LATENCY_NANOS_MAX, 3).expect("the bounds are constants that a histogram takes")
 }
 
-fn nanos(latency: Duration) -> u64 {
+/// A latency as the histogram takes it.
+pub(crate) fn nanos(latency: Duration) -> u64 {
     u64::try_from(latency.as_nanos()).unwrap_or(LATENCY_NANOS_MAX).clamp(1, LATENCY_NANOS_MAX)
 }
 

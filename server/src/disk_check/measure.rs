@@ -20,14 +20,12 @@ use mainstay_io::{AlignedBuf, AlignedBytes, BLOCK_BYTES, Environment, IoClass, O
 use mainstay_wal::{GroupId, Lsn, Record, RecordKind, Reserve, Wal, WalOptions};
 use serde::Serialize;
 
-use crate::bench::Numbers;
+use crate::bench::{Numbers, latencies, nanos};
 use crate::cli::Failure;
 use crate::units::ByteSize;
 
 /// What a batch has besides its one record, and a little more.
 const BATCH_OVERHEAD_BYTES: usize = 256;
-/// Longest latency that is told apart, in nanoseconds.
-const LATENCY_NANOS_MAX: u64 = 600_000_000_000;
 /// How long what is in flight may take after the time is over.
 const ANSWER_MAX: Duration = Duration::from_secs(60);
 /// Bytes of a sequential write: the largest that goes to a device in one piece.
@@ -107,13 +105,8 @@ impl Series {
     }
 }
 
-fn latencies() -> Histogram<u64> {
-    Histogram::new_with_bounds(1, LATENCY_NANOS_MAX, 3).expect("the bounds are constants that a histogram takes")
-}
-
 fn count(latencies: &mut Histogram<u64>, begun: Instant) {
-    let nanos = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(LATENCY_NANOS_MAX);
-    latencies.saturating_record(nanos.max(1));
+    latencies.saturating_record(nanos(begun.elapsed()));
 }
 
 /// A log that is written to be measured.
