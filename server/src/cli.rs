@@ -438,7 +438,8 @@ pub struct DiskCheckArgs {
     /// Disk interface
     #[arg(long, env = "MAINSTAY_BACKEND", value_enum, default_value = "auto")]
     pub backend: Backend,
-    /// Write over the block device: what it holds is lost. Refused while it is in use, and when it holds a volume
+    /// Write over the block device: what it holds is lost. Refused while it is mounted or held by another process or device, when it
+    /// has partitions, and when it holds a volume of Mainstay; nothing else is looked for
     #[arg(long)]
     pub destroy_device: bool,
     /// Print one JSON document

@@ -5,7 +5,7 @@
 //! # Invariants
 //! 1. Of a directory nothing is left, however the process ends: the files have no name.
 //! 2. A device is written only where its caller said in as many words that what it holds may be destroyed, only while nobody else has it
-//!    open, and never when anything of a volume is on it, or when it has partitions, which may hold one.
+//!    open for himself alone, and never when a superblock of a volume is on it, or when it has partitions, which may hold one.
 //! # Why not
 //! fio by itself: it needs the right one of a hundred settings, does not say what a figure means here, and not whether the disk flushed.
 
