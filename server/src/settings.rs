@@ -293,7 +293,7 @@ pub struct ServeSettings {
     pub wal_bytes: u64,
     /// Bytes between two rotations.
     pub memtable_bytes: u64,
-    /// See [`ServeArgs::compression`].
+    /// How tables are compressed.
     pub compression: Compression,
     /// Flush and compaction tasks.
     pub background_tasks: usize,
