@@ -10,7 +10,7 @@ use super::Lookup;
 use super::merge::Merge;
 use crate::memtable::Memtable;
 use crate::table::Table;
-use crate::table::block::{common_prefix, head};
+use crate::table::block::{alike, common_prefix, head};
 use crate::{LogIndex, Result, Visitor};
 
 /// Keys that a scan gives are cut from pieces of memory of this size; one key may keep one piece.
@@ -60,15 +60,9 @@ impl LevelView {
             Ordering::Less => 0,
             Ordering::Greater => return None,
             Ordering::Equal => {
-                let wanted = head(key, self.shared);
-                let low = self.heads.partition_point(|head| *head < wanted);
-                let alike = self.heads.get(low..).unwrap_or_default();
-                let high = match alike.first() {
-                    Some(head) if *head == wanted => low + alike.partition_point(|head| *head == wanted),
-                    _ => low,
-                };
-                let alike = self.tables.get(low..high).unwrap_or_default();
-                low + alike.partition_point(|table| table.meta().last.as_ref() < key)
+                let alike = alike(&self.heads, head(key, self.shared));
+                let tables = self.tables.get(alike.clone()).unwrap_or_default();
+                alike.start + tables.partition_point(|table| table.meta().last.as_ref() < key)
             }
         };
         self.tables.get(place)

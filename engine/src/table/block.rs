@@ -314,12 +314,7 @@ impl Frame {
             Ordering::Equal => {}
         }
         let wanted = head(key, shared);
-        let mut low = self.heads.partition_point(|head| *head < wanted);
-        let equal = self.heads.get(low..).unwrap_or_default();
-        let mut high = match equal.first() {
-            Some(&head) if head == wanted => equal.partition_point(|head| *head == wanted).saturating_add(low),
-            _ => low,
-        };
+        let Range { start: mut low, end: mut high } = alike(&self.heads, wanted);
         while low < high {
             let middle = low.midpoint(high);
             // Every restart was decoded by `parse`, so none can fail here.
@@ -568,6 +563,16 @@ pub(crate) fn head(key: &[u8], shared: usize) -> u64 {
             }
             u64::from_be_bytes(chunk)
         }
+    }
+}
+
+/// The places in `heads`, which ascend, of those that are `wanted`; where there is none, the place where it would be.
+pub(crate) fn alike(heads: &[u64], wanted: u64) -> Range<usize> {
+    let low = heads.partition_point(|head| *head < wanted);
+    let rest = heads.get(low..).unwrap_or_default();
+    match rest.first() {
+        Some(head) if *head == wanted => low..low.saturating_add(rest.partition_point(|head| *head == wanted)),
+        _ => low..low,
     }
 }
 
