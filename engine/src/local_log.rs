@@ -238,7 +238,9 @@ impl Shared {
                 self.group.admit_to_log().await?;
                 Reserve::Normal
             }
-            CommandBody::CreateKeyspace { .. }
+            // Not held up by a full volume, and not out of what rotations and edits need.
+            CommandBody::Compact { .. }
+            | CommandBody::CreateKeyspace { .. }
             | CommandBody::CreateCheckpoint { .. }
             | CommandBody::CreateClone { .. } => Reserve::Normal,
             _ => Reserve::Critical,
