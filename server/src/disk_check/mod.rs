@@ -11,6 +11,7 @@
 
 mod device;
 mod measure;
+mod patience;
 mod verdict;
 
 use std::os::unix::fs::FileTypeExt;
@@ -18,11 +19,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mainstay_io::{Backend, Media, MediaOptions, SUPERBLOCK_ZONE_BYTES, Target, Zone};
+use mainstay_io::{Backend, Environment, Media, MediaOptions, SUPERBLOCK_ZONE_BYTES, Target, Zone};
 use serde::Serialize;
 
 use self::device::{Device, Flushes, Storage};
 use self::measure::{Log, Series, Written};
+use self::patience::Patience;
 use self::verdict::{Facts, Verdict, judge};
 use crate::cli::{DiskCheckArgs, Failure, print};
 use crate::units::ByteSize;
@@ -65,8 +67,9 @@ pub(crate) fn run(args: &DiskCheckArgs) -> Result<(), Failure> {
         return Err(Failure::usage(message));
     }
     let ring_bytes = RING_BYTES_MAX.min(size / 2);
-    let place = Place::open(args, ring_bytes, size - ring_bytes)?;
-    let report = measured(args, &place);
+    let mut patience = Patience::new(Environment::system().clock);
+    let place = Place::open(args, ring_bytes, size - ring_bytes, &mut patience)?;
+    let report = measured(args, &place, &mut patience);
     place.close();
     let report = report?;
     print(args.json, &report, || report.text())?;
@@ -96,7 +99,7 @@ struct Place {
 }
 
 impl Place {
-    fn open(args: &DiskCheckArgs, ring_bytes: u64, data_bytes: u64) -> Result<Self, Failure> {
+    fn open(args: &DiskCheckArgs, ring_bytes: u64, data_bytes: u64, patience: &mut Patience) -> Result<Self, Failure> {
         let options = MediaOptions { backend: args.backend.into() };
         let found = std::fs::metadata(&args.path);
         let found = found.map_err(|e| Failure::usage(format!("{e} path={}", args.path.display())))?;
@@ -113,18 +116,25 @@ impl Place {
             return Err(Failure::usage(format!("{what} path={}", args.path.display())));
         }
         match raw {
-            true => Self::device(&args.path, ring_bytes, data_bytes, &options),
+            true => Self::device(&args.path, ring_bytes, data_bytes, &options, patience),
             false => {
                 let made = mainstay_io::open_scratch(&args.path, ring_bytes, data_bytes, &options).map_err(failed)?;
                 // A full file system says nothing about its disk.
-                made.data.allocate(0, data_bytes).wait().map_err(failed)?;
+                let space = made.data.allocate(0, data_bytes);
+                patience.wait("space for the tests", space).map_err(failed)?.map_err(failed)?;
                 Ok(Self { target: "directory", wal: made.wal, data: made.data, data_bytes, media: None })
             }
         }
     }
 
     /// The ranges of a device that would be the log and the extents of a volume. Its first MiB, the superblock of one, is only read.
-    fn device(path: &Path, ring_bytes: u64, data_bytes: u64, options: &MediaOptions) -> Result<Self, Failure> {
+    fn device(
+        path: &Path,
+        ring_bytes: u64,
+        data_bytes: u64,
+        options: &MediaOptions,
+        patience: &mut Patience,
+    ) -> Result<Self, Failure> {
         let partitions = device::partitions(path);
         if !partitions.is_empty() {
             let (path, names) = (path.display(), partitions.join(","));
@@ -133,7 +143,8 @@ impl Place {
             )));
         }
         let media = mainstay_io::open_media(&Target::Device(path.to_owned()), options).map_err(failed)?;
-        if mainstay_io::block_on(mainstay_engine::holds_volume(&*media)).map_err(failed)? {
+        let holds = patience.wait("looking for a volume", mainstay_engine::holds_volume(&*media));
+        if holds.map_err(failed)?.map_err(failed)? {
             let message =
                 format!("the device holds a volume, or what is left of one: not touched path={}", path.display());
             return Err(Failure::other(message));
@@ -145,7 +156,7 @@ impl Place {
         }
         let (wal, extents) = media.zones(ring_bytes).map_err(failed)?;
         // As the format of a volume does; what was in the ring is none of the log's.
-        measure::fill_with_zeroes(&wal).map_err(failed)?;
+        measure::fill_with_zeroes(&wal, patience).map_err(failed)?;
         Ok(Self { target: "device", wal, data: extents, data_bytes, media: Some(media) })
     }
 
@@ -157,7 +168,7 @@ impl Place {
     }
 }
 
-fn measured(args: &DiskCheckArgs, place: &Place) -> Result<Report, Failure> {
+fn measured(args: &DiskCheckArgs, place: &Place, patience: &mut Patience) -> Result<Report, Failure> {
     let geometry = place.wal.device().geometry();
     let storage = Storage::of(&args.path);
     // Half of the time for the figure that decides, the rest for the others in equal parts.
@@ -165,21 +176,22 @@ fn measured(args: &DiskCheckArgs, place: &Place) -> Result<Report, Failure> {
     let eighth = half / 4;
 
     let mut findings = Findings::default();
-    let log = Log::open(place.wal.clone())?;
+    let log = Log::open(place.wal.clone(), patience).map_err(Failure::other)?;
     let before = storage.counts();
-    let alone = findings.take(log.write(BATCH_BYTES[0], half));
+    let alone = findings.take(log.write(BATCH_BYTES[0], half, patience));
     let flushes = storage.flushes(before, storage.counts(), alone.map_or(0, |series| series.ops));
     let durable = alone.map(|series| (series.p99, series.max));
     // A disk that failed is not asked again: it may not even answer.
-    if alone.is_some() && findings.take(log.write(BATCH_BYTES[1], eighth)).is_some() {
-        log.close();
-        findings.take(measure::write_durably(&place.wal, BATCH_BYTES[0], IN_FLIGHT, eighth));
+    if alone.is_some() && findings.take(log.write(BATCH_BYTES[1], eighth, patience)).is_some() {
+        log.close(patience);
         let mut written = Written::default();
-        findings.take(written.write(&place.data, place.data_bytes, eighth));
-        findings.take(written.read(&place.data, eighth));
-        if place.media.is_some() {
+        let whole = findings
+            .take(measure::write_durably(&place.wal, BATCH_BYTES[0], IN_FLIGHT, eighth, patience))
+            .and_then(|_| findings.take(written.write(&place.data, place.data_bytes, eighth, patience)))
+            .and_then(|_| findings.take(written.read(&place.data, eighth, patience)));
+        if whole.is_some() && place.media.is_some() {
             // What was measured with means nothing to who has the device next.
-            findings.failures.extend(measure::fill_with_zeroes(&place.wal).err());
+            findings.failures.extend(measure::fill_with_zeroes(&place.wal, patience).err());
         }
     }
     let Findings { tests, failures } = findings;
