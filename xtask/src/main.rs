@@ -14,8 +14,10 @@ mod setup;
 mod tidy;
 
 use std::env;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::thread::available_parallelism;
 
 use report::{Report, Tally};
 
@@ -132,7 +134,12 @@ fn lints(report: &mut Report) {
 fn tests(report: &mut Report, root: &Path) {
     setup::install(report, root);
     if setup::cargo_has("nextest") {
-        report.count("tests", cargo(&["nextest", "run", "--workspace", "--no-fail-fast"]), Tally::Nextest);
+        // Most tests wait for clocks more than for a processor.
+        let threads = (available_parallelism().map_or(1, NonZero::get) * 3).div_ceil(2).to_string();
+        let mut tests = cargo(&["nextest", "run", "--workspace", "--no-fail-fast", "--test-threads", &threads]);
+        // It builds every target before it runs a test, the server among them.
+        tests.env("SERVER_BINARY_IS_BUILT", "1");
+        report.count("tests", tests, Tally::Nextest);
     } else {
         report.note("cargo-nextest is not installed: tests run with cargo test");
         report.count(
