@@ -1,10 +1,12 @@
 //! The simulated disk seen from outside: what a node may rely on, and what it must survive.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use mainstay_io::sim::{
-    Faults, IoKind, Latency, Mishap, Outcome, SimDisk, SimLayout, SimMedia, SimOptions, SimRandom, SimTimeline,
+    DiskImage, Faults, IoKind, Latency, Mishap, Outcome, SimDisk, SimLayout, SimMedia, SimOptions, SimRandom,
+    SimTimeline,
 };
 use mainstay_io::{
     AlignedBuf, AlignedBytes, BlockDevice, BoxFuture, ErrorKind, IoClass, Op, Spawner, TaskHandle, WriteMode,
@@ -447,4 +449,40 @@ fn shutdown_waits_for_operations_and_the_resident_task() {
     time.run();
     // Whichever came first in virtual time: the grace is over at once.
     assert_eq!(closing.wait().expect_err("no grace").kind(), ErrorKind::Closed);
+}
+
+/// Each operation is seen while it is in flight and all before it are done; a loss of power then finds what is durable on each
+/// disk, and of the rest any writes whole, halves of any, or what a seed says.
+#[test]
+fn a_watch_sees_what_a_crash_at_each_operation_may_leave() {
+    let disk = SimMedia::new(SimOptions { capacity: 1 << 20, ..SimOptions::default() });
+    let media = disk.open().expect("nobody else holds it");
+    media.create_zones(1 << 16).wait().expect("blank");
+    let (wal, extents) = media.zones(1 << 16).expect("made");
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let (watched, points) = (disk.clone(), seen.clone());
+    disk.watch(Some(Arc::new(move |kind| points.lock().expect("whole").push((kind, watched.crash_point())))));
+    wal.write(0, block(1), WriteMode::Durable, IoClass::Wal).wait().expect("durable");
+    extents.write(4096, block(2), WriteMode::Cached, IoClass::Background).wait().expect("written");
+    wal.write(4096, block(3), WriteMode::Durable, IoClass::Wal).wait().expect("durable");
+    extents.flush().wait().expect("durable");
+    disk.watch(None);
+    wal.write(8192, block(4), WriteMode::Durable, IoClass::Wal).wait().expect("durable");
+
+    let seen = seen.lock().expect("whole");
+    let kinds: Vec<_> = seen.iter().map(|(kind, point)| (*kind, point.writes())).collect();
+    let (cached, durable) = (IoKind::CachedWrite, IoKind::DurableWrite);
+    assert_eq!(kinds, [(durable, 1), (cached, 1), (durable, 2), (IoKind::Flush, 1)]);
+    // The log's second write is in flight and that of the extents is not flushed: the log's comes first.
+    let (_, point) = &seen[2];
+    let bytes = |images: &[DiskImage], at: u64| {
+        [images[1].read(0, 1)[0], images[1].read(4096 + at, 1)[0], images[2].read(4096 + at, 1)[0]]
+    };
+    assert_eq!(bytes(&point.subset(|_| false), 0), [1, 0, 0]);
+    assert_eq!(bytes(&point.subset(|write| write == 0), 0), [1, 3, 0]);
+    assert_eq!(bytes(&point.subset(|write| write == 1), 0), [1, 0, 2]);
+    assert_eq!((bytes(&point.torn(1, true), 0), bytes(&point.torn(1, true), 4095)), ([1, 3, 0], [1, 3, 2]));
+    assert_eq!((bytes(&point.torn(0, false), 0), bytes(&point.torn(0, false), 4095)), ([1, 3, 2], [1, 0, 2]));
+    let drawn: BTreeSet<_> = (0..100).map(|seed| bytes(&point.drawn(seed), 0)).collect();
+    assert_eq!(drawn, BTreeSet::from([[1, 0, 0], [1, 0, 2], [1, 3, 0], [1, 3, 2]]));
 }

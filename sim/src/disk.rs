@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use mainstay_engine::{EXTENT_UNIT_BYTES, Offline};
 use mainstay_io::sim::{
-    DiskImage, Faults, IoEvent, IoKind, Latency, Mishap, Outcome, SimDisk, SimLayout, SimMedia, SimOptions,
+    CrashPoint, DiskImage, Faults, IoEvent, IoKind, Latency, Mishap, Outcome, SimDisk, SimLayout, SimMedia, SimOptions,
     SimScheduler,
 };
 use mainstay_io::{BLOCK_BYTES, BoxFuture, Environment, Media, SUPERBLOCK_ZONE_BYTES, Spawner, TaskHandle};
@@ -40,6 +40,9 @@ pub(crate) struct Disk {
     power: Arc<Power>,
     rng: Mutex<SimRng>,
 }
+
+/// Hears of an operation.
+pub(crate) type Watch = Box<dyn Fn(IoKind, &dyn Fn() -> CrashPoint) + Send + Sync>;
 
 /// A place on a disk that rots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -225,6 +228,15 @@ impl Disk {
     /// The content of the volume as it is now.
     pub(crate) fn images(&self) -> Vec<DiskImage> {
         self.media.images()
+    }
+
+    /// Calls `watch` for each operation on the way to its end, with what tells what a loss of power would find then.
+    pub(crate) fn watch(&self, watch: Option<Watch>) {
+        let media = self.media.clone();
+        self.media
+            .watch(watch.map(|watch| -> mainstay_io::sim::Watch {
+                Arc::new(move |kind| watch(kind, &|| media.crash_point()))
+            }));
     }
 
     /// Puts a copy in the place of the volume, of this node or another of the same layout. The node must be down.

@@ -6,12 +6,14 @@
 
 pub mod application;
 pub mod check;
+pub mod crash_points;
 mod disk;
 pub mod log_world;
 #[cfg(mainstay_mutants)]
 pub mod mutants;
 pub mod net;
 pub mod rt;
+mod store;
 pub mod store_world;
 pub mod transactions;
 mod value;

@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use mainstay_sim::world::{self, Fault, Summary};
-use mainstay_sim::{log_world, store_world};
+use mainstay_sim::{crash_points, log_world, store_world};
 
 const USAGE: &str = "\
 usage: cargo xtask sim [--seeds N] [--start S] [--twice] [--jobs J] [--verbose] [--keep-going]
@@ -20,6 +20,7 @@ usage: cargo xtask sim [--seeds N] [--start S] [--twice] [--jobs J] [--verbose] 
   --keep-going   do not stop at the first seed that fails
   --log          run the log of one node alone instead of a cluster
   --store        run a store alone on one node instead of a cluster
+  --crash-points  run a store alone, and open what a loss of power at each operation of its disks may leave
   --witness      the last of those that found the cluster holds no data; without this, in one seed of four
   --group        a group beside the first, born while things go wrong: not in seeds without this yet, docs/rfcs/0001-many-groups.md
   --with FAULT   draw this fault in every seed
@@ -45,6 +46,7 @@ struct Args {
     lying: bool,
     log: bool,
     store: bool,
+    crash_points: bool,
     /// In each world.
     single_faults: u64,
     witness: bool,
@@ -75,7 +77,7 @@ fn main() -> ExitCode {
         return mutants(&args);
     }
     println!("seeds {}..{}", args.start, args.start + args.seeds);
-    if args.log || args.store {
+    if args.log || args.store || args.crash_points {
         return alone(&args);
     }
     let (passed, failed, totals) = run(&args);
@@ -113,14 +115,22 @@ fn mutants(args: &Args) -> ExitCode {
 /// Lives of a log or a store in one seed.
 const LIVES: u64 = 30;
 
-/// Runs the log or the store of one node.
+/// Runs the log or the store of one node, or its crash points.
 fn alone(args: &Args) -> ExitCode {
-    let what = if args.log { "--log" } else { "--store" };
+    let what = match (args.log, args.store) {
+        (true, _) => "--log",
+        (_, true) => "--store",
+        _ => "--crash-points",
+    };
     let (mut failed, mut done) = (0, 0);
     for seed in args.start..args.start + args.seeds {
         let run = || {
             if args.log {
                 return log_world::run(seed, LIVES, args.lying).map(|records| (format!("records={records}"), records));
+            }
+            if args.crash_points {
+                let effort = crash_points::Effort { jobs: args.jobs as usize, ..crash_points::Effort::LONG };
+                return crash_points::run(seed, effort).map(|counts| (format!("{counts:?}"), counts.compared));
             }
             store_world::run(seed, LIVES, args.lying).map(|counts| (format!("{counts:?}"), counts.trace))
         };
@@ -158,6 +168,7 @@ fn parse() -> Result<Args, String> {
         lying: false,
         log: false,
         store: false,
+        crash_points: false,
         single_faults: 0,
         witness: false,
         group: false,
@@ -179,6 +190,7 @@ fn parse() -> Result<Args, String> {
             "--verbose" => args.verbose = true,
             "--keep-going" => args.keep_going = true,
             "--store" => args.store = true,
+            "--crash-points" => args.crash_points = true,
             "--witness" => args.witness = true,
             "--group" => args.group = true,
             "--with" => {

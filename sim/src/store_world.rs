@@ -12,47 +12,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use mainstay_engine::{
-    Applied, Command, CommandBody, Engine, EngineSettings, GroupSettings, KeyRange, KeyspaceId, LocalLog, LogIndex,
-    Snapshot, WriteBatch, WriteOp,
-};
-use mainstay_wal::GroupId;
+use mainstay_engine::{Applied, Engine, ErrorKind, KeyRange, KeyspaceId, LocalLog, LogIndex, Snapshot};
+use openraft_rt::AsyncRuntime;
 use tokio::sync::oneshot;
 
 use crate::disk::Disk;
-use crate::rt::{Executor, Group, SimRng, SimRuntime, WallClock, environment};
-use crate::value::{decode, encode};
+use crate::rt::{Executor, Group, SimRng, SimRuntime};
+use crate::store::{self, Change, Model, State};
+use crate::value::decode;
 use crate::world::Settings;
-use openraft_rt::AsyncRuntime;
-
-/// Keys of a keyspace by their value.
-type Keys = BTreeMap<Bytes, u64>;
-/// Keyspaces of a branch or a checkpoint by their id.
-type State = BTreeMap<u32, Keys>;
-
-/// What the store should hold.
-#[derive(Clone, Default)]
-struct Model {
-    /// Keyspaces by name.
-    keyspaces: BTreeMap<String, u32>,
-    branches: BTreeMap<String, State>,
-    checkpoints: BTreeMap<String, State>,
-}
-
-/// A change of the model, as one command makes it.
-#[derive(Clone, Debug)]
-enum Change {
-    Batch { branch: String, ops: Vec<(u32, Bytes, Option<u64>)> },
-    RemoveRange { branch: String, keyspace: u32, range: KeyRange },
-    CreateKeyspace(String),
-    DropKeyspace(String),
-    Rotate,
-    Compact(String),
-    CreateCheckpoint { name: String, branch: String },
-    DropCheckpoint(String),
-    CreateClone { name: String, checkpoint: String },
-    DropClone(String),
-}
 
 /// What a run did.
 #[derive(Clone, Copy, Debug, Default)]
@@ -101,7 +69,7 @@ pub fn run(seed: u64, lives: u64, lying_disks: bool) -> Result<Counts, String> {
     let executor = Executor::new(seed);
     let disk = Disk::new(&executor, &settings, rng.u64());
     let (fresh, digests, counts) = (1, BTreeMap::new(), Counts::default());
-    let model = Model { branches: [("main".to_owned(), State::new())].into(), ..Model::default() };
+    let model = Model::new();
     let mut world = World { executor: &executor, disk, settings: &settings, rng, model, fresh, digests, counts };
     let result = executor.block_on(async { world.live(lives).await });
     world.counts.trace = executor.trace_hash();
@@ -154,54 +122,9 @@ impl World<'_> {
     async fn open(&mut self, number: u64) -> Result<Life, String> {
         let group = Group(number);
         self.disk.power_on(group);
-        let environment = environment(self.executor, group, WallClock::ahead(Duration::ZERO));
         let media = self.disk.open()?;
-        let settings = self.settings;
-        let group_settings = GroupSettings {
-            memtable_bytes: settings.memtable_bytes,
-            table_bytes: settings.table_bytes,
-            base_level_bytes: settings.base_level_bytes,
-            l0_compaction_runs: settings.l0_compaction_runs,
-            compression: mainstay_engine::TableCompression::ByLevel,
-            state_machine: None,
-        };
-        let engine_settings = EngineSettings {
-            memory_bytes: settings.memory_bytes,
-            background_tasks: 1,
-            wal_in_flight_max: settings.wal_in_flight_max,
-            scrub_bytes_per_second: 64 << 20,
-            scrub_pause: mainstay_engine::SCRUB_PAUSE,
-            log_holes: false,
-        };
-        let wal_bytes = settings.wal_bytes;
-        let (send, opened) = oneshot::channel();
-        let open = async move {
-            if number == 1 {
-                let format = Engine::format(media.clone(), &environment, wal_bytes, true).await;
-                format.map_err(|e| format!("format: {e}"))?;
-            }
-            let mut found = Vec::new();
-            let mut deliver = |record| {
-                found.push(record);
-                Ok(())
-            };
-            let engine = Engine::open(media, environment, engine_settings, &mut deliver).await;
-            let engine = engine.map_err(|e| format!("open: {:?}: {e}", e.kind()))?;
-            let log = LocalLog::open(&engine, GroupId(1), group_settings, found).await;
-            let log = log.map_err(|e| format!("replay: {:?}: {e}", e.kind()))?;
-            Ok::<_, String>((engine, log))
-        };
-        let task = Box::pin(async move {
-            // The receiver is gone only if the run has failed.
-            let _ = send.send(open.await);
-        });
-        drop(self.executor.spawn(group, "open", task));
-        let (engine, log) = self.patient(opened).await.unwrap_or(Err("open did not end".to_owned()))?;
-        Ok(Life { group, engine, log: Arc::new(log), pinned: Vec::new() })
-    }
-
-    async fn patient<T: Send>(&self, answer: oneshot::Receiver<T>) -> Option<T> {
-        SimRuntime::timeout(Duration::from_secs(60), answer).await.ok()?.ok()
+        let opened = store::open(self.executor, media, self.settings, number, number == 1).await?;
+        Ok(Life { group, engine: opened.engine, log: Arc::new(opened.log), pinned: Vec::new() })
     }
 
     /// Runs a future as code of the life.
@@ -210,12 +133,7 @@ impl World<'_> {
         life: &Life,
         future: impl Future<Output = T> + Send + 'static,
     ) -> Option<T> {
-        let (send, answer) = oneshot::channel();
-        let task = Box::pin(async move {
-            let _ = send.send(future.await);
-        });
-        drop(self.executor.spawn(life.group, "client", task));
-        self.patient(answer).await
+        store::within(self.executor, life.group, future).await
     }
 
     fn fresh(&mut self) -> u64 {
@@ -257,6 +175,7 @@ impl World<'_> {
                 .map(|checkpoint| Change::CreateClone { name: format!("clone-{fresh}"), checkpoint }),
             55..61 => self.pick(model.branches.into_keys().filter(|name| name != "main")).map(Change::DropClone),
             61..110 => self.remove_range(),
+            110..150 => self.conditional(),
             _ => None,
         };
         if let Some(change) = other {
@@ -282,6 +201,16 @@ impl World<'_> {
         changes
     }
 
+    /// On a key as it is, or as it may not be.
+    fn conditional(&mut self) -> Option<Change> {
+        let branch = self.pick(self.model.branches.clone().into_keys())?;
+        let (keyspace, key) = (0, self.key());
+        let held = self.model.branches.get(&branch).and_then(|state| state.get(&keyspace)?.get(&key)).copied();
+        let expect = if self.rng.chance(700) { held } else { self.rng.chance(500).then_some(1) };
+        let value = self.fresh();
+        Some(Change::Conditional { branch, keyspace, key, expect, value })
+    }
+
     /// From one key up to another, or to the last one; now and then all keys.
     fn remove_range(&mut self) -> Option<Change> {
         let branch = self.pick(self.model.branches.clone().into_keys())?;
@@ -295,45 +224,11 @@ impl World<'_> {
         Some(Change::RemoveRange { branch, keyspace, range: KeyRange::new(lower, upper) })
     }
 
-    fn command(&self, life: &Life, change: &Change) -> Command {
-        let branch = |name: &str| life.log.group().branch(name).unwrap_or_default();
-        let body = match change.clone() {
-            Change::Batch { branch: name, ops } => CommandBody::Batch(WriteBatch {
-                branch: branch(&name),
-                ops: ops
-                    .into_iter()
-                    .map(|(keyspace, key, value)| match value {
-                        Some(value) => WriteOp::Put { keyspace: KeyspaceId(keyspace), key, value: encode(value) },
-                        None => WriteOp::Delete { keyspace: KeyspaceId(keyspace), key },
-                    })
-                    .collect(),
-            }),
-            Change::RemoveRange { branch: name, keyspace, range } => CommandBody::Batch(WriteBatch {
-                branch: branch(&name),
-                ops: vec![WriteOp::DeleteRange { keyspace: KeyspaceId(keyspace), range }],
-            }),
-            Change::CreateKeyspace(name) => CommandBody::CreateKeyspace { name },
-            Change::DropKeyspace(name) => CommandBody::DropKeyspace { name },
-            Change::Rotate => CommandBody::Rotate,
-            Change::Compact(from) => {
-                let keyspace = mainstay_engine::KeyspaceId(0);
-                CommandBody::Compact { branch: branch(&from), keyspace, first: Bytes::new(), end: None }
-            }
-            Change::CreateCheckpoint { name, branch: from } => {
-                CommandBody::CreateCheckpoint { name, branch: branch(&from) }
-            }
-            Change::DropCheckpoint(name) => CommandBody::DropCheckpoint { name },
-            Change::CreateClone { name, checkpoint } => CommandBody::CreateClone { name, checkpoint },
-            Change::DropClone(name) => CommandBody::DropClone { name },
-        };
-        Command { time_ms: 1, body }
-    }
-
     /// Proposes all at once and returns those without an answer when the power fails at `death`.
     async fn propose(&mut self, life: &Life, changes: Vec<Change>, death: Duration) -> Result<Vec<Change>, String> {
         let mut waiting = Vec::new();
         for change in changes {
-            let (command, log) = (self.command(life, &change), life.log.clone());
+            let (command, log) = (change.command(life.log.group()), life.log.clone());
             let (send, answer) = oneshot::channel();
             let task = Box::pin(async move {
                 let _ = send.send(log.propose(command).await);
@@ -357,8 +252,11 @@ impl World<'_> {
     }
 
     fn acknowledged(&mut self, life: &Life, change: Change, applied: &Applied) -> Result<(), String> {
-        if let Err(e) = &applied.response {
-            return Err(format!("{change:?} was refused: {e}"));
+        let refused = self.model.refuses(&change);
+        match &applied.response {
+            Err(e) if refused && e.kind() == ErrorKind::Conflict => return Ok(()),
+            Ok(_) if !refused => {}
+            other => return Err(format!("{change:?} was answered {other:?}")),
         }
         self.counts.commands += 1;
         self.change(life, change)
@@ -366,48 +264,7 @@ impl World<'_> {
 
     /// Makes the model follow a command.
     fn change(&mut self, life: &Life, change: Change) -> Result<(), String> {
-        let model = &mut self.model;
-        match change {
-            Change::Batch { branch, ops } => {
-                let state = model.branches.get_mut(&branch).ok_or("no such branch in the model")?;
-                for (keyspace, key, value) in ops {
-                    let keys = state.entry(keyspace).or_default();
-                    match value {
-                        Some(value) => keys.insert(key, value),
-                        None => keys.remove(&key),
-                    };
-                }
-            }
-            Change::RemoveRange { branch, keyspace, range } => {
-                let state = model.branches.get_mut(&branch).ok_or("no such branch in the model")?;
-                state.entry(keyspace).or_default().retain(|key, _| !range.contains(key));
-            }
-            Change::CreateKeyspace(name) => {
-                let id = life.log.group().keyspace(&name).ok_or(format!("the keyspace {name} is not there"))?;
-                model.keyspaces.insert(name, id.0);
-            }
-            Change::DropKeyspace(name) => {
-                let id = model.keyspaces.remove(&name).unwrap_or_default();
-                for state in model.branches.values_mut() {
-                    state.remove(&id);
-                }
-            }
-            Change::Rotate | Change::Compact(_) => {}
-            Change::CreateCheckpoint { name, branch } => {
-                let state = model.branches.get(&branch).cloned().unwrap_or_default();
-                model.checkpoints.insert(name, state);
-            }
-            Change::DropCheckpoint(name) => drop(model.checkpoints.remove(&name)),
-            Change::CreateClone { name, checkpoint } => {
-                let mut state = model.checkpoints.get(&checkpoint).cloned().unwrap_or_default();
-                // A keyspace that was dropped since is not in the clone.
-                let live: BTreeSet<u32> = model.keyspaces.values().copied().chain([0]).collect();
-                state.retain(|id, _| live.contains(id));
-                model.branches.insert(name, state);
-            }
-            Change::DropClone(name) => drop(model.branches.remove(&name)),
-        }
-        Ok(())
+        self.model.change(change, |name| life.log.group().keyspace(name))
     }
 
     /// Finds out which commands of the last life's last round are in the store, each wholly or not at all (S1).
@@ -459,6 +316,11 @@ impl World<'_> {
                         return Err(format!("a range is gone in part: {left} of {} are left, {range:?}", within.len()));
                     }
                     left == 0
+                }
+                Change::Conditional { branch, keyspace, key, value, .. } => {
+                    let view = group.branch(branch).and_then(|id| group.snapshot(id).ok());
+                    let view = view.ok_or(format!("the branch {branch} is gone"))?;
+                    !self.model.refuses(&change) && self.get(life, &view, *keyspace, key.clone()).await? == Some(*value)
                 }
                 Change::CreateKeyspace(name) => group.keyspace(name).is_some(),
                 Change::DropKeyspace(name) => group.keyspace(name).is_none(),
@@ -574,45 +436,8 @@ impl World<'_> {
 
     /// Compares everything with the model.
     async fn compare_all(&mut self, life: &Life) -> Result<(), String> {
-        let group = life.log.group().clone();
-        let model = self.model.clone();
-        let names: BTreeSet<String> = group.branches().into_iter().map(|b| b.name).collect();
-        if names != model.branches.keys().cloned().collect() {
-            return Err(format!("branches are {names:?} and not {:?}", model.branches.keys()));
-        }
-        let names: BTreeSet<String> = group.checkpoints().into_iter().map(|c| c.name).collect();
-        if names != model.checkpoints.keys().cloned().collect() {
-            return Err(format!("checkpoints are {names:?} and not {:?}", model.checkpoints.keys()));
-        }
-        let mut places = Vec::new();
-        for (name, state) in &model.branches {
-            let id = group.branch(name).ok_or("a branch vanished")?;
-            places.push((name.clone(), group.snapshot(id).map_err(|e| format!("{name}: {e}"))?, state));
-        }
-        for (name, state) in &model.checkpoints {
-            places.push((name.clone(), group.checkpoint(name).map_err(|e| format!("{name}: {e}"))?, state));
-        }
-        for (name, view, state) in places {
-            for keyspace in state.keys().copied().chain([0]) {
-                let expect = state.get(&keyspace).cloned().unwrap_or_default();
-                let mut scan = view.range(KeyspaceId(keyspace), Bound::Unbounded, Bound::Unbounded);
-                let all = async move {
-                    let mut found = Keys::new();
-                    while let Some((key, value)) = scan.next().await.map_err(|e| e.to_string())? {
-                        found.insert(key, decode(&value)?);
-                    }
-                    Ok::<_, String>(found)
-                };
-                let all = self.within(life, all).await.ok_or("a full scan did not end")?;
-                let found = all.map_err(|e| format!("{name}: {e}"))?;
-                self.counts.compared += found.len() as u64;
-                if found != expect {
-                    let lost: Vec<_> = expect.iter().filter(|(k, v)| found.get(*k) != Some(v)).take(3).collect();
-                    let extra: Vec<_> = found.iter().filter(|(k, v)| expect.get(*k) != Some(v)).take(3).collect();
-                    return Err(format!("{name} keyspace {keyspace}: lost {lost:?}, found instead {extra:?}"));
-                }
-            }
-        }
+        let compare = self.model.clone().compare(life.log.group().clone());
+        self.counts.compared += self.within(life, compare).await.ok_or("a full scan did not end")??;
         Ok(())
     }
 

@@ -15,6 +15,7 @@ use super::core::{Action, Core, Flight, What, full};
 use super::device::{Door, SimDevice};
 use super::env::{SimRandom, SimScheduler, decide};
 use super::image::{CrashImages, DiskImage, Unsettled, after_crash};
+use super::media::Watch;
 use super::medium::{Medium, blocks};
 use super::{Faults, IoEvent, IoKind, Latency, Mishap, Outcome, SimOptions};
 use crate::gate::closed;
@@ -38,6 +39,7 @@ pub(super) struct Shared {
     random: SimRandom,
     pub(super) runtime: Runtime,
     core: Mutex<Core>,
+    watch: Mutex<Option<Watch>>,
 }
 
 impl SimDisk {
@@ -80,7 +82,8 @@ impl SimDisk {
             hash: 0,
         };
         let random = SimRandom::new(seed);
-        Self(Arc::new(Shared { name: name.to_owned(), options, random, runtime, core: Mutex::new(core) }))
+        let (core, watch) = (Mutex::new(core), Mutex::default());
+        Self(Arc::new(Shared { name: name.to_owned(), options, random, runtime, core, watch }))
     }
 
     /// A device handle of the node's present life.
@@ -139,10 +142,21 @@ impl SimDisk {
     /// Images that a crash now could leave: every subset of the writes at risk while they are at most ten, else 1024
     /// draws; then every such write torn at its middle, with all others whole.
     pub fn crash_images(&self) -> CrashImages {
+        let (durable, writes) = self.at_risk();
+        CrashImages::new(durable, writes)
+    }
+
+    /// What is durable for certain, and the writes that are not, completed or in flight.
+    pub(super) fn at_risk(&self) -> (DiskImage, Vec<Unsettled>) {
         let core = self.0.lock();
         let (durable, mut writes) = core.medium.at_risk();
         writes.extend(core.in_flight());
-        CrashImages::new(durable, writes)
+        (durable, writes)
+    }
+
+    /// See [`SimMedia::watch`](super::SimMedia::watch).
+    pub(super) fn watch(&self, watch: Option<Watch>) {
+        *self.0.watch.lock().unwrap_or_else(PoisonError::into_inner) = watch;
     }
 
     /// The content with every completed write in it.
@@ -334,6 +348,12 @@ impl Shared {
 
     /// The time of flight `id` has come. One that a crash took is gone.
     fn land(self: &Arc<Self>, id: u64) {
+        let watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(watch) = watch {
+            let kind = self.lock().flights.get(&id).map(|flight| flight.what.kind);
+            // Without a lock: it looks at the disks.
+            kind.into_iter().for_each(|kind| watch(kind));
+        }
         let mut core = self.lock();
         let Some(mut flight) = core.flights.remove(&id) else { return };
         let what = flight.what;

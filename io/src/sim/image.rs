@@ -128,6 +128,57 @@ pub(crate) fn after_crash(durable: &DiskImage, writes: &[Unsettled], seed: u64) 
     image
 }
 
+/// What a loss of power finds on all disks of a volume at one instant: what is durable, and the writes of which any may have
+/// landed. See [`super::SimMedia::crash_point`].
+#[derive(Clone, Debug)]
+pub struct CrashPoint {
+    disks: Vec<(DiskImage, Vec<Unsettled>)>,
+}
+
+impl CrashPoint {
+    pub(crate) fn new(disks: Vec<(DiskImage, Vec<Unsettled>)>) -> Self {
+        Self { disks }
+    }
+
+    /// How many writes may have landed or not: those of the first disk, oldest first, then those of the next.
+    pub fn writes(&self) -> usize {
+        self.disks.iter().map(|(_, writes)| writes.len()).sum()
+    }
+
+    /// The content of each disk when of the writes those have landed whole for which `landed` says so.
+    pub fn subset(&self, landed: impl Fn(usize) -> bool) -> Vec<DiskImage> {
+        self.image(|write, _, _| landed(write))
+    }
+
+    /// The content of each disk when all writes have landed but the first half of the sectors of one, or the second.
+    pub fn torn(&self, write: usize, first: bool) -> Vec<DiskImage> {
+        self.image(|other, at, total| other != write || (at < total / 2) != first)
+    }
+
+    /// The content of each disk when `seed` decides for each write whether it landed, did not, or tore.
+    pub fn drawn(&self, seed: u64) -> Vec<DiskImage> {
+        let disks = (0..).zip(&self.disks);
+        disks.map(|(disk, (durable, writes))| after_crash(durable, writes, decide(seed, &[disk]))).collect()
+    }
+
+    /// `landed` is asked about a write, one of its sectors, and how many it has.
+    fn image(&self, landed: impl Fn(usize, usize, usize) -> bool) -> Vec<DiskImage> {
+        let mut before = 0;
+        let image = |(durable, writes): &(DiskImage, Vec<Unsettled>)| {
+            let mut image = durable.clone();
+            for (number, write) in (before..).zip(writes) {
+                image.land(std::slice::from_ref(write), |write, position, sector| {
+                    const SECTORS: usize = BLOCK_BYTES / SECTOR_BYTES;
+                    landed(number, position * SECTORS + sector, write.blocks.len() * SECTORS)
+                });
+            }
+            before += writes.len();
+            image
+        };
+        self.disks.iter().map(image).collect()
+    }
+}
+
 /// Images that a crash at one instant may leave: see [`super::SimDisk::crash_images`].
 #[derive(Debug)]
 pub struct CrashImages {

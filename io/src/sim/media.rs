@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use super::device::SimDevice;
 use super::disk::{Runtime, SimDisk};
 use super::env::{SimScheduler, decide};
-use super::image::DiskImage;
-use super::{Faults, SimOptions};
+use super::image::{CrashPoint, DiskImage};
+use super::{Faults, IoKind, SimOptions};
 use crate::{
     BLOCK_BYTES, Backend, BlockDevice, Error, ErrorKind, Media, Op, Result, SUPERBLOCK_ZONE_BYTES, Spawner, Zone,
 };
@@ -20,6 +20,9 @@ pub enum SimLayout {
     /// One after the other on one disk, as on a raw device.
     Device,
 }
+
+/// Hears of each operation: see [`SimMedia::watch`].
+pub type Watch = Arc<dyn Fn(IoKind) + Send + Sync>;
 
 /// The disks of a node. They outlive its crashes; each life of the node [opens](SimMedia::open) them anew.
 ///
@@ -105,6 +108,17 @@ impl SimMedia {
     /// The process of the node dies: see [`SimDisk::kill`]. The volume may be opened again.
     pub fn kill(&self, seed: u64) {
         self.end_life(|index, disk| drop(disk.kill(decide(seed, &[index]))));
+    }
+
+    /// Calls `watch` for each operation from now on, on the way to its end: it is still in flight, and all before it are done. Together
+    /// with [`SimMedia::crash_point`] it shows what a loss of power at any of them may leave.
+    pub fn watch(&self, watch: Option<Watch>) {
+        self.0.disks.iter().for_each(|disk| disk.watch(watch.clone()));
+    }
+
+    /// What a loss of power would find now; changes nothing. Of one instant only where nothing else moves the disks meanwhile.
+    pub fn crash_point(&self) -> CrashPoint {
+        CrashPoint::new(self.0.disks.iter().map(SimDisk::at_risk).collect())
     }
 
     fn end_life(&self, end: impl Fn(u64, &SimDisk)) {

@@ -45,6 +45,6 @@ pub use device::SimDevice;
 pub use disk::SimDisk;
 pub use env::{SimClock, SimRandom, SimScheduler};
 pub use faults::{Faults, IoEvent, IoKind, Latency, Mishap, Outcome, SimOptions};
-pub use image::{CrashImages, DiskImage};
-pub use media::{SimLayout, SimMedia};
+pub use image::{CrashImages, CrashPoint, DiskImage};
+pub use media::{SimLayout, SimMedia, Watch};
 pub use timeline::SimTimeline;
