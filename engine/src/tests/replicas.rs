@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use mainstay_io::sim::SimMedia;
-use mainstay_io::{BoxFuture, block_on};
+use mainstay_io::{BackendChoice, BoxFuture, Environment, MediaOptions, Target, block_on, create_media};
 
 use super::harness::*;
 use crate::{
@@ -171,6 +171,49 @@ fn the_same_log_gives_the_same_tables_at_any_speed() {
         let replica = Replica::new(memory, tasks);
         replica.feed(&log);
         check_equal(&leader, &replica);
+    }
+}
+
+/// Applies the log, and gives the digest of the state behind each install. Whether the tables made here are those that an install names is
+/// judged by the group (`divergences`).
+fn digests(group: &Group, log: &[Command]) -> Vec<(LogIndex, u128)> {
+    let mut digests = Vec::new();
+    for (index, command) in (1..).map(LogIndex).zip(log) {
+        block_on(group.apply(index, command)).expect("the group is open");
+        if matches!(command.body, CommandBody::Install { .. }) {
+            let status = group.status();
+            digests.push((status.digest_index, status.digest));
+        }
+    }
+    block_on(group.shared().idle());
+    let status = group.status();
+    assert_eq!((status.absent_jobs, status.divergences), (0, 0), "every table was made here, and is equal");
+    digests
+}
+
+/// On disks that complete in the call, and on files with each interface: with other memory, other threads.
+#[test]
+fn every_install_finds_the_same_digest_whatever_serves_the_disk() {
+    let leader = Replica::new(64 << 20, 1);
+    let log = lead(&leader, work().take(700));
+    let first = Replica::new(8 << 20, 2);
+    let expect = digests(&first.group, &log);
+    assert!(expect.len() > 20, "the work reaches flush and compaction, {} installs", expect.len());
+    for (backend, memory_bytes, background_tasks) in
+        [(BackendChoice::Threads, 1 << 20, 4), (BackendChoice::Auto, 64 << 20, 1)]
+    {
+        let folder = tempfile::tempdir().expect("a folder");
+        let target = Target::Directory(folder.path().join("volume"));
+        let media = create_media(&target, &MediaOptions { backend }).expect("a new volume");
+        let settings = EngineSettings { memory_bytes, background_tasks, ..engine_settings() };
+        let engine = block_on(async {
+            Engine::format(media.clone(), &Environment::system(), WAL_BYTES, false).await?;
+            Engine::open(media, Environment::system(), settings, &mut |_| Ok(())).await
+        });
+        let engine = engine.expect("opens");
+        let group = block_on(engine.group(GROUP, settings_of_group())).expect("opens");
+        assert_eq!(digests(&group, &log), expect, "{backend:?}");
+        block_on(engine.close()).expect("closes");
     }
 }
 
