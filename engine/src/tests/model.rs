@@ -1,13 +1,17 @@
-//! Random steps against ordered maps: one for each branch and checkpoint.
+//! Random steps under random settings against ordered maps: one for each branch and checkpoint.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::{Bound, ControlFlow};
 
 use bytes::Bytes;
 use mainstay_io::sim::SimMedia;
 use proptest::prelude::*;
 
 use super::harness::*;
-use crate::{BranchId, CommandBody, MAIN, Snapshot, WriteBatch, WriteOp};
+use crate::{
+    BranchId, CommandBody, Condition, ConditionalBatch, EngineSettings, ErrorKind, GroupSettings, LogIndex, MAIN,
+    Snapshot, TableCompression, WriteBatch, WriteOp,
+};
 
 type Pairs = BTreeMap<Vec<u8>, Vec<u8>>;
 
@@ -20,6 +24,11 @@ enum Step {
     RemoveRange(u8, u8, u8),
     /// A batch of branch and key: a put, a range that holds it, another put in the range.
     Refill(u8, u8),
+    /// Branch and key of a batch with a condition of this kind on what is there; the last tells whether somebody writes the key in
+    /// between, as for a transaction that comes too late.
+    When(u8, u8, u8, bool),
+    /// Branch and key: a lookup, and a scan from there that visits so many pairs, takes from both ends, and seeks.
+    Read(u8, u8, u8),
     /// What is read now is read again and again until the store is opened anew.
     Pin(u8),
     Rotate,
@@ -41,6 +50,8 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (any::<u8>(), any::<u8>()).prop_map(|(b, n)| Step::Many(b, n)),
         3 => (any::<u8>(), any::<u8>(), 0..90_u8).prop_map(|(b, k, n)| Step::RemoveRange(b, k, n)),
         2 => (any::<u8>(), any::<u8>()).prop_map(|(b, k)| Step::Refill(b, k)),
+        4 => (any::<u8>(), any::<u8>(), any::<u8>(), any::<bool>()).prop_map(|(b, k, n, d)| Step::When(b, k, n, d)),
+        3 => (any::<u8>(), any::<u8>(), 0..20_u8).prop_map(|(b, k, n)| Step::Read(b, k, n)),
         1 => any::<u8>().prop_map(Step::Pin),
         2 => Just(Step::Rotate),
         1 => Just(Step::Settle),
@@ -53,6 +64,49 @@ fn step() -> impl Strategy<Value = Step> {
         1 => any::<u64>().prop_map(Step::Kill),
         1 => any::<u64>().prop_map(Step::Crash),
     ]
+}
+
+/// Settings of a run; none of them is seen in an answer.
+#[derive(Clone, Debug)]
+struct Tuning {
+    memtable_kib: u64,
+    table_kib: u64,
+    base_level_kib: u64,
+    l0_compaction_runs: usize,
+    compression: TableCompression,
+    engine: EngineSettings,
+}
+
+fn tuning() -> impl Strategy<Value = Tuning> {
+    let compressions = vec![TableCompression::None, TableCompression::Lz4, TableCompression::ByLevel];
+    let group = (1..16_u64, 2..32_u64, 8..64_u64, 1..5_usize, prop::sample::select(compressions));
+    let engine = (1..64_u64, 1..4_usize, 1..6_usize).prop_map(|(memory, background_tasks, wal_in_flight_max)| {
+        EngineSettings { memory_bytes: memory << 20, background_tasks, wal_in_flight_max, ..engine_settings() }
+    });
+    (group, engine).prop_map(|((memtable_kib, table_kib, base_level_kib, l0_compaction_runs, compression), engine)| {
+        Tuning { memtable_kib, table_kib, base_level_kib, l0_compaction_runs, compression, engine }
+    })
+}
+
+/// The volume and how it is opened.
+struct Place {
+    media: SimMedia,
+    tuning: Tuning,
+}
+
+impl Place {
+    fn open(&self) -> Store {
+        let tuning = &self.tuning;
+        let group = GroupSettings {
+            memtable_bytes: tuning.memtable_kib << 10,
+            table_bytes: tuning.table_kib << 10,
+            base_level_bytes: tuning.base_level_kib << 10,
+            l0_compaction_runs: tuning.l0_compaction_runs,
+            compression: tuning.compression,
+            ..settings()
+        };
+        Store::open_with(&self.media, group, tuning.engine.clone()).expect("the volume opens")
+    }
 }
 
 #[derive(Default)]
@@ -93,24 +147,58 @@ impl Model {
     }
 }
 
-fn run(steps: &[Step]) {
-    let media = media();
-    let mut store = Store::open(&media);
+/// Reads a key, and the pairs from there on in several ways at once.
+fn read(snapshot: &Snapshot, pairs: &Pairs, key: &str, visited: usize) {
+    assert_eq!(get(snapshot, key).map(|value| value.to_vec()).as_ref(), pairs.get(key.as_bytes()), "{key}");
+    let from = Bytes::copy_from_slice(key.as_bytes());
+    let mut expect: VecDeque<_> = pairs.range(key.as_bytes().to_vec()..).map(|(k, v)| (k.clone(), v.clone())).collect();
+    let owned = |(key, value): (Bytes, crate::Value)| (key.to_vec(), value.to_vec());
+    mainstay_io::block_on(async {
+        let mut scan = snapshot.range(DEFAULT, Bound::Included(from), Bound::Unbounded);
+        let mut left = visited;
+        let mut found = Vec::new();
+        let mut visit = |key: &[u8], value: &[u8]| {
+            found.push((key.to_vec(), value.to_vec()));
+            left = left.saturating_sub(1);
+            if left == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        scan.visit(&mut visit).await.expect("the scan goes on");
+        let first: Vec<_> = expect.drain(..visited.max(1).min(expect.len())).collect();
+        assert_eq!(found, first, "visited from {key}");
+        for _ in 0..2 {
+            assert_eq!(scan.next_back().await.expect("the scan goes on").map(owned), expect.pop_back());
+            assert_eq!(scan.next().await.expect("the scan goes on").map(owned), expect.pop_front());
+        }
+        let to = expect.get(expect.len() / 2).map(|(key, _)| key.clone());
+        if let Some(to) = to {
+            scan.seek(&to).await.expect("the scan goes on");
+            expect.retain(|(key, _)| *key >= to);
+        }
+        while let Some(pair) = scan.next().await.expect("the scan goes on") {
+            assert_eq!(Some(owned(pair)), expect.pop_front(), "behind the seek");
+        }
+        assert_eq!(expect, [], "left over");
+    });
+}
+
+fn run(steps: &[Step], tuning: Tuning) {
+    let place = Place { media: media(), tuning };
+    let mut store = place.open();
     let mut model = Model::default();
     model.branches.insert(MAIN, ("main".into(), Pairs::new()));
     for step in steps {
-        store = apply(&media, store, &mut model, step);
+        store = apply(&place, store, &mut model, step);
     }
     model.check(&store);
     model.pinned.clear();
     store.close();
-    let store = Store::open(&media);
+    let store = place.open();
     model.check(&store);
     store.close();
-    check_no_leak(&media);
+    check_no_leak(&place.media);
 }
 
-fn apply(media: &SimMedia, store: Store, model: &mut Model, step: &Step) -> Store {
+fn apply(place: &Place, store: Store, model: &mut Model, step: &Step) -> Store {
     let refused = |store: &Store, body, expect: bool| {
         let applied = store.propose(body).expect("the log takes it");
         assert_eq!(applied.response.is_err(), expect, "{step:?}");
@@ -154,6 +242,50 @@ fn apply(media: &SimMedia, store: Store, model: &mut Model, step: &Step) -> Stor
             let between = WriteOp::DeleteRange { keyspace: DEFAULT, range };
             let ops = vec![put(&keys[0], "before".into()), between, put(&keys[1], "after".into())];
             store.must(CommandBody::Batch(WriteBatch { branch, ops }));
+        }
+        Step::When(pick, key, kind, disturbed) => {
+            let branch = model.branch(pick);
+            let text = format!("key-{key:03}");
+            let key = Bytes::copy_from_slice(text.as_bytes());
+            let snapshot = store.group().snapshot(branch).expect("the branch is there");
+            let found = mainstay_io::block_on(snapshot.get_version(DEFAULT, &key)).expect("the keyspace is there");
+            let (lower, upper) = (key.clone(), Bytes::from(format!("{text}~")));
+            let count = model.pairs(branch).range(lower.to_vec()..upper.to_vec()).count() as u64;
+            let (there, keyspace) = (found.is_some(), DEFAULT);
+            let (version, value) =
+                found.map_or((LogIndex(u64::MAX), Bytes::new()), |(v, value)| (v, value.to_vec().into()));
+            // Whether it holds on what is there, and once the key was written since.
+            let (condition, (holds, still)) = match kind % 5 {
+                0 => (Condition::Absent { keyspace, key: key.clone() }, (!there, false)),
+                1 => (Condition::Present { keyspace, key: key.clone() }, (there, true)),
+                2 => (Condition::Value { keyspace, key: key.clone(), value: value.clone() }, (there, value == "since")),
+                3 => (Condition::Version { keyspace, key: key.clone(), version }, (there, false)),
+                _ => {
+                    let (lower, upper) = (Bound::Included(lower), Bound::Excluded(upper));
+                    let since = snapshot.index();
+                    (Condition::Range { keyspace, lower, upper, since, count }, (true, false))
+                }
+            };
+            if disturbed {
+                store.must(put(branch, &text, b"since"));
+                model.pairs(branch).insert(key.to_vec(), b"since".to_vec());
+            }
+            let op = WriteOp::Put { keyspace, key: key.clone(), value: "when".into() };
+            let batch = WriteBatch { branch, ops: vec![op] };
+            let body = CommandBody::BatchIf(ConditionalBatch { conditions: vec![condition], batch });
+            let answer = store.propose(body).expect("the log takes it").response.map_err(|error| error.kind());
+            let holds = if disturbed { still } else { holds };
+            if holds {
+                assert!(answer.is_ok(), "{step:?}: {answer:?}");
+                model.pairs(branch).insert(key.to_vec(), b"when".to_vec());
+            } else {
+                assert_eq!(answer, Err(ErrorKind::Conflict), "{step:?}");
+            }
+        }
+        Step::Read(pick, key, visited) => {
+            let branch = model.branch(pick);
+            let snapshot = store.group().snapshot(branch).expect("the branch is there");
+            read(&snapshot, model.pairs(branch), &format!("key-{key:03}"), visited.into());
         }
         Step::Pin(pick) => {
             let branch = model.branch(pick);
@@ -207,7 +339,7 @@ fn apply(media: &SimMedia, store: Store, model: &mut Model, step: &Step) -> Stor
         Step::Reopen => {
             model.pinned.clear();
             store.close();
-            let store = Store::open(media);
+            let store = place.open();
             model.check(&store);
             return store;
         }
@@ -215,11 +347,11 @@ fn apply(media: &SimMedia, store: Store, model: &mut Model, step: &Step) -> Stor
             model.pinned.clear();
             drop(store);
             if matches!(step, Step::Kill(_)) {
-                media.kill(seed)
+                place.media.kill(seed)
             } else {
-                media.crash(seed)
+                place.media.crash(seed)
             }
-            let store = Store::open(media);
+            let store = place.open();
             model.check(&store);
             return store;
         }
@@ -231,7 +363,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 200, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_steps_leave_what_ordered_maps_hold(steps in prop::collection::vec(step(), 1..70)) {
-        run(&steps);
+    fn any_steps_leave_what_ordered_maps_hold(steps in prop::collection::vec(step(), 1..70), tuning in tuning()) {
+        run(&steps, tuning);
     }
 }
