@@ -217,7 +217,9 @@ fn a_checkpoint_keeps_what_the_branch_drops() {
     ok(&mut m, 12, install(1, vec![t.clone()]));
     ok(&mut m, 13, rotate(&[]));
     assert!(m.names(&t) && !m.keyspaces.contains_key(&KeyspaceId(1)));
-    let effects = ok(&mut m, 14, ManifestOp::DropCheckpoint { name: "c".into() });
+    // A clone of it has no part in a keyspace that is gone.
+    ok(&mut m, 14, clone_of("x", "c"));
+    let effects = ok(&mut m, 15, ManifestOp::DropCheckpoint { name: "c".into() });
     assert_eq!(effects.removed, vec![t.clone()]);
     assert!(!m.names(&t));
 }

@@ -1,5 +1,7 @@
 //! Ranges removed at once: what they hide wherever they and the keys lie, and what they cost.
 
+use std::ops::Bound;
+
 use bytes::Bytes;
 use mainstay_io::block_on;
 
@@ -33,6 +35,26 @@ fn batch(ops: Vec<WriteOp>) -> WriteBatch {
 fn live(store: &Store) -> Vec<String> {
     let pairs = all(&store.group().snapshot(MAIN).expect("main"), DEFAULT);
     pairs.into_keys().map(|key| String::from_utf8_lossy(&key).into_owned()).collect()
+}
+
+/// The last key of a table may be that of a range tombstone alone: it hides what older tables have there, too.
+#[test]
+fn a_range_hides_its_last_key_from_one_table_to_the_other() {
+    let store = Store::open(&media());
+    for n in 0..30 {
+        store.put(&key(n), b"old");
+    }
+    store.flush();
+    let (first, last) = (key(5), key(9));
+    let bounds = (Bound::Included(Bytes::from(first)), Bound::Included(Bytes::from(last)));
+    store.must(delete_range(MAIN, KeyRange::new(bounds.0, bounds.1)));
+    store.flush();
+    let expect: Vec<String> = (0..5).chain(10..30).map(key).collect();
+    assert_eq!(live(&store), expect);
+    let back = all_back(&store.group().snapshot(MAIN).expect("main"), DEFAULT);
+    assert!(back.into_keys().eq(expect.iter().map(|key| key.clone().into_bytes())), "from behind");
+    assert_eq!((store.get(&key(9)), store.get(&key(10)).is_some()), (None, true));
+    store.close();
 }
 
 /// Within an entry order decides, over the borders of its batches, with conditions and without; a restart decides the same.
