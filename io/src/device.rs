@@ -66,6 +66,13 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// Fills the whole of `buf` from `offset`, or fails. Blocks never written read as zeroes.
     fn read(&self, offset: u64, buf: AlignedBuf, class: IoClass) -> Op<AlignedBuf>;
 
+    /// As [`BlockDevice::read`] for many ranges, handed to the backend together: io_uring gets them in one submission as far as the
+    /// ring has places, threads take them at once. Answers in the order of `reads`, each for itself. A device that completes inside the
+    /// call has nothing to gain.
+    fn read_many(&self, reads: Vec<(u64, AlignedBuf)>, class: IoClass) -> Vec<Op<AlignedBuf>> {
+        reads.into_iter().map(|(offset, buf)| self.read(offset, buf, class)).collect()
+    }
+
     /// Writes `bufs` one after the other from `offset`. With [`WriteMode::Durable`] one write and one flush of the
     /// device cover all of them up to [`Geometry::io_bytes_max`]; what is longer takes several writes and one flush.
     fn write(&self, offset: u64, bufs: Vec<AlignedBytes>, mode: WriteMode, class: IoClass) -> Op<()>;

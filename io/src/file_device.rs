@@ -84,6 +84,32 @@ impl BlockDevice for FileDevice {
         self.start("read", range, class, |done| Body::Read { offset, buf, done })
     }
 
+    fn read_many(&self, reads: Vec<(u64, AlignedBuf)>, class: IoClass) -> Vec<Op<AlignedBuf>> {
+        let mut started = Vec::with_capacity(reads.len());
+        let mut requests = Vec::with_capacity(reads.len());
+        for (offset, buf) in reads {
+            let length = buf.len() as u64;
+            let admitted = self.check("read", offset, length).and_then(|()| {
+                self.gate.try_enter("read", offset, length).unwrap_or_else(|| {
+                    self.executor.submit_reads(std::mem::take(&mut requests));
+                    self.gate.enter("read", offset, length, false)
+                })
+            });
+            started.push(match admitted {
+                Ok(ticket) => {
+                    let (pending, done) = Op::pending();
+                    requests.push(Request { ticket, class, body: Body::Read { offset, buf, done } });
+                    pending
+                }
+                Err(e) => refused(e),
+            });
+        }
+        if !requests.is_empty() {
+            self.executor.submit_reads(requests);
+        }
+        started
+    }
+
     fn write(&self, offset: u64, bufs: Vec<AlignedBytes>, mode: WriteMode, class: IoClass) -> Op<()> {
         let length = bufs.iter().map(|b| b.len() as u64).sum();
         if !bufs.iter().all(AlignedBytes::is_aligned) {

@@ -5,6 +5,7 @@
 //!    and locked as long as a ticket lives.
 //! 2. At most [`OPERATIONS_MAX`] operations of a device are in flight; a caller above that waits. Threads of a device
 //!    never wait, since they are the ones that make room: what they submit comes from callers that are bounded.
+//! 3. Nobody waits who holds a ticket that was not submitted: many that did would wait for each other.
 
 use std::cell::Cell;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -80,6 +81,17 @@ impl Gate {
         let file = state.file.clone().ok_or_else(|| closed(op, offset, length))?;
         state.operations += 1;
         Ok(Ticket { file: Some(file), gate: self.clone(), resident: false })
+    }
+
+    /// As [`Gate::enter`] of a read, and none where that would wait: who holds operations that it has not submitted must not.
+    pub(crate) fn try_enter(self: &Arc<Self>, op: &'static str, offset: u64, length: u64) -> Option<Result<Ticket>> {
+        let mut state = self.lock();
+        if state.file.is_some() && state.operations >= OPERATIONS_MAX && !is_device_thread() {
+            return None;
+        }
+        let Some(file) = state.file.clone() else { return Some(Err(closed(op, offset, length))) };
+        state.operations += 1;
+        Some(Ok(Ticket { file: Some(file), gate: self.clone(), resident: false }))
     }
 
     /// Admits the resident task.

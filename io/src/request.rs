@@ -26,6 +26,9 @@ pub(crate) trait Executor: Send + Sync + 'static {
     /// Takes over the operation.
     fn submit(&self, request: Request);
 
+    /// Takes over reads of one class together.
+    fn submit_reads(&self, requests: Vec<Request>);
+
     /// Runs `task` to its end, holding `ticket` meanwhile.
     fn resident(&self, name: &str, task: BoxFuture<()>, ticket: Ticket);
 

@@ -105,6 +105,13 @@ impl Executor for Pool {
         self.shared.ready.notify_one();
     }
 
+    fn submit_reads(&self, requests: Vec<Request>) {
+        let mut queue = self.shared.lock();
+        requests.into_iter().for_each(|request| queue.classes[request.class as usize].push_back(request));
+        drop(queue);
+        self.shared.ready.notify_all();
+    }
+
     fn resident(&self, name: &str, task: BoxFuture<()>, ticket: Ticket) {
         let run = move || {
             let _ticket = ticket;

@@ -40,6 +40,9 @@ pub(crate) struct Shared {
     inbox: Mutex<Inbox>,
     sleeping: AtomicBool,
     wake: OwnedFd,
+    /// Entries given to the kernel in each call.
+    #[cfg(test)]
+    pub(crate) entered: Mutex<Vec<u32>>,
 }
 
 /// Bounded by the gates of the devices: see [`crate::gate::OPERATIONS_MAX`].
@@ -146,7 +149,13 @@ impl Ring {
         helpers: Arc<Pool>,
     ) -> Result<Arc<Self>, String> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| format!("no eventfd: {e}"))?;
-        let shared = Arc::new(Shared { inbox: Mutex::default(), sleeping: AtomicBool::new(false), wake });
+        let shared = Arc::new(Shared {
+            inbox: Mutex::default(),
+            sleeping: AtomicBool::new(false),
+            wake,
+            #[cfg(test)]
+            entered: Mutex::default(),
+        });
         let crew = Crew::default();
         let (answer, answered) = std::sync::mpsc::sync_channel(1);
         let (file, inner) = (file.clone(), shared.clone());
@@ -184,6 +193,19 @@ impl Executor for Ring {
         self.shared.rouse();
     }
 
+    fn submit_reads(&self, requests: Vec<Request>) {
+        let mut inbox = self.shared.lock();
+        if let Some(reason) = inbox.dead.clone() {
+            drop(inbox);
+            let error = dead_ring(&reason);
+            return requests.into_iter().for_each(|request| request.fail(&error));
+        }
+        // Under one lock: the ring thread finds all of them, and gives them to the kernel in one call.
+        requests.into_iter().for_each(|request| inbox.classes[request.class as usize].push_back(request));
+        drop(inbox);
+        self.shared.rouse();
+    }
+
     fn resident(&self, name: &str, task: BoxFuture<()>, ticket: Ticket) {
         let mut inbox = self.shared.lock();
         if inbox.dead.is_some() {
@@ -214,4 +236,50 @@ impl Drop for Ring {
 /// The answer of a ring that the kernel does not let in any more.
 pub(crate) fn dead_ring(reason: &str) -> Error {
     Error::new(ErrorKind::Os, "io_uring_enter", 0, 0, reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::{Extent, Missing};
+    use crate::file_device::FileDevice;
+    use crate::{AlignedBuf, Backend, IoClass};
+
+    /// Reads handed over one by one woke the ring thread at the first: the kernel was called for a few of them at a time.
+    #[test]
+    fn reads_handed_over_together_are_one_call_of_the_kernel() {
+        const READS: usize = 64;
+        const ROUNDS: usize = 100;
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("file");
+        let content: Vec<u8> = (0..READS).flat_map(|n| [n as u8; 4096]).collect();
+        std::fs::write(&path, content).expect("written");
+        let file = Arc::new(OpenFile::open(&path, Missing::Refuse, Extent::Length, None).expect("opened"));
+        let helpers = Pool::start("help", 2).expect("threads");
+        let ring = match Ring::start("ring", 128, &file, helpers) {
+            Ok(ring) => ring,
+            Err(reason) => return println!("the ring is not tested on this machine: {reason}"),
+        };
+        let device = FileDevice::over(file, Backend::Uring, ring.clone(), None);
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // Keeps the ring thread awake: one that sleeps would find all reads also when they come one by one.
+            scope.spawn(|| {
+                while !stop.load(Ordering::SeqCst) {
+                    device.read(0, AlignedBuf::zeroed(4096), IoClass::Foreground).wait().expect("read");
+                }
+            });
+            for _ in 0..ROUNDS {
+                let places = (0..READS as u64).rev().map(|n| (n * 4096, AlignedBuf::zeroed(4096)));
+                let reads = device.read_many(places.collect(), IoClass::Foreground);
+                for (n, read) in (0..READS).rev().zip(reads) {
+                    assert!(read.wait().expect("read").iter().all(|byte| *byte == n as u8), "{n}");
+                }
+            }
+            stop.store(true, Ordering::SeqCst);
+        });
+        let calls = ring.shared.entered.lock().expect("no test panics while it holds the counts").clone();
+        let whole = calls.iter().filter(|entries| **entries as usize >= READS).count();
+        assert_eq!(whole, ROUNDS, "{calls:?}");
+    }
 }

@@ -39,6 +39,19 @@ impl Zone {
         }
     }
 
+    /// See [`BlockDevice::read_many`].
+    pub fn read_many(&self, reads: Vec<(u64, AlignedBuf)>, class: IoClass) -> Vec<Op<AlignedBuf>> {
+        let located: Vec<_> =
+            reads.iter().map(|(offset, buf)| self.locate("read", *offset, buf.len() as u64)).collect();
+        let inside = reads.into_iter().zip(&located).filter_map(|((_, buf), at)| Some((*at.as_ref().ok()?, buf)));
+        let mut started = self.device.read_many(inside.collect(), class).into_iter();
+        let answer = |at: Result<u64, Error>| match at {
+            Ok(_) => started.next().expect("a device answers every read"),
+            Err(e) => Op::ready(Err(e)),
+        };
+        located.into_iter().map(answer).collect()
+    }
+
     /// See [`BlockDevice::write`].
     pub fn write(&self, offset: u64, bufs: Vec<AlignedBytes>, mode: WriteMode, class: IoClass) -> Op<()> {
         let length = bufs.iter().map(|b| b.len() as u64).sum();

@@ -37,6 +37,31 @@ fn a_read_after_a_write_sees_it() {
 }
 
 #[test]
+fn reads_together_answer_each_for_itself() {
+    everywhere(|on, media| {
+        let (_, extents) = zones(media);
+        for n in 0..40u8 {
+            extents
+                .write(u64::from(n) * 8192, block(n), WriteMode::Cached, IoClass::Background)
+                .wait()
+                .expect("written");
+        }
+        let end = extents.length() / 4096 * 4096;
+        // Those that cannot be answered stand among those that can.
+        let offsets = (0..40u64).rev().flat_map(|n| [n * 8192, end, 4095]);
+        let reads = offsets.map(|offset| (offset, AlignedBuf::zeroed(4096))).collect();
+        let mut answers = extents.read_many(reads, IoClass::Foreground).into_iter().map(Op::wait);
+        for n in (0..40u8).rev() {
+            let [found, outside, crooked] = [(); 3].map(|()| answers.next().expect("an answer for each"));
+            assert!(found.expect("read").iter().all(|byte| *byte == n), "{on} {n}");
+            assert_eq!(outside.expect_err("outside").kind(), ErrorKind::OutOfRange, "{on}");
+            assert_eq!(crooked.expect_err("not aligned").kind(), ErrorKind::Misaligned, "{on}");
+        }
+        assert!(answers.next().is_none() && extents.read_many(Vec::new(), IoClass::Foreground).is_empty());
+    });
+}
+
+#[test]
 fn what_was_never_written_reads_as_zeroes() {
     everywhere(|on, media| {
         let (_, extents) = zones(media);
