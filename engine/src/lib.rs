@@ -10,6 +10,7 @@ mod condition;
 mod engine;
 mod error;
 mod events;
+mod gather;
 mod group;
 mod heal;
 mod local_log;

@@ -70,6 +70,35 @@ impl Snapshot {
         }
     }
 
+    /// The values of many keys, in their order. Every key is looked up in memory first; the blocks that are not cached are then read from
+    /// the device together. Ready at the first poll when none is.
+    ///
+    /// # Errors
+    /// As [`Snapshot::get`].
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn get_many<K: AsRef<[u8]>>(&self, keyspace: KeyspaceId, keys: &[K]) -> Result<Vec<Option<Value>>> {
+        let versions = self.get_many_versions(keyspace, keys).await?;
+        Ok(versions.into_iter().map(|found| found.map(|(_, value)| value)).collect())
+    }
+
+    /// As [`Snapshot::get_many`], each with the index of the entry that wrote it.
+    ///
+    /// # Errors
+    /// As [`Snapshot::get`].
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn get_many_versions<K: AsRef<[u8]>>(
+        &self,
+        keyspace: KeyspaceId,
+        keys: &[K],
+    ) -> Result<Vec<Option<(LogIndex, Value)>>> {
+        match self.view(keyspace)? {
+            Some(view) => view.get_many(keys, self.index).await,
+            None => Ok(vec![None; keys.len()]),
+        }
+    }
+
     /// The id of a keyspace in this view.
     pub fn keyspace(&self, name: &str) -> Option<KeyspaceId> {
         self.names.keyspaces.get(name).copied()

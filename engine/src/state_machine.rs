@@ -154,6 +154,33 @@ impl Apply {
         self.noted(self.before.get_version(keyspace, key).await)
     }
 
+    /// The values of many keys, in their order, with the blocks that are not cached read from the device together. A command that knows
+    /// the keys that it needs asks for all of them at once: the entries behind it wait for its reads.
+    ///
+    /// # Errors
+    /// As [`Apply::get`].
+    pub async fn get_many<K: AsRef<[u8]>>(&self, keyspace: KeyspaceId, keys: &[K]) -> Result<Vec<Option<Bytes>>> {
+        let mut found = Vec::with_capacity(keys.len());
+        for some in keys.chunks(READS_AT_ONCE as usize) {
+            let own: Vec<_> = some.iter().map(|key| self.writes.get(keyspace, key.as_ref())).collect();
+            let wanted = some.iter().zip(&own).filter(|(_, own)| own.is_none() && !self.is_new(keyspace));
+            let wanted: Vec<&[u8]> = wanted.map(|(key, _)| key.as_ref()).collect();
+            for _ in some {
+                self.pause().await;
+            }
+            let before = match wanted.is_empty() {
+                true => Vec::new(),
+                false => self.noted(self.before.get_many(keyspace, &wanted).await)?,
+            };
+            let mut before = before.into_iter();
+            found.extend(own.into_iter().map(|own| match own {
+                Some(value) => value.clone(),
+                None => before.next().flatten(),
+            }));
+        }
+        Ok(found)
+    }
+
     /// Whether the bounds hold `count` pairs, none of them written after `since`. Looks at so many pairs and one more at most.
     pub(crate) async fn is_unchanged(
         &self,

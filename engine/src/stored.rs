@@ -14,6 +14,7 @@ use bytes::Bytes;
 use mainstay_io::{AlignedBytes, BoxFuture, IoClass};
 
 use crate::cache::BlockCache;
+use crate::gather::Gather;
 use crate::heal::GroupHeal;
 use crate::manifest::TableRef;
 use crate::memory::MemoryBudget;
@@ -82,6 +83,13 @@ impl TableBytes for StoredBytes {
         }
         self.volume.read(&self.extents, offset, length, IoClass::Foreground)
     }
+
+    fn read_in(&self, offset: u64, length: usize, reads: &Gather) -> BoxFuture<Result<Bytes>> {
+        if let Err(error) = self.check(offset, length as u64) {
+            return Box::pin(std::future::ready(Err(error)));
+        }
+        self.volume.read_in(&self.extents, offset, length, reads)
+    }
 }
 
 impl Drop for StoredBytes {
@@ -102,6 +110,10 @@ struct HealedBytes {
 impl TableBytes for HealedBytes {
     fn read(&self, offset: u64, length: usize) -> BoxFuture<Result<Bytes>> {
         self.bytes.read(offset, length)
+    }
+
+    fn read_in(&self, offset: u64, length: usize, reads: &Gather) -> BoxFuture<Result<Bytes>> {
+        self.bytes.read_in(offset, length, reads)
     }
 
     fn found_damaged(&self) -> usize {

@@ -3,7 +3,6 @@
 use std::ops::{Bound, RangeBounds};
 
 use bytes::Bytes;
-use futures_util::future::try_join_all;
 use mainstay_io::BoxFuture;
 
 use crate::snapshot::{owned_bounds, prefix_bounds};
@@ -54,14 +53,15 @@ impl Keyspace {
         self.store.log.bind(async move { Ok(this.store.view().await?.get(this.id, &key).await?) })
     }
 
-    /// The values of many keys, of one snapshot, with their reads in flight together.
+    /// The values of many keys, of one snapshot, in the order of the keys. All are looked up in memory first; the blocks that are not
+    /// cached are then read from the device together, 64 keys at a time.
     ///
     /// # Errors
     /// As [`Keyspace::get`].
     pub fn multi_get<K: AsRef<[u8]>>(&self, keys: &[K]) -> Result<Vec<Option<Value>>> {
         self.store.log.wait(async {
             let view = self.store.view().await?;
-            Ok(try_join_all(keys.iter().map(|key| view.get(self.id, key.as_ref()))).await?)
+            Ok(view.get_many(self.id, keys).await?)
         })
     }
 
@@ -71,7 +71,7 @@ impl Keyspace {
         let this = self.clone();
         self.store.log.bind(async move {
             let view = this.store.view().await?;
-            Ok(try_join_all(keys.iter().map(|key| view.get(this.id, key))).await?)
+            Ok(view.get_many(this.id, &keys).await?)
         })
     }
 

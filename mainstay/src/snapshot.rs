@@ -51,6 +51,25 @@ impl Snapshot {
         Box::pin(async move { Ok(inner.get(id, &key).await?) })
     }
 
+    /// The values of many keys, in their order, as [`Keyspace::multi_get`].
+    ///
+    /// # Errors
+    /// As [`Snapshot::get`].
+    pub fn multi_get<K: AsRef<[u8]>>(&self, keyspace: &Keyspace, keys: &[K]) -> Result<Vec<Option<Value>>> {
+        Ok(mainstay_io::block_on(self.inner.get_many(keyspace.id(), keys))?)
+    }
+
+    /// As [`Snapshot::multi_get`], without blocking the thread. Cancel safe.
+    pub fn multi_get_async<K: AsRef<[u8]>>(
+        &self,
+        keyspace: &Keyspace,
+        keys: &[K],
+    ) -> BoxFuture<Result<Vec<Option<Value>>>> {
+        let keys: Vec<Bytes> = keys.iter().map(|key| Bytes::copy_from_slice(key.as_ref())).collect();
+        let (inner, id) = (self.inner.clone(), keyspace.id());
+        Box::pin(async move { Ok(inner.get_many(id, &keys).await?) })
+    }
+
     /// The index of the entry that wrote the value of a key, none of an absent key: for [`crate::Batch::require_version`]. The same on
     /// every replica and in every clone.
     ///

@@ -20,8 +20,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use futures_util::future::try_join_all;
-use mainstay_engine::{ClientToken, Condition, KeyRange, RangeSet};
+use mainstay_engine::{ClientToken, KeyRange, RangeSet};
 use mainstay_io::BoxFuture;
 
 use self::reads::Reads;
@@ -33,8 +32,6 @@ use crate::{Batch, Commit, ErrorKind, Keyspace, KeyspaceId, LogIndex, Result, St
 
 /// How often [`Store::transact`] begins anew, the first time included.
 pub const TRANSACT_ATTEMPTS_MAX: usize = 16;
-/// Versions of written keys that are looked up together.
-const LOOKUPS_AT_ONCE: usize = 64;
 
 /// What a commit validates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +85,15 @@ struct Read {
 impl Read {
     async fn get(&self, keyspace: KeyspaceId, key: Bytes) -> Result<Option<Value>> {
         let found = self.snapshot.get_version(keyspace, &key).await?;
+        self.recorded(keyspace, key, found)
+    }
+
+    async fn get_many(&self, keyspace: KeyspaceId, keys: Vec<Bytes>) -> Result<Vec<Option<Value>>> {
+        let found = self.snapshot.get_many_versions(keyspace, &keys).await?;
+        keys.into_iter().zip(found).map(|(key, found)| self.recorded(keyspace, key, found)).collect()
+    }
+
+    fn recorded(&self, keyspace: KeyspaceId, key: Bytes, found: Option<(LogIndex, Value)>) -> Result<Option<Value>> {
         let (version, value) = found.unzip();
         if let Some(reads) = &self.reads {
             lock(reads).add_key(keyspace, key, version)?;
@@ -140,19 +146,25 @@ impl Transaction {
 
     fn read(&self, keyspace: &Keyspace, key: &[u8], validated: bool) -> BoxFuture<Result<Option<Value>>> {
         let place = (keyspace.id(), Bytes::copy_from_slice(key));
-        if let Some(own) = self.writes.get(&place) {
-            // Others that write it are met at commit: it is written.
-            return Box::pin(std::future::ready(Ok(own.clone())));
-        }
-        if self.removed.get(&place.0).is_some_and(|removed| removed.at(&place.1).is_some()) {
-            // Whatever is there when it commits, it is gone then.
-            return Box::pin(std::future::ready(Ok(None)));
+        if let Some(own) = self.own(&place) {
+            return Box::pin(std::future::ready(Ok(own)));
         }
         let read = Read { snapshot: self.snapshot.clone(), reads: validated.then(|| self.reads.clone()) };
         Box::pin(async move { read.get(place.0, place.1).await })
     }
 
-    /// The values of many keys, with their reads in flight together.
+    /// What the transaction itself has made of a key, if anything.
+    fn own(&self, place: &(KeyspaceId, Bytes)) -> Option<Option<Value>> {
+        if let Some(own) = self.writes.get(place) {
+            // Others that write it are met at commit: it is written.
+            return Some(own.clone());
+        }
+        // Whatever is there when it commits, it is gone then.
+        let removed = self.removed.get(&place.0)?.at(&place.1);
+        removed.map(|_| None)
+    }
+
+    /// The values of many keys, in their order, as [`Keyspace::multi_get`].
     ///
     /// # Errors
     /// As [`Transaction::get`].
@@ -166,8 +178,26 @@ impl Transaction {
         keyspace: &Keyspace,
         keys: &[K],
     ) -> BoxFuture<Result<Vec<Option<Value>>>> {
-        let reads: Vec<_> = keys.iter().map(|key| self.get_async(keyspace, key)).collect();
-        Box::pin(try_join_all(reads))
+        let id = keyspace.id();
+        let places = keys.iter().map(|key| (id, Bytes::copy_from_slice(key.as_ref())));
+        let mut wanted = Vec::new();
+        let own: Vec<_> = places
+            .map(|place| {
+                let own = self.own(&place);
+                if own.is_none() {
+                    wanted.push(place.1);
+                }
+                own
+            })
+            .collect();
+        let validated = self.isolation == Isolation::Serializable;
+        let read = Read { snapshot: self.snapshot.clone(), reads: validated.then(|| self.reads.clone()) };
+        Box::pin(async move {
+            // Keys that are its own are answered also where their keyspace is gone.
+            let found = if wanted.is_empty() { Vec::new() } else { read.get_many(id, wanted).await? };
+            let mut found = found.into_iter();
+            Ok(own.into_iter().map(|own| own.unwrap_or_else(|| found.next().flatten())).collect())
+        })
     }
 
     /// True when the key is there.
@@ -335,8 +365,14 @@ impl Transaction {
         let reads = std::mem::take(&mut *lock(&self.reads));
         let blind: Vec<_> = self.writes.keys().filter(|place| !reads.knows(place)).cloned().collect();
         let mut conditions = reads.into_conditions(self.snapshot.index());
-        for some in blind.chunks(LOOKUPS_AT_ONCE) {
-            conditions.extend(try_join_all(some.iter().map(|place| self.as_it_was(place))).await?);
+        for some in blind.chunk_by(|one, other| one.0 == other.0) {
+            let Some((keyspace, _)) = some.first() else { continue };
+            let keys: Vec<&Bytes> = some.iter().map(|(_, key)| key).collect();
+            let found = self.snapshot.get_many_versions(*keyspace, &keys).await?;
+            let as_they_were = keys.into_iter().zip(found);
+            conditions.extend(
+                as_they_were.map(|(key, found)| unchanged(*keyspace, key.clone(), found.map(|(version, _)| version))),
+            );
         }
         let mut batch = Batch::new();
         batch.require(conditions);
@@ -352,12 +388,6 @@ impl Transaction {
             };
         }
         Ok(batch)
-    }
-
-    /// That a key is what the snapshot has.
-    async fn as_it_was(&self, (keyspace, key): &(KeyspaceId, Bytes)) -> Result<Condition> {
-        let found = self.snapshot.get_version(*keyspace, key).await?;
-        Ok(unchanged(*keyspace, key.clone(), found.map(|(version, _)| version)))
     }
 }
 

@@ -128,6 +128,12 @@ fn ranges_and_prefixes_run_both_ways_and_meet() {
     assert_eq!(names.last().expect("readable").expect("not empty").key, "grace");
     let many = names.multi_get(&["grace", "nobody"]).expect("readable");
     assert_eq!(many.iter().map(Option::is_some).collect::<Vec<_>>(), [true, false]);
+    let before = store.snapshot().expect("a view");
+    names.insert("grace", "hopper").expect("written");
+    let many = before.multi_get(&names, &["nobody", "grace", "grace"]).expect("readable");
+    assert_eq!(many.iter().map(Option::as_deref).collect::<Vec<_>>(), [None, Some(&b""[..]), Some(&b""[..])]);
+    let now = mainstay_io::block_on(store.snapshot().expect("a view").multi_get_async(&names, &["grace"]));
+    assert_eq!(now.expect("readable"), [Some("hopper".into())]);
     store.close().expect("closes");
 }
 

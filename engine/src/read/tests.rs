@@ -255,6 +255,11 @@ proptest! {
                     let found = view.get(low, LogIndex(at)).await.expect("get");
                     assert_eq!(found.map(|value| value.to_vec()), value, "at={at} key={low:?}");
                 }
+                let keys: Vec<&Vec<u8>> = probes.iter().map(|probe| &probe.0).chain(all.keys().step_by(3)).collect();
+                let many = view.get_many(&keys, LogIndex(at)).await.expect("get");
+                for (key, found) in keys.into_iter().zip(many) {
+                    assert_eq!(found, view.get_version(key, LogIndex(at)).await.expect("get"), "at={at} key={key:?}");
+                }
                 for key in all.keys().step_by(5) {
                     let value = pairs.iter().find(|pair| &pair.0 == key).map(|pair| pair.1.clone());
                     let found = view.get(key, LogIndex(at)).await.expect("get");

@@ -8,6 +8,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::Lookup;
 use super::merge::Merge;
+use crate::gather::Gather;
 use crate::memtable::Memtable;
 use crate::table::Table;
 use crate::table::block::{alike, common_prefix, head};
@@ -15,6 +16,9 @@ use crate::{LogIndex, Result, Visitor};
 
 /// Keys that a scan gives are cut from pieces of memory of this size; one key may keep one piece.
 const KEY_PIECE_BYTES: usize = 4 << 10;
+/// Lookups of one call that may wait for the device at a time: half of the places of a ring, so that others get theirs, and a bound of
+/// the memory that the call takes.
+const LOOKUPS_TOGETHER_MAX: usize = 64;
 
 /// Memtables and tables of one keyspace of one branch, pinned by reference count.
 #[derive(Clone, Default)]
@@ -85,27 +89,61 @@ impl ReadView {
     /// # Cancel safety
     /// Cancel safe.
     pub(crate) async fn get_version(&self, key: &[u8], at: LogIndex) -> Result<Option<(LogIndex, Bytes)>> {
-        Ok(match self.lookup(key, at).await? {
-            Some((index, Lookup::Value(value))) => Some((index, value)),
-            Some((_, Lookup::Deleted)) | None => None,
-        })
+        Ok(value_of(self.lookup(key, at).await?))
+    }
+
+    /// As [`ReadView::get_version`] for many keys, in their order. All are looked up in memory before the first is in a table, and the
+    /// blocks that are not cached are read from the device together, [`LOOKUPS_TOGETHER_MAX`] at a time.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(crate) async fn get_many<K: AsRef<[u8]>>(
+        &self,
+        keys: &[K],
+        at: LogIndex,
+    ) -> Result<Vec<Option<(LogIndex, Bytes)>>> {
+        let known: Vec<_> = keys.iter().map(|key| self.lookup_memory(key.as_ref(), at)).collect();
+        let missing = keys.iter().zip(&known).enumerate().filter(|(_, (_, known))| known.is_none());
+        let gather = Gather::default();
+        let lookups = missing.map(|(place, (key, _))| {
+            let gather = &gather;
+            async move { Ok((place, self.lookup_tables(key.as_ref(), at, Some(gather)).await?)) }
+        });
+        let found = gather.run(lookups, LOOKUPS_TOGETHER_MAX).await?;
+        let mut answers: Vec<_> = known.into_iter().map(value_of).collect();
+        for (place, lookup) in found {
+            if let Some(answer) = answers.get_mut(place) {
+                *answer = value_of(lookup);
+            }
+        }
+        Ok(answers)
     }
 
     async fn lookup(&self, key: &[u8], at: LogIndex) -> Result<Option<(LogIndex, Lookup)>> {
-        for memtable in &self.memtables {
-            let hidden = memtable.hidden_below(key, at);
-            if let Some(known) = judge(memtable.get_version(key, at), hidden) {
-                return Ok(Some(known));
-            }
+        match self.lookup_memory(key, at) {
+            None => self.lookup_tables(key, at, None).await,
+            known => Ok(known),
         }
+    }
+
+    fn lookup_memory(&self, key: &[u8], at: LogIndex) -> Option<(LogIndex, Lookup)> {
+        self.memtables.iter().find_map(|memtable| judge(memtable.get_version(key, at), memtable.hidden_below(key, at)))
+    }
+
+    async fn lookup_tables(
+        &self,
+        key: &[u8],
+        at: LogIndex,
+        reads: Option<&Gather>,
+    ) -> Result<Option<(LogIndex, Lookup)>> {
         for table in &self.l0 {
-            if let Some(known) = lookup_table(table, key, at).await? {
+            if let Some(known) = lookup_table(table, key, at, reads).await? {
                 return Ok(Some(known));
             }
         }
         for level in &self.levels {
             if let Some(table) = level.table_of(key)
-                && let Some(known) = lookup_table(table, key, at).await?
+                && let Some(known) = lookup_table(table, key, at, reads).await?
             {
                 return Ok(Some(known));
             }
@@ -161,12 +199,24 @@ fn judge(found: Option<(LogIndex, Lookup)>, hidden: LogIndex) -> Option<(LogInde
     }
 }
 
-async fn lookup_table(table: &Table, key: &[u8], at: LogIndex) -> Result<Option<(LogIndex, Lookup)>> {
-    let found = table.get_version(key, at).await?;
+fn value_of(lookup: Option<(LogIndex, Lookup)>) -> Option<(LogIndex, Bytes)> {
+    match lookup {
+        Some((index, Lookup::Value(value))) => Some((index, value)),
+        Some((_, Lookup::Deleted)) | None => None,
+    }
+}
+
+async fn lookup_table(
+    table: &Table,
+    key: &[u8],
+    at: LogIndex,
+    reads: Option<&Gather>,
+) -> Result<Option<(LogIndex, Lookup)>> {
+    let found = table.get_version_by(key, at, reads).await?;
     if !table.has_ranges() {
         return Ok(found);
     }
-    Ok(judge(found, table.hidden_below(key, at).await?))
+    Ok(judge(found, table.hidden_below(key, at, reads).await?))
 }
 
 /// All keys up to `last` are before the lower bound.

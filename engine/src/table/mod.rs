@@ -32,12 +32,19 @@ pub(crate) use builder::TableBuilder;
 pub(crate) use cursor::{Step, TableCursor};
 pub(crate) use reader::{CachedBlock, Table};
 
+use crate::gather::Gather;
 use crate::{Result, TableRanges};
 
 /// Where the bytes of a table lie.
 pub(crate) trait TableBytes: Send + Sync + 'static {
     /// Bytes `offset..offset + length`, at any alignment; exactly `length` of them on success.
     fn read(&self, offset: u64, length: usize) -> BoxFuture<Result<Bytes>>;
+
+    /// As [`TableBytes::read`], complete once `reads` was submitted. Bytes that lie on no device are read at once.
+    fn read_in(&self, offset: u64, length: usize, reads: &Gather) -> BoxFuture<Result<Bytes>> {
+        let _ = reads;
+        self.read(offset, length)
+    }
 
     /// What is there does not match its checksum, or cannot be read, twice: a reason to mend the table. Returns how many
     /// other copies can be asked.

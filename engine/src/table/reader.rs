@@ -19,6 +19,7 @@ use super::filter::Filter;
 use super::index::{FOOTER_BYTES, Handle, MAGIC, Parts, ROOT_BYTES, Root};
 use super::{TableBytes, TableMeta, codec, filter, ranges};
 use crate::cache::BlockCache;
+use crate::gather::Gather;
 use crate::memory::{MemoryBudget, MemoryKind, Reservation};
 use crate::range_tombstone::{Fragments, last_before};
 use crate::read::Lookup;
@@ -131,6 +132,10 @@ impl Table {
     /// # Cancel safety
     /// Cancel safe.
     pub(crate) async fn ranges(&self) -> Result<&Fragments> {
+        self.ranges_by(None).await
+    }
+
+    async fn ranges_by(&self, reads: Option<&Gather>) -> Result<&Fragments> {
         static NONE: Fragments = Fragments::none();
         if !self.root.has_ranges() {
             return Ok(&NONE);
@@ -138,27 +143,27 @@ impl Table {
         if let Some(pinned) = self.ranges.get() {
             return Ok(&pinned.fragments);
         }
-        let Some(handle) = self.parts().await?.ranges else { return Ok(&NONE) };
+        let Some(handle) = self.parts(reads).await?.ranges else { return Ok(&NONE) };
         let parse = |stored: &Bytes| {
             let decoded = codec::open(stored, &handle).and_then(ranges::decode);
             decoded.map_err(|error| self.corrupt(error, &handle))
         };
-        let fragments = self.sound(&handle, parse).await?;
+        let fragments = self.sound(&handle, parse, reads).await?;
         let memory = self.budget.reserve(MemoryKind::Table, fragments.memory_bytes());
         Ok(&self.ranges.get_or_init(|| PinnedRanges { fragments, _memory: memory }).fragments)
     }
 
-    /// The newest removal with an index of at most `at` of a range that holds `key`; 0 for none.
+    /// The newest removal with an index of at most `at` of a range that holds `key`; 0 for none. As [`Table::get_version_by`] with `reads`.
     ///
     /// # Errors
     /// As [`Table::get_version`].
     /// # Cancel safety
     /// Cancel safe.
-    pub(crate) async fn hidden_below(&self, key: &[u8], at: LogIndex) -> Result<LogIndex> {
+    pub(crate) async fn hidden_below(&self, key: &[u8], at: LogIndex, reads: Option<&Gather>) -> Result<LogIndex> {
         if !self.root.has_ranges() || !self.covers(key) {
             return Ok(LogIndex(0));
         }
-        Ok(self.ranges().await?.at(key).filter(|one| one.index <= at).map_or(LogIndex(0), |one| one.index))
+        Ok(self.ranges_by(reads).await?.at(key).filter(|one| one.index <= at).map_or(LogIndex(0), |one| one.index))
     }
 
     /// Lowest and highest index of an entry or range tombstone.
@@ -186,14 +191,24 @@ impl Table {
     /// # Cancel safety
     /// Cancel safe.
     pub(crate) async fn get_version(&self, key: &[u8], at: LogIndex) -> Result<Option<(LogIndex, Lookup)>> {
+        self.get_version_by(key, at, None).await
+    }
+
+    /// As [`Table::get_version`], with what is not cached added to `reads`, if given, instead of read at once.
+    pub(crate) async fn get_version_by(
+        &self,
+        key: &[u8],
+        at: LogIndex,
+        reads: Option<&Gather>,
+    ) -> Result<Option<(LogIndex, Lookup)>> {
         if !self.covers(key) || self.root.index_min > at.0 {
             return Ok(None);
         }
-        let filters = if self.root.has_ranges() { self.parts().await?.filters } else { self.root.filters };
+        let filters = if self.root.has_ranges() { self.parts(reads).await?.filters } else { self.root.filters };
         if let Some(handle) = filters {
             let filters = match self.filters.get() {
                 Some(pinned) => &pinned.block,
-                None => self.filter_index(&handle).await?,
+                None => self.filter_index(&handle, reads).await?,
             };
             let Some(found) = filters.search(key).map_err(|error| self.corrupt(error, &handle))? else {
                 if self.root.has_ranges() {
@@ -204,23 +219,23 @@ impl Table {
                 return Err(self.corrupt(Malformed("a filter index that ends before the last key"), &handle));
             };
             let handle = self.handle(filters.part(&found.value), &handle)?;
-            if !self.filter(&handle).await?.may_contain(filter::hash(key)) {
+            if !self.filter(&handle, reads).await?.may_contain(filter::hash(key)) {
                 return Ok(None);
             }
         }
         let top = match self.top.get() {
             Some(pinned) => &pinned.block,
-            None => self.top().await?,
+            None => self.pinned(&self.top, &self.root.top, reads).await?,
         };
         let Some(mut handle) = self.child(top, key, &self.root.top)? else { return Ok(None) };
         if self.root.levels == 2 {
-            let index = self.block(&handle).await?;
+            let index = self.block_by(&handle, reads).await?;
             match self.child(&index, key, &handle)? {
                 Some(child) => handle = child,
                 None => return Ok(None),
             }
         }
-        let block = self.block(&handle).await?;
+        let block = self.block_by(&handle, reads).await?;
         let found = block.search(key).map_err(|error| self.corrupt(error, &handle))?;
         let Some(found) = found.filter(|found| found.exact && found.index <= at) else { return Ok(None) };
         let lookup = match found.kind {
@@ -263,7 +278,7 @@ impl Table {
         let (mut entries, mut tombstones) = (0u64, 0u64);
         let (mut first, mut last): (Vec<u8>, Vec<u8>) = (Vec::new(), Vec::new());
         let ranges = self.ranges().await?;
-        let filters = self.parts().await?.filters;
+        let filters = self.parts(None).await?.filters;
         let mut cursor = super::TableCursor::new_bypass(self);
         cursor.seek_start(self).await?;
         while cursor.valid() {
@@ -281,11 +296,11 @@ impl Table {
                 return Err(self.corrupt(Malformed("an entry that a range tombstone of its own hides"), &whole));
             }
             if let Some(handle) = filters {
-                let filters = self.filter_index(&handle).await?;
+                let filters = self.filter_index(&handle, None).await?;
                 let found = filters.search(key).map_err(|error| self.corrupt(error, &handle))?;
                 let child = found.map(|found| self.handle(filters.part(&found.value), &handle)).transpose()?;
                 let known = match child {
-                    Some(handle) => self.filter(&handle).await?.may_contain(filter::hash(key)),
+                    Some(handle) => self.filter(&handle, None).await?.may_contain(filter::hash(key)),
                     None => false,
                 };
                 if !known {
@@ -329,11 +344,11 @@ impl Table {
 
     /// The top index.
     pub(super) async fn top(&self) -> Result<&Block> {
-        self.pinned(&self.top, &self.root.top).await
+        self.pinned(&self.top, &self.root.top, None).await
     }
 
     /// What it has besides entries: of most tables the filter index, whose handle stands in the root.
-    async fn parts(&self) -> Result<Parts> {
+    async fn parts(&self, reads: Option<&Gather>) -> Result<Parts> {
         if !self.root.has_ranges() {
             return Ok(Parts { filters: self.root.filters, ranges: None });
         }
@@ -341,7 +356,7 @@ impl Table {
             return Ok(*parts);
         }
         let Some(handle) = self.root.filters else { return Ok(Parts::default()) };
-        let block = self.load(&handle).await?;
+        let block = self.load(&handle, reads).await?;
         let parts = Parts::find(&block, self.meta.bytes).map_err(|error| self.corrupt(error, &handle))?;
         if parts.ranges.is_none() {
             return Err(self.corrupt(Malformed("no range tombstones where its root says that there are some"), &handle));
@@ -349,25 +364,34 @@ impl Table {
         Ok(*self.parts.get_or_init(|| parts))
     }
 
-    async fn filter_index(&self, handle: &Handle) -> Result<&Block> {
-        self.pinned(&self.filters, handle).await
+    async fn filter_index(&self, handle: &Handle, reads: Option<&Gather>) -> Result<&Block> {
+        self.pinned(&self.filters, handle, reads).await
     }
 
-    async fn pinned<'a>(&self, slot: &'a OnceLock<Pinned>, handle: &Handle) -> Result<&'a Block> {
+    async fn pinned<'a>(
+        &self,
+        slot: &'a OnceLock<Pinned>,
+        handle: &Handle,
+        reads: Option<&Gather>,
+    ) -> Result<&'a Block> {
         if let Some(pinned) = slot.get() {
             return Ok(&pinned.block);
         }
-        let block = self.load(handle).await?;
+        let block = self.load(handle, reads).await?;
         let memory = self.budget.reserve(MemoryKind::Table, block.memory_bytes());
         Ok(&slot.get_or_init(|| Pinned { block, _memory: memory }).block)
     }
 
     /// A block, from the cache or read into it.
     pub(super) async fn block(&self, handle: &Handle) -> Result<Block> {
+        self.block_by(handle, None).await
+    }
+
+    async fn block_by(&self, handle: &Handle, reads: Option<&Gather>) -> Result<Block> {
         let cached = match self.cache.get(self.owner, handle.offset) {
             Some(cached) => cached,
             None => {
-                let load = async { Ok(CachedBlock::Block(self.load(handle).await?)) };
+                let load = async { Ok(CachedBlock::Block(self.load(handle, reads).await?)) };
                 self.cache.get_or_load(self.owner, handle.offset, load).await?
             }
         };
@@ -390,7 +414,7 @@ impl Table {
         self.cache.insert(self.owner, handle.offset, CachedBlock::Block(block.clone()));
     }
 
-    async fn filter(&self, handle: &Handle) -> Result<Filter> {
+    async fn filter(&self, handle: &Handle, reads: Option<&Gather>) -> Result<Filter> {
         let cached = match self.cache.get(self.owner, handle.offset) {
             Some(cached) => cached,
             None => {
@@ -398,7 +422,7 @@ impl Table {
                     let bytes = codec::open(stored, handle).map(own).map_err(|error| self.corrupt(error, handle))?;
                     Ok(CachedBlock::Filter(Filter::parse(bytes).map_err(|error| self.corrupt(error, handle))?))
                 };
-                self.cache.get_or_load(self.owner, handle.offset, self.sound(handle, parse)).await?
+                self.cache.get_or_load(self.owner, handle.offset, self.sound(handle, parse, reads)).await?
             }
         };
         match cached {
@@ -407,17 +431,22 @@ impl Table {
         }
     }
 
-    async fn load(&self, handle: &Handle) -> Result<Block> {
-        self.sound(handle, |stored| self.decode(stored, handle, true)).await
+    async fn load(&self, handle: &Handle, reads: Option<&Gather>) -> Result<Block> {
+        self.sound(handle, |stored| self.decode(stored, handle, true), reads).await
     }
 
     /// What `parse` makes of the bytes of `handle` (R3): from here, from here once more, since a misread goes away by
     /// itself, or from another copy.
-    async fn sound<T>(&self, handle: &Handle, parse: impl Fn(&Bytes) -> Result<T>) -> Result<T> {
+    async fn sound<T>(
+        &self,
+        handle: &Handle,
+        parse: impl Fn(&Bytes) -> Result<T>,
+        reads: Option<&Gather>,
+    ) -> Result<T> {
         let length = handle.stored as usize;
-        let mut outcome = self.read(handle.offset, length).await.and_then(|bytes| parse(&bytes));
+        let mut outcome = self.read_by(handle.offset, length, reads).await.and_then(|bytes| parse(&bytes));
         if outcome.as_ref().is_err_and(is_damage) {
-            outcome = self.read(handle.offset, length).await.and_then(|bytes| parse(&bytes));
+            outcome = self.read_by(handle.offset, length, reads).await.and_then(|bytes| parse(&bytes));
         }
         let error = match outcome {
             Err(error) if is_damage(&error) => error,
@@ -456,7 +485,7 @@ impl Table {
 
     /// As [`Table::sound`], for a block of which bytes were read that do not match: to be cached or not.
     pub(super) async fn load_again(&self, handle: &Handle, to_be_cached: bool) -> Result<Block> {
-        self.sound(handle, |stored| self.decode(stored, handle, to_be_cached)).await
+        self.sound(handle, |stored| self.decode(stored, handle, to_be_cached), None).await
     }
 
     /// Verifies and parses stored bytes. To be cached, a block that is stored raw leaves the buffer it was read into.
@@ -467,7 +496,15 @@ impl Table {
     }
 
     pub(super) async fn read(&self, offset: u64, length: usize) -> Result<Bytes> {
-        let bytes = self.bytes.read(offset, length).await?;
+        self.read_by(offset, length, None).await
+    }
+
+    async fn read_by(&self, offset: u64, length: usize, reads: Option<&Gather>) -> Result<Bytes> {
+        let read = match reads {
+            Some(reads) => self.bytes.read_in(offset, length, reads),
+            None => self.bytes.read(offset, length),
+        };
+        let bytes = read.await?;
         if bytes.len() == length {
             return Ok(bytes);
         }

@@ -425,7 +425,7 @@ fn every_flipped_bit_is_found_and_never_read_as_data() {
                     Ok(found) => assert_eq!(found, all, "bit={bit}"),
                     Err(error) => assert_eq!(error.kind(), ErrorKind::Corrupt, "bit={bit}"),
                 }
-                match table.hidden_below(b"abc", LogIndex(u64::MAX)).await {
+                match table.hidden_below(b"abc", LogIndex(u64::MAX), None).await {
                     Ok(found) => assert_eq!(found.0, if ranged { 7 } else { 0 }, "bit={bit}"),
                     Err(error) => assert_eq!(error.kind(), ErrorKind::Corrupt, "bit={bit}"),
                 }
@@ -495,7 +495,7 @@ fn a_table_of_range_tombstones_alone_reaches_over_them() {
             {
                 let expect = if key == "z" && last.len() == 1 { 0 } else { expect };
                 assert_eq!(
-                    table.hidden_below(key.as_bytes(), LogIndex(at)).await.expect("read").0,
+                    table.hidden_below(key.as_bytes(), LogIndex(at), None).await.expect("read").0,
                     expect,
                     "{key} at {at}"
                 );

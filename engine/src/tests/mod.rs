@@ -12,6 +12,7 @@ mod harness;
 mod heal;
 mod hostile;
 mod lifecycle;
+mod many;
 mod model;
 mod offline;
 mod once;

@@ -13,7 +13,7 @@ use super::harness::*;
 use crate::{Apply, Command, CommandBody, Error, ErrorKind, LogIndex, MAIN, Result, StateMachine};
 
 /// `add key n` adds to a counter in the keyspace `counters`, `sum` adds all, `swap a b` exchanges two, `many n`
-/// writes and reads n counters, `clear a b` removes those from a up to b but for one that it makes, `fail` writes and fails.
+/// writes and reads n counters, `read` gives many beside own writes, `clear a b` removes those from a up to b but for one that it makes, `fail` writes and fails.
 #[derive(Default)]
 struct Counters {
     applied: AtomicU64,
@@ -58,6 +58,15 @@ impl StateMachine for Counters {
                         assert_eq!(number(apply, counters, &format!("many{i:08}")).await?, 1);
                     }
                     Ok(Bytes::new())
+                }
+                ["read", ref keys @ ..] => {
+                    apply.put(counters, "own", "9")?;
+                    apply.delete(counters, "k01")?;
+                    let found = apply.get_many(counters, keys).await?;
+                    let each = found
+                        .into_iter()
+                        .map(|value| value.map_or("-".into(), |v| String::from_utf8_lossy(&v).into_owned()));
+                    Ok(each.collect::<Vec<_>>().join(" ").into())
                 }
                 ["clear", a, b] => {
                     let (first, end) = (Bytes::from(a.to_owned()), Bytes::from(b.to_owned()));
@@ -168,6 +177,23 @@ fn a_command_that_removes_a_range_reads_what_is_left_of_it() {
     store.settle();
     assert_eq!(all(&store.group().snapshot(MAIN).expect("main"), id), before);
     assert!(answer(&store, "sum").expect("summed").starts_with("11 at "));
+    store.close();
+}
+
+#[test]
+fn a_command_reads_many_keys_beside_its_own_writes() {
+    let media = media();
+    let store = Store::with_state_machine(&media, Arc::new(Counters::default()));
+    for n in 0..200 {
+        answer(&store, &format!("add k{n:02} {n}")).expect("counted");
+        if n == 90 {
+            store.settle();
+        }
+    }
+    let asked: Vec<String> = (0..150).map(|n| format!("k{n:02}")).collect();
+    let expected: Vec<String> = (0..150).map(|n| if n == 1 { "-".to_owned() } else { n.to_string() }).collect();
+    assert_eq!(answer(&store, "read none own k03").expect("read"), "- 9 3");
+    assert_eq!(answer(&store, &format!("read {}", asked.join(" "))).expect("read"), expected.join(" "));
     store.close();
 }
 

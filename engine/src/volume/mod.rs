@@ -48,6 +48,7 @@ use self::extent::pieces;
 use self::quorum::{Verdict, choose};
 use self::superblock::{COPIES, Copy, copy_offset};
 use self::turn::Turnstile;
+use crate::gather::Gather;
 use crate::{Error, ErrorKind, Result};
 
 /// How long closing waits for operations in flight before it leaks their buffers.
@@ -383,6 +384,34 @@ impl Volume {
         length: usize,
         class: IoClass,
     ) -> BoxFuture<Result<Bytes>> {
+        self.read_by(extents, offset, length, |zone, at, bytes| {
+            // It starts here and not when it is polled.
+            let read = zone.read(at, AlignedBuf::zeroed(bytes), class);
+            async move { Ok(read.await?.freeze()) }
+        })
+    }
+
+    /// As [`Volume::read`], with its reads added to `reads` instead of started.
+    pub(crate) fn read_in(
+        &self,
+        extents: &[Extent],
+        offset: u64,
+        length: usize,
+        reads: &Gather,
+    ) -> BoxFuture<Result<Bytes>> {
+        self.read_by(extents, offset, length, |zone, at, bytes| reads.read(zone, at, bytes))
+    }
+
+    fn read_by<R>(
+        &self,
+        extents: &[Extent],
+        offset: u64,
+        length: usize,
+        read: impl Fn(&Zone, u64, usize) -> R,
+    ) -> BoxFuture<Result<Bytes>>
+    where
+        R: Future<Output = mainstay_io::Result<AlignedBytes>> + Send + 'static,
+    {
         let block = BLOCK_BYTES as u64;
         let first = offset - offset % block;
         let Some(end) = offset.checked_add(length as u64).and_then(|end| end.checked_next_multiple_of(block)) else {
@@ -391,10 +420,8 @@ impl Volume {
         let Some(pieces) = pieces(extents, first, end - first) else {
             return ready(Err(outside(extents, offset, length as u64)));
         };
-        let reads: Vec<Op<AlignedBuf>> = pieces
-            .iter()
-            .map(|p| self.0.extents_zone.read(p.zone_offset, AlignedBuf::zeroed(p.bytes as usize), class))
-            .collect();
+        let zone = &self.0.extents_zone;
+        let reads: Vec<R> = pieces.iter().map(|p| read(zone, p.zone_offset, p.bytes as usize)).collect();
         let skip = (offset - first) as usize;
         Box::pin(async move {
             let single = reads.len() == 1;
@@ -402,7 +429,7 @@ impl Volume {
             for read in reads {
                 let part = read.await?;
                 if single {
-                    return Ok(part.freeze().into_bytes().slice(skip..skip + length));
+                    return Ok(part.into_bytes().slice(skip..skip + length));
                 }
                 joined.extend_from_slice(&part);
             }
