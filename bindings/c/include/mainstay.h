@@ -151,6 +151,16 @@ enum MainstayCode mainstay_snapshot_get(const struct MainstaySnapshot *snapshot,
                                         size_t key_len,
                                         struct MainstayBytes *out);
 
+// Reads `count` keys as of the snapshot, with what is not in memory read from the device together. `keys` and `key_lens` have one entry for each,
+// and so has `out`: a key that is absent leaves `owner` null there. On an error nothing is lent. Give each of `out` back with
+// `mainstay_bytes_free`.
+enum MainstayCode mainstay_snapshot_multi_get(const struct MainstaySnapshot *snapshot,
+                                              const struct MainstayKeyspace *keyspace,
+                                              const uint8_t *const *keys,
+                                              const size_t *key_lens,
+                                              size_t count,
+                                              struct MainstayBytes *out);
+
 // Iterates over keys with `lower <= key < upper` as of the snapshot; a null bound is open. With `reverse` it begins at the
 // high end. Freed with `mainstay_iterator_free`.
 enum MainstayCode mainstay_iterate(const struct MainstaySnapshot *snapshot,

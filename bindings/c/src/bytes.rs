@@ -22,6 +22,10 @@ pub struct MainstayBytes {
 pub struct MainstayOwner(#[allow(dead_code, reason = "held, not read")] facade::Value);
 
 impl MainstayBytes {
+    pub(crate) fn none() -> Self {
+        Self { data: std::ptr::null(), len: 0, owner: std::ptr::null_mut() }
+    }
+
     pub(crate) fn lend(value: facade::Value) -> Self {
         let (data, len) = (value.as_ptr(), value.len());
         Self { data, len, owner: Box::into_raw(Box::new(MainstayOwner(value))) }
@@ -38,7 +42,7 @@ pub unsafe extern "C" fn mainstay_bytes_free(bytes: *mut MainstayBytes) -> Mains
             // SAFETY: made by `Box::into_raw` in `lend`; set to null right below, so it is freed once.
             drop(unsafe { Box::from_raw(bytes.owner) });
         }
-        *bytes = MainstayBytes { data: std::ptr::null(), len: 0, owner: std::ptr::null_mut() };
+        *bytes = MainstayBytes::none();
         Ok(())
     })
 }

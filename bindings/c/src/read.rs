@@ -82,6 +82,38 @@ pub unsafe extern "C" fn mainstay_snapshot_get(
     })
 }
 
+/// Reads `count` keys as of the snapshot, with what is not in memory read from the device together. `keys` and `key_lens` have one entry for each,
+/// and so has `out`: a key that is absent leaves `owner` null there. On an error nothing is lent. Give each of `out` back with
+/// `mainstay_bytes_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_snapshot_multi_get(
+    snapshot: *const MainstaySnapshot,
+    keyspace: *const MainstayKeyspace,
+    keys: *const *const u8,
+    key_lens: *const usize,
+    count: usize,
+    out: *mut MainstayBytes,
+) -> MainstayCode {
+    guard(|| {
+        if count == 0 {
+            return Ok(());
+        }
+        if keys.is_null() || key_lens.is_null() || out.is_null() {
+            return Err(Failure::invalid(format!("null keys, lengths or out with count={count}")));
+        }
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let (snapshot, keyspace) = (handle(snapshot, "snapshot")?, handle(keyspace, "keyspace")?);
+            let key = |n: usize| input(*keys.add(n), *key_lens.add(n));
+            let keys = (0..count).map(key).collect::<Result<Vec<_>, _>>()?;
+            for (n, value) in snapshot.0.multi_get(&keyspace.0, &keys)?.into_iter().enumerate() {
+                put_out(out.add(n), value.map_or_else(MainstayBytes::none, MainstayBytes::lend))?;
+            }
+            Ok(())
+        }
+    })
+}
+
 /// Iterates over keys with `lower <= key < upper` as of the snapshot; a null bound is open. With `reverse` it begins at the
 /// high end. Freed with `mainstay_iterator_free`.
 #[unsafe(no_mangle)]

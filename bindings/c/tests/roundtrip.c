@@ -78,6 +78,18 @@ int main(int argc, char **argv) {
   OK(mainstay_bytes_free(&found));
   expect(users, "ada", "changed");
 
+  // Many keys at once, in their order.
+  const uint8_t *keys[] = {u8("grace"), u8("nobody"), u8("ada")};
+  const size_t key_lens[] = {5, 6, 3};
+  MainstayBytes many[3];
+  OK(mainstay_snapshot_multi_get(before, users, keys, key_lens, 3, many));
+  CHECK(is(&many[0], "1906") && many[1].owner == NULL && many[1].data == NULL && is(&many[2], "1815"));
+  for (size_t n = 0; n < 3; n++) {
+    OK(mainstay_bytes_free(&many[n]));
+  }
+  OK(mainstay_snapshot_multi_get(before, users, NULL, NULL, 0, NULL));
+  CHECK(mainstay_snapshot_multi_get(before, users, NULL, key_lens, 3, many) == MAINSTAY_INVALID);
+
   // A batch over two keyspaces.
   MainstayBatch *batch = NULL;
   OK(mainstay_batch_new(&batch));
