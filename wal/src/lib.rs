@@ -31,4 +31,4 @@ pub use inspect::{BatchInfo, RecordInfo, inspect};
 pub use record::{GroupId, Lsn, RecordKind, RecordPos};
 pub use ring::{IN_FLIGHT_MAX_LIMIT, RING_BYTES_MIN};
 pub use shared::QUEUED_BYTES_MAX;
-pub use wal::{OnDurable, Record, Recovery, Reserve, Wal, WalOptions, WalStats};
+pub use wal::{Batch, OnDurable, Record, Recovery, Reserve, Wal, WalOptions, WalStats};

@@ -15,7 +15,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use mainstay_io::{AlignedBuf, BLOCK_BYTES, Clock, Environment, IoClass, LatencyCounts, Op, Zone};
 
-use crate::batch::{HEADER_BYTES, Header, RECORD_HEADER_BYTES, RawRecord, salvage, take_record, take_records};
+use crate::batch::{
+    HEADER_BYTES, Header, RECORD_HEADER_BYTES, RawRecord, WAL_FORMAT_VERSION, salvage, take_record, take_records,
+};
+use crate::inspect::RecordInfo;
 use crate::recovery::{Expect, Step, cut, walk};
 use crate::ring::{IN_FLIGHT_MAX_LIMIT, Ring};
 use crate::shared::{Pending, Shared};
@@ -24,6 +27,9 @@ use crate::{Error, ErrorKind, GroupId, Lsn, RecordKind, RecordPos, Result};
 
 /// Payloads below this are copied out of what recovery has read, so that keeping one does not keep a whole chunk.
 const COPY_BYTES_MAX: usize = 256 << 10;
+
+/// What is read at first of a batch that is read back: most are no longer.
+const BATCH_READ_BYTES: u64 = 64 << 10;
 
 /// One record as the caller gives it. The payload is the concatenation of `payload`.
 #[derive(Debug)]
@@ -124,6 +130,17 @@ pub struct WalStats {
     /// How long the device has had the oldest write that it has not answered: a device that answers nothing adds nothing to
     /// `write_latency`.
     pub oldest_write: Option<Duration>,
+}
+
+/// A batch of the log, read back.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// Where it begins.
+    pub lsn: Lsn,
+    /// The position after it.
+    pub end: Lsn,
+    /// Its records, of all groups, in order.
+    pub records: Vec<RecordInfo>,
 }
 
 /// The log. Cloning gives another handle. When the last is dropped without [`Wal::close`], what is queued is still written,
@@ -309,6 +326,55 @@ impl Wal {
                 Err(Error::new(ErrorKind::Corrupt, message))
             }
         }
+    }
+
+    /// Reads the batch that begins at `lsn`, or behind the skipped end of a lap there; nothing where the durable log ends.
+    ///
+    /// # Errors
+    /// `Invalid` when the position is not durable, or released; `Corrupt` when no whole batch begins there.
+    pub async fn read_batch(&self, lsn: Lsn) -> Result<Option<Batch>> {
+        let (durable, ring) = (self.shared.durable(), &self.shared.ring);
+        if lsn == durable {
+            return Ok(None);
+        }
+        for lsn in std::iter::once(lsn).chain(ring.lap_next(lsn)) {
+            if lsn < self.shared.start() || lsn >= durable || !lsn.0.is_multiple_of(BLOCK_BYTES as u64) {
+                return Err(Self::outside(RecordPos { batch: lsn, offset: 0, length: 0 }));
+            }
+            let rest = ring.lap_rest(lsn).min(durable.0 - lsn.0);
+            let bytes = self.read_blocks(lsn, rest.min(BATCH_READ_BYTES)).await?;
+            let Some(header) = Header::decode(&bytes).filter(|h| h.volume == self.volume && h.lsn == lsn) else {
+                continue;
+            };
+            let length = u64::from(header.batch_bytes);
+            if header.version > WAL_FORMAT_VERSION || length > rest {
+                continue;
+            }
+            let bytes = if length > bytes.len() as u64 { self.read_blocks(lsn, length).await? } else { bytes };
+            let batch = bytes.slice(..length as usize);
+            if !header.body_matches(&batch) {
+                continue;
+            }
+            let records = read_records(&header, &batch)?.into_iter();
+            let records = records.map(|r| RecordInfo {
+                group: r.group,
+                kind: r.kind,
+                pos: r.pos,
+                payload: payload_of(&batch, &r.pos),
+            });
+            return Ok(Some(Batch { lsn, end: header.end(), records: records.collect() }));
+        }
+        if lsn < self.shared.start() {
+            // Released while it was read: the ring may have been written over it.
+            return Err(Self::outside(RecordPos { batch: lsn, offset: 0, length: 0 }));
+        }
+        Err(Error::new(ErrorKind::Corrupt, format!("no whole batch begins at this position lsn={lsn}")))
+    }
+
+    async fn read_blocks(&self, lsn: Lsn, bytes: u64) -> Result<Bytes> {
+        let buf = AlignedBuf::zeroed(bytes as usize);
+        let place = self.shared.ring.place(lsn);
+        Ok(self.zone.read(place, buf, IoClass::Foreground).await?.freeze().into_bytes())
     }
 
     fn outside(pos: RecordPos) -> Error {

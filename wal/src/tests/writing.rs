@@ -348,3 +348,34 @@ fn batches_in_flight_span_a_bounded_part_of_the_ring() {
     bench.device.turn();
     assert!(longest.iter().all(|o| matches!(o.get(), Some(Ok(_)))));
 }
+
+/// All batches from the start of what is kept to the durable end, however often the ring has come round.
+#[test]
+fn batches_are_read_back_over_the_end_of_a_lap() {
+    let bench = Bench::blank(256 * KIB);
+    let mut kept: Vec<(Lsn, Vec<u8>)> = Vec::new();
+    for i in 0..60 {
+        let bytes = payload(i, 1000 + i % 23 * 700);
+        let pos = bench.commit(&bytes).expect("commits");
+        kept.push((pos.batch, bytes));
+        if kept.len() > 4 {
+            kept.remove(0);
+            bench.wal.release(kept[0].0);
+        }
+        let (mut lsn, mut found) = (bench.wal.start(), Vec::new());
+        while let Some(batch) = bench.device.run(bench.wal.read_batch(lsn)).expect("it is there") {
+            let payloads = batch.records.iter().map(|record| (batch.lsn, record.payload.to_vec()));
+            found.extend(payloads);
+            lsn = batch.end;
+        }
+        assert_eq!((lsn, &found), (bench.wal.durable(), &kept), "{i}");
+    }
+    let outside = [Lsn(0), Lsn(kept[1].0.0 + 1), Lsn(bench.wal.durable().0 + 4096)];
+    for lsn in outside {
+        let error = bench.device.run(bench.wal.read_batch(lsn)).expect_err("nothing is there");
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{lsn}");
+    }
+    // The middle of a long batch is no beginning.
+    let error = bench.device.run(bench.wal.read_batch(Lsn(kept[3].0.0 + 4096))).expect_err("no batch begins there");
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+}
