@@ -517,6 +517,7 @@ impl EngineShared {
     fn end_tasks(&self) {
         self.closing.store(true, Ordering::Release);
         self.ended.notify_waiters();
+        self.open_groups().iter().for_each(|group| group.wake());
         self.work.notify_one();
         self.upkeep.notify_one();
     }

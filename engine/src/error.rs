@@ -1,5 +1,7 @@
 //! What the engine answers when it cannot do what was asked.
 
+use crate::LogIndex;
+
 /// The result of an engine operation.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -20,6 +22,12 @@ pub enum ErrorKind {
     /// A condition of the batch does not hold, or others wrote what the transaction depends on. Nothing was applied: read
     /// again and retry.
     Conflict,
+    /// The log was cut: entries before this one are gone. Begin anew: read a snapshot or a checkpoint, and then the changes behind its
+    /// index.
+    Purged {
+        /// The oldest entry that is there.
+        oldest: LogIndex,
+    },
     /// Free space or call an operator; reads go on.
     OutOfSpace,
     /// Bytes do not match their checksum. Call an operator.

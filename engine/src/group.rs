@@ -169,6 +169,8 @@ pub(crate) struct GroupShared {
     progress: Notify,
     /// There may be something to propose.
     offers: Notify,
+    /// The applied index has grown.
+    applies: Notify,
     pins: Mutex<Vec<Weak<Pins>>>,
 }
 
@@ -208,7 +210,7 @@ impl GroupShared {
         self.lock().frozen_generations() == 0
     }
 
-    fn snapshot_of(&self, branch: BranchId) -> Result<Snapshot> {
+    pub(crate) fn snapshot_of(&self, branch: BranchId) -> Result<Snapshot> {
         let mut structure = self.structure.load();
         loop {
             let index = self.applied();
@@ -230,6 +232,7 @@ impl GroupShared {
     /// Wakes who waits for space or memory.
     pub(crate) fn wake(&self) {
         self.progress.notify_waiters();
+        self.applies.notify_waiters();
     }
 
     pub(crate) fn offer_again(&self) {
@@ -404,6 +407,7 @@ impl GroupShared {
             failed: OnceLock::new(),
             progress: Notify::new(),
             offers: Notify::new(),
+            applies: Notify::new(),
             pins: Mutex::default(),
             core: Mutex::new(Core::new(0, Manifest::new(wanted), Default::default(), false)),
         };
@@ -561,6 +565,38 @@ impl Group {
             }
             changed.await;
         }
+    }
+
+    /// Resolves when [`Group::applied`] has grown beyond `index`. Cancel safe.
+    ///
+    /// # Errors
+    /// `Closed`.
+    pub async fn applied_beyond(&self, index: LogIndex) -> Result<()> {
+        loop {
+            let mut changed = pin!(self.0.applies.notified());
+            changed.as_mut().enable();
+            if self.applied() > index {
+                return Ok(());
+            }
+            self.check_open()?;
+            changed.await;
+        }
+    }
+
+    /// Refuses where nothing is applied any more.
+    pub(crate) fn check_open(&self) -> Result<()> {
+        self.0.check_alive()?;
+        if self.0.engine.is_closing() {
+            return Err(Error::new(ErrorKind::Closed, "the engine is closed"));
+        }
+        Ok(())
+    }
+
+    /// The entry that made a keyspace, if the keyspace is there.
+    pub(crate) fn keyspace_made(&self, name: &str) -> Option<LogIndex> {
+        let core = self.0.lock();
+        let id = core.logical.keyspace_before(name, LogIndex(self.applied().0.saturating_add(1)))?;
+        core.logical.keyspaces.get(&id).map(|keyspace| keyspace.created)
     }
 
     /// Waits until the writer may go on: memory and L0 are within their bounds. Called by the leader before it

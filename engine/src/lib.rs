@@ -4,6 +4,7 @@
 //! docs/architecture.md describes a group, its logical and present manifest, and restart.
 
 mod cache;
+mod changes;
 mod codec;
 mod command;
 mod condition;
@@ -18,6 +19,7 @@ mod manifest;
 mod memory;
 mod memtable;
 mod once;
+mod outcome;
 mod own_writes;
 mod range_tombstone;
 mod read;
@@ -36,6 +38,7 @@ mod tests;
 #[doc(hidden)]
 pub mod hooks;
 
+pub use changes::{Change, ChangeKind, Changes, Entries, EntryPlace, EntrySource};
 pub use command::{
     Command, CommandBody, EncodedBatch, InstallTable, KEY_BYTES_MAX, TableRanges, VALUE_BYTES_MAX, WriteBatch, WriteOp,
     decode_refusals,
@@ -50,6 +53,7 @@ pub use group::{Applied, Export, Group, GroupSettings, GroupStatus, TableSource}
 pub use heal::{HealStatus, TablePeers};
 pub use local_log::LocalLog;
 pub use once::{CLIENTS_KEYSPACE, ClientToken};
+pub use outcome::OUTCOMES_KEYSPACE;
 pub use range_tombstone::{KeyRange, RangeSet};
 pub use snapshot::{Direction, Scan, Snapshot, Value, Visitor};
 pub use state_machine::{Apply, StateMachine};

@@ -17,15 +17,21 @@
 use std::collections::VecDeque;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use bytes::Bytes;
 use futures_util::future::{Either, select};
 use mainstay_io::{BoxFuture, TaskHandle};
-use mainstay_wal::{GroupId, Lsn, Record, RecordKind, RecordPos, Reserve};
+use mainstay_wal::{GroupId, Lsn, Record, RecordKind, RecordPos, Reserve, Wal};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
-use crate::{Applied, Command, CommandBody, Engine, Error, ErrorKind, Group, LogIndex, OwnerPin, OwnerRecord, Result};
+use crate::changes::{READ_BYTES_MAX, READ_ENTRIES_MAX, purged};
+use crate::group::GroupShared;
+use crate::outcome::OUTCOMES_KEYSPACE;
+use crate::{
+    Applied, Command, CommandBody, Engine, Entries, EntryPlace, EntrySource, Error, ErrorKind, Group, LogIndex, MAIN,
+    OwnerPin, OwnerRecord, Result,
+};
 
 /// The kind of an entry of a local log.
 pub(crate) const LOCAL_ENTRY: RecordKind = RecordKind(RecordKind::OWNER_FIRST);
@@ -33,6 +39,8 @@ pub(crate) const LOCAL_ENTRY: RecordKind = RecordKind(RecordKind::OWNER_FIRST);
 pub(crate) const ENTRY_HEADER_BYTES: usize = 16;
 /// The term of every entry: there is nobody to elect.
 pub(crate) const LOCAL_TERM: u64 = 0;
+/// The part of the ring that stays for readers of [`crate::Changes`] once outcomes are recorded: a quarter.
+const KEPT_PARTS: u64 = 4;
 /// Proposals between their append and their answer.
 const PROPOSALS_MAX: usize = 8192;
 /// One position is kept for each so many bytes of the log, to tell what may be cut.
@@ -82,6 +90,8 @@ struct Marks {
     marks: Mutex<VecDeque<(LogIndex, RecordPos)>>,
     /// The last index that was given to an entry: it may be durable before its position is known here.
     issued: AtomicU64,
+    /// Whose entries they are, and where they lie.
+    log: OnceLock<(Weak<GroupShared>, Wal)>,
 }
 
 impl Marks {
@@ -97,18 +107,96 @@ impl Marks {
             marks.push_back((index, pos));
         }
     }
+
+    /// Where to look for entry `index`, if a mark is left that is not behind it and in the log.
+    fn before(&self, index: LogIndex, start: Lsn) -> Option<Lsn> {
+        let marks = self.lock();
+        let found = marks.iter().rev().find(|(at, _)| *at <= index);
+        found.map(|(_, pos)| pos.batch).filter(|batch| *batch >= start)
+    }
+
+    /// From where on entries stay for readers of [`crate::Changes`], if there may be some.
+    fn kept(&self) -> Option<Lsn> {
+        let (group, wal) = self.log.get()?;
+        let recorded = group.upgrade()?.snapshot_of(MAIN).ok()?.keyspace(OUTCOMES_KEYSPACE);
+        // A mark may name so much more than is meant.
+        let kept_bytes = (wal.stats().ring_bytes / KEPT_PARTS).checked_sub(MARK_BYTES)?;
+        recorded.map(|_| Lsn(wal.durable().0.saturating_sub(kept_bytes)))
+    }
 }
 
 impl OwnerPin for Marks {
     fn pin(&self, flushed: LogIndex) -> BoxFuture<Result<Option<RecordPos>>> {
+        let kept = self.kept();
         let mut marks = self.lock();
-        let needed = flushed.0 < self.issued.load(Ordering::Acquire);
+        let needed = flushed.0 < self.issued.load(Ordering::Acquire) || (kept.is_some() && !marks.is_empty());
         // The last mark at or before the first entry that is needed; it may name a little more than is.
-        while marks.get(1).is_some_and(|(index, _)| *index <= LogIndex(flushed.0.saturating_add(1))) {
+        let flushed = |index: LogIndex| index <= LogIndex(flushed.0.saturating_add(1));
+        let passed = |pos: &RecordPos| kept.is_none_or(|kept| pos.batch <= kept);
+        while marks.get(1).is_some_and(|(index, pos)| flushed(*index) && passed(pos)) {
             marks.pop_front();
         }
         let oldest = marks.front().map_or(RecordPos::default(), |(_, pos)| *pos);
         Box::pin(std::future::ready(Ok(needed.then_some(oldest))))
+    }
+}
+
+/// Reads the entries of a local log again.
+struct LocalEntries {
+    wal: Wal,
+    id: GroupId,
+    marks: Arc<Marks>,
+}
+
+impl EntrySource for LocalEntries {
+    fn read(&self, from: LogIndex, applied: LogIndex, place: EntryPlace) -> BoxFuture<Result<Entries>> {
+        let this = Self { wal: self.wal.clone(), id: self.id, marks: self.marks.clone() };
+        Box::pin(async move {
+            match this.read_from(from, applied, place).await {
+                // The log was cut meanwhile.
+                Err(error) if error.kind() == ErrorKind::Invalid => {
+                    this.read_from(from, applied, EntryPlace::default()).await
+                }
+                read => read,
+            }
+        })
+    }
+}
+
+impl LocalEntries {
+    async fn read_from(&self, from: LogIndex, applied: LogIndex, place: EntryPlace) -> Result<Entries> {
+        let start = self.wal.start();
+        let known = place.0.filter(|(index, lsn)| *index <= from && *lsn >= start).map(|(_, lsn)| lsn);
+        let known = known.or_else(|| self.marks.before(from, start));
+        // Without a place to begin at, the first entry that is met tells how far back the log reaches.
+        let mut reached = known.is_some();
+        let mut lsn = known.unwrap_or(start);
+        let (mut commands, mut bytes) = (Vec::new(), 0);
+        while let Some(batch) = self.wal.read_batch(lsn).await? {
+            let mine = batch.records.iter().filter(|record| record.group == self.id && record.kind == LOCAL_ENTRY);
+            for record in mine {
+                let index = entry_index(&record.payload)?;
+                if !reached && index > from {
+                    return Err(purged(from, index));
+                }
+                reached = true;
+                if index < from {
+                    continue;
+                }
+                if index > applied || bytes >= READ_BYTES_MAX || commands.len() >= READ_ENTRIES_MAX {
+                    let next = if index > applied { LogIndex(applied.0.saturating_add(1)) } else { index };
+                    return Ok(Entries { commands, next, place: EntryPlace(Some((next, batch.lsn))) });
+                }
+                bytes = bytes.saturating_add(record.payload.len());
+                commands.push(decode_entry(&record.payload)?);
+            }
+            lsn = batch.end;
+        }
+        let next = LogIndex(applied.0.saturating_add(1));
+        if !reached {
+            return Err(purged(from, next));
+        }
+        Ok(Entries { commands, next, place: EntryPlace(Some((next, lsn))) })
     }
 }
 
@@ -143,6 +231,7 @@ impl LocalLog {
         }
         tracing::info!(group = id.0, flushed = group.flushed().0, entries = replayed, "opened: entries applied again");
         marks.issued.store(group.applied().0, Ordering::Release);
+        let _ = marks.log.set((Arc::downgrade(group.shared()), engine.wal().clone()));
         engine.set_owner_pin(id, marks.clone());
         let (to_applier, logged) = mpsc::unbounded_channel();
         let state = State { next: LogIndex(group.applied().0 + 1), to_applier: Some(to_applier) };
@@ -175,6 +264,12 @@ impl LocalLog {
     /// The group it drives.
     pub fn group(&self) -> &Group {
         &self.0.group
+    }
+
+    /// Who has its entries, for [`crate::Changes::open`].
+    pub fn entries(&self) -> Arc<dyn EntrySource> {
+        let (wal, marks) = (self.0.engine.wal().clone(), self.0.marks.clone());
+        Arc::new(LocalEntries { wal, id: self.0.id, marks })
     }
 
     /// Appends the command, waits until it is durable and applied, and returns the answer.
@@ -296,7 +391,7 @@ async fn apply_in_order(group: Group, marks: Arc<Marks>, mut logged: mpsc::Unbou
     }
 }
 
-async fn propose_installs(log: std::sync::Weak<Shared>, group: Group, ending: Arc<Ending>) {
+async fn propose_installs(log: Weak<Shared>, group: Group, ending: Arc<Ending>) {
     loop {
         let command = {
             let next = pin!(group.next_install());
@@ -334,6 +429,11 @@ fn encode_header(index: LogIndex) -> Bytes {
 /// # Errors
 /// `Corrupt`, `Foreign`.
 pub(crate) fn decode_entry(payload: &Bytes) -> Result<(LogIndex, Command)> {
+    let index = entry_index(payload)?;
+    Ok((index, Command::decode(&payload.slice(ENTRY_HEADER_BYTES..))?))
+}
+
+fn entry_index(payload: &[u8]) -> Result<LogIndex> {
     let short = || Error::new(ErrorKind::Corrupt, format!("an entry is too short bytes={}", payload.len()));
     let (term, rest) = payload.split_first_chunk::<8>().ok_or_else(short)?;
     let (index, _) = rest.split_first_chunk::<8>().ok_or_else(short)?;
@@ -341,7 +441,7 @@ pub(crate) fn decode_entry(payload: &Bytes) -> Result<(LogIndex, Command)> {
     if term != LOCAL_TERM {
         return Err(Error::new(ErrorKind::Foreign, format!("an entry of a replicated group term={term}")));
     }
-    Ok((LogIndex(index), Command::decode(&payload.slice(ENTRY_HEADER_BYTES..))?))
+    Ok(LogIndex(index))
 }
 
 #[cfg(test)]

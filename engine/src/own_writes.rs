@@ -127,6 +127,11 @@ impl OwnWrites {
         written.or_else(|| self.removed_range(keyspace, key).map(|_| &None))
     }
 
+    /// Nothing was written or removed.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.writes.is_empty() && self.removed.is_empty()
+    }
+
     /// The range that holds a key and was removed.
     pub(crate) fn removed_range(&self, keyspace: KeyspaceId, key: &[u8]) -> Option<KeyRange> {
         self.removed.get(&keyspace)?.at(key)

@@ -95,6 +95,11 @@ impl Apply {
         }
     }
 
+    /// It has written nothing.
+    pub(crate) fn is_clean(&self) -> bool {
+        self.created.is_empty() && self.writes.is_empty()
+    }
+
     /// The keyspaces to make, and the mutations: removed ranges, then one a key.
     pub(crate) fn into_parts(self) -> (Vec<(String, KeyspaceId)>, Vec<WriteOp>) {
         (self.created, self.writes.into_ops())

@@ -19,9 +19,10 @@ use crate::command::{WriteOp, check_span, encode_refusals};
 use crate::manifest::{Effects, ManifestOp};
 use crate::memtable::Memtable;
 use crate::once::{apply_once, no_state_machine, not_once};
+use crate::outcome::{OUTCOMES_KEYSPACE, Outcome, outcome_key};
 use crate::range_tombstone::fold;
 use crate::state_machine::Apply;
-use crate::{BranchId, ClientToken, Command, CommandBody, Error, ErrorKind, KeyspaceId, LogIndex, Result};
+use crate::{BranchId, ClientToken, Command, CommandBody, Error, ErrorKind, KeyspaceId, LogIndex, MAIN, Result};
 
 /// What a mutation counts besides its key and value when the bytes since the last rotation are summed.
 pub(super) const OP_OVERHEAD_BYTES: u64 = 32;
@@ -55,6 +56,9 @@ impl GroupShared {
                 let mut core = self.lock();
                 let mut entry = self.enter(&mut core, index);
                 let response = self.apply_body(&mut core, &mut entry, command.time_ms, body);
+                if response.is_err() && matches!(body, CommandBody::Batch(_)) {
+                    self.note(&mut core, &mut entry, Outcome::Refused);
+                }
                 self.leave(&mut core, entry);
                 response
             }
@@ -93,6 +97,7 @@ impl GroupShared {
             self.publish(core, index);
         }
         self.applied.store(index.0, Ordering::Release);
+        self.applies.notify_waiters();
         turn_generation(core, LogIndex(index.0 + 1));
         // A frozen generation may have become complete.
         if core.logical.generations.values().any(|g| g.end == index) {
@@ -133,6 +138,14 @@ impl GroupShared {
         core.rotate = None;
     }
 
+    /// Writes down what the entry did, if anybody wants to know. Before the entry rotates: in replay there is no later generation yet.
+    fn note(&self, core: &mut Core, entry: &mut Entry, outcome: Outcome) {
+        if let Some(keyspace) = core.logical.keyspace_before(OUTCOMES_KEYSPACE, entry.index) {
+            let (key, value) = (outcome_key(entry.index), outcome.encode());
+            self.write(core, entry, MAIN, &[WriteOp::Put { keyspace, key, value }]);
+        }
+    }
+
     fn apply_body(&self, core: &mut Core, entry: &mut Entry, time_ms: u64, body: &CommandBody) -> Result<Bytes> {
         let index = entry.index;
         match body {
@@ -159,16 +172,28 @@ impl GroupShared {
                         batches.iter().for_each(|ops| self.write(core, entry, branch, ops));
                     }
                 }
+                if let Some(outcome) = Outcome::of_refusals(&refusals) {
+                    self.note(core, entry, outcome);
+                }
                 Ok(encode_refusals(&refusals))
             }
             CommandBody::CreateKeyspace { name } => {
                 self.op(core, entry, ManifestOp::CreateKeyspace { name: name.clone() })?;
+                // Asked of the manifest: in replay the operation does nothing.
+                let made = core.logical.keyspaces.iter().find(|(_, k)| k.created == index).map(|(id, _)| *id);
+                if let Some(id) = made {
+                    self.note(core, entry, Outcome::Keyspace(id));
+                }
                 let id = core.logical.keyspace_before(name, LogIndex(index.0 + 1));
                 // In replay it may have been refused; nobody asks then.
                 Ok(id.map(|id| Bytes::copy_from_slice(&id.0.to_le_bytes())).unwrap_or_default())
             }
             CommandBody::DropKeyspace { name } => {
                 self.op(core, entry, ManifestOp::DropKeyspace { name: name.clone() })?;
+                let dropped = core.logical.keyspaces.iter().find(|(_, k)| k.dropped == Some(index)).map(|(id, _)| *id);
+                if let Some(id) = dropped {
+                    self.note(core, entry, Outcome::Keyspace(id));
+                }
                 self.rotate(core, entry);
                 Ok(Bytes::new())
             }
@@ -317,7 +342,8 @@ impl GroupShared {
                 answer.map(|response| (response, vec![(branch, apply)]))
             }
         };
-        Ok(self.finish_apply(index, answer).await)
+        let outcome = answer.is_err().then_some(Outcome::Refused);
+        Ok(self.finish_apply(index, answer, outcome).await)
     }
 
     async fn apply_token(
@@ -344,7 +370,13 @@ impl GroupShared {
                 answer.map(|response| (response, vec![(branch, apply)]))
             }
         };
-        let response = self.finish_apply(index, answer).await;
+        // A request that was answered before writes nothing, and one whose condition did not hold its answer alone.
+        let done = answer.as_ref().is_ok_and(|(response, applies)| {
+            let repeated = applies.iter().all(|(_, apply)| apply.is_clean());
+            let broken = matches!(body, CommandBody::BatchIf(_)) && !response.is_empty();
+            !repeated && !broken
+        });
+        let response = self.finish_apply(index, answer, (!done).then_some(Outcome::Refused)).await;
         Ok(response.and_then(|response| self.answer_once(body, response)))
     }
 
@@ -369,6 +401,7 @@ impl GroupShared {
         self: &Arc<Self>,
         index: LogIndex,
         answer: Result<(Bytes, Vec<(BranchId, Apply)>)>,
+        outcome: Option<Outcome>,
     ) -> Result<Bytes> {
         let (mut entry, response) = {
             let mut core = self.lock();
@@ -390,6 +423,9 @@ impl GroupShared {
                 }
                 Ok((response, writes))
             });
+            if let Some(outcome) = outcome {
+                self.note(&mut core, &mut entry, outcome);
+            }
             if let Ok((_, writes)) = &response
                 && writes.iter().map(|(_, ops)| ops.len()).sum::<usize>() <= WRITES_AT_ONCE
             {

@@ -18,6 +18,7 @@ use bytes::Bytes;
 use super::GroupShared;
 use crate::command::encode_refusals;
 use crate::condition::{decode_broken, first_broken};
+use crate::outcome::Outcome;
 use crate::state_machine::Apply;
 use crate::{BranchId, CommandBody, Condition, ConditionalBatch, Error, LogIndex, Result};
 
@@ -32,7 +33,8 @@ impl GroupShared {
         time_ms: u64,
         batch: &ConditionalBatch,
     ) -> Result<Result<Bytes>> {
-        let mut refusals = self.apply_judged(index, time_ms, std::slice::from_ref(batch)).await?;
+        let alone = |_: &[(usize, Error)]| Some(Outcome::Refused);
+        let mut refusals = self.apply_judged(index, time_ms, std::slice::from_ref(batch), alone).await?;
         Ok(refusals.pop().map_or_else(|| Ok(Bytes::new()), |(_, error)| Err(error)))
     }
 
@@ -42,7 +44,7 @@ impl GroupShared {
         time_ms: u64,
         batches: &[ConditionalBatch],
     ) -> Result<Result<Bytes>> {
-        let refusals = self.apply_judged(index, time_ms, batches).await?;
+        let refusals = self.apply_judged(index, time_ms, batches, Outcome::of_refusals).await?;
         Ok(Ok(encode_refusals(&refusals)))
     }
 
@@ -52,6 +54,7 @@ impl GroupShared {
         index: LogIndex,
         time_ms: u64,
         batches: &[ConditionalBatch],
+        outcome: impl FnOnce(&[(usize, Error)]) -> Option<Outcome>,
     ) -> Result<Vec<(usize, Error)>> {
         let mut writes = Writes::new();
         let mut refusals = Vec::new();
@@ -62,8 +65,9 @@ impl GroupShared {
             }
             refusals.extend(refused.err().map(|error| (place, error)));
         }
+        let outcome = if refusals.is_empty() { None } else { outcome(&refusals) };
         // Nothing in it is refused any more.
-        let _ = self.finish_apply(index, Ok((Bytes::new(), writes.into_iter().collect()))).await;
+        let _ = self.finish_apply(index, Ok((Bytes::new(), writes.into_iter().collect())), outcome).await;
         Ok(refusals)
     }
 

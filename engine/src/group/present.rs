@@ -311,6 +311,7 @@ impl GroupShared {
         }
         self.progress.notify_waiters();
         self.offers.notify_waiters();
+        self.applies.notify_waiters();
     }
 }
 

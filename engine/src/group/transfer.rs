@@ -135,6 +135,7 @@ impl GroupShared {
         core.tables.values().for_each(|stored| stored.bytes.set_live());
         self.applied.store(flushed.0, std::sync::atomic::Ordering::Release);
         self.publish(&mut core, flushed);
+        self.applies.notify_waiters();
         drop(core);
         old.done.into_values().for_each(super::jobs::discard);
         drop((doomed, old.tables));

@@ -36,6 +36,17 @@ fn the_document_has_the_versions_kinds_and_bounds_of_the_code() {
         check("Commands", &[format!("| {kind} {name} |")]);
     }
     check(
+        "Outcomes",
+        &[
+            format!("`{}`", crate::OUTCOMES_KEYSPACE),
+            format!("modulo {},", crate::outcome::OUTCOMES_KEPT),
+            format!("| 0 | 1 | version | {};", crate::outcome::VERSION),
+        ],
+    );
+    for (kind, name) in crate::outcome::KINDS {
+        check("Outcomes", &[format!("{kind} {name}")]);
+    }
+    check(
         "Entries of a local log",
         &[
             format!("kind {} ", crate::local_log::LOCAL_ENTRY.0),

@@ -2,6 +2,7 @@
 
 #![allow(clippy::disallowed_methods, reason = "tests over threads wait; the deterministic runs are in `sim`")]
 
+mod changes;
 mod compact;
 mod conditions;
 mod crash;
