@@ -140,6 +140,7 @@
 #![forbid(unsafe_code)]
 
 mod batch;
+mod changes;
 mod error;
 mod keyspace;
 mod log;
@@ -152,12 +153,13 @@ mod store;
 mod transaction;
 
 pub use batch::{Batch, Commit};
+pub use changes::Changes;
 pub use error::{Error, ErrorKind, Result};
 pub use keyspace::Keyspace;
 pub use mainstay_engine::{
-    Apply, BranchInfo, CLIENTS_KEYSPACE, CheckpointInfo, ClientToken, EVENTS_MAX, EngineStats, EngineStatus,
-    Error as ApplyError, Event, EventKind, Events, GroupStatus, KeyspaceId, LogIndex, StallCause, StallStats,
-    StateMachine, TableCompression, Value,
+    Apply, BranchInfo, CLIENTS_KEYSPACE, Change, ChangeKind, CheckpointInfo, ClientToken, EVENTS_MAX, EngineStats,
+    EngineStatus, Error as ApplyError, Event, EventKind, Events, GroupStatus, KeyRange, KeyspaceId, LogIndex,
+    StallCause, StallStats, StateMachine, TableCompression, Value, WriteOp,
 };
 pub use mainstay_io::{BackendChoice, BoxFuture, Target};
 pub use mainstay_replication::{

@@ -141,6 +141,15 @@ impl Store {
         Ok(Keyspace::new(self.clone(), id, name))
     }
 
+    /// Makes a keyspace of this crate, if it is absent, and waits until it is here. Returns the entry that asked for it.
+    pub(crate) async fn make_keyspace(&self, name: &str) -> Result<mainstay_engine::LogIndex> {
+        let body = CommandBody::CreateKeyspace { name: name.into() };
+        let (applied, _) = self.log.write(body, Durability::Quorum).await?;
+        applied.response?;
+        self.log.barrier(ReadLevel::AtLeast(applied.index)).await?;
+        Ok(applied.index)
+    }
+
     /// The keyspace of that name if it is there.
     pub fn keyspace_if_exists(&self, name: &str) -> Option<Keyspace> {
         self.log.group().keyspace(name).map(|id| Keyspace::new(self.clone(), id, name))

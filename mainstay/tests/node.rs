@@ -1,9 +1,25 @@
 //! The replicated store through the facade.
 
-use mainstay::{Batch, Durability, ErrorKind, Node, NodeOptions, PlacedBatch, ReadLevel, Store};
+use mainstay::{
+    Batch, Change, ChangeKind, Durability, ErrorKind, LogIndex, Node, NodeOptions, PlacedBatch, ReadLevel, Store,
+};
 
 fn options(name: &str, path: &std::path::Path) -> NodeOptions {
     NodeOptions::new(name, path.join(name)).storage(Store::builder().wal_bytes(8 << 20).memory_bytes(32 << 20))
+}
+
+const NAMES: [&str; 3] = ["a", "b", "c"];
+
+/// Three that know each other.
+fn three(path: &std::path::Path) -> Vec<NodeOptions> {
+    let address =
+        |_| std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound").to_string();
+    let addresses = NAMES.map(address);
+    let of = |(name, address): (&&str, &String)| {
+        let options = options(name, path).listen(address);
+        NAMES.iter().zip(&addresses).fold(options, |options, (peer, address)| options.peer(*peer, address))
+    };
+    NAMES.iter().zip(&addresses).map(of).collect()
 }
 
 #[test]
@@ -46,19 +62,11 @@ fn one_node_without_tokio_serves_the_blocking_interface() {
 #[tokio::test(flavor = "multi_thread")]
 async fn three_nodes_serve_one_store_and_its_clones() {
     let folder = tempfile::tempdir().expect("a folder");
-    let addresses: Vec<String> = (0..3)
-        .map(|_| std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound").to_string())
-        .collect();
-    let names = ["a", "b", "c"];
     let mut nodes = Vec::new();
-    for (name, address) in names.iter().zip(&addresses) {
-        let mut options = options(name, folder.path()).listen(address);
-        for (peer, address) in names.iter().zip(&addresses) {
-            options = options.peer(*peer, address);
-        }
+    for options in three(folder.path()) {
         nodes.push(Node::start(options).await.expect("starts"));
     }
-    nodes[1].init(names).await.expect("a cluster");
+    nodes[1].init(NAMES).await.expect("a cluster");
     let data = nodes[2].store().keyspace_async("data").await.expect("made");
     for number in 0..50u32 {
         data.insert_async(number.to_be_bytes(), "x").await.expect("written");
@@ -82,6 +90,80 @@ async fn three_nodes_serve_one_store_and_its_clones() {
     data.insert_async("after", "z").await.ok();
     let data = nodes[0].store().keyspace_async("data").await.expect("there");
     data.insert_async("after", "z").await.expect("written under the next leader");
+    for node in nodes {
+        node.close().await.expect("closes");
+    }
+}
+
+/// All that a node gives from `from` to `upto`.
+async fn changes(node: &Node, from: LogIndex, upto: LogIndex) -> Vec<Change> {
+    let mut changes = node.store().changes_async(from).await.expect("recorded");
+    let mut found = Vec::new();
+    while changes.position() <= upto {
+        let change = changes.next_async().await.expect("the log is there");
+        if change.index <= upto {
+            found.push(change);
+        }
+    }
+    found
+}
+
+/// A reader of the log alone would give what conditions held back, and whoever applied it later might give something else.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_node_gives_the_same_changes() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let options = three(folder.path());
+    let mut nodes = Vec::new();
+    for options in options.clone() {
+        nodes.push(Node::start(options).await.expect("starts"));
+    }
+    nodes[0].init(NAMES).await.expect("a cluster");
+    let data = nodes[0].store().keyspace_async("data").await.expect("made");
+    let leader = nodes.iter().find(|node| node.is_leader()).expect("one leads");
+    let unrecorded = leader.store().changes_async(LogIndex(1)).await.err().map(|error| error.kind());
+    assert_eq!(unrecorded, Some(ErrorKind::Unsupported));
+    let from = nodes[2].store().record_changes_async().await.expect("recorded");
+    let (mut last, mut away) = (from, 0);
+    for round in 0..3 {
+        // Most of them share entries; of three that claim one key one gets it.
+        let claims = (0..30).map(|n| {
+            let (store, data) = (nodes[n % nodes.len()].store(), data.clone());
+            tokio::spawn(async move {
+                let (key, mut batch) = (format!("k{round}-{}", n / 3), Batch::new());
+                batch.require_absent(&data, &key).insert(&data, &key, n.to_string());
+                store.commit_async(batch).await
+            })
+        });
+        let mut made = 0;
+        for claim in claims.collect::<Vec<_>>() {
+            match claim.await.expect("no panic") {
+                Ok(commit) => (made, last) = (made + 1, last.max(commit.index())),
+                Err(error) => assert_eq!(error.kind(), ErrorKind::Conflict, "{error}"),
+            }
+        }
+        assert_eq!(made, 10);
+        if round == 0 {
+            away = nodes.iter().position(|node| !node.is_leader()).expect("one leads");
+            nodes.remove(away).close().await.expect("closes");
+        }
+    }
+    let found = changes(&nodes[0], from, last).await;
+    let ops = found.iter().flat_map(|change| match &change.kind {
+        ChangeKind::Writes(ops) => ops.iter(),
+        other => panic!("{other:?}"),
+    });
+    let view = nodes[0].store().snapshot_async().await.expect("a view");
+    let ops: Vec<_> = ops.filter(|op| op.keyspace() == data.id()).collect();
+    assert_eq!(ops.len(), 30);
+    for op in ops {
+        assert_eq!(view.get_async(&data, op.key()).await.expect("readable").as_ref(), op.value(), "as it was decided");
+    }
+    assert_eq!(changes(&nodes[1], from, last).await, found);
+    // On one that was away, from where a reader was on another.
+    let (given, rest) = found.split_at(found.len() / 2);
+    let position = LogIndex(given.last().expect("some").index.0 + 1);
+    nodes.push(Node::start(options[away].clone()).await.expect("starts again"));
+    assert_eq!(changes(&nodes[2], position, last).await, rest);
     for node in nodes {
         node.close().await.expect("closes");
     }

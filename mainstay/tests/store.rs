@@ -1,6 +1,8 @@
 //! The store of one node through the facade.
 
-use mainstay::{Batch, ClientToken, Entry, ErrorKind, LogIndex, ReadLevel, Result, Store, StoreBuilder};
+use mainstay::{
+    Batch, Change, ChangeKind, ClientToken, Entry, ErrorKind, LogIndex, ReadLevel, Result, Store, StoreBuilder, WriteOp,
+};
 
 fn builder() -> StoreBuilder {
     Store::builder().wal_bytes(8 << 20).memory_bytes(32 << 20)
@@ -363,5 +365,49 @@ fn a_compaction_on_demand_gives_the_space_of_a_range_back() {
     store.drop_clone("trial").expect("dropped");
     let refused = trial.compact::<&[u8]>(&numbers, ..).expect_err("the clone is gone");
     assert_eq!(refused.kind(), ErrorKind::NotFound);
+    store.close().expect("closes");
+}
+
+/// A reader goes on where it was, after the store and itself were restarted, and knows what it missed.
+#[test]
+fn changes_go_on_where_a_reader_was() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let store = builder().open(&path).expect("opens");
+    let names = store.keyspace("names").expect("made");
+    let unrecorded = store.changes(LogIndex(1)).err().map(|error| error.kind());
+    assert_eq!(unrecorded, Some(ErrorKind::Unsupported));
+    names.insert("before", "").expect("written");
+    let from = store.record_changes().expect("recorded");
+    assert!(store.record_changes().expect("again") > from);
+    assert!(!store.keyspaces().iter().any(|name| name.starts_with("mainstay.")));
+    let told = store.changes(LogIndex(1)).err().map(|error| error.kind());
+    assert_eq!(told, Some(ErrorKind::Purged { oldest: from }));
+
+    let mut changes = store.changes(from).expect("recorded");
+    let first = names.insert("ada", "1815").expect("written");
+    let mut batch = Batch::new();
+    batch.require_absent(&names, "ada").insert(&names, "ada", "never");
+    assert_eq!(store.commit(batch).expect_err("it is there").kind(), ErrorKind::Conflict);
+    let ops = |change: Change| match change.kind {
+        ChangeKind::Writes(ops) => (change.index, ops),
+        other => panic!("{other:?}"),
+    };
+    let (index, written) = ops(changes.next().expect("never ends").expect("written"));
+    assert_eq!(index, first.index());
+    let put = WriteOp::Put { keyspace: names.id(), key: "ada".into(), value: "1815".into() };
+    assert_eq!(written, [put]);
+    assert!(changes.try_next().expect("readable").is_none(), "what was refused is no change");
+    let position = changes.position();
+    drop(changes);
+    names.remove_prefix("a").expect("written");
+    drop((names, store));
+
+    let store = builder().open(&path).expect("opens");
+    let mut changes = store.changes(position).expect("recorded");
+    let (_, removed) = ops(changes.try_next().expect("readable").expect("missed"));
+    assert!(matches!(&removed[..], [WriteOp::DeleteRange { range, .. }] if range.contains(b"alan")), "{removed:?}");
+    assert!(mainstay_io::block_on(changes.try_next_async()).expect("readable").is_none());
+    drop(changes);
     store.close().expect("closes");
 }

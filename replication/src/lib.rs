@@ -4,6 +4,7 @@
 //! [`ReadLevel`] promises and what happens on failures.
 
 mod batching;
+mod changes;
 mod disk;
 mod durability;
 mod entry_index;

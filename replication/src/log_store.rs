@@ -178,6 +178,11 @@ impl LogStore {
         self.state().index.is_pristine()
     }
 
+    /// The oldest entry that is here.
+    pub(crate) fn first_index(&self) -> u64 {
+        self.state().index.first()
+    }
+
     pub(crate) fn has_vote(&self) -> bool {
         self.state().index.vote().is_some()
     }
@@ -495,7 +500,11 @@ impl LogStore {
         Ok(())
     }
 
-    async fn read(&self, indexes: std::ops::Range<u64>, bytes_max: usize) -> std::io::Result<Vec<Entry>> {
+    pub(crate) async fn read_entries(
+        &self,
+        indexes: std::ops::Range<u64>,
+        bytes_max: usize,
+    ) -> std::io::Result<Vec<Entry>> {
         enum Found {
             Cached(Entry),
             At(u64, RecordPos),
@@ -588,7 +597,7 @@ impl<R: Runtime> RaftLogReader<TypeConfig<R>> for LogStore {
         &mut self,
         range: RB,
     ) -> std::io::Result<Vec<Entry>> {
-        self.read(bounds(&range), usize::MAX).await
+        self.read_entries(bounds(&range), usize::MAX).await
     }
 
     async fn read_vote(&mut self) -> std::io::Result<Option<Vote>> {
@@ -596,7 +605,7 @@ impl<R: Runtime> RaftLogReader<TypeConfig<R>> for LogStore {
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> std::io::Result<Vec<Entry>> {
-        self.read(start..end, READ_BYTES_MAX).await
+        self.read_entries(start..end, READ_BYTES_MAX).await
     }
 
     /// In parts of [`READ_BYTES_MAX`]: after a restart the range may be the whole log.
@@ -610,7 +619,7 @@ impl<R: Runtime> RaftLogReader<TypeConfig<R>> for LogStore {
             if range.is_empty() {
                 return None;
             }
-            match store.read(range.clone(), READ_BYTES_MAX).await {
+            match store.read_entries(range.clone(), READ_BYTES_MAX).await {
                 Ok(entries) => {
                     let rest = entries.last().map(|e| (store, e.log_id.index + 1..range.end));
                     Some((entries.into_iter().map(Ok).collect::<Vec<_>>(), rest))

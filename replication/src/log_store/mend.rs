@@ -297,7 +297,7 @@ impl LogStore {
             }
             from..end.saturating_add(1).min(index.missing_from(from).unwrap_or(u64::MAX))
         };
-        let entries = self.read(range, READ_BYTES_MAX).await?;
+        let entries = self.read_entries(range, READ_BYTES_MAX).await?;
         Ok(if entries.is_empty() { Given::Nothing } else { Given::Entries(entries) })
     }
 }
