@@ -14,6 +14,7 @@ const LINES_MAX: usize = 1_200;
 /// docs/architecture.md draws the same.
 const RANKS: &[(&str, u32)] = &[
     ("mainstay-io", 0),
+    ("mainstay-memtree", 0),
     ("mainstay-wal", 1),
     ("mainstay-engine", 2),
     ("mainstay-replication", 3),
