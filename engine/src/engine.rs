@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
-use mainstay_io::{Backend, Environment, Media, Spawner, TaskHandle};
+use mainstay_io::{Backend, BoxFuture, Environment, Media, Spawner, TaskHandle};
 use mainstay_wal::{GroupId, Lsn, RecordKind, RecordPos, Wal, WalOptions};
 use tokio::sync::Notify;
 
@@ -374,10 +374,15 @@ impl Engine {
     }
 
     /// Tells which records of a group the owner of its log still needs: what lies before the oldest of all groups is not kept,
-    /// and of a group without a pin everything is. The engine calls `pin` when it purges; the owner appends again what it wants
-    /// to keep from before it (votes) before it answers with the oldest position that it needs.
+    /// and of a group without a pin everything is. When it purges the engine asks all owners first what has to stay ([`OwnerPin::pin`]), then
+    /// each to carry what is small behind the oldest of that ([`OwnerPin::carry`]): a record that is carried without need fills the ring.
     pub fn set_owner_pin(&self, group: GroupId, pin: Arc<dyn OwnerPin>) {
         self.shared.pins.lock().unwrap_or_else(PoisonError::into_inner).insert(group, pin);
+    }
+
+    /// What the owners of the groups' logs keep beside the ring.
+    pub fn owner_notes(&self) -> OwnerNotes {
+        OwnerNotes(self.shared.volume.clone())
     }
 
     /// Counts and states.
@@ -560,9 +565,41 @@ impl Identity {
     }
 }
 
+/// A note for each group, in the superblock: for the few bytes that the owner of a log has to make durable although its ring has no room. Each
+/// takes the place of the one before it. Costs an update of the superblock, which is two writes, one behind the other.
+#[derive(Clone, Debug)]
+pub struct OwnerNotes(Volume);
+
+impl OwnerNotes {
+    /// The note of a group, as it is durable.
+    pub fn get(&self, group: GroupId) -> Option<Bytes> {
+        self.0.note(group.0)
+    }
+
+    /// Makes the note of a group durable, of at most 32 bytes.
+    ///
+    /// # Errors
+    /// `OutOfSpace`: it is too long, or there is no room for those of all groups together; nothing was changed. `Io`, `Closed`: no later one is
+    /// made durable either.
+    /// # Cancel safety
+    /// A dropped future does not stop it.
+    pub fn put(&self, group: GroupId, note: Bytes) -> BoxFuture<Result<()>> {
+        self.0.put_note(group.0, note)
+    }
+
+    /// The note of a group is needed no more: it goes with the next update of the superblock, whatever that is for.
+    pub fn forget(&self, group: GroupId) {
+        self.0.forget_note(group.0);
+    }
+}
+
 /// How the owner of a group's log takes part in purging the ring.
 pub trait OwnerPin: Send + Sync + 'static {
-    /// The ring is about to be cut: entries of the group up to `flushed` are in tables. Returns the oldest record that the
-    /// owner still needs, after it has copied forward what is small and old.
-    fn pin(&self, flushed: crate::LogIndex) -> mainstay_io::BoxFuture<Result<Option<RecordPos>>>;
+    /// The ring is about to be cut: entries of the group up to `flushed` are in tables. Purges, and tells the oldest record that stays
+    /// where it is.
+    fn pin(&self, flushed: crate::LogIndex) -> BoxFuture<Option<RecordPos>>;
+
+    /// No group has a record before `floor` that stays where it is. Copies forward what is small and lies before it, and returns the oldest
+    /// record that the owner still needs.
+    fn carry(&self, floor: Lsn) -> BoxFuture<Result<Option<RecordPos>>>;
 }

@@ -114,6 +114,12 @@ pub struct GroupStatus {
 pub trait TableSource: Send + Sync {
     /// Bytes `offset..offset + length` of a table.
     fn read_table(&self, id: TableId, offset: u64, length: u64) -> BoxFuture<Result<Bytes>>;
+
+    /// All tables are here, and the state is replaced next: what the owner wants durable before that it makes durable now. With an error
+    /// nothing is replaced.
+    fn arrived(&self) -> BoxFuture<Result<()>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
 }
 
 /// A writer that waits; it ends when this is dropped, also by a caller that waits no longer.

@@ -149,6 +149,7 @@ pub mod fuzz {
             clean_end: Some(Lsn(16384)),
             closed: true,
             root: Some(root),
+            notes: [(1, Bytes::from_static(b"note")), (70, Bytes::from_static(b"other"))].into(),
         }
         .encode(0)
         .to_vec()

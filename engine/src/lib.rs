@@ -44,7 +44,7 @@ pub use command::{
     decode_refusals,
 };
 pub use condition::{Condition, ConditionalBatch};
-pub use engine::{Engine, EngineSettings, EngineStatus, Identity, OwnerPin, OwnerRecord};
+pub use engine::{Engine, EngineSettings, EngineStatus, Identity, OwnerNotes, OwnerPin, OwnerRecord};
 pub use engine::{GroupInfo, Offline, SuperblockInfo, TableInfo, VerifyReport, VersionSetInfo};
 pub use engine::{SCRUB_BYTES_PER_SECOND, SCRUB_PAUSE};
 pub use error::{Error, ErrorKind, Result};

@@ -41,7 +41,8 @@
 //! | truncate after another `i` | as for an entry behind `i`, and `i` itself |
 //! | neither | every entry that is in no table, and all behind `l`: how many, nobody here knows. The log is *open*. Those that are in tables are dropped as above |
 //!
-//! A vote in the hole is known again from a vote behind it, or outbid by the term of an entry behind it; else it is lost.
+//! A vote in the hole is known again from a vote behind it, or outbid by the term of an entry behind it; else it is lost. One that is noted
+//! beside the ring may be older than what the hole has taken, and changes nothing of that.
 
 mod holes;
 
@@ -93,7 +94,9 @@ pub(crate) struct EntryIndex {
     anchors: BTreeMap<u64, Anchor>,
     purged: Option<LogId>,
     vote: Option<Vote>,
-    pub(crate) vote_pos: Option<RecordPos>,
+    vote_pos: Option<RecordPos>,
+    /// The vote is durable beside the ring.
+    vote_noted: bool,
     cache: VecDeque<Entry>,
     cached_bytes: u64,
     cache_bytes_max: u64,
@@ -154,8 +157,34 @@ impl EntryIndex {
     }
 
     pub(crate) fn set_vote(&mut self, vote: Vote) {
-        self.vote = Some(vote);
-        self.vote_pos = None;
+        (self.vote, self.vote_pos, self.vote_noted) = (Some(vote), None, false);
+    }
+
+    /// The vote is durable in the ring.
+    pub(crate) fn vote_durable(&mut self, pos: RecordPos) {
+        (self.vote_pos, self.vote_noted) = (Some(pos), false);
+    }
+
+    /// The vote is durable beside the ring, which need not keep a record of it.
+    pub(crate) fn vote_noted(&mut self) {
+        (self.vote_pos, self.vote_noted) = (None, true);
+    }
+
+    pub(crate) fn is_vote_durable(&self) -> bool {
+        self.vote_pos.is_some() || self.vote_noted
+    }
+
+    /// Where the record of the vote lies that is needed.
+    pub(crate) fn vote_pos(&self) -> Option<RecordPos> {
+        self.vote_pos
+    }
+
+    /// Takes in a vote that was found beside the ring, behind all records: votes only grow, so the larger one is the later.
+    pub(crate) fn recover_note(&mut self, vote: Vote) {
+        if self.vote.is_none_or(|own| vote > own) {
+            self.set_vote(vote);
+            self.vote_noted();
+        }
     }
 
     pub(crate) fn purged(&self) -> Option<LogId> {

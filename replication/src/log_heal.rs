@@ -22,7 +22,7 @@ use crate::log_store::{EntryRequest, Given};
 use crate::membership::gives_up;
 use crate::network::method;
 use crate::node::{Inner, Phase};
-use crate::state_machine::{Offer, take_tables};
+use crate::state_machine::{NO_ROOM, Offer, take_tables};
 use crate::types::{Entry, EntryPayload, LogId, StoredMembership, Vote, term_of};
 use crate::wire::{Reader, Writer, decode_result};
 use crate::{Envelope, Error, ErrorKind, MemberInfo, MemberRole, NodeId, PeerAddress, Result, Runtime};
@@ -416,7 +416,9 @@ impl<R: Runtime> Inner<R> {
             let message = format!("the leader has no newer state in tables yet at={}", at.index);
             return Err(Error::new(ErrorKind::Unavailable, message));
         }
-        self.log.begin_install(&offer.meta, flushed).await.map_err(closed)?;
+        if !self.log.begin_install(&offer.meta, flushed).await.map_err(closed)? {
+            return Err(Error::new(ErrorKind::Unavailable, NO_ROOM));
+        }
         if !self.is_witness() {
             let peers = Arc::new(crate::service::NodePeers(Arc::downgrade(self)));
             take_tables(&self.group, peers, &offer).await?;

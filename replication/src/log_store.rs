@@ -14,6 +14,10 @@
 //! - L5. Any other failed write ends the log for good: no vote and no acknowledgement follows (pitfall 12).
 //! - L6. A vote, a purge or an anchor that is older than the oldest entry is written again before the ring is cut, so an
 //!   idle group pins nothing (pitfall 11).
+//! - L7. A full ring ends nothing, however often leaders change. A vote for which it has no room is a note of the volume; the larger of
+//!   note and record counts, since votes only grow. What is truncated without ever having been in the ring costs no record, unless the ring
+//!   took some of it behind what it refused, and an install costs one when all its tables are here. Whatever else finds no room is written when there is some: until then entries stay
+//!   behind it, or nothing is cut.
 //!
 //! # Crash
 //! see `entry_index`
@@ -28,7 +32,7 @@ use std::ops::{Bound, RangeBounds};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use futures_util::{Stream, StreamExt, stream};
-use mainstay_engine::{Command, Engine, LogIndex, OwnerPin, OwnerRecord};
+use mainstay_engine::{Command, Engine, LogIndex, OwnerNotes, OwnerPin, OwnerRecord};
 use mainstay_io::BoxFuture;
 use mainstay_wal::{GroupId, Lsn, Record, RecordKind, RecordPos, Reserve, Wal};
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
@@ -36,7 +40,7 @@ use openraft::{OptionalSend, RaftTypeConfig};
 use tokio::sync::{mpsc, oneshot};
 
 pub(crate) use self::mend::Given;
-use crate::entry_index::{ANCHORS_MAX, EntryIndex};
+use crate::entry_index::{ANCHORS_MAX, Anchor, EntryIndex};
 use crate::progress::ApplyLag;
 use crate::types::{Entry, EntryPayload, LogId, SnapshotMeta, StoredMembership, TypeConfig, Vote, io_error};
 use crate::{Error, ErrorKind, Result, Runtime, record};
@@ -62,6 +66,11 @@ struct State {
     stalled_from: Option<u64>,
     /// Completions of entries that are held back, by the index of the last entry of their append.
     held: BTreeMap<u64, Callback>,
+    /// The ring had no room to say that the entries behind this one are gone; nothing is written behind it before it is said.
+    untold: Option<Option<LogId>>,
+    /// The last entry that the ring took behind one that it refused. Until it is queued again a restart passes over it, unless what was
+    /// refused is purged: so that it is gone has to be said.
+    orphan: Option<u64>,
     /// Entries queued in the log and not completed.
     in_flight: u64,
     failed: Option<String>,
@@ -97,11 +106,16 @@ pub struct LogHealStatus {
 /// Entries that are asked of others at once.
 const ENTRY_REQUESTS_MAX: usize = 64;
 
+/// A record lies at the start of the ring that lies in the first part of so many.
+const START_SHARE: u64 = 16;
+
 /// Rounds of copies in one answer to the engine before it is told that nothing can be cut.
 const COPY_ROUNDS_MAX: usize = 8;
 
 struct Inner {
     wal: Wal,
+    /// Of the volume; a log without one has nowhere but its ring to write to.
+    notes: Option<OwnerNotes>,
     group: GroupId,
     order: Mutex<()>,
     state: Mutex<State>,
@@ -123,6 +137,7 @@ impl LogStore {
     /// `Corrupt`, `Foreign`: see `entry_index`.
     pub(crate) fn open(
         wal: Wal,
+        notes: Option<OwnerNotes>,
         group: GroupId,
         found: Vec<OwnerRecord>,
         cache_bytes: u64,
@@ -136,10 +151,13 @@ impl LogStore {
             index.recover(record::decode(record.kind, &record.payload)?, record.pos);
         }
         index.settle();
+        if let Some(note) = notes.as_ref().and_then(|notes| notes.get(group)) {
+            index.recover_note(record::decode_vote_note(&note)?);
+        }
         index.check()?;
         let counts = LogHealStatus { behind_tables: index.behind_tables.into(), ..LogHealStatus::default() };
         let state = State { index, counts, ..State::default() };
-        Ok(Self { inner: Arc::new(Inner { wal, group, order: Mutex::new(()), state: Mutex::new(state) }) })
+        Ok(Self { inner: Arc::new(Inner { wal, notes, group, order: Mutex::new(()), state: Mutex::new(state) }) })
     }
 
     /// Takes part in purging `engine`'s log; the receiver gets the engine's requests.
@@ -219,7 +237,7 @@ impl LogStore {
     /// Whether this log has an entry durable and the vote as it is now.
     pub(crate) fn holds(&self, vote: &Vote, at: LogId) -> bool {
         let state = self.state();
-        let voted = state.index.vote() == Some(*vote) && state.index.vote_pos.is_some();
+        let voted = state.index.vote() == Some(*vote) && state.index.is_vote_durable();
         voted && state.index.log_id(at.index) == Some(at) && state.index.pos(at.index).is_some()
     }
 
@@ -252,6 +270,11 @@ impl LogStore {
     }
 
     #[cfg(test)]
+    pub(crate) fn is_settled(&self) -> bool {
+        self.state().in_flight == 0
+    }
+
+    #[cfg(test)]
     pub(crate) fn pos(&self, index: u64) -> Option<RecordPos> {
         self.state().index.pos(index)
     }
@@ -262,13 +285,7 @@ impl LogStore {
     }
 
     fn fail(&self, error: &mainstay_wal::Error) -> std::io::Error {
-        let message = format!("the log cannot be written: {error}");
-        let mut state = self.state();
-        if state.failed.is_none() {
-            tracing::error!(reason = %message, "the node leaves service");
-            state.failed = Some(message.clone());
-        }
-        io_error(message)
+        self.leave_service(format!("the log cannot be written: {error}"))
     }
 
     /// Queues a record; the caller holds `order`.
@@ -276,7 +293,33 @@ impl LogStore {
         self.inner.wal.append(Record { group: self.inner.group, kind, payload }, reserve, done);
     }
 
-    /// Queues a small record that must go through, and returns what tells its end.
+    /// Queues a small record, and returns what tells its end: where it lies, or that the ring had no room for it. The caller holds `order`.
+    fn queue_small(
+        &self,
+        kind: RecordKind,
+        payload: Vec<bytes::Bytes>,
+        reserve: Reserve,
+        placed: impl FnOnce(&mut State, RecordPos) + Send + 'static,
+    ) -> Told {
+        let (tx, rx) = oneshot::channel();
+        let this = self.clone();
+        let done = move |result: mainstay_wal::Result<RecordPos>| {
+            let result = match result {
+                Ok(pos) => {
+                    placed(&mut this.state(), pos);
+                    Ok(Some(pos))
+                }
+                Err(error) if error.kind() == mainstay_wal::ErrorKind::OutOfSpace => Ok(None),
+                Err(error) => Err(this.fail(&error)),
+            };
+            // A dropped receiver waits for nothing.
+            let _ = tx.send(result);
+        };
+        self.queue(kind, payload, reserve, Box::new(done));
+        rx
+    }
+
+    /// Queues a small record without which this node does not go on, and returns what tells its end. The caller holds `order`.
     fn queue_critical(
         &self,
         kind: RecordKind,
@@ -300,8 +343,84 @@ impl LogStore {
         rx
     }
 
+    /// Where the record lies; none when the ring had no room for it.
+    async fn placed(told: Told) -> std::io::Result<Option<RecordPos>> {
+        told.await.unwrap_or_else(|_| Err(io_error("the log was closed before the record was durable")))
+    }
+
     async fn wait(rx: oneshot::Receiver<std::io::Result<()>>) -> std::io::Result<()> {
         rx.await.unwrap_or_else(|_| Err(io_error("the log was closed before the record was durable")))
+    }
+
+    /// Whether the ring is less than three quarters full.
+    fn has_room(&self) -> bool {
+        let stats = self.inner.wal.stats();
+        stats.used_bytes <= stats.ring_bytes / 4 * 3
+    }
+
+    /// Whether a purge is worth its record: where room is short, only of a group that the ring cannot be cut for.
+    pub(crate) fn may_purge(&self) -> bool {
+        let wal = &self.inner.wal;
+        let near = wal.start().0.saturating_add(wal.stats().ring_bytes / START_SHARE);
+        self.has_room() || self.state().index.oldest_pos().is_none_or(|pos| pos.batch.0 <= near)
+    }
+
+    /// Queues the vote; the caller holds `order`.
+    fn queue_vote(&self, vote: Vote) -> Told {
+        let notes = self.inner.notes.clone();
+        let group = self.inner.group;
+        // Without a volume there is nothing beside the ring.
+        let reserve = if notes.is_some() { Reserve::Vote } else { Reserve::Critical };
+        self.queue_small(record::VOTE, record::encode_vote(&vote), reserve, move |s, pos| {
+            if s.index.vote() == Some(vote) {
+                s.index.vote_durable(pos);
+                // Under the lock: what is noted later is of a later vote.
+                if let Some(notes) = notes {
+                    notes.forget(group);
+                }
+            }
+        })
+    }
+
+    /// Waits until a vote that was queued is durable: as a record, or, where the ring has no room for one, as a note (L7).
+    async fn settle_vote(&self, vote: Vote, told: Told) -> std::io::Result<()> {
+        if Self::placed(told).await?.is_some() {
+            return Ok(());
+        }
+        let refused = match &self.inner.notes {
+            Some(notes) => match notes.put(self.inner.group, record::encode_vote_note(&vote)).await {
+                Ok(()) => {
+                    let mut state = self.state();
+                    if state.index.vote() == Some(vote) {
+                        state.index.vote_noted();
+                    }
+                    return Ok(());
+                }
+                Err(error) if error.kind() == mainstay_engine::ErrorKind::OutOfSpace => error.to_string(),
+                Err(error) => return Err(self.leave_service(format!("the vote cannot be written: {error}"))),
+            },
+            None => "no volume".to_owned(),
+        };
+        tracing::warn!(group = self.inner.group.0, %refused, "a vote takes what is kept of the ring for other records");
+        let told = {
+            let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
+            self.queue_critical(record::VOTE, record::encode_vote(&vote), move |s, pos| {
+                if s.index.vote() == Some(vote) {
+                    s.index.vote_durable(pos);
+                }
+            })
+        };
+        Self::wait(told).await
+    }
+
+    /// The log ends for good with this reason.
+    fn leave_service(&self, message: String) -> std::io::Error {
+        let mut state = self.state();
+        if state.failed.is_none() {
+            tracing::error!(reason = %message, "the node leaves service");
+            state.failed = Some(message.clone());
+        }
+        io_error(message)
     }
 
     fn check(&self) -> std::io::Result<()> {
@@ -364,6 +483,9 @@ impl LogStore {
         state.in_flight -= 1;
         if state.stalled_from.is_some_and(|from| from <= id.index) {
             // One before it was refused: this one is in the ring and will be queued again (L3).
+            if state.index.log_id(id.index) == Some(id) {
+                state.orphan = state.orphan.max(Some(id.index));
+            }
             hold(&mut state, id, callback);
             return None;
         }
@@ -394,15 +516,14 @@ impl LogStore {
     /// Queues again what was refused for space. Called at each append and by the node's housekeeping.
     pub(crate) fn resume(&self) {
         let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
-        let entries: Vec<(Entry, Option<Callback>)> = {
+        let (untold, entries): (_, Vec<(Entry, Option<Callback>)>) = {
             let mut state = self.state();
             let Some(from) = state.stalled_from else { return };
             if state.in_flight > 0 || state.failed.is_some() {
                 return;
             }
-            let stats = self.inner.wal.stats();
-            // Below three quarters there is room for a fair part of what waits; else it would only be refused again.
-            if stats.used_bytes > stats.ring_bytes / 4 * 3 {
+            // For a fair part of what waits; else it would only be refused again.
+            if !self.has_room() {
                 return;
             }
             state.stalled_from = None;
@@ -412,71 +533,89 @@ impl LogStore {
                 entries.push((entry, state.held.remove(&i)));
             }
             state.in_flight += entries.len() as u64;
-            entries
+            state.orphan = None;
+            (state.untold.take(), entries)
         };
+        if let Some(after) = untold {
+            // Below three quarters it has room.
+            drop(self.queue_critical(record::TRUNCATE, record::encode_truncate(after.as_ref()), |_, _| ()));
+        }
         for (entry, callback) in entries {
             self.queue_entry(&entry, callback);
         }
     }
 
     /// Makes it durable that the state at `meta` is about to be taken over from a peer. Whatever happens then, the log
-    /// can name the state that the engine is found to have.
-    pub(crate) async fn begin_install(&self, meta: &SnapshotMeta, flushed: LogIndex) -> std::io::Result<()> {
+    /// can name the state that the engine is found to have. False when the ring has no room for it now.
+    pub(crate) async fn begin_install(&self, meta: &SnapshotMeta, flushed: LogIndex) -> std::io::Result<bool> {
         let Some(at) = meta.last_log_id else { return Err(io_error("a snapshot of nothing")) };
-        let rx = {
+        let told = {
             let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
             let mut state = self.state();
+            let same = |anchor: &&Anchor| anchor.log_id == at && anchor.membership == meta.last_membership;
+            let known = state.index.anchors().find(same).and_then(|anchor| anchor.pos);
             // Whichever were begun before have come to nothing: the tables are at `flushed`, or will be at this one.
             state.index.forget_anchors_behind(flushed.0);
             if state.index.anchors().count() >= ANCHORS_MAX {
                 return Err(io_error("too many snapshots were begun and not finished"));
             }
             state.index.anchor(at, meta.last_membership.clone());
+            if let Some(pos) = known {
+                state.index.anchor_durable(at, pos);
+                return Ok(true);
+            }
             drop(state);
-            self.queue_critical(record::INSTALL, record::encode_anchor(&at, &meta.last_membership), move |s, pos| {
+            let body = record::encode_anchor(&at, &meta.last_membership);
+            self.queue_small(record::INSTALL, body, Reserve::Install, move |s, pos| {
                 s.index.anchor_durable(at, pos);
             })
         };
-        Self::wait(rx).await
+        let begun = Self::placed(told).await?.is_some();
+        if !begun {
+            // It was named for nothing, and a name that is not durable would keep the log from being cut.
+            self.state().index.forget_anchors_behind(flushed.0);
+        }
+        Ok(begun)
     }
 
-    /// Writes again what is older than the oldest entry, then tells the oldest record that is needed (L6).
+    /// Writes again what lies before `floor`, up to which the ring is about to be cut, then tells the oldest record that is needed (L6).
     ///
     /// A purge or a vote that was queued meanwhile takes the place of the one that was copied and may not be durable
     /// yet, while what it replaces is no longer counted: then all of it is done again.
     ///
     /// While the log is damaged nothing is copied and nothing may be cut: an old vote behind a hole would look like the one
     /// that the hole has taken.
-    async fn copy_forward(&self) -> std::io::Result<Option<RecordPos>> {
+    async fn copy_forward(&self, floor: Lsn) -> std::io::Result<Option<RecordPos>> {
         if self.damage().is_some() {
             return Ok(Some(RecordPos::default()));
         }
         for _ in 0..COPY_ROUNDS_MAX {
-            self.copy_once().await?;
+            if !self.copy_once(floor).await? {
+                break;
+            }
             let state = self.state();
-            let settled = state.index.vote().is_none() || state.index.vote_pos.is_some();
+            let settled = state.index.vote().is_none() || state.index.is_vote_durable();
             if settled && state.index.anchors().all(|a| a.pos.is_some()) {
                 // An entry whose place is not known lies behind the end of what is durable.
                 let entry = state.index.oldest_pos();
                 let anchors = state.index.anchors().filter_map(|a| a.pos);
-                return Ok(anchors.chain(state.index.vote_pos).chain(entry).min());
+                return Ok(anchors.chain(state.index.vote_pos()).chain(entry).min());
             }
         }
         // Nothing may be cut this time.
         Ok(Some(RecordPos::default()))
     }
 
-    async fn copy_once(&self) -> std::io::Result<()> {
+    /// False when the ring had no room for all of it.
+    async fn copy_once(&self, floor: Lsn) -> std::io::Result<bool> {
         let mut waits = Vec::new();
-        {
+        let voted = {
             let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
             let state = self.state();
-            let oldest = state.index.oldest_pos();
-            let stale = |pos: Option<RecordPos>| match (pos, oldest) {
-                (Some(pos), Some(oldest)) => pos < oldest,
-                _ => true,
-            };
-            let vote = state.index.vote().filter(|_| stale(state.index.vote_pos));
+            let stale = |pos: Option<RecordPos>| pos.is_none_or(|pos| pos.batch < floor);
+            // A note does until there is room again.
+            let noted = state.index.vote_pos().is_none() && state.index.is_vote_durable() && !self.has_room();
+            let vote = state.index.vote().filter(|_| stale(state.index.vote_pos()) && !noted);
             let purged = state.index.purged();
             let anchors: Vec<_> = state.index.anchors().filter(|a| stale(a.pos)).cloned().collect();
             drop(state);
@@ -484,20 +623,19 @@ impl LogStore {
                 let at = anchor.log_id;
                 let kind = if purged == Some(at) { record::PURGE } else { record::INSTALL };
                 let body = record::encode_anchor(&at, &anchor.membership);
-                waits.push(self.queue_critical(kind, body, move |s, pos| s.index.anchor_durable(at, pos)));
+                let placed = move |s: &mut State, pos| s.index.anchor_durable(at, pos);
+                waits.push(self.queue_small(kind, body, Reserve::Critical, placed));
             }
-            if let Some(vote) = vote {
-                waits.push(self.queue_critical(record::VOTE, record::encode_vote(&vote), move |s, pos| {
-                    if s.index.vote() == Some(vote) {
-                        s.index.vote_pos = Some(pos);
-                    }
-                }));
-            }
-        }
+            vote.map(|vote| (vote, self.queue_vote(vote)))
+        };
+        let mut all = true;
         for wait in waits {
-            Self::wait(wait).await?;
+            all &= Self::placed(wait).await?.is_some();
         }
-        Ok(())
+        if let Some((vote, told)) = voted {
+            self.settle_vote(vote, told).await?;
+        }
+        Ok(all)
     }
 
     pub(crate) async fn read_entries(
@@ -650,16 +788,12 @@ impl<R: Runtime> RaftLogStorage<TypeConfig<R>> for LogStore {
             self.state().index.set_vote(vote);
             return Ok(());
         }
-        let rx = {
+        let told = {
             let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
             self.state().index.set_vote(vote);
-            self.queue_critical(record::VOTE, record::encode_vote(&vote), move |s, pos| {
-                if s.index.vote() == Some(vote) {
-                    s.index.vote_pos = Some(pos);
-                }
-            })
+            self.queue_vote(vote)
         };
-        Self::wait(rx).await
+        self.settle_vote(vote, told).await
     }
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> std::io::Result<()> {
@@ -718,19 +852,43 @@ impl<R: Runtime> RaftLogStorage<TypeConfig<R>> for LogStore {
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> std::io::Result<()> {
         self.check()?;
-        let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
-        {
+        let told = {
+            let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
             let mut state = self.state();
             state.index.truncate_after(last.map(|id| id.index));
             let next = state.index.next();
             // Completions of what is gone: openraft has moved on and waits for none of them.
             state.held.split_off(&next);
+            if let Some(untold) = &mut state.untold {
+                // It is still to be said, of this one now if it is the earlier one.
+                *untold = last.min(*untold);
+                state.stalled_from = Some(state.stalled_from.map_or(next, |from| from.min(next)));
+                return Ok(());
+            }
+            let refused = state.stalled_from.is_some_and(|from| from <= next);
+            let never_there = refused && state.in_flight == 0 && state.orphan.is_none_or(|orphan| orphan < next);
+            state.orphan = state.orphan.filter(|orphan| *orphan < next);
             if state.stalled_from.is_some_and(|from| from >= next) {
                 state.stalled_from = None;
             }
+            if never_there {
+                return Ok(());
+            }
+            drop(state);
+            let body = record::encode_truncate(last.as_ref());
+            if self.has_room() {
+                // Nobody has to wait: what is appended next is behind it in the same queue.
+                drop(self.queue_critical(record::TRUNCATE, body, |_, _| ()));
+                return Ok(());
+            }
+            self.queue_small(record::TRUNCATE, body, Reserve::Install, |_, _| ())
+        };
+        if Self::placed(told).await?.is_none() {
+            let mut state = self.state();
+            let next = state.index.next();
+            state.untold = Some(last);
+            state.stalled_from = Some(state.stalled_from.map_or(next, |from| from.min(next)));
         }
-        // Nobody has to wait: what is appended next is behind it in the same queue.
-        drop(self.queue_critical(record::TRUNCATE, record::encode_truncate(last.as_ref()), |_, _| ()));
         Ok(())
     }
 
@@ -744,7 +902,7 @@ impl LogStore {
     pub(crate) fn purge_to(&self, upto: LogId) -> std::io::Result<()> {
         self.check()?;
         let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
-        let membership = {
+        let (untold, membership) = {
             let mut state = self.state();
             if state.index.purged() >= Some(upto) {
                 return Ok(());
@@ -756,8 +914,12 @@ impl LogStore {
             if state.stalled_from.is_some_and(|from| from < first) {
                 state.stalled_from = (!state.index.is_empty()).then_some(first);
             }
-            membership
+            (state.untold.take(), membership)
         };
+        if let Some(after) = untold {
+            // Else a restart would find what is behind `upto` of the entries that are gone.
+            drop(self.queue_critical(record::TRUNCATE, record::encode_truncate(after.as_ref()), |_, _| ()));
+        }
         drop(self.queue_critical(record::PURGE, record::encode_anchor(&upto, &membership), move |s, pos| {
             s.index.anchor_durable(upto, pos);
         }));
@@ -765,19 +927,31 @@ impl LogStore {
     }
 }
 
+/// Tells where a record lies, or that the ring had no room for it.
+type Told = oneshot::Receiver<std::io::Result<Option<RecordPos>>>;
+
 impl OwnerPin for LogStore {
-    fn pin(&self, flushed: LogIndex) -> BoxFuture<mainstay_engine::Result<Option<RecordPos>>> {
+    fn pin(&self, flushed: LogIndex) -> BoxFuture<Option<RecordPos>> {
         let this = self.clone();
         Box::pin(async move {
             let requests = this.state().purge_requests.clone();
-            if let Some(requests) = requests {
+            if let Some(requests) = requests.filter(|_| this.may_purge()) {
                 let (done, wait) = oneshot::channel();
                 if requests.try_send(PurgeRequest { flushed, done }).is_ok() {
                     // The node bounds this in time; when it is gone, what is needed is told without a purge.
                     let _ = wait.await;
                 }
             }
-            this.copy_forward().await.map_err(|e| {
+            // While damage is mended nothing may be cut.
+            let damaged = this.damage().map(|_| RecordPos::default());
+            damaged.or_else(|| this.state().index.oldest_pos())
+        })
+    }
+
+    fn carry(&self, floor: Lsn) -> BoxFuture<mainstay_engine::Result<Option<RecordPos>>> {
+        let this = self.clone();
+        Box::pin(async move {
+            this.copy_forward(floor).await.map_err(|e| {
                 mainstay_engine::Error::new(mainstay_engine::ErrorKind::Closed, format!("the raft log is closed: {e}"))
             })
         })

@@ -536,7 +536,8 @@ impl<R: Runtime> Inner<R> {
             return Err(Error::new(ErrorKind::Foreign, "the volume holds tables, and a witness has none"));
         }
         let others = if host.is_none() { crate::groups::of_others(&found, number) } else { Vec::new() };
-        let log = LogStore::open(engine.wal().clone(), number, found, cache_bytes, flushed)?;
+        let notes = Some(engine.owner_notes());
+        let log = LogStore::open(engine.wal().clone(), notes, number, found, cache_bytes, flushed)?;
         let known = log.membership().membership().get_node(&engine.identity().node).map(|member| member.witness);
         if known.is_some_and(|witness| witness != options.witness) {
             let what = if options.witness { "holds data" } else { "is a witness" };

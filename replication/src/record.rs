@@ -47,6 +47,55 @@ pub(crate) fn encode_vote(vote: &Vote) -> Vec<Bytes> {
     vec![writer.finish()]
 }
 
+/// The version of a note, below the bit that says that the vote is committed.
+pub(crate) const VOTE_NOTE_VERSION: u8 = 1;
+const COMMITTED: u8 = 0x80;
+
+/// A vote beside the ring: short, since those of all groups have one block.
+pub(crate) fn encode_vote_note(vote: &Vote) -> Bytes {
+    let mut out = vec![if vote.committed { VOTE_NOTE_VERSION | COMMITTED } else { VOTE_NOTE_VERSION }];
+    for mut value in [vote.leader_id.term, vote.leader_id.voted_for] {
+        while value >= 0x80 {
+            out.push(value.to_le_bytes()[0] | 0x80);
+            value >>= 7;
+        }
+        out.push(value.to_le_bytes()[0]);
+    }
+    out.into()
+}
+
+/// Reads what [`encode_vote_note`] wrote.
+pub(crate) fn decode_vote_note(bytes: &Bytes) -> Result<Vote> {
+    let damaged = || Error::new(ErrorKind::Corrupt, "a vote in the superblock is damaged");
+    let (first, mut rest) = bytes.split_first().ok_or_else(damaged)?;
+    let version = first & !COMMITTED;
+    if version != VOTE_NOTE_VERSION {
+        let message =
+            format!("a vote in the superblock of another version version={version} known={VOTE_NOTE_VERSION}");
+        return Err(Error::new(ErrorKind::Foreign, message));
+    }
+    let mut number = || {
+        let mut value = 0_u64;
+        for shift in (0..u64::BITS).step_by(7) {
+            let (byte, left) = rest.split_first().ok_or_else(damaged)?;
+            rest = left;
+            let bits = u64::from(byte & 0x7f);
+            let here =
+                bits.checked_shl(shift).filter(|here| here.checked_shr(shift) == Some(bits)).ok_or_else(damaged)?;
+            value |= here;
+            if byte & 0x80 == 0 {
+                return Ok(value);
+            }
+        }
+        Err(damaged())
+    };
+    let (term, node) = (number()?, number()?);
+    if !rest.is_empty() {
+        return Err(damaged());
+    }
+    Ok(if first & COMMITTED == 0 { Vote::new(term, node) } else { Vote::new_committed(term, node) })
+}
+
 pub(crate) fn encode_truncate(after: Option<&LogId>) -> Vec<Bytes> {
     let mut writer = Writer::new();
     writer.option_log_id(after);

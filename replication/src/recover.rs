@@ -190,6 +190,9 @@ pub async fn examine(media: Arc<dyn Media>, environment: &Environment, label: &s
         return Err(error);
     }
     index.settle();
+    if let Some((_, note)) = superblock.notes.iter().find(|(group, _)| *group == GROUP) {
+        index.recover_note(record::decode_vote_note(note)?);
+    }
     index.check()?;
     index.state_at(flushed.0)?;
     let Some(last) = index.last() else {
@@ -252,7 +255,8 @@ pub async fn recover(
         Ok(())
     })
     .await?;
-    let log = LogStore::open(engine.wal().clone(), GROUP, found, 0, Some(plan.survivor.flushed))?;
+    let notes = Some(engine.owner_notes());
+    let log = LogStore::open(engine.wal().clone(), notes, GROUP, found, 0, Some(plan.survivor.flushed))?;
     let written = write_membership(&log, &plan).await;
     // The records are durable by now; what a close would add is only that it was in order.
     let closed = engine.close().await;

@@ -7,7 +7,8 @@
 //!   id and membership come from `history`, which begins at what the log knows and grows with what is applied.
 //! - S2. `applied_state` after a restart is the flushed index. Nothing else is stored: the log holds the entries from
 //!   `purged` on and the anchor of `purged`, and `purged <= flushed` always, so it can name that index (X3).
-//! - S3. Before a snapshot is taken over, an anchor with its log id and membership is durable in the log. Import is
+//! - S3. Before a snapshot is taken over, an anchor with its log id and membership is durable in the log; not before all its tables are
+//!   here, since each costs a record, also when nothing comes of it. Import is
 //!   atomic in the engine; so after a crash at any point the flushed index is either the old one, which the log can
 //!   name, or the new one, which the anchor names.
 //! - S4. Every responder is answered (a lost one would hang its writer).
@@ -38,6 +39,9 @@ use crate::types::{
     EntryPayload, LogId, RaftSnapshot, Reply, SnapshotMeta, StoredMembership, TypeConfig, io_error, log_id, term_of,
 };
 use crate::{Error, ErrorKind, Result, Runtime};
+
+/// Why an install waits though its tables are here.
+pub(crate) const NO_ROOM: &str = "the log has no room for the name of the state that is to be taken over";
 
 /// Pause before an install asks again for what it could not get.
 const INSTALL_RETRY: Duration = Duration::from_millis(200);
@@ -148,11 +152,28 @@ struct Source {
 /// Bytes of one request for a part of a table; a longer one is cut.
 pub(crate) const TABLE_READ_BYTES_MAX: u64 = 4 << 20;
 
-struct SharedSource(Arc<Source>);
+struct SharedSource {
+    source: Arc<Source>,
+    /// Whose log shall name the state, and which was flushed before; none where it does already.
+    naming: Option<(LogStore, SnapshotMeta, LogIndex)>,
+}
 
 impl TableSource for SharedSource {
+    /// See S3.
+    fn arrived(&self) -> BoxFuture<mainstay_engine::Result<()>> {
+        let naming = self.naming.clone();
+        Box::pin(async move {
+            let Some((log, meta, flushed)) = naming else { return Ok(()) };
+            match log.begin_install(&meta, flushed).await {
+                Ok(true) => Ok(()),
+                Ok(false) => Err(mainstay_engine::Error::new(EngineErrorKind::OutOfSpace, NO_ROOM)),
+                Err(error) => Err(mainstay_engine::Error::new(EngineErrorKind::Closed, error.to_string())),
+            }
+        })
+    }
+
     fn read_table(&self, id: TableId, offset: u64, length: u64) -> BoxFuture<mainstay_engine::Result<Bytes>> {
-        let source = self.0.clone();
+        let source = self.source.clone();
         Box::pin(async move {
             let mut parts = Vec::new();
             let mut done = 0;
@@ -184,7 +205,8 @@ impl TableSource for SharedSource {
 
 /// Takes over the state of a peer outside of openraft, which does not run yet. The caller has made its name durable (S3).
 pub(crate) async fn take_tables<S: State>(state: &S, peers: Arc<dyn Peers>, offer: &Offer) -> Result<()> {
-    let source = SharedSource(Arc::new(Source { peers, from: offer.from, failed: Mutex::new(None) }));
+    let source = Arc::new(Source { peers, from: offer.from, failed: Mutex::new(None) });
+    let source = SharedSource { source, naming: None };
     let at = LogIndex(offer.meta.last_log_id.map_or(0, |id| id.index));
     state.import(at, offer.manifest.clone(), &source).await?;
     Ok(())
@@ -363,10 +385,11 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
     /// One attempt to take over the state of a peer. False, with nothing changed, when the peer could not give all of it or
     /// there is no space for it: worth another.
     async fn try_take_over(&mut self, offer: &Offer) -> std::io::Result<bool> {
-        self.log.begin_install(&offer.meta, self.state.flushed()).await?;
         let source = Arc::new(Source { peers: self.peers.clone(), from: offer.from, failed: Mutex::new(None) });
+        let naming = Some((self.log.clone(), offer.meta.clone(), self.state.flushed()));
+        let shared = SharedSource { source: source.clone(), naming };
         let at = LogIndex(offer.meta.last_log_id.map_or(0, |id| id.index));
-        let error = match self.state.import(at, offer.manifest.clone(), &SharedSource(source.clone())).await {
+        let error = match self.state.import(at, offer.manifest.clone(), &shared).await {
             Ok(index) if index == at => return Ok(true),
             Ok(index) => {
                 return Err(io_error(format!("the snapshot held another index index={index} meta={}", offer.meta)));
@@ -463,7 +486,13 @@ impl<R: Runtime, S: State> RaftStateMachine<TypeConfig<R>> for StateMachine<R, S
         if meta.last_log_id.is_some() && asked <= applied && meta.last_log_id <= self.last_applied {
             if self.log.last() < meta.last_log_id {
                 // An entry that waited has gone further. The log is about to be purged up to here, and knows no membership of here.
-                self.log.begin_install(meta, self.state.flushed()).await?;
+                while !self.log.begin_install(meta, self.state.flushed()).await? {
+                    if self.peers.is_closing() {
+                        return Err(io_error("closed during the install of a snapshot"));
+                    }
+                    tracing::warn!("{NO_ROOM}");
+                    R::sleep(INSTALL_RETRY).await;
+                }
             }
             self.told = self.told.max(asked);
             self.progress.advance(applied);

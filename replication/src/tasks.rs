@@ -104,7 +104,9 @@ impl<R: Runtime> Inner<R> {
                     Select3::First(None) => return,
                     Select3::Second(()) => {
                         seen = this.group.flushed();
-                        this.purge(seen).await;
+                        if this.log.may_purge() {
+                            this.purge(seen).await;
+                        }
                     }
                     Select3::Third(()) => {
                         idle.sealed = this.log.take_seal().or(idle.sealed);

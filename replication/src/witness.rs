@@ -92,7 +92,8 @@ impl State for Replica {
         match self {
             Self::Full(group) => Group::import(group, manifest, source).await,
             Self::Witness(applied) => {
-                // That it stands there is durable in the log already: see `LogStore::begin_install`.
+                // That it stands there is durable in the log then: see `LogStore::begin_install`.
+                source.arrived().await?;
                 Self::raise(applied, at);
                 Ok(at)
             }

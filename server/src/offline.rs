@@ -114,6 +114,7 @@ async fn superblock(args: &OfflineArgs) -> Result<(), Failure> {
         "clean_end": found.clean_end.map(|end| end.0),
         "root_bytes": found.root_bytes,
         "extents_bytes": found.extents_bytes,
+        "notes": found.notes.iter().map(|(group, note)| format!("group {} {}", group.0, hex(note))).collect::<Vec<_>>(),
     });
     print(args.json, &document, || lines(&document))
 }

@@ -68,12 +68,14 @@ impl Ring {
     /// Bytes between start and end of the log that `reserve` may fill.
     ///
     /// The part kept from `Normal` is a sixteenth, or enough for one longest batch, but then at most an eighth; three quarters of it are
-    /// for `Critical` alone.
+    /// kept from `Relief`, half of it from `Vote`, a quarter from `Install`.
     pub(crate) fn usable(&self, reserve: Reserve) -> u64 {
         let kept = (self.bytes / 16).max(BATCH_BYTES_LIMIT.min(self.bytes / 8));
         match reserve {
             Reserve::Normal => self.bytes - padded(kept),
             Reserve::Relief => self.bytes - padded(kept / 4 * 3),
+            Reserve::Vote => self.bytes - padded(kept / 2),
+            Reserve::Install => self.bytes - padded(kept / 4),
             Reserve::Critical => self.bytes,
         }
     }

@@ -69,7 +69,11 @@ pub enum Reserve {
     Normal,
     /// A quarter of that part too: short records without which what is in the ring stays needed (the first entry of a leader, a rotation).
     Relief,
-    /// All of it: what must be written so that space can be freed (manifest edits, votes, copies forward).
+    /// Half of it: what its owner can keep elsewhere when there is no room (votes).
+    Vote,
+    /// Three quarters of it: what can be written later, or with something else (manifest edits, names of states about to be taken over).
+    Install,
+    /// All of it: what must be written so that space can be freed (purges, copies forward).
     Critical,
 }
 

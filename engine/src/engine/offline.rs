@@ -19,7 +19,7 @@ use crate::group::{MANIFEST_EDIT, Recovered};
 use crate::manifest::{TableRef, Versions};
 use crate::memory::MemoryBudget;
 use crate::stored::{StoredBytes, StoredTable, extents_of};
-use crate::volume::{Superblock, SuperblockReport, VOLUME_FORMAT_VERSION, Volume, extents_bytes};
+use crate::volume::{Superblock, SuperblockReport, Volume, extents_bytes};
 use crate::{Error, ErrorKind, InstallTable, KeyspaceId, LogIndex, Result, TableId};
 
 /// Memory for blocks while tables are read.
@@ -67,6 +67,8 @@ pub struct SuperblockInfo {
     pub root_extents: Vec<(u64, u64)>,
     /// Bytes of the extents zone.
     pub extents_bytes: u64,
+    /// What the owners of the groups' logs keep there: see [`crate::OwnerNotes`].
+    pub notes: Vec<(GroupId, Bytes)>,
 }
 
 /// A group as the manifest pages and the edits in the log describe it.
@@ -158,7 +160,7 @@ impl Offline {
             copies: self.report.copies.to_vec(),
             copies_differ: self.report.differ,
             copies_cut_short: self.report.cut_short,
-            format_version: VOLUME_FORMAT_VERSION,
+            format_version: found.version(),
             volume: found.volume,
             incarnation: found.incarnation,
             identity: Identity::from_bytes(found.identity),
@@ -175,6 +177,7 @@ impl Offline {
                 .map(|e| (u64::from(e.first_unit), u64::from(e.units)))
                 .collect(),
             extents_bytes: self.volume.extents_zone_bytes(),
+            notes: found.notes.iter().map(|(group, note)| (GroupId(*group), note.clone())).collect(),
         }
     }
 

@@ -274,14 +274,27 @@ impl EngineShared {
             oldest = oldest.min(self.unknown().map_or(oldest, |pos| pos.batch));
             groups.iter().map(|(&id, slot)| (id, flushed_of(slot), found(slot))).collect()
         };
+        let mut pins = Vec::with_capacity(slots.len());
         for (id, flushed, found) in slots {
             let pin = self.pins.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
-            let needed = match (found, pin) {
+            let stays = match (found, pin) {
                 // Nobody has asked for the group yet: all of it stays.
                 (Some(found), _) => found,
-                (None, Some(pin)) => pin.pin(flushed).await?,
+                (None, Some(pin)) => {
+                    let stays = pin.pin(flushed).await;
+                    pins.push(pin);
+                    stays
+                }
                 (None, None) => return Ok(start),
             };
+            oldest = stays.map_or(oldest, |pos| oldest.min(pos.batch));
+        }
+        let floor = oldest;
+        if floor <= start {
+            return Ok(start);
+        }
+        for pin in pins {
+            let needed = pin.carry(floor).await?;
             oldest = needed.map_or(oldest, |pos| oldest.min(pos.batch));
         }
         Ok(oldest.max(start))

@@ -196,7 +196,8 @@ impl GroupShared {
         let (lineage, index) = (core.lineage, edit.index);
         let record = Record { group: self.id, kind: MANIFEST_EDIT, payload: vec![payload] };
         let on_durable = Box::new(move |outcome| group.edit_logged(lineage, index, outcome));
-        self.engine.wal().append(record, Reserve::Critical, on_durable);
+        // One that finds no room is written with the manifest pages.
+        self.engine.wal().append(record, Reserve::Install, on_durable);
     }
 
     /// The log tells what became of an edit. In order of the appends while they succeed.

@@ -100,6 +100,7 @@ impl GroupShared {
             tables.insert(id, stored);
         }
         self.engine.volume.flush().await?;
+        source.arrived().await?;
 
         // From here on it is done in a task of its own: once the pages are durable the old state must not be served again,
         // whether the caller still waits or not.

@@ -1,10 +1,12 @@
 //! Several groups on one volume: one ring for the entries of all.
 
-use mainstay_io::block_on;
-use mainstay_wal::GroupId;
+use std::sync::Mutex;
+
+use mainstay_io::{BoxFuture, block_on};
+use mainstay_wal::{GroupId, Lsn, RecordPos};
 
 use super::harness::*;
-use crate::{Command, Engine, GroupSettings, LocalLog, MAIN, OwnerRecord};
+use crate::{Command, Engine, GroupSettings, LocalLog, LogIndex, MAIN, OwnerPin, OwnerRecord, Result};
 
 const BUSY: GroupId = GROUP;
 const IDLE: GroupId = GroupId(8);
@@ -111,4 +113,51 @@ fn a_group_that_is_not_open_keeps_its_entries() {
     assert_eq!(read(&idle, "k").as_deref(), Some(b"of the absent one".as_slice()));
     block_on(idle.close()).expect("closes");
     block_on(engine.close()).expect("closes");
+}
+
+/// An owner of which one record stays where it is, and another does not.
+struct Owner {
+    stays: Option<RecordPos>,
+    floors: Mutex<Vec<Lsn>>,
+}
+
+impl OwnerPin for Owner {
+    fn pin(&self, _: LogIndex) -> BoxFuture<Option<RecordPos>> {
+        Box::pin(std::future::ready(self.stays))
+    }
+
+    fn carry(&self, floor: Lsn) -> BoxFuture<Result<Option<RecordPos>>> {
+        self.floors.lock().expect("not poisoned").push(floor);
+        Box::pin(std::future::ready(Ok(self.stays)))
+    }
+}
+
+/// What is carried is written anew: no further than the ring can be cut, and not at all when it cannot.
+#[test]
+fn owners_carry_their_records_as_far_as_the_ring_can_be_cut() {
+    let media = media();
+    let (engine, _) = engine(&media, engine_settings()).expect("the volume opens");
+    let at = |lsn| RecordPos { batch: Lsn(lsn), offset: 96, length: 1 };
+    let owner = |stays| std::sync::Arc::new(Owner { stays, floors: Mutex::default() });
+    let log = open(&engine, GroupId(9), &[]);
+    (0..10).for_each(|n| write(&log, &format!("k{n}"), &[7; VALUE_BYTES]));
+    block_on(log.propose(Command { time_ms: 1, body: crate::CommandBody::Rotate })).expect("rotates");
+    block_on(log.group().flushed_beyond(LogIndex(0)));
+    let end = engine.wal().durable();
+    for (stays, floor) in
+        [([Some(0), None], None), ([Some(8192), Some(16384)], Some(8192)), ([None, None], Some(end.0))]
+    {
+        let owners = stays.map(|stays| owner(stays.map(at)));
+        for (group, owner) in [GroupId(20), GroupId(21)].into_iter().zip(&owners) {
+            drop(block_on(engine.group(group, settings())).expect("opens"));
+            engine.set_owner_pin(group, owner.clone());
+        }
+        block_on(engine.shared_ref().purge()).expect("purges");
+        for owner in &owners {
+            let floors: Vec<u64> = owner.floors.lock().expect("not poisoned").iter().map(|floor| floor.0).collect();
+            assert_eq!(floors.last().copied(), floor, "{stays:?}: {floors:?}");
+        }
+        assert_eq!(engine.wal().start().0, floor.unwrap_or(0));
+    }
+    block_on(log.close()).expect("closes");
 }

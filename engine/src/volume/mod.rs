@@ -9,6 +9,7 @@
 //! 2. The epoch in the superblock is durable before anything is written under it.
 //! 3. A freed extent is reused or discarded only after a superblock is durable whose update began after it was freed.
 //! 4. A failed superblock write is final: every later update answers `Closed`.
+//! 5. A note that its owner has forgotten goes with the next update, and one that is put meanwhile stays.
 //! # Crash
 //! the table in `quorum`
 
@@ -23,6 +24,7 @@ mod turn;
 #[cfg(test)]
 mod tests;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -41,12 +43,12 @@ pub use self::extent::EXTENT_UNIT_BYTES;
 pub(crate) use self::extent::{Extent, extents_bytes};
 pub use self::inspect::holds_volume;
 pub(crate) use self::inspect::{SuperblockReport, inspect};
-pub(crate) use self::superblock::{ROOT_EXTENTS_MAX, Root, Superblock, VOLUME_FORMAT_VERSION};
+pub(crate) use self::superblock::{NOTE_BYTES_MAX, NOTES_BYTES_MAX, ROOT_EXTENTS_MAX, Root, Superblock};
 
 use self::allocator::Allocator;
 use self::extent::pieces;
 use self::quorum::{Verdict, choose};
-use self::superblock::{COPIES, Copy, copy_offset};
+use self::superblock::{COPIES, Copy, VOLUME_FORMAT_VERSION_NOTES, copy_offset};
 use self::turn::Turnstile;
 use crate::gather::Gather;
 use crate::{Error, ErrorKind, Result};
@@ -83,6 +85,8 @@ struct Updates {
 
 struct Current {
     superblock: Superblock,
+    /// Groups whose notes nobody needs any more.
+    forgotten: BTreeSet<u64>,
     /// Why nothing is written any more.
     failed: Option<Error>,
 }
@@ -128,6 +132,7 @@ impl Volume {
             clean_end: None,
             closed: false,
             root: None,
+            notes: BTreeMap::new(),
         };
         write_copies(&zone, &superblock).await
     }
@@ -185,7 +190,7 @@ impl Volume {
             spawner,
             turnstile: Arc::default(),
             updates: Arc::default(),
-            current: Mutex::new(Current { superblock, failed }),
+            current: Mutex::new(Current { superblock, forgotten: BTreeSet::new(), failed }),
             media,
         })))
     }
@@ -229,6 +234,29 @@ impl Volume {
         };
         drop(self.0.spawner.spawn("mainstay-superblock", Box::pin(task)));
         Box::pin(async move { done.await? })
+    }
+
+    /// The note of a group.
+    pub(crate) fn note(&self, group: u64) -> Option<Bytes> {
+        self.0.current().superblock.notes.get(&group).cloned()
+    }
+
+    /// Makes a note of a group durable in the place of an earlier one.
+    ///
+    /// # Errors
+    /// As [`Volume::update`]; `OutOfSpace` when the notes of all groups do not fit (nothing was changed).
+    pub(crate) fn put_note(&self, group: u64, note: Bytes) -> BoxFuture<Result<()>> {
+        self.update(move |superblock| {
+            superblock.notes.insert(group, note);
+        })
+    }
+
+    /// Lets the note of a group go with the next update.
+    pub(crate) fn forget_note(&self, group: u64) {
+        let mut current = self.0.current();
+        if current.superblock.notes.contains_key(&group) {
+            current.forgotten.insert(group);
+        }
     }
 
     /// Reads the copies of the superblock and writes those again that are damaged; returns how many.
@@ -452,25 +480,36 @@ impl Inner {
 
     /// The caller has the turn. Returns the extents that nothing names any more.
     async fn update_now(&self, change: impl FnOnce(&mut Superblock) + Send) -> Result<Vec<Extent>> {
-        let old = {
-            let current = self.current();
+        let (old, forgotten) = {
+            let mut current = self.current();
             if let Some(failed) = &current.failed {
                 let message = format!("the superblock could not be written before: {failed}");
                 return Err(Error::new(ErrorKind::Closed, message));
             }
-            current.superblock.clone()
+            (current.superblock.clone(), std::mem::take(&mut current.forgotten))
         };
         // Before `change` looks at anything: what is freed later may still be named by what it writes.
         let mut leaving = self.allocator.parked();
         let mut new = old.clone();
+        new.notes.retain(|group, _| !forgotten.contains(group));
         change(&mut new);
         new.sequence = old.sequence + 1;
         new.parent = old.checksum();
         let root_extents = new.root.as_ref().map_or(0, |root| root.extents.len());
-        if root_extents > ROOT_EXTENTS_MAX {
-            self.allocator.park_again(leaving);
+        let notes_bytes = new.encoded_notes().len();
+        let refused = if root_extents > ROOT_EXTENTS_MAX {
             let message = format!("the root has too many extents extents={root_extents} max={ROOT_EXTENTS_MAX}");
-            return Err(Error::new(ErrorKind::Invalid, message));
+            Some(Error::new(ErrorKind::Invalid, message))
+        } else if notes_bytes > NOTES_BYTES_MAX || new.notes.values().any(|note| note.len() > NOTE_BYTES_MAX) {
+            let message = format!("the notes do not fit notes_bytes={notes_bytes} max={NOTES_BYTES_MAX}");
+            Some(Error::new(ErrorKind::OutOfSpace, message))
+        } else {
+            None
+        };
+        if let Some(refused) = refused {
+            self.allocator.park_again(leaving);
+            self.current().forgotten.extend(forgotten);
+            return Err(refused);
         }
         if let Err(error) = write_copies(&self.superblock_zone, &new).await {
             tracing::error!(%error, "the superblock could not be written");
@@ -559,7 +598,7 @@ fn judge(name: String, copies: &[Copy; COPIES]) -> Result<Superblock> {
             ErrorKind::Foreign,
             format!(
                 "{name} was written by a newer release; open it with that one version={version} \
-                 supported={VOLUME_FORMAT_VERSION} case={row}"
+                 supported={VOLUME_FORMAT_VERSION_NOTES} case={row}"
             ),
         ),
         Verdict::Corrupt(why) if copies.contains(&Copy::Unreadable) => (

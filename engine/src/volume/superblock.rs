@@ -8,19 +8,27 @@
 //! 1. The checksum stored in a copy is bound to the copy's number, so that a copy that was written to the place of
 //!    another one does not count twice.
 //! 2. The checksum of the content is the same for all copies; it is what the next superblock names as its parent.
+//! 3. A superblock with notes has a version of its own, so that a build that would lose them does not open it; the next one without
+//!    is of the first version again.
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
 use crc_fast::crc64_nvme;
 use mainstay_io::{AlignedBuf, BLOCK_BYTES, SUPERBLOCK_ZONE_BYTES};
 use mainstay_wal::Lsn;
 
 use super::extent::Extent;
+use crate::codec::{Decoder, put_varint};
 
 /// First bytes of every copy.
 pub(crate) const MAGIC: [u8; 8] = *b"MAINSTAY";
-/// The version of a volume that this code writes, and the newest that it opens.
+/// The version of a volume without notes.
 pub(crate) const VOLUME_FORMAT_VERSION: u16 = 1;
+/// The version of a volume with notes, and the newest that this code opens.
+pub(crate) const VOLUME_FORMAT_VERSION_NOTES: u16 = 2;
 /// Copies of the superblock.
 pub(crate) const COPIES: usize = 4;
 /// Bytes from one copy to the next.
@@ -42,8 +50,15 @@ const OFFSET_WAL_START: usize = 112;
 const OFFSET_CLEAN_END: usize = 120;
 const OFFSET_ROOT_BYTES: usize = 128;
 const OFFSET_ROOT_CHECKSUM: usize = 136;
+const OFFSET_NOTES_BYTES: usize = 144;
 const OFFSET_ROOT_EXTENTS: usize = 256;
+const OFFSET_NOTES: usize = OFFSET_ROOT_EXTENTS + ROOT_EXTENTS_MAX * EXTENT_BYTES;
 const OFFSET_CHECKSUM: usize = BLOCK_BYTES - 8;
+
+/// Bytes of all notes together.
+pub(crate) const NOTES_BYTES_MAX: usize = OFFSET_CHECKSUM - OFFSET_NOTES;
+/// Bytes of one note.
+pub(crate) const NOTE_BYTES_MAX: usize = 32;
 
 const FLAG_CLEAN_END: u16 = 1;
 const FLAG_ROOT: u16 = 2;
@@ -51,7 +66,7 @@ const FLAG_CLOSED: u16 = 4;
 const EXTENT_BYTES: usize = 8;
 
 const _: () = assert!(COPIES as u64 * COPY_STRIDE_BYTES == SUPERBLOCK_ZONE_BYTES);
-const _: () = assert!(OFFSET_ROOT_EXTENTS + ROOT_EXTENTS_MAX * EXTENT_BYTES <= OFFSET_CHECKSUM);
+const _: () = assert!(OFFSET_NOTES < OFFSET_CHECKSUM);
 
 /// Where the manifest pages lie.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,9 +105,40 @@ pub(crate) struct Superblock {
     pub(crate) closed: bool,
     /// The manifest pages; None until the first were written.
     pub(crate) root: Option<Root>,
+    /// Opaque here: what the owner of a group's log keeps beside the log, at most [`NOTE_BYTES_MAX`] bytes each and
+    /// [`NOTES_BYTES_MAX`] as they are stored.
+    pub(crate) notes: BTreeMap<u64, Bytes>,
 }
 
 impl Superblock {
+    /// The notes as they are stored.
+    pub(crate) fn encoded_notes(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        let mut before = 0_u64;
+        for (group, note) in &self.notes {
+            put_varint(&mut out, group.saturating_sub(before));
+            out.push(u8::try_from(note.len()).unwrap_or(u8::MAX));
+            out.extend_from_slice(note);
+            before = *group;
+        }
+        out
+    }
+
+    fn decode_notes(bytes: &[u8]) -> crate::Result<BTreeMap<u64, Bytes>> {
+        let mut from = Decoder::new(Bytes::copy_from_slice(bytes), "a note of the superblock");
+        let mut notes = BTreeMap::new();
+        let mut group = 0_u64;
+        while !from.is_empty() {
+            group = group.checked_add(from.varint()?).ok_or_else(|| from.corrupt("a group is above 64 bits"))?;
+            let length = usize::from(from.u8()?);
+            let note = from.take(length)?;
+            if length > NOTE_BYTES_MAX || notes.insert(group, note).is_some() {
+                return Err(from.corrupt("it is too long, or there are two of one group"));
+            }
+        }
+        Ok(notes)
+    }
+
     /// Checksum of the content, the same for all copies.
     pub(crate) fn checksum(&self) -> u64 {
         Self::content_checksum(&self.encode(0)).unwrap_or_default()
@@ -100,7 +146,8 @@ impl Superblock {
 
     /// The bytes of copy `copy`.
     ///
-    /// Panics when the root has more than [`ROOT_EXTENTS_MAX`] extents; [`super::Volume::update`] checks that.
+    /// Panics when the root has more than [`ROOT_EXTENTS_MAX`] extents, or the notes more than [`NOTES_BYTES_MAX`] bytes;
+    /// [`super::Volume::update`] checks that.
     #[allow(
         clippy::indexing_slicing,
         clippy::arithmetic_side_effects,
@@ -113,7 +160,7 @@ impl Superblock {
             [(self.clean_end.is_some(), FLAG_CLEAN_END), (self.root.is_some(), FLAG_ROOT), (self.closed, FLAG_CLOSED)];
         let flags = flags.into_iter().filter(|(set, _)| *set).fold(0, |flags, (_, flag)| flags | flag);
         put(0, &MAGIC);
-        put(OFFSET_VERSION, &VOLUME_FORMAT_VERSION.to_le_bytes());
+        put(OFFSET_VERSION, &self.version().to_le_bytes());
         put(OFFSET_FLAGS, &flags.to_le_bytes());
         put(OFFSET_VOLUME, &self.volume);
         put(OFFSET_INCARNATION, &self.incarnation);
@@ -134,9 +181,18 @@ impl Superblock {
                 put(OFFSET_ROOT_EXTENTS + i * EXTENT_BYTES + 4, &extent.units.to_le_bytes());
             }
         }
+        let notes = self.encoded_notes();
+        assert!(notes.len() <= NOTES_BYTES_MAX, "notes of {} bytes", notes.len());
+        put(OFFSET_NOTES_BYTES, &(notes.len() as u32).to_le_bytes());
+        put(OFFSET_NOTES, &notes);
         let stored = crc64_nvme(&block[..OFFSET_CHECKSUM]) ^ copy as u64;
         block[OFFSET_CHECKSUM..].copy_from_slice(&stored.to_le_bytes());
         block
+    }
+
+    /// The version that it is stored as.
+    pub(crate) fn version(&self) -> u16 {
+        if self.notes.is_empty() { VOLUME_FORMAT_VERSION } else { VOLUME_FORMAT_VERSION_NOTES }
     }
 
     fn content_checksum(block: &[u8]) -> Option<u64> {
@@ -144,7 +200,7 @@ impl Superblock {
     }
 
     /// Reads the fields of a block whose checksum has matched. None when they cannot be: a mistake of the writer.
-    fn decode_fields(block: &[u8]) -> Option<Self> {
+    fn decode_fields(block: &[u8], version: u16) -> Option<Self> {
         let flags = u16::from_le_bytes(array_at(block, OFFSET_FLAGS)?);
         let u64_at = |at: usize| Some(u64::from_le_bytes(array_at(block, at)?));
         let root = if flags & FLAG_ROOT == 0 {
@@ -165,6 +221,13 @@ impl Superblock {
                 .collect::<Option<Vec<Extent>>>()?;
             Some(Root { extents, bytes: u64_at(OFFSET_ROOT_BYTES)?, checksum: u64_at(OFFSET_ROOT_CHECKSUM)? })
         };
+        let notes = if version < VOLUME_FORMAT_VERSION_NOTES {
+            BTreeMap::new()
+        } else {
+            let bytes = u32::from_le_bytes(array_at(block, OFFSET_NOTES_BYTES)?) as usize;
+            let end = OFFSET_NOTES.checked_add(bytes).filter(|end| *end <= OFFSET_CHECKSUM)?;
+            Self::decode_notes(block.get(OFFSET_NOTES..end)?).ok()?
+        };
         let clean_end = Lsn(u64_at(OFFSET_CLEAN_END)?);
         Some(Self {
             volume: array_at(block, OFFSET_VOLUME)?,
@@ -178,6 +241,7 @@ impl Superblock {
             clean_end: (flags & FLAG_CLEAN_END != 0).then_some(clean_end),
             closed: flags & FLAG_CLOSED != 0,
             root,
+            notes,
         })
     }
 }
@@ -214,11 +278,13 @@ impl Copy {
             return Self::Damaged;
         }
         match array_at(block, OFFSET_VERSION).map(u16::from_le_bytes) {
-            Some(VOLUME_FORMAT_VERSION) => match Superblock::decode_fields(block) {
-                Some(superblock) => Self::Whole(Box::new(superblock), checksum),
-                None => Self::Damaged,
-            },
-            Some(version) if version > VOLUME_FORMAT_VERSION => Self::Newer(version),
+            Some(version @ VOLUME_FORMAT_VERSION..=VOLUME_FORMAT_VERSION_NOTES) => {
+                match Superblock::decode_fields(block, version) {
+                    Some(superblock) => Self::Whole(Box::new(superblock), checksum),
+                    None => Self::Damaged,
+                }
+            }
+            Some(version) if version > VOLUME_FORMAT_VERSION_NOTES => Self::Newer(version),
             _ => Self::Damaged,
         }
     }
@@ -252,7 +318,9 @@ pub(crate) fn layout() -> Vec<(usize, usize, &'static str)> {
         (OFFSET_CLEAN_END, 8, "clean_end"),
         (OFFSET_ROOT_BYTES, 8, "root_bytes"),
         (OFFSET_ROOT_CHECKSUM, 8, "root_checksum"),
+        (OFFSET_NOTES_BYTES, 4, "notes_bytes"),
         (OFFSET_ROOT_EXTENTS, ROOT_EXTENTS_MAX.saturating_mul(EXTENT_BYTES), "root_extents"),
+        (OFFSET_NOTES, NOTES_BYTES_MAX, "notes"),
         (OFFSET_CHECKSUM, 8, "checksum"),
     ]
 }

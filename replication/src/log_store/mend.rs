@@ -138,35 +138,34 @@ impl LogStore {
 
     /// Gives no vote in a term up to `term` from here on, durably; to nobody, since whom it was given to is not known.
     pub(crate) async fn raise_vote(&self, term: u64) -> std::io::Result<()> {
-        let rx = {
+        let (vote, told) = {
             let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
             let vote = match self.state().index.vote() {
                 Some(vote) if vote.leader_id.term >= term => vote,
                 _ => Vote::new(term, NOBODY),
             };
             self.state().index.set_vote(vote);
-            self.queue_critical(record::VOTE, record::encode_vote(&vote), move |s, pos| {
-                if s.index.vote() == Some(vote) {
-                    s.index.vote_pos = Some(pos);
-                }
-            })
+            (vote, self.queue_vote(vote))
         };
-        Self::wait(rx).await
+        self.settle_vote(vote, told).await
     }
 
     /// Votes for this node in a new term and appends an entry of that term, durably, in this order. Nothing else runs on the log.
     pub(crate) async fn vote_and_append(&self, vote: Vote, entry: Entry) -> std::io::Result<()> {
         self.check()?;
-        let (voted, appended) = {
+        let told = {
             let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
             self.state().index.set_vote(vote);
-            let voted = self.queue_critical(record::VOTE, record::encode_vote(&vote), |_, _| ());
+            self.queue_vote(vote)
+        };
+        self.settle_vote(vote, told).await?;
+        let appended = {
+            let _order = self.inner.order.lock().expect("nothing panics while it holds this lock");
             self.state().index.push(entry.clone());
             let id = entry.log_id;
             let body = record::encode_entry(&entry);
-            (voted, self.queue_critical(record::ENTRY, body, move |s, pos| s.index.durable(id, pos)))
+            self.queue_critical(record::ENTRY, body, move |s, pos| s.index.durable(id, pos))
         };
-        Self::wait(voted).await?;
         Self::wait(appended).await
     }
 

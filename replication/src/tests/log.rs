@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use mainstay_engine::{LogIndex, OwnerPin};
 use mainstay_io::sim::{IoKind, SimDisk, SimOptions, SimScheduler};
-use mainstay_wal::Lsn;
+use mainstay_wal::{Lsn, RecordPos, Wal};
 use openraft::async_runtime::Oneshot;
 use openraft::storage::{IOFlushed, RaftLogReader, RaftLogStorage};
 use openraft_rt::AsyncRuntime;
@@ -22,25 +22,25 @@ use crate::types::{
 type Config = TypeConfig<TokioRuntime>;
 type Receiver<T> = <<TokioRuntime as AsyncRuntime>::Oneshot as Oneshot>::Receiver<T>;
 
-fn run<T>(test: impl Future<Output = T>) -> T {
+pub(super) fn run<T>(test: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(test)
 }
 
-fn normal(term: u64, index: u64, bytes: usize) -> Entry {
+pub(super) fn normal(term: u64, index: u64, bytes: usize) -> Entry {
     let payload = Payload::new(Bytes::from(vec![index as u8; bytes]));
     Entry { log_id: log_id(term, index), payload: EntryPayload::Normal(payload) }
 }
 
-fn members(ids: &[u64]) -> Membership {
+pub(super) fn members(ids: &[u64]) -> Membership {
     Membership::new_with_defaults(vec![ids.iter().copied().collect()], [])
 }
 
-fn membership(term: u64, index: u64, ids: &[u64]) -> Entry {
+pub(super) fn membership(term: u64, index: u64, ids: &[u64]) -> Entry {
     Entry { log_id: log_id(term, index), payload: EntryPayload::Membership(members(ids)) }
 }
 
 /// Queues entries and returns what tells that they are durable.
-async fn queue(store: &mut LogStore, entries: Vec<Entry>) -> Receiver<std::io::Result<()>> {
+pub(super) async fn queue(store: &mut LogStore, entries: Vec<Entry>) -> Receiver<std::io::Result<()>> {
     let (tx, rx) = <TokioRuntime as AsyncRuntime>::Oneshot::channel();
     RaftLogStorage::<Config>::append(store, entries, IOFlushed::signal(tx)).await.expect("queued");
     rx
@@ -50,19 +50,19 @@ pub(super) async fn append(store: &mut LogStore, entries: Vec<Entry>) {
     queue(store, entries).await.await.expect("told").expect("durable");
 }
 
-async fn entries(store: &mut LogStore) -> Vec<Entry> {
+pub(super) async fn entries(store: &mut LogStore) -> Vec<Entry> {
     RaftLogReader::<Config>::try_get_log_entries(store, 0..u64::MAX).await.expect("readable")
 }
 
-async fn ids(store: &mut LogStore) -> Vec<LogId> {
+pub(super) async fn ids(store: &mut LogStore) -> Vec<LogId> {
     entries(store).await.iter().map(|e| e.log_id).collect()
 }
 
-async fn save_vote(store: &mut LogStore, vote: Vote) {
+pub(super) async fn save_vote(store: &mut LogStore, vote: Vote) {
     RaftLogStorage::<Config>::save_vote(store, &vote).await.expect("durable");
 }
 
-async fn read_vote(store: &mut LogStore) -> Option<Vote> {
+pub(super) async fn read_vote(store: &mut LogStore) -> Option<Vote> {
     RaftLogReader::<Config>::read_vote(store).await.expect("known")
 }
 
@@ -70,8 +70,14 @@ async fn purge(store: &mut LogStore, upto: LogId) {
     RaftLogStorage::<Config>::purge(store, upto).await.expect("queued");
 }
 
-async fn truncate(store: &mut LogStore, after: LogId) {
+pub(super) async fn truncate(store: &mut LogStore, after: LogId) {
     RaftLogStorage::<Config>::truncate_after(store, Some(after)).await.expect("queued");
+}
+
+/// Up to where the engine may cut the ring of this group alone.
+pub(super) async fn cut_at(store: &LogStore, wal: &Wal, flushed: LogIndex) -> RecordPos {
+    let floor = store.pin(flushed).await.map_or(wal.durable(), |pos| pos.batch);
+    store.carry(floor).await.expect("open").expect("a log")
 }
 
 #[test]
@@ -160,11 +166,12 @@ fn an_idle_log_lets_go_of_the_ring() {
         append(store, vec![membership(1, 0, &[1]), normal(1, 1, 100)]).await;
         purge(store, log_id(1, 1)).await;
         append(store, vec![normal(1, 2, 50_000), normal(1, 3, 50_000)]).await;
-        let pinned = store.pin(LogIndex(1)).await.expect("open").expect("a log");
-        assert_eq!(Some(pinned), store_pos(store, 2), "vote and purge stand behind the oldest entry now");
+        let pinned = cut_at(store, &bench.wal, LogIndex(1)).await;
+        let oldest = store_pos(store, 2).map(|pos| pos.batch);
+        assert_eq!(Some(pinned.batch), oldest, "vote and purge do not stand before the oldest entry any more");
 
         purge(store, log_id(1, 3)).await;
-        let pinned = store.pin(LogIndex(3)).await.expect("open").expect("a log");
+        let pinned = cut_at(store, &bench.wal, LogIndex(3)).await;
         assert!(pinned.batch.0 > 100_000, "only the copies are left");
         bench.wal.release(pinned.batch);
         let mut bench = bench.crash(1, pinned.batch, 1 << 20).await;
@@ -188,7 +195,7 @@ fn the_state_can_be_named_before_and_after_an_install_whatever_the_crash_left() 
         append(&mut bench.store, vec![membership(1, 0, &[1]), normal(1, 1, 10), normal(1, 2, 10)]).await;
         let stored = StoredMembership::new(Some(log_id(4, 80)), members(&[1, 2]));
         let meta = SnapshotMeta { last_log_id: Some(log_id(5, 90)), last_membership: stored.clone() };
-        bench.store.begin_install(&meta, LogIndex(2)).await.expect("durable");
+        assert!(bench.store.begin_install(&meta, LogIndex(2)).await.expect("durable"));
         let mut bench = bench.crash(3, Lsn(0), 1 << 20).await;
         // The engine had not switched.
         assert_eq!(bench.store.state_at(LogIndex(2)).expect("known").0, Some(log_id(1, 2)));
@@ -196,7 +203,7 @@ fn the_state_can_be_named_before_and_after_an_install_whatever_the_crash_left() 
         assert_eq!(bench.store.state_at(LogIndex(90)).expect("anchored"), (Some(log_id(5, 90)), stored.clone()));
         // openraft then purges up to there; copies forward keep the name.
         purge(&mut bench.store, log_id(5, 90)).await;
-        let pinned = bench.store.pin(LogIndex(90)).await.expect("open").expect("a log");
+        let pinned = cut_at(&bench.store, &bench.wal, LogIndex(90)).await;
         let mut bench = bench.crash(4, pinned.batch, 1 << 20).await;
         assert_eq!(bench.store.state_at(LogIndex(90)).expect("anchored"), (Some(log_id(5, 90)), stored));
         append(&mut bench.store, vec![normal(6, 91, 10)]).await;
@@ -229,7 +236,7 @@ fn entries_wait_for_space_in_order_and_votes_go_through() {
         // What a crash finds now is what was acknowledged, in order.
         let upto = durable - 2;
         purge(&mut bench.store, log_id(1, upto)).await;
-        let pinned = bench.store.pin(LogIndex(upto)).await.expect("open").expect("a log");
+        let pinned = cut_at(&bench.store, &bench.wal, LogIndex(upto)).await;
         bench.wal.release(pinned.batch);
         bench.store.resume();
         for wait in waits.drain(..waits.len().min(30)) {
@@ -262,7 +269,7 @@ fn a_purge_that_is_carried_out_before_openraft_comes_to_it_makes_room_once() {
         assert!(bench.store.is_stalled());
         let last = waits.pop().expect("eighteen");
         bench.store.purge_to(log_id(1, 10)).expect("open");
-        let pinned = bench.store.pin(LogIndex(10)).await.expect("open").expect("a log");
+        let pinned = cut_at(&bench.store, &bench.wal, LogIndex(10)).await;
         bench.wal.release(pinned.batch);
         bench.store.resume();
         last.await.expect("told").expect("durable");
@@ -286,14 +293,14 @@ fn installs_that_come_to_nothing_can_be_begun_for_ever() {
         let stored = StoredMembership::new(Some(log_id(1, 0)), members(&[1]));
         for index in 10..60 {
             let meta = SnapshotMeta { last_log_id: Some(log_id(2, index)), last_membership: stored.clone() };
-            bench.store.begin_install(&meta, LogIndex(1)).await.expect("begun");
+            assert!(bench.store.begin_install(&meta, LogIndex(1)).await.expect("begun"));
             assert_eq!(bench.store.state_at(LogIndex(index)).expect("named").0, Some(log_id(2, index)));
             assert_eq!(bench.store.state_at(LogIndex(1)).expect("named").0, Some(log_id(1, 1)));
         }
         // One of them was taken over: it stays named while others are begun.
         for index in 70..80 {
             let meta = SnapshotMeta { last_log_id: Some(log_id(2, index)), last_membership: stored.clone() };
-            bench.store.begin_install(&meta, LogIndex(59)).await.expect("begun");
+            assert!(bench.store.begin_install(&meta, LogIndex(59)).await.expect("begun"));
             assert_eq!(bench.store.state_at(LogIndex(59)).expect("named").0, Some(log_id(2, 59)));
         }
     });
@@ -395,7 +402,7 @@ fn the_ring_is_not_cut_behind_a_purge_that_is_not_durable_yet() {
 
         held.holding.store(true, Ordering::Release);
         let kept = || held.kept.lock().expect("not poisoned").len();
-        let mut pin = store.pin(LogIndex(1));
+        let mut pin = store.carry(wal.durable());
         assert!(futures_util::poll!(&mut pin).is_pending());
         while kept() < 1 {
             tokio::task::yield_now().await;

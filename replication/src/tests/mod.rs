@@ -5,6 +5,7 @@ mod cluster;
 mod conditions;
 mod disk;
 mod disturb;
+mod full_ring;
 mod groups;
 mod guarantees;
 mod heal;
@@ -88,8 +89,8 @@ impl Bench {
         };
         let options = WalOptions::new(*b"volume-of-a-test", epoch, start, None);
         let (wal, _) = Wal::open(zone, environment(), options, &mut deliver).await.expect("the log opens");
-        let store =
-            LogStore::open(wal.clone(), GROUP, found, cache_bytes, Some(LogIndex(0))).expect("the raft log opens");
+        let store = LogStore::open(wal.clone(), None, GROUP, found, cache_bytes, Some(LogIndex(0)))
+            .expect("the raft log opens");
         Self { disk, wal, store, epoch }
     }
 
@@ -143,8 +144,9 @@ impl State for Double {
         &self,
         _at: LogIndex,
         manifest: Bytes,
-        _source: &dyn TableSource,
+        source: &dyn TableSource,
     ) -> mainstay_engine::Result<LogIndex> {
+        source.arrived().await?;
         let index = u64::from_le_bytes(manifest.as_ref().try_into().expect("eight bytes"));
         *self.0.lock().expect("not poisoned") = index;
         Ok(LogIndex(index))

@@ -16,7 +16,8 @@ enum Step {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let bytes = prop_oneof![4 => 0_usize..600, 2 => 600_usize..9000, 1 => 9000_usize..16_000];
-    let reserve = prop_oneof![7 => Just(Reserve::Normal), 1 => Just(Reserve::Relief), 2 => Just(Reserve::Critical)];
+    let reserve = prop_oneof![7 => Just(Reserve::Normal), 1 => Just(Reserve::Relief), 1 => Just(Reserve::Vote),
+        1 => Just(Reserve::Install), 2 => Just(Reserve::Critical)];
     let step = prop_oneof![
         6 => (bytes, reserve).prop_map(|(bytes, reserve)| Step::Append { bytes, reserve }),
         5 => Just(Step::Turn),

@@ -196,12 +196,16 @@ fn a_full_ring_takes_what_relieves_it_and_then_only_what_is_critical() {
             })
             .expect("it has an end")
     };
-    // An eighth is kept from entries: 32 blocks, of which 8 take what relieves the ring too.
+    // An eighth is kept from entries: 32 blocks, of which each kind takes a quarter more than the one before it.
     assert_eq!(fill(Reserve::Normal, 3000), 256 - 32);
     assert_eq!(fill(Reserve::Relief, 100), 8);
     assert_eq!(fill(Reserve::Normal, 1), 0);
-    assert_eq!(fill(Reserve::Critical, 100), 24);
+    assert_eq!(fill(Reserve::Vote, 100), 8);
     assert_eq!(fill(Reserve::Relief, 100), 0);
+    assert_eq!(fill(Reserve::Install, 100), 8);
+    assert_eq!(fill(Reserve::Vote, 100), 0);
+    assert_eq!(fill(Reserve::Critical, 100), 8);
+    assert_eq!(fill(Reserve::Install, 100), 0);
 }
 
 #[test]

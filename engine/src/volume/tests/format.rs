@@ -1,6 +1,7 @@
 //! Ties docs/format.md to the code.
 
 use super::*;
+use crate::volume::superblock::VOLUME_FORMAT_VERSION;
 
 #[test]
 fn the_document_has_the_fields_of_the_code() {
@@ -11,7 +12,8 @@ fn the_document_has_the_fields_of_the_code() {
         assert!(section.contains(&row), "docs/format.md lacks: {row}");
     });
     for fact in [
-        format!("version {VOLUME_FORMAT_VERSION}"),
+        format!("version {VOLUME_FORMAT_VERSION}, or {VOLUME_FORMAT_VERSION_NOTES} "),
+        format!("at most {NOTE_BYTES_MAX} bytes"),
         format!("{} copies", COPIES),
         format!("every {} bytes", crate::volume::superblock::COPY_STRIDE_BYTES),
         format!("at most {ROOT_EXTENTS_MAX}"),

@@ -234,7 +234,7 @@ fn a_newer_format_names_both_versions() {
     block[4088..].copy_from_slice(&checksum.to_le_bytes());
     let error = refusal(image);
     assert_eq!(error.kind(), ErrorKind::Foreign);
-    assert!(error.to_string().contains("version=7 supported=1"), "{error}");
+    assert!(error.to_string().contains("version=7 supported=2"), "{error}");
 }
 
 #[test]
@@ -291,6 +291,61 @@ fn a_failed_superblock_write_is_final() {
     assert_eq!(volume.superblock().identity, [0; 32]);
 }
 
+/// What a volume says of itself in the first copy: its version.
+fn version(media: &MemMedia) -> u16 {
+    let image = image(media);
+    u16::from_le_bytes([image[8], image[9]])
+}
+
+/// The version is what keeps a build that knows no notes from opening the volume, and then only while there are some.
+#[test]
+fn notes_are_found_again_until_they_are_forgotten() {
+    let media = formatted();
+    let (volume, _) = open(&media);
+    assert_eq!(version(&media), 1);
+    for (group, note) in [(9, "nine"), (1, "one"), (u64::MAX, "last"), (9, "again")] {
+        block_on(volume.put_note(group, note.into())).expect("is made durable");
+    }
+    let (volume, found) = open(&media);
+    let notes: Vec<(u64, Bytes)> = found.notes.into_iter().collect();
+    assert_eq!(notes, [(1, "one".into()), (9, "again".into()), (u64::MAX, "last".into())]);
+    assert_eq!((version(&media), volume.note(9)), (2, Some("again".into())));
+    volume.forget_note(9);
+    volume.forget_note(9);
+    volume.forget_note(7);
+    assert_eq!(open(&media).1.notes.len(), 3, "not before the next update");
+    let (volume, _) = open(&media);
+    [1, 9, u64::MAX].iter().for_each(|group| volume.forget_note(*group));
+    // What is put anew stays, whenever the earlier one was forgotten.
+    block_on(volume.put_note(9, "anew".into())).expect("is made durable");
+    let (volume, found) = open(&media);
+    assert_eq!(found.notes, [(9, Bytes::from("anew"))].into());
+    volume.forget_note(9);
+    block_on(volume.update(|_| ())).expect("is made durable");
+    assert_eq!((version(&media), volume.note(9)), (1, None));
+    assert!(open(&media).1.notes.is_empty());
+}
+
+#[test]
+fn notes_that_do_not_fit_change_nothing() {
+    let media = formatted();
+    let (volume, _) = open(&media);
+    block_on(volume.put_note(1, "one".into())).expect("is made durable");
+    let long = block_on(volume.put_note(2, vec![7; NOTE_BYTES_MAX + 1].into())).expect_err("too long");
+    assert_eq!(long.kind(), ErrorKind::OutOfSpace);
+    volume.forget_note(1);
+    let full = (100..).find_map(|group| block_on(volume.put_note(group, vec![7; NOTE_BYTES_MAX].into())).err());
+    assert_eq!(full.map(|error| error.kind()), Some(ErrorKind::OutOfSpace));
+    let notes = volume.superblock().notes;
+    assert_eq!(notes.len(), NOTES_BYTES_MAX / (NOTE_BYTES_MAX + 2));
+    assert_eq!(open(&media).1.notes, notes);
+    // The votes of all groups of a process, each with as many bytes as one has after years.
+    let media = formatted();
+    let (volume, _) = open(&media);
+    (1..=129).for_each(|group| block_on(volume.put_note(group, vec![7; 11].into())).expect("there is room"));
+    assert_eq!(open(&media).1.notes.len(), 129);
+}
+
 #[test]
 fn a_root_of_too_many_extents_changes_nothing() {
     let media = formatted();
@@ -319,6 +374,7 @@ fn every_mixture_of_copies_has_a_row() {
         clean_end: None,
         closed: false,
         root: None,
+        notes: BTreeMap::new(),
     };
     let after =
         |sb: &Superblock, epoch| Superblock { sequence: sb.sequence + 1, parent: sb.checksum(), epoch, ..sb.clone() };
@@ -331,7 +387,7 @@ fn every_mixture_of_copies_has_a_row() {
         Copy::NoMagic,
         Copy::Damaged,
         Copy::Unreadable,
-        Copy::Newer(2),
+        Copy::Newer(3),
         whole(&first),
         whole(&second),
         whole(&third),
@@ -353,7 +409,7 @@ fn every_mixture_of_copies_has_a_row() {
             Verdict::Take(_) => assert!("DFG".contains(letter)),
             Verdict::NotAVolume => assert_eq!(letter, 'C'),
             Verdict::FormatCutShort => assert_eq!(letter, 'H'),
-            Verdict::NewerFormat(version) => assert_eq!((letter, version), ('A', 2)),
+            Verdict::NewerFormat(version) => assert_eq!((letter, version), ('A', 3)),
             Verdict::Corrupt(_) => assert!("BEI".contains(letter)),
         }
     }
