@@ -214,8 +214,7 @@ impl Node {
     /// the first, for writes that need no order among each other. Batches, snapshots, checkpoints and clones are of one group each.
     ///
     /// # Errors
-    /// `Invalid`: the name has no or more than 64 bytes, or there are 128 groups already. `Unsupported`: the cluster has a witness.
-    /// `Unavailable`, `Indeterminate`: the same call again finds what was made.
+    /// `Invalid`: the name has no or more than 64 bytes, or there are 128 groups already. `Unavailable` (also of a witness), `Indeterminate`: the same call again finds what was made.
     pub fn create_group(&self, name: &str) -> BoxFuture<Result<Store>> {
         let name = name.to_owned();
         self.bind(|inner| async move {

@@ -13,6 +13,8 @@
 //! - P4. A process serves all its groups or none: when a replica leaves service, the host does.
 //! - P5. Entries of a group are kept in the ring until its replica is opened: those that the tables of the first group name are opened
 //!   before anything is cut.
+//! - P6. A witness has no tables that name groups: it asks the members that do, whenever it has applied more of the first group, until one
+//!   answers that has applied as much. What it has heard only grows. A majority that counts on its vote has such a member.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, MutexGuard, Weak};
@@ -30,7 +32,7 @@ use crate::network::{keeps_order, method};
 use crate::node::{Inner, Phase, Running, Write};
 use crate::relief::Stuck;
 use crate::types::{LogId, Member, Membership, members_of};
-use crate::wire::{Reader, Writer};
+use crate::wire::{MEMBERS_MAX, Reader, Writer, decode_result};
 use crate::{
     Durability, Envelope, Error, ErrorKind, Handler, Hello, MemberInfo, MemberRole, NodeId, NodeOptions, PeerAddress,
     ReadLevel, Result, Runtime, Transport,
@@ -49,9 +51,51 @@ const LOOK: Duration = Duration::from_millis(500);
 
 /// What the first group says of another.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Birth {
+pub(crate) struct Birth {
     number: GroupId,
     voters: BTreeSet<u64>,
+}
+
+/// What a member with data answers to who asks for the groups.
+pub(crate) struct Births {
+    /// It has applied the first group up to here.
+    applied: u64,
+    births: BTreeMap<String, Birth>,
+}
+
+impl Births {
+    pub(crate) fn write(&self, out: &mut Writer) {
+        out.u64(self.applied).u32(self.births.len() as u32);
+        for (name, birth) in &self.births {
+            out.u64(birth.number.0).string(name).u32(birth.voters.len() as u32);
+            birth.voters.iter().for_each(|id| {
+                out.u64(*id);
+            });
+        }
+    }
+
+    pub(crate) fn read(reader: &mut Reader) -> Result<Self> {
+        let too_many = |what: &str| Error::new(ErrorKind::Corrupt, format!("an answer names too many {what}"));
+        let (applied, count) = (reader.u64()?, reader.u32()?);
+        if count as usize > GROUPS_MAX {
+            return Err(too_many("groups"));
+        }
+        let mut births = BTreeMap::new();
+        for _ in 0..count {
+            let (number, name, voters_count) = (GroupId(reader.u64()?), reader.string()?, reader.u32()?);
+            if voters_count as usize > MEMBERS_MAX {
+                return Err(too_many("voters"));
+            }
+            let voters = (0..voters_count).map(|_| reader.u64()).collect::<Result<BTreeSet<u64>>>()?;
+            births.insert(name, Birth { number, voters });
+        }
+        Ok(Self { applied, births })
+    }
+}
+
+/// The whole of an answer.
+pub(crate) fn read_births(body: &bytes::Bytes) -> Result<Births> {
+    decode_result(body, Births::read)
 }
 
 /// The name of the keyspace that is the birth of a group.
@@ -222,15 +266,50 @@ impl<R: Runtime> Inner<R> {
         }
     }
 
+    /// The groups that were born, as far as this node has applied the first one, or a witness has heard of it.
+    fn born(&self) -> BTreeMap<String, Birth> {
+        match self.is_witness() {
+            true => self.heard_births.lock().expect("nothing panics while it holds this lock").clone(),
+            false => births(self.group.keyspaces()),
+        }
+    }
+
+    /// What a member that holds data knows of the groups.
+    pub(crate) fn known_births(&self) -> Result<Births> {
+        self.check_holds_data()?;
+        // In this order: what is born meanwhile may be missing from what is said to hold it.
+        let applied = self.group.applied().0;
+        Ok(Births { applied, births: births(self.group.keyspaces()) })
+    }
+
+    /// Of a witness: see P6. Whether it knows now of all groups that were born up to what it has applied.
+    async fn hear_of_births(self: &Arc<Self>) -> bool {
+        let applied = self.progress.applied().0;
+        let holders: Vec<NodeId> = self.holders().map(|member| member.id).collect();
+        let ask = |id| self.call_member(id, method::BIRTHS, Writer::new().finish(), self.options.election_timeout);
+        let mut knows = false;
+        for answer in futures_util::future::join_all(holders.into_iter().map(ask)).await {
+            let Ok(Births { applied: up_to, births }) = answer.and_then(|body| read_births(&body)) else { continue };
+            knows |= up_to >= applied;
+            self.heard_births.lock().expect("nothing panics while it holds this lock").extend(births);
+        }
+        knows
+    }
+
+    /// Whether there may be groups beside the first. A witness does not know without asking.
+    pub(crate) fn may_have_groups(&self) -> bool {
+        self.is_witness() || !self.born().is_empty()
+    }
+
     /// Names of the groups that were born, as far as this node has applied the first one.
     pub(crate) fn group_names(&self) -> Vec<String> {
-        births(self.group.keyspaces()).into_keys().collect()
+        self.born().into_keys().collect()
     }
 
     /// The replicas here of those.
     pub(crate) fn groups_by_name(&self) -> BTreeMap<String, Arc<Self>> {
         let open = self.groups();
-        let named = births(self.group.keyspaces()).into_iter();
+        let named = self.born().into_iter();
         named.filter_map(|(name, birth)| Some((name, open.get(&birth.number)?.clone()))).collect()
     }
 
@@ -252,6 +331,9 @@ impl<R: Runtime> Inner<R> {
 
     /// The groups in which a member has a vote, or may have one.
     pub(crate) async fn groups_counting_on(self: &Arc<Self>, id: u64) -> Result<Vec<String>> {
+        if self.is_witness() && !self.hear_of_births().await {
+            return Err(Error::new(ErrorKind::Unavailable, "a witness has not heard of all groups yet"));
+        }
         self.open_groups().await?;
         let mut counting = Vec::new();
         for (name, group) in self.groups_by_name() {
@@ -273,7 +355,7 @@ impl<R: Runtime> Inner<R> {
         self.check_first()?;
         keyspace_of(name, &BTreeSet::new())?;
         self.read_barrier(ReadLevel::Linearizable).await?;
-        let born = births(self.group.keyspaces());
+        let born = self.born();
         if born.contains_key(name) {
             return self.open_group(name).await;
         }
@@ -282,9 +364,6 @@ impl<R: Runtime> Inner<R> {
             return Err(Error::new(ErrorKind::Invalid, message));
         }
         let members = self.members();
-        if members.iter().any(|member| member.witness) {
-            return Err(Error::new(ErrorKind::Unsupported, "a cluster with a witness has one group"));
-        }
         let voters =
             members.iter().filter(|member| member.role == MemberRole::Voter).map(|member| member.id.0).collect();
         let body = CommandBody::CreateKeyspace { name: keyspace_of(name, &voters)? };
@@ -296,7 +375,7 @@ impl<R: Runtime> Inner<R> {
     pub(crate) async fn open_group(self: &Arc<Self>, name: &str) -> Result<Arc<Self>> {
         self.check_first()?;
         self.read_barrier(ReadLevel::Linearizable).await?;
-        let born = births(self.group.keyspaces());
+        let born = self.born();
         let birth =
             born.get(name).ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no such group name={name}")))?;
         self.open_groups().await?;
@@ -308,7 +387,7 @@ impl<R: Runtime> Inner<R> {
     pub(crate) async fn open_groups(self: &Arc<Self>) -> Result<()> {
         let closed = |_| Error::new(ErrorKind::Closed, "the node is closed");
         let _one = self.opening_groups.acquire().await.map_err(closed)?;
-        for birth in births(self.group.keyspaces()).into_values() {
+        for birth in self.born().into_values() {
             let number = birth.number;
             let open = self.groups().get(&number).cloned();
             let group = match open {
@@ -368,9 +447,11 @@ impl<R: Runtime> Inner<R> {
                 continue;
             }
             let groups: Vec<Arc<Self>> = self.groups().values().cloned().collect();
-            let now = self.group.applied();
+            let now = if self.is_witness() { self.progress.applied() } else { self.group.applied() };
+            // A witness that was not answered asks at the next look.
+            let heard = !self.is_witness() || seen == Some(now) || self.hear_of_births().await;
             if seen != Some(now) || groups.iter().any(|group| group.phase() == Phase::Waiting) {
-                seen = Some(now);
+                seen = heard.then_some(now);
                 if let Err(error) = self.open_groups().await
                     && !self.closing.is_set()
                 {
@@ -555,6 +636,22 @@ mod tests {
             (group(&[&[1, 2, 3]], known(&[1, 2, 3, 70, 71])), host(&[1, 2, 3, 70, 71], &[]), set(&[1, 70]), None),
         ] {
             assert_eq!(next_step(&group, &host, &caught_up), expect, "{group:?} {host:?} {caught_up:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_known_of_groups_survives_the_wire() {
+        let birth = |number, voters: &[u64]| Birth { number: GroupId(number), voters: set(voters) };
+        let births: BTreeMap<_, _> = [("a".to_owned(), birth(5, &[1, 2, 3])), ("b".to_owned(), birth(8, &[]))].into();
+        let sent = Births { applied: 7, births: births.clone() };
+        let body = crate::wire::encode_result(Ok(()), |out, ()| sent.write(out));
+        let read = read_births(&body).expect("ours");
+        assert_eq!((read.applied, read.births), (7, births));
+        for hostile in [(u32::MAX, 0), (1, u32::MAX)] {
+            let body = crate::wire::encode_result(Ok(()), |out, ()| {
+                out.u64(7).u32(hostile.0).u64(5).string("a").u32(hostile.1);
+            });
+            assert_eq!(read_births(&body).map(|_| ()).map_err(|e| e.kind()), Err(ErrorKind::Corrupt));
         }
     }
 

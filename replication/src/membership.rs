@@ -302,7 +302,7 @@ impl<R: Runtime> Inner<R> {
                     return Err(Error::new(ErrorKind::Invalid, "the last voter cannot be removed"));
                 }
                 let ids = BTreeSet::from([id]);
-                let has_groups = !self.group_names().is_empty();
+                let has_groups = self.may_have_groups();
                 if has_groups {
                     self.let_go_of(running, &info).await?;
                 }
@@ -752,7 +752,7 @@ impl<R: Runtime> Inner<R> {
         };
         let Some((mut voters, mut dropped)) = plan(&BTreeSet::new()) else { return };
         // Groups follow: they let go of a member once it is a learner, and only then is it none.
-        let has_groups = !self.group_names().is_empty();
+        let has_groups = self.may_have_groups();
         if has_groups && !dropped.is_empty() {
             let mut counted = BTreeSet::new();
             for id in dropped {

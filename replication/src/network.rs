@@ -74,6 +74,8 @@ pub(crate) mod method {
     pub(crate) const AWAIT_SNAPSHOT: u8 = 30;
     /// A sign of life for all groups of a process.
     pub(crate) const PULSE: u8 = 31;
+    /// Which groups were born, for a witness.
+    pub(crate) const BIRTHS: u8 = 32;
 }
 
 /// Whether requests of this method rest on reaching a peer in the order in which they were sent. A connection keeps the

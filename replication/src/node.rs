@@ -264,6 +264,8 @@ pub(crate) struct Inner<R: Runtime> {
     pub(crate) rest: crate::rest::Rest<R>,
     /// Of another group than the first: what was found when its members were last compared with those of the first.
     pub(crate) followed: Mutex<crate::groups::Followed<R>>,
+    /// Of a witness: the groups that it has heard of.
+    pub(crate) heard_births: Mutex<BTreeMap<String, crate::groups::Birth>>,
     pub(crate) options: NodeOptions,
     pub(crate) engine: Engine,
     pub(crate) group: Group,
@@ -539,6 +541,8 @@ impl<R: Runtime> Inner<R> {
         let notes = Some(engine.owner_notes());
         let log = LogStore::open(engine.wal().clone(), notes, number, found, cache_bytes, flushed)?;
         let known = log.membership().membership().get_node(&engine.identity().node).map(|member| member.witness);
+        // The first membership of another group says nothing of anybody.
+        let known = known.filter(|_| host.is_none());
         if known.is_some_and(|witness| witness != options.witness) {
             let what = if options.witness { "holds data" } else { "is a witness" };
             let message = format!("this member {what}: remove it and add it with a blank volume to change that");
@@ -560,6 +564,7 @@ impl<R: Runtime> Inner<R> {
             liveness: crate::liveness::Liveness::default(),
             rest: crate::rest::Rest::default(),
             followed: Mutex::default(),
+            heard_births: Mutex::default(),
             options,
             engine,
             group,
@@ -870,8 +875,8 @@ impl<R: Runtime> Node<R> {
     /// first alone, and have no vote in any group once they are removed.
     ///
     /// # Errors
-    /// `Invalid`: a name of 0 or more than [`crate::GROUP_NAME_BYTES_MAX`] bytes, or too many groups. `Unsupported`: the cluster has a
-    /// witness, or this is the handle of such a group. Else as [`Node::write`]: the same call again finds what was made.
+    /// `Invalid`: a name of 0 or more than [`crate::GROUP_NAME_BYTES_MAX`] bytes, or too many groups. `Unsupported`: this is the handle of
+    /// such a group. `Unavailable` of a witness, since it reads nothing. Else as [`Node::write`]: the same call again finds what was made.
     /// # Cancel safety
     /// Not cancel safe, but the same call again finishes it.
     pub async fn create_group(&self, name: &str) -> Result<Self> {
@@ -886,7 +891,7 @@ impl<R: Runtime> Node<R> {
         Ok(Self { inner: self.inner.open_group(name).await?, _handle: self._handle.clone() })
     }
 
-    /// Names of the groups beside the first, as far as this node has applied it.
+    /// Names of the groups beside the first, as far as this node has applied it; of a witness as far as it has heard from one that did.
     pub fn group_names(&self) -> Vec<String> {
         self.inner.group_names()
     }

@@ -15,7 +15,7 @@
 //! - R5. A leader that hears no majority sends nothing, also not for who reads or writes: one node that still hears it would keep the
 //!   others from electing.
 //! - R6. Of several voters that miss a leader one calls the election and the others follow it in turn, [`Seen::rank`]; who comes first
-//!   differs from group to group, so leaders spread.
+//!   differs from group to group, so leaders spread. A witness comes last, and a lease later than its turn.
 //!
 //! # Why not
 //! Raft's own heartbeats at a tenth of their rate, with leases as much longer: who gave a lease keeps it, and the death of a process would
@@ -72,6 +72,7 @@ struct Seen<I> {
     /// Of a leader: a majority has acknowledged it lately.
     acknowledged: bool,
     votes: bool,
+    witness: bool,
     /// Another is known to lead, and is believed (R2).
     believes: bool,
     /// The leader that it knows, and the term.
@@ -129,7 +130,7 @@ impl<I: Instant> Memory<I> {
         }
         let turn = heartbeat * seen.rank;
         // Who has just given its vote waits for what becomes of it, as Raft does; a leader that is missed was waited for already.
-        let wait = if seen.view.0.is_some() { turn } else { lease + turn };
+        let wait = if seen.view.0.is_some() && !seen.witness { turn } else { lease + turn };
         let at = *self.elect_at.get_or_insert(seen.now + wait);
         if seen.now < at {
             return Step::Nothing;
@@ -177,14 +178,22 @@ fn is_majority(membership: &Membership, counts: impl Fn(u64) -> bool) -> bool {
     })
 }
 
-/// How many voters that may call an election come before `me`: in the order of their ids, which begins elsewhere in each group.
-fn rank(voters: impl Iterator<Item = u64>, me: u64, group: GroupId, may: impl Fn(u64) -> bool) -> u32 {
+/// How many voters that may call an election come before `me`: in the order of their ids, which begins elsewhere in each group, witnesses
+/// behind all others.
+fn rank(
+    voters: impl Iterator<Item = u64>,
+    me: u64,
+    group: GroupId,
+    may: impl Fn(u64) -> bool,
+    witness: impl Fn(u64) -> bool,
+) -> u32 {
     let mut voters: Vec<u64> = voters.collect();
     voters.sort_unstable();
     voters.dedup();
     if let Ok(count @ 1..) = u64::try_from(voters.len()) {
         voters.rotate_left(usize::try_from(group.0 % count).unwrap_or_default());
     }
+    voters.sort_by_key(|id| witness(*id));
     let before = voters.into_iter().take_while(|id| *id != me).filter(|id| may(*id)).count();
     u32::try_from(before).unwrap_or(u32::MAX)
 }
@@ -273,6 +282,11 @@ impl<R: Runtime> Inner<R> {
         });
         let alone = membership.voter_ids().count() == 1;
         let may_call = |id| leader != Some(id) && alive(id);
+        let rank = || {
+            // The first membership of a group says nothing of anybody.
+            let witnesses: Vec<u64> = host.members().into_iter().filter(|m| m.witness).map(|m| m.id.0).collect();
+            rank(membership.voter_ids(), me, self.number, may_call, |id| witnesses.contains(&id))
+        };
         Seen {
             leads,
             majority: leads && self.hears_majority(membership, host),
@@ -281,7 +295,8 @@ impl<R: Runtime> Inner<R> {
             believes,
             view,
             last_log: m.last_log_index,
-            rank: if leads || believes { 0 } else { rank(membership.voter_ids(), me, self.number, may_call) },
+            rank: if leads || believes { 0 } else { rank() },
+            witness: self.is_witness(),
             used: false,
             now,
         }
@@ -392,6 +407,7 @@ mod tests {
             majority: false,
             acknowledged: false,
             votes: true,
+            witness: false,
             believes: true,
             view: (Some(1), 5),
             last_log: Some(9),
@@ -440,6 +456,9 @@ mod tests {
         let dies = |rank| calls(&move |step, now| if step < 10 { follower(now) } else { Seen { rank, ..misses(now) } });
         assert_eq!(dies(0), [10, 13, 19, 31, 43]);
         assert_eq!(dies(1), [11, 15, 22, 35, 48]);
+        let witness =
+            |step, now| Seen { witness: true, rank: 2, ..if step < 10 { follower(now) } else { misses(now) } };
+        assert_eq!(calls(&witness).first(), Some(&15), "a lease behind its turn");
         // One that comes back in time, and is missed anew.
         let twice = calls(&|step, now| if matches!(step, 12 | 30) { misses(now) } else { follower(now) });
         assert_eq!(twice, [12, 30], "each time at once");
@@ -451,13 +470,17 @@ mod tests {
     #[test]
     fn groups_have_first_candidates_of_their_own() {
         let first = |group, dead: Option<u64>| {
-            let ranks = [1, 2, 3].map(|me| rank([3, 1, 2].into_iter(), me, GroupId(group), |id| Some(id) != dead));
+            let may = |id| Some(id) != dead;
+            let ranks = [1, 2, 3].map(|me| rank([3, 1, 2].into_iter(), me, GroupId(group), may, |_| false));
             let alive = [1, 2, 3].into_iter().zip(ranks).filter(|(id, _)| Some(*id) != dead);
             alive.min_by_key(|(_, rank)| *rank)
         };
         assert_eq!([3, 4, 5, 6].map(|group| first(group, None)), [1, 2, 3, 1].map(|id| Some((id, 0))));
         assert_eq!([3, 4, 5].map(|group| first(group, Some(1))), [2, 2, 3].map(|id| Some((id, 0))));
-        assert_eq!(rank([4].into_iter(), 4, GroupId(9), |_| true), 0);
+        assert_eq!(rank([4].into_iter(), 4, GroupId(9), |_| true, |_| false), 0);
+        let behind =
+            |group| [1, 2, 3].map(|me| rank([1, 2, 3].into_iter(), me, GroupId(group), |_| true, |id| id == 1));
+        assert_eq!([3, 4, 5].map(behind), [[2, 0, 1], [2, 0, 1], [2, 1, 0]]);
     }
 
     #[test]

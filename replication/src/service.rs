@@ -288,6 +288,10 @@ impl<R: Runtime> Inner<R> {
                 }
                 Ok(encode_result(Ok(self.disk_health()), |w, health| health.write(w)))
             }
+            method::BIRTHS => {
+                self.cluster_peer(&from)?;
+                Ok(encode_result(self.known_births(), |w, births| births.write(w)))
+            }
             method::LOG_ENDS => {
                 self.cluster_peer(&from)?;
                 Ok(encode_result(Ok(self.ends()), |w, ends| ends.write(w)))

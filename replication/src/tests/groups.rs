@@ -22,7 +22,7 @@ pub(super) async fn put_in(node: &Node, key: &str, value: impl Into<Bytes> + Clo
     }
 }
 
-async fn get_in(node: &Node, key: &str) -> Option<String> {
+pub(super) async fn get_in(node: &Node, key: &str) -> Option<String> {
     let snapshot = node.snapshot("main", ReadLevel::Linearizable).await.expect("a view");
     let value = snapshot.get(DEFAULT, key.as_bytes()).await.expect("read");
     value.map(|value| String::from_utf8(value.to_vec()).expect("text"))

@@ -3,7 +3,8 @@
 use mainstay_engine::CommandBody;
 
 use super::cluster::*;
-use crate::{Durability, ErrorKind, ReadLevel, Write};
+use super::groups::{get_in, group_of, put_in, until};
+use crate::{Durability, ErrorKind, MemberRole, Node, ReadLevel, Write};
 
 const WITNESS: usize = 2;
 
@@ -167,5 +168,123 @@ fn witnesses_are_a_minority_and_stay_what_they_are() {
         cluster.witnesses = vec![0, WITNESS];
         let error = cluster.try_start(0).await.expect_err("it holds data");
         assert_eq!(error.kind(), ErrorKind::Foreign, "{error}");
+    });
+}
+
+/// The replica of a group on the witness, once it has heard of it.
+async fn aside(cluster: &Cluster, i: usize, name: &str) -> Node {
+    loop {
+        if let Some(replica) = cluster.node(i).groups().remove(name) {
+            return replica;
+        }
+        pause().await;
+    }
+}
+
+#[test]
+fn a_witness_votes_in_every_group_and_holds_no_tables() {
+    run(async {
+        let mut cluster = two_and_a_witness().await;
+        let error = cluster.node(WITNESS).create_group("a").await.expect_err("it reads nothing");
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        for name in ["a", "b"] {
+            let group = cluster.node(0).create_group(name).await.expect("made");
+            for n in 0..40 {
+                put_in(&group, &format!("k{n}"), vec![7; 2000]).await;
+            }
+            let rotate = Write { body: CommandBody::Rotate, durability: Durability::Quorum };
+            group.write(rotate).await.expect("rotates");
+            until(&group, |s| s.group.tables > 0).await;
+            let last = group.status().group.applied;
+            drop(group);
+            let witness = aside(&cluster, WITNESS, name).await;
+            until(&witness, |s| s.group.applied >= last && s.role == "follower").await;
+            assert_eq!(witness.status().group.tables, 0);
+            let error = witness.read_barrier(ReadLevel::Local).await.expect_err("it has nothing");
+            assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        }
+        // Either of the others is enough beside it, also after it has lost its power, and what it knew of groups with that.
+        for dies in 0..2 {
+            cluster.kill(WITNESS).await;
+            cluster.start(WITNESS).await;
+            cluster.kill(dies).await;
+            for name in ["a", "b"] {
+                let other = group_of(&cluster, 1 - dies, name).await;
+                put_in(&other, "after", format!("{dies}")).await;
+                until(&other, |s| s.role == "leader").await;
+            }
+            cluster.start(dies).await;
+            for name in ["a", "b"] {
+                let back = group_of(&cluster, dies, name).await;
+                assert_eq!(get_in(&back, "after").await, Some(format!("{dies}")));
+            }
+        }
+        cluster.finish().await;
+    });
+}
+
+/// In a group as in the first: what only its leader and the witness have is not lost with the leader.
+#[test]
+fn a_witness_brings_the_other_up_to_what_it_has_acknowledged_in_a_group() {
+    run(async {
+        let mut cluster = two_and_a_witness().await;
+        drop(cluster.node(0).create_group("a").await.expect("made"));
+        let groups = [group_of(&cluster, 0, "a").await, group_of(&cluster, 1, "a").await];
+        put_in(&groups[0], "k", "first").await;
+        drop(aside(&cluster, WITNESS, "a").await);
+        let leader = loop {
+            match groups.iter().position(|group| group.status().role == "leader") {
+                Some(leader) => break leader,
+                None => pause().await,
+            }
+        };
+        let group = groups[leader].clone();
+        drop(groups);
+        cluster.kill(1 - leader).await;
+        put_in(&group, "k", "second").await;
+        drop(group);
+        cluster.kill(leader).await;
+        cluster.start(1 - leader).await;
+        let other = group_of(&cluster, 1 - leader, "a").await;
+        assert_eq!(get_in(&other, "k").await.as_deref(), Some("second"));
+        until(&other, |s| s.role == "leader").await;
+        drop(other);
+        cluster.start(leader).await;
+        cluster.finish().await;
+    });
+}
+
+/// It comes to a cluster that has groups, and leaves it again.
+#[test]
+fn a_witness_that_is_added_votes_in_the_groups_that_are_there() {
+    run(async {
+        let mut cluster = Cluster::blank(4).await;
+        cluster.witnesses = vec![3];
+        cluster.start_all().await;
+        cluster.node(0).init(&cluster.names()[..3]).await.expect("born");
+        let group = cluster.node(0).create_group("a").await.expect("made");
+        put_in(&group, "k", "v").await;
+        let address = cluster.cells[3].address.clone();
+        let added = cluster.node(0).add_member("n3", address, true).await.expect("added");
+        assert!(added.witness);
+        let witness = aside(&cluster, 3, "a").await;
+        let votes = |s: &crate::NodeStatus| {
+            s.members.iter().any(|m| m.id == added.id && m.role == MemberRole::Voter && m.witness)
+        };
+        until(&witness, votes).await;
+        until(&witness, |s| s.group.applied >= group.status().group.applied).await;
+        assert_eq!(witness.status().group.tables, 0);
+        // Two of the four: with it a majority.
+        cluster.kill(2).await;
+        put_in(&group, "k", "again").await;
+        cluster.start(2).await;
+        drop((witness, group));
+        loop {
+            match cluster.node(0).remove_member(added.id).await {
+                Ok(()) => break,
+                Err(error) => assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}"),
+            }
+        }
+        cluster.finish().await;
     });
 }

@@ -43,7 +43,7 @@ pub struct Settings {
     pub clock_drift: u64,
     /// Whether the last of those that found the cluster holds no data; without it the seed says so.
     pub witness: Option<bool>,
-    /// Whether there is a group beside the first, but for worlds with a witness.
+    /// Whether there is a group beside the first.
     pub group: bool,
     /// Faults that are drawn in any case.
     pub with: Vec<Fault>,
@@ -140,7 +140,7 @@ impl Settings {
 /// Requests that change nothing when they arrive twice: appends, votes, reads of tables and of positions, greetings, pulses
 /// (docs/format.md, peer protocol). A forwarded write is not among them.
 fn repeatable(method: u8) -> bool {
-    matches!(method, 1 | 2 | 3 | 6 | 8 | 15 | 16 | 31)
+    matches!(method, 1 | 2 | 3 | 6 | 8 | 15 | 16 | 31 | 32)
 }
 
 /// What a run did, whatever its verdict.
@@ -257,9 +257,8 @@ async fn live(
                 let client = Client::new(id, &cluster, &notes, application, rng.fork(), keyspace);
                 running.push(background(executor, "client", client.run()));
             }
-            // Born while things go wrong; a cluster with a witness has one group.
-            let witness = (0..cluster.size()).any(|i| cluster.is_witness(i));
-            let aside = (settings.group && !witness).then_some("aside");
+            // Born while things go wrong.
+            let aside = settings.group.then_some("aside");
             let inserts: Vec<Arc<Inserts>> =
                 [None].into_iter().chain(aside.map(Some)).map(Inserts::into_group).collect();
             let mut inserting = Vec::new();
