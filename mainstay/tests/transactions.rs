@@ -1,6 +1,7 @@
 //! Transactions through the facade: stories, and a model that knows every version.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::sync::Barrier;
 
 use mainstay::{
@@ -168,6 +169,27 @@ fn own_writes_are_seen_over_the_snapshot_and_by_nobody_else() {
     drop(transaction);
     assert_eq!(keys(names.iter()), ["a", "c", "e", "z"], "and dropped they never were");
     store.close().expect("closes");
+}
+
+/// Own writes stand exactly at the bounds, where the snapshot has nothing.
+#[test]
+fn own_writes_at_the_bounds_of_a_range_count_as_the_bounds_say() {
+    let folder = folder();
+    let store = open(&folder);
+    let names = store.keyspace("names").expect("made");
+    let mut transaction = store.transaction(Isolation::Serializable).expect("begun");
+    for name in ["b", "m", "y"] {
+        transaction.insert(&names, name, "own").expect("recorded");
+    }
+    let check = |bounds: (Bound<&str>, Bound<&str>), expect: &[&str]| {
+        assert_eq!(keys(transaction.range::<&str>(&names, bounds)), expect, "{bounds:?}");
+        let back: Vec<_> = expect.iter().rev().copied().collect();
+        assert_eq!(keys(transaction.range::<&str>(&names, bounds).rev()), back, "{bounds:?} from behind");
+    };
+    check((Bound::Included("b"), Bound::Included("y")), &["b", "m", "y"]);
+    check((Bound::Included("b"), Bound::Excluded("y")), &["b", "m"]);
+    check((Bound::Excluded("b"), Bound::Included("y")), &["m", "y"]);
+    check((Bound::Unbounded, Bound::Included("b")), &["b"]);
 }
 
 #[test]
