@@ -1,5 +1,7 @@
 //! A full disk refuses writes, serves reads, and heals without a restart.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use bytes::Bytes;
 
 use super::harness::*;
@@ -143,6 +145,33 @@ fn upkeep_ends_with_the_superblock() {
     let store = Store::open(&media);
     assert_eq!(store.get("a").as_deref(), Some(&b"1"[..]));
     store.close();
+}
+
+/// Writers wait while the log is nearly full and cannot be cut yet. Once it is cut nothing else happens that would wake them.
+#[test]
+fn who_waits_for_the_log_to_be_cut_goes_on_when_it_is() {
+    let media = media();
+    let group = crate::GroupSettings { memtable_bytes: 1 << 20, ..settings() };
+    let store = Store::open_with(&media, group, engine_settings()).expect("the volume opens");
+    let shared = store.engine.shared_ref();
+    let turn = mainstay_io::block_on(shared.pages_turn());
+    let last = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // More than the ring takes.
+            for n in 0..3000 {
+                last.store(store.put(&key(n % 50), &[1; 4096]).0, Ordering::Release);
+            }
+        });
+        // The flush that the writer asks for when it has to wait is over too.
+        while !shared.log_is_nearly_full() || store.group().flushed().0 < last.load(Ordering::Acquire) {
+            std::thread::yield_now();
+        }
+        mainstay_io::block_on(store.group().shared().idle());
+        drop(turn);
+    });
+    store.close();
+    check_no_leak(&media);
 }
 
 /// A replica restarted with a ring that was nearly full and held nothing that was needed. It could append nothing, so the log
