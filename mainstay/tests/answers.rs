@@ -631,7 +631,7 @@ impl Subject for Redb {
             Op::Checkpoint { name, branch } | Op::Clone { name, checkpoint: branch } => {
                 // What is looked at first is part of the answer.
                 let is_clone = matches!(op, Op::Clone { .. });
-                if !self.exists(branch) && !(is_clone && self.exists(name)) {
+                if !(self.exists(branch) || is_clone && self.exists(name)) {
                     return missing;
                 }
                 if self.exists(name) {
