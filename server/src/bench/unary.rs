@@ -18,6 +18,7 @@ use h2::client::{ResponseFuture, SendRequest};
 use prost::Message;
 use tokio::net::TcpStream;
 use tonic::codegen::http::{HeaderMap, HeaderValue, Method, Request, Uri, header};
+use tonic::{Code, Status};
 
 use crate::cli::Failure;
 
@@ -143,12 +144,9 @@ async fn read<A: Message + Default>(answer: ResponseFuture) -> Result<A, String>
 
 /// Whether the headers say that all went well; they must say something if it is `needed`.
 fn check_status(headers: &HeaderMap, needed: bool) -> Result<(), String> {
-    match headers.get("grpc-status").map(HeaderValue::as_bytes) {
-        Some(b"0") => Ok(()),
-        Some(code) => {
-            let message = headers.get("grpc-message").map(HeaderValue::as_bytes).unwrap_or_default();
-            Err(format!("status {}: {}", String::from_utf8_lossy(code), String::from_utf8_lossy(message)))
-        }
+    match Status::from_header_map(headers) {
+        Some(status) if status.code() == Code::Ok => Ok(()),
+        Some(status) => Err(format!("status {}: {}", status.code() as i32, status.message())),
         None if needed => Err("an answer without a status".into()),
         None => Ok(()),
     }
@@ -188,7 +186,7 @@ mod tests {
                 let mut trailers = HeaderMap::new();
                 if let Some(grpc_status) = grpc_status {
                     trailers.insert("grpc-status", HeaderValue::from_static(grpc_status));
-                    trailers.insert("grpc-message", HeaderValue::from_static("said"));
+                    trailers.insert("grpc-message", HeaderValue::from_static("said%20so"));
                 }
                 body.send_trailers(trailers).expect("open");
             }
@@ -205,7 +203,7 @@ mod tests {
             ((200, vec![&[0, 0, 0, 0, 4, 0x0a, 2, 0x18, 9]], Some("0")), Ok(9)),
             ((200, vec![&[0, 0, 0, 0], &[4, 0x0a, 2], &[0x18, 9]], Some("0")), Ok(9)),
             ((200, vec![&[0, 0, 0, 0, 0]], Some("0")), Ok(0)),
-            ((200, vec![], Some("14")), Err("status 14: said")),
+            ((200, vec![], Some("14")), Err("status 14: said so")),
             ((200, vec![&[0, 0, 0, 0, 0]], None), Err("without a status")),
             ((200, vec![], Some("0")), Err("without a message")),
             ((200, vec![&[1, 0, 0, 0, 0]], Some("0")), Err("plain")),
