@@ -138,7 +138,11 @@ impl<R: Runtime> Inner<R> {
             return Err(invalid(format!("a cluster has 1 to {INIT_IDS} members count={}", names.len())));
         }
         if !names.contains(&self.options.name) {
-            return Err(invalid(format!("init runs on one of the members name={}", self.options.name)));
+            let named = names.join(",");
+            return Err(invalid(format!(
+                "init is sent to one of the members that it names name={} members={named}",
+                self.options.name
+            )));
         }
         let mut addresses = Vec::new();
         for name in &names {

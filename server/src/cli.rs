@@ -109,7 +109,7 @@ pub struct AdminArgs {
 #[derive(Args, Debug)]
 pub struct InitArgs {
     /// Names of all first members, as in --peers of the process that is asked
-    #[arg(long, value_name = "NAME,...", required = true, value_delimiter = ',')]
+    #[arg(long, value_name = "NAME,...", required = true, value_delimiter = ',', value_parser = member_name)]
     pub members: Vec<String>,
     /// How long to try again while a member cannot be reached
     #[arg(long, default_value = "30s", value_name = "TIME")]
@@ -117,6 +117,16 @@ pub struct InitArgs {
     /// Where.
     #[command(flatten)]
     pub admin: AdminArgs,
+}
+
+/// The name of a member, which is easily mistaken for the pair that `--peers` takes.
+fn member_name(text: &str) -> Result<String, String> {
+    match text.split_once('=') {
+        Some((name, _)) => {
+            Err(format!("a member is its name alone, here {name}: --peers of `mainstay serve` has the addresses"))
+        }
+        None => Ok(text.to_owned()),
+    }
 }
 
 fn threads(text: &str) -> Result<usize, String> {

@@ -254,6 +254,7 @@ fn wrong_calls_exit_with_two_and_failures_with_one() {
     check(&["serve", "--name", "a", "--data", path, "--listen", "0.0.0.0:1"], 2, "--insecure-listen-anywhere");
     check(&["serve", "--name", "a", "--data", path, "--wal", "1GB"], 2, "GB");
     check(&["checkpoint", "create"], 2, "<NAME>");
+    check(&["init", "--members", "a=127.0.0.1:1,b"], 2, "its name alone, here a");
     check(&["member", "set", "a"], 2, "--priority");
     check(&["member", "set", "a", "--priority", "256"], 2, "0..=255");
     check(&["member", "set", "a", "--priority", "high"], 2, "high");
