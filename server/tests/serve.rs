@@ -321,9 +321,11 @@ fn verify_finds_a_flipped_bit_and_says_where() {
     let path = folder.path().join("store");
     let store = mainstay::Store::builder().wal_bytes(8 << 20).memory_bytes(32 << 20).open(&path).expect("opens");
     let data = store.keyspace("data").expect("made");
+    let mut batch = mainstay::Batch::new();
     for number in 0..5_000u32 {
-        data.insert(number.to_be_bytes(), vec![number as u8; 100]).expect("written");
+        batch.insert(&data, number.to_be_bytes(), vec![number as u8; 100]);
     }
+    store.commit(batch).expect("written");
     store.close().expect("flushes and closes");
     drop((data, store));
     let path = path.to_str().expect("utf-8");
