@@ -69,10 +69,13 @@ pub(crate) fn run(args: &DiskCheckArgs) -> Result<(), Failure> {
     let ring_bytes = RING_BYTES_MAX.min(size / 2);
     let mut patience = Patience::new(Environment::system().clock);
     let place = Place::open(args, ring_bytes, size - ring_bytes, &mut patience)?;
-    let report = measured(args, &place, &mut patience);
+    let report = measured(args, &place, &mut patience).and_then(|report| {
+        print(args.json, &report, || report.text())?;
+        Ok(report)
+    });
+    // Behind the report: a device that does not answer may hold this up.
     place.close();
     let report = report?;
-    print(args.json, &report, || report.text())?;
     match report.verdict {
         Verdict::Fit => Ok(()),
         Verdict::Slow | Verdict::Unfit => Err(Failure::other(format!(
