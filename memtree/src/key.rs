@@ -1,11 +1,11 @@
-//! Keys as a search compares them: eight bytes at once, after what all keys of a node share.
+//! Keys as a search compares them: eight bytes at once, after what all keys of a node share. For the searches in tables too.
 #![forbid(unsafe_code)]
 
 use std::cmp::Ordering;
 
 /// Eight bytes of `key` after the first `shared`, as a number that is ordered as they are; zeros stand for what is not there.
 #[inline]
-pub(crate) fn head(key: &[u8], shared: usize) -> u64 {
+pub fn head(key: &[u8], shared: usize) -> u64 {
     if let Some(chunk) = key.get(shared..).and_then(|rest| rest.first_chunk::<8>()) {
         return u64::from_be_bytes(*chunk);
     }
@@ -20,14 +20,14 @@ pub(crate) fn head(key: &[u8], shared: usize) -> u64 {
 }
 
 /// How many bytes two keys share at their beginning.
-pub(crate) fn common_prefix(a: &[u8], b: &[u8]) -> usize {
+pub fn common_prefix(a: &[u8], b: &[u8]) -> usize {
     let chunks = a.chunks_exact(8).zip(b.chunks_exact(8)).take_while(|(a, b)| a == b).count() * 8;
     chunks + a[chunks..].iter().zip(&b[chunks..]).take_while(|(a, b)| a == b).count()
 }
 
 /// Compares the first `shared` bytes; equal only if `key` has them all.
 #[inline]
-pub(crate) fn compare_shared(key: &[u8], of: &[u8], shared: usize) -> Ordering {
+pub fn compare_shared(key: &[u8], of: &[u8], shared: usize) -> Ordering {
     key[..shared.min(key.len())].cmp(&of[..shared])
 }
 

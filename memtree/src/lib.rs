@@ -14,7 +14,7 @@
 mod arena;
 mod cursor;
 mod entry;
-mod key;
+pub mod key;
 #[cfg(all(test, loom))]
 mod loom_tests;
 mod node;

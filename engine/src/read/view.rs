@@ -5,13 +5,14 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
+use mainstay_memtree::key::{common_prefix, head};
 
 use super::Lookup;
 use super::merge::Merge;
 use crate::gather::Gather;
 use crate::memtable::Memtable;
 use crate::table::Table;
-use crate::table::block::{alike, common_prefix, head};
+use crate::table::block::alike;
 use crate::{LogIndex, Result, Visitor};
 
 /// Keys that a scan gives are cut from pieces of memory of this size; one key may keep one piece.

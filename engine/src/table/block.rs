@@ -21,6 +21,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use mainstay_memtree::key::{common_prefix, head};
 
 use super::varint;
 use crate::LogIndex;
@@ -550,22 +551,6 @@ impl BlockCursor {
     }
 }
 
-/// Eight bytes of `key` from `shared` on, as a number that orders like them; a short key is filled with zeros.
-#[inline]
-pub(crate) fn head(key: &[u8], shared: usize) -> u64 {
-    let rest = key.get(shared..).unwrap_or_default();
-    match rest.first_chunk::<8>() {
-        Some(chunk) => u64::from_be_bytes(*chunk),
-        None => {
-            let mut chunk = [0; 8];
-            for (to, from) in chunk.iter_mut().zip(rest) {
-                *to = *from;
-            }
-            u64::from_be_bytes(chunk)
-        }
-    }
-}
-
 /// The places in `heads`, which ascend, of those that are `wanted`; where there is none, the place where it would be.
 pub(crate) fn alike(heads: &[u64], wanted: u64) -> Range<usize> {
     let low = heads.partition_point(|head| *head < wanted);
@@ -574,17 +559,4 @@ pub(crate) fn alike(heads: &[u64], wanted: u64) -> Range<usize> {
         Some(head) if *head == wanted => low..low.saturating_add(rest.partition_point(|head| *head == wanted)),
         _ => low..low,
     }
-}
-
-/// How many bytes two keys share at their beginning.
-pub(crate) fn common_prefix(a: &[u8], b: &[u8]) -> usize {
-    let mut shared = 0usize;
-    for (a, b) in a.chunks_exact(8).zip(b.chunks_exact(8)) {
-        if a != b {
-            break;
-        }
-        shared = shared.saturating_add(8);
-    }
-    let rest = a.get(shared..).unwrap_or_default().iter().zip(b.get(shared..).unwrap_or_default());
-    shared.saturating_add(rest.take_while(|(a, b)| a == b).count())
 }

@@ -275,7 +275,7 @@ impl Fields<'_> {
 /// The shortest key that is at or after `last` and before `next`: it separates two blocks and is all that an index keeps.
 pub(crate) fn separator(last: &[u8], next: &[u8]) -> Vec<u8> {
     debug_assert!(last < next, "blocks ascend");
-    let shared = super::block::common_prefix(last, next);
+    let shared = mainstay_memtree::key::common_prefix(last, next);
     // `next` cut one byte after the common prefix is above `last`, and below `next` unless it is `next`.
     let cut = shared.saturating_add(1);
     match next.get(..cut) {
