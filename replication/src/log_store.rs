@@ -293,6 +293,22 @@ impl LogStore {
         self.inner.wal.append(Record { group: self.inner.group, kind, payload }, reserve, done);
     }
 
+    /// Queues a small record, and returns what `settle` makes of its end. The caller holds `order`.
+    fn queue_told<T: Send + 'static>(
+        &self,
+        kind: RecordKind,
+        payload: Vec<bytes::Bytes>,
+        reserve: Reserve,
+        settle: impl FnOnce(&Self, mainstay_wal::Result<RecordPos>) -> std::io::Result<T> + Send + 'static,
+    ) -> oneshot::Receiver<std::io::Result<T>> {
+        let (tx, rx) = oneshot::channel();
+        let this = self.clone();
+        // A dropped receiver waits for nothing.
+        let done = move |result| drop(tx.send(settle(&this, result)));
+        self.queue(kind, payload, reserve, Box::new(done));
+        rx
+    }
+
     /// Queues a small record, and returns what tells its end: where it lies, or that the ring had no room for it. The caller holds `order`.
     fn queue_small(
         &self,
@@ -301,22 +317,14 @@ impl LogStore {
         reserve: Reserve,
         placed: impl FnOnce(&mut State, RecordPos) + Send + 'static,
     ) -> Told {
-        let (tx, rx) = oneshot::channel();
-        let this = self.clone();
-        let done = move |result: mainstay_wal::Result<RecordPos>| {
-            let result = match result {
-                Ok(pos) => {
-                    placed(&mut this.state(), pos);
-                    Ok(Some(pos))
-                }
-                Err(error) if error.kind() == mainstay_wal::ErrorKind::OutOfSpace => Ok(None),
-                Err(error) => Err(this.fail(&error)),
-            };
-            // A dropped receiver waits for nothing.
-            let _ = tx.send(result);
-        };
-        self.queue(kind, payload, reserve, Box::new(done));
-        rx
+        self.queue_told(kind, payload, reserve, |this, result| match result {
+            Ok(pos) => {
+                placed(&mut this.state(), pos);
+                Ok(Some(pos))
+            }
+            Err(error) if error.kind() == mainstay_wal::ErrorKind::OutOfSpace => Ok(None),
+            Err(error) => Err(this.fail(&error)),
+        })
     }
 
     /// Queues a small record without which this node does not go on, and returns what tells its end. The caller holds `order`.
@@ -326,21 +334,11 @@ impl LogStore {
         payload: Vec<bytes::Bytes>,
         placed: impl FnOnce(&mut State, RecordPos) + Send + 'static,
     ) -> oneshot::Receiver<std::io::Result<()>> {
-        let (tx, rx) = oneshot::channel();
-        let this = self.clone();
-        let done = move |result: mainstay_wal::Result<RecordPos>| {
-            let result = match result {
-                Ok(pos) => {
-                    placed(&mut this.state(), pos);
-                    Ok(())
-                }
-                Err(error) => Err(this.fail(&error)),
-            };
-            // A dropped receiver waits for nothing.
-            let _ = tx.send(result);
-        };
-        self.queue(kind, payload, Reserve::Critical, Box::new(done));
-        rx
+        self.queue_told(kind, payload, Reserve::Critical, |this, result| {
+            let pos = result.map_err(|error| this.fail(&error))?;
+            placed(&mut this.state(), pos);
+            Ok(())
+        })
     }
 
     /// Where the record lies; none when the ring had no room for it.
