@@ -21,8 +21,8 @@ use crate::table::CachedBlock;
 const SHARD_BYTES_MIN: u64 = 8 << 20;
 /// Shards at most.
 const SHARDS_MAX: u64 = 64;
-/// What the bookkeeping of one block costs besides its bytes.
-const OVERHEAD_BYTES: u64 = 128;
+/// What one block costs besides its bytes: its frame, its place in the cache, and what an allocator adds to three allocations.
+const OVERHEAD_BYTES: u64 = 256;
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct BlockKey {

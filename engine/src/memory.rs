@@ -18,7 +18,7 @@ use crate::cache::BlockCache;
 pub(crate) const CACHE_SHARE_MIN: u64 = 4;
 /// What the allocator keeps beyond what it was asked for: pieces between allocations of many sizes, and what it has not given
 /// back yet. One part in so many of what the process is to hold.
-const ALLOCATOR_SHARE: u64 = 6;
+const ALLOCATOR_SHARE: u64 = 5;
 /// The cache is resized when what it may hold has moved by one part of the total in so many.
 const RESIZE_STEP: u64 = 64;
 

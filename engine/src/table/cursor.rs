@@ -44,6 +44,35 @@ enum State {
     End,
 }
 
+/// What was read ahead, as it is stored: blocks are decompressed as the walk enters them, so that no more memory is held than was
+/// reserved.
+#[derive(Default)]
+struct Ahead {
+    /// Where in the table `bytes` begins.
+    start: u64,
+    bytes: Bytes,
+    /// In the cursor's direction.
+    blocks: VecDeque<Handle>,
+}
+
+impl Ahead {
+    /// The stored bytes of the block, if they are here; those of blocks before it are passed over.
+    fn stored(&mut self, handle: &Handle) -> Option<Bytes> {
+        while let Some(block) = self.blocks.pop_front() {
+            if block.offset == handle.offset {
+                let from = usize::try_from(block.offset.checked_sub(self.start)?).ok()?;
+                let stored = self.bytes.slice(from..from.checked_add(block.stored as usize)?);
+                if self.blocks.is_empty() {
+                    *self = Self::default();
+                }
+                return Some(stored);
+            }
+        }
+        *self = Self::default();
+        None
+    }
+}
+
 /// A cursor over one table.
 pub(crate) struct TableCursor {
     reverse: bool,
@@ -57,7 +86,7 @@ pub(crate) struct TableCursor {
     pending_index: Option<Handle>,
     index: Option<BlockCursor>,
     data: Option<BlockCursor>,
-    ahead: VecDeque<(Handle, Block)>,
+    ahead: Ahead,
     ahead_bytes: usize,
     misses: u32,
     memory: Option<Reservation>,
@@ -75,7 +104,7 @@ impl TableCursor {
             pending_index: None,
             index: None,
             data: None,
-            ahead: VecDeque::new(),
+            ahead: Ahead::default(),
             ahead_bytes: AHEAD_BYTES_MIN,
             misses: 0,
             memory: None,
@@ -143,7 +172,7 @@ impl TableCursor {
         self.pending_index = None;
         self.index = None;
         self.top = None;
-        self.ahead.clear();
+        self.ahead = Ahead::default();
         let mut leaf = table.top().await?.clone();
         if table.levels() == 2 {
             let top = self.descend(table, leaf, key)?;
@@ -273,13 +302,12 @@ impl TableCursor {
 
     /// A data block: read ahead, cached, or read now together with those that follow.
     async fn next_block(&mut self, table: &Table, handle: &Handle) -> Result<Block> {
-        while let Some((ahead, block)) = self.ahead.pop_front() {
-            if ahead.offset == handle.offset {
-                return Ok(block);
-            }
-        }
+        let ahead = self.ahead.stored(handle);
         if let Some(block) = table.cached(handle) {
             return Ok(block);
+        }
+        if let Some(stored) = ahead {
+            return self.enter(table, handle, stored).await;
         }
         self.misses = self.misses.saturating_add(1);
         if self.misses < MISSES_BEFORE_AHEAD {
@@ -297,29 +325,26 @@ impl TableCursor {
             Err(error) if is_damage(&error) => return table.load_again(handle, !self.bypass).await,
             bytes => bytes?,
         };
-        let mut blocks = VecDeque::with_capacity(group.len());
-        for (at, ahead) in group.iter().enumerate() {
-            let from = ahead.offset.saturating_sub(start) as usize;
-            let stored = bytes.slice(from..from.saturating_add(ahead.stored as usize));
-            let block = match table.decode(&stored, ahead, !self.bypass) {
-                Err(error) if is_damage(&error) && at == 0 => table.load_again(ahead, !self.bypass).await?,
-                // It is met again when the walk comes there, and asked of other copies then.
-                Err(error) if is_damage(&error) => break,
-                block => block?,
-            };
-            if !self.bypass {
-                table.cache(ahead, &block);
-            }
-            blocks.push_back((*ahead, block));
-        }
-        self.ahead = blocks;
+        self.ahead = Ahead { start, bytes, blocks: group.into() };
         if !self.bypass {
             self.ahead_bytes = self.ahead_bytes.saturating_mul(2).min(AHEAD_BYTES_MAX);
         }
-        let first = self.ahead.pop_front();
-        first
-            .map(|(_, block)| block)
-            .ok_or_else(|| table.corrupt(super::block::Malformed("nothing where a block should be"), handle))
+        let Some(stored) = self.ahead.stored(handle) else {
+            return Err(table.corrupt(super::block::Malformed("nothing where a block should be"), handle));
+        };
+        self.enter(table, handle, stored).await
+    }
+
+    /// The block of these bytes; if they are damaged, of what is read once more, here or elsewhere.
+    async fn enter(&self, table: &Table, handle: &Handle, stored: Bytes) -> Result<Block> {
+        let block = match table.decode(&stored, handle, !self.bypass) {
+            Err(error) if is_damage(&error) => table.load_again(handle, !self.bypass).await?,
+            block => block?,
+        };
+        if !self.bypass {
+            table.cache(handle, &block);
+        }
+        Ok(block)
     }
 
     /// `first` and the blocks that follow it in the cursor's direction without a gap, up to the window.

@@ -151,7 +151,7 @@ fn memory_is_set_anew_while_the_store_runs() {
     assert!(before.memory_used_bytes > 1 << 20, "the blocks are in the cache: {before:?}");
     store.engine.set_memory_bytes(1 << 20);
     let after = store.engine.status();
-    assert_eq!((after.memory_bytes, budget.total()), (1 << 20, (1 << 20) - (1 << 20) / 6));
+    assert_eq!((after.memory_bytes, budget.total()), (1 << 20, (1 << 20) - (1 << 20) / 5));
     assert!(after.memory_used_bytes <= budget.total(), "{after:?}");
     assert_eq!(read(), 2000);
     store.engine.set_memory_bytes(64 << 20);
