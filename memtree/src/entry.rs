@@ -21,12 +21,20 @@ use crate::sync::Fixed;
 pub(crate) struct Head {
     index: Fixed<u64>,
     key_bytes: u32,
-    /// Of an inline value; or one of the two below.
+    /// Of an inline value; or, from [`SPECIAL`] on, what else there is.
     value_bytes: u32,
 }
 
-const DELETED: u32 = u32::MAX;
-const LARGE: u32 = u32::MAX - 1;
+/// In `value_bytes`: of an inline operand its length is added to it; or it is one of those below.
+const SPECIAL: u32 = 1 << 31;
+const TOMBSTONE: u32 = u32::MAX;
+const FAILED: u32 = u32::MAX - 1;
+const LARGE: u32 = u32::MAX - 2;
+const LARGE_OPERAND: u32 = u32::MAX - 3;
+/// A value or operand of more than this many bytes stays a slice of what it came in; a smaller one is copied, so that it does not
+/// keep the buffer of a whole batch in memory.
+pub const INLINE_BYTES_MAX: usize = 4 << 10;
+
 /// In `key_bytes`: a chain stands before the head.
 const CHAINED: u32 = 1 << 31;
 
@@ -39,6 +47,10 @@ struct Chain {
     depth: u64,
 }
 
+const _: () = assert!(
+    INLINE_BYTES_MAX < (LARGE_OPERAND - SPECIAL) as usize,
+    "the length of an inline operand is none of those above"
+);
 #[cfg(not(loom))]
 const _: () = assert!(size_of::<Head>() == 16 && size_of::<Chain>() == 24);
 /// Whatever of them stands before a head, all are aligned when the first is.
@@ -52,18 +64,37 @@ pub struct Version<'a> {
     pages: PhantomData<&'a Pages>,
 }
 
+/// What a version says of its key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// It has a value.
+    Value,
+    /// It was removed.
+    Tombstone,
+    /// An operand, to be merged into what is below.
+    Operand,
+    /// A merge was refused: it has neither a value nor an operand.
+    Failed,
+}
+
+/// What is inserted.
+#[derive(Clone, Copy, Debug)]
+pub enum New<'a> {
+    /// As [`Kind::Value`].
+    Value(&'a Bytes),
+    /// As [`Kind::Tombstone`].
+    Tombstone,
+    /// As [`Kind::Operand`].
+    Operand(&'a Bytes),
+    /// As [`Kind::Failed`].
+    Failed,
+}
+
 /// What an entry is made of.
 pub(crate) struct NewEntry<'a> {
     pub(crate) key: &'a [u8],
     pub(crate) index: u64,
-    pub(crate) value: NewValue<'a>,
-}
-
-/// Where the value of a new entry goes.
-pub(crate) enum NewValue<'a> {
-    Deleted,
-    Inline(&'a [u8]),
-    Large(&'a Bytes),
+    pub(crate) new: New<'a>,
 }
 
 impl<'a> Version<'a> {
@@ -94,7 +125,7 @@ impl<'a> Version<'a> {
     }
 
     fn is_large(self) -> bool {
-        self.head().value_bytes == LARGE
+        matches!(self.head().value_bytes, LARGE | LARGE_OPERAND)
     }
 
     fn chain(self) -> Option<Chain> {
@@ -126,22 +157,33 @@ impl<'a> Version<'a> {
         unsafe { std::slice::from_raw_parts(self.key_place().as_ptr(), self.key_bytes()) }
     }
 
-    /// The value, borrowed; `None` is a tombstone.
+    /// What it says of its key.
     #[inline]
-    pub fn value_part(self) -> Option<&'a [u8]> {
+    pub fn kind(self) -> Kind {
         match self.head().value_bytes {
-            DELETED => None,
-            LARGE => self.large().map(AsRef::as_ref),
-            value_bytes => {
-                // SAFETY: the value stands behind the key.
-                let place = unsafe { self.key_place().add(self.key_bytes()) };
-                // SAFETY: so many bytes were written there with the entry, and live as long as 'a.
-                Some(unsafe { std::slice::from_raw_parts(place.as_ptr(), value_bytes as usize) })
-            }
+            ..SPECIAL | LARGE => Kind::Value,
+            TOMBSTONE => Kind::Tombstone,
+            FAILED => Kind::Failed,
+            _ => Kind::Operand,
         }
     }
 
-    /// The value; `None` is a tombstone. A large one is shared, a small one copied, so that it keeps no page in memory.
+    /// The value or operand, borrowed; `None` where there is neither.
+    #[inline]
+    pub fn value_part(self) -> Option<&'a [u8]> {
+        let value_bytes = match self.head().value_bytes {
+            value_bytes @ ..SPECIAL => value_bytes,
+            TOMBSTONE | FAILED => return None,
+            LARGE | LARGE_OPERAND => return self.large().map(AsRef::as_ref),
+            operand_bytes => operand_bytes - SPECIAL,
+        };
+        // SAFETY: the value stands behind the key.
+        let place = unsafe { self.key_place().add(self.key_bytes()) };
+        // SAFETY: so many bytes were written there with the entry, and live as long as 'a.
+        Some(unsafe { std::slice::from_raw_parts(place.as_ptr(), value_bytes as usize) })
+    }
+
+    /// The value or operand; `None` where there is neither. A large one is shared, a small one copied, so that it keeps no page in memory.
     #[inline]
     pub fn value(self) -> Option<Bytes> {
         match self.large() {
@@ -189,16 +231,24 @@ impl<'a> Version<'a> {
     }
 }
 
+impl<'a> From<Option<&'a Bytes>> for New<'a> {
+    fn from(value: Option<&'a Bytes>) -> Self {
+        value.map_or(Self::Tombstone, Self::Value)
+    }
+}
+
 impl NewEntry<'_> {
     /// Writes it into the pages. `older` is the version of the same key that comes before it.
     pub(crate) fn write(&self, arena: &mut Arena, pages: &Pages, older: Option<Version<'_>>) -> Ref<Head> {
-        let (value_bytes, inline, large) = match self.value {
-            NewValue::Deleted => (DELETED, &[][..], None),
-            NewValue::Inline(value) => (value.len() as u32, value, None),
-            NewValue::Large(value) => (LARGE, &[][..], Some(value)),
+        let (value_bytes, inline, large) = match self.new {
+            New::Tombstone => (TOMBSTONE, &[][..], None),
+            New::Failed => (FAILED, &[][..], None),
+            New::Value(value) if value.len() > INLINE_BYTES_MAX => (LARGE, &[][..], Some(value)),
+            New::Value(value) => (value.len() as u32, &value[..], None),
+            New::Operand(operand) if operand.len() > INLINE_BYTES_MAX => (LARGE_OPERAND, &[][..], Some(operand)),
+            New::Operand(operand) => (SPECIAL + operand.len() as u32, &operand[..], None),
         };
         assert!(self.key.len() < CHAINED as usize, "key_bytes={}", self.key.len());
-        assert!(inline.len() < LARGE as usize, "value_bytes={}", inline.len());
         let chained = if older.is_some() { CHAINED } else { 0 };
         let head = Head { index: Fixed::new(self.index), key_bytes: self.key.len() as u32 | chained, value_bytes };
         let large_bytes = if large.is_some() { size_of::<Bytes>() } else { 0 };

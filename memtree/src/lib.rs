@@ -3,7 +3,8 @@
 //!
 //! [`Writer::new`] makes an empty tree. [`Writer::insert`] adds versions; [`Reader::get`] and [`Reader::cursor`] find what was
 //! visible at an index. What a reader may see must have been inserted before it asks: whoever publishes the index of a version
-//! does that after the insert, by a store that the reader's load of the index synchronises with.
+//! does that after the insert, by a store that the reader's load of the index synchronises with. What a version says of its key is its
+//! [`Kind`]; what operands make of what is below them is for whoever inserts and reads.
 //!
 //! # Place
 //! below `engine`, whose `memtable` adds removed ranges and the memory budget. Knows bytes and indexes; no log, no I/O
@@ -24,5 +25,5 @@ mod tests;
 mod tree;
 
 pub use cursor::Cursor;
-pub use entry::Version;
-pub use tree::{INLINE_BYTES_MAX, Reader, Writer};
+pub use entry::{INLINE_BYTES_MAX, Kind, New, Version};
+pub use tree::{Reader, Writer};

@@ -5,11 +5,23 @@ use bytes::Bytes;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 
-use crate::{Reader, Writer};
+use crate::{Kind, New, Reader, Version, Writer};
 
 /// All but the odd ones from 100 on begin alike, so that the edges of the tree skip that.
 fn key(of: u8) -> [u8; 2] {
     [if of >= 100 && of % 2 == 1 { b'l' } else { b'k' }, of]
+}
+
+/// Each index writes another kind.
+fn kind(index: u64) -> Kind {
+    [Kind::Value, Kind::Operand, Kind::Tombstone, Kind::Failed][index as usize % 4]
+}
+
+fn check_kind(version: Version<'_>) {
+    let kind = kind(version.index());
+    assert_eq!(version.kind(), kind, "index={}", version.index());
+    let value = matches!(kind, Kind::Value | Kind::Operand).then_some(&b"v"[..]);
+    assert_eq!(version.value_part(), value, "index={}", version.index());
 }
 
 /// What a reader does with a tree in which the keys `0..at` by their places are to be found.
@@ -21,7 +33,9 @@ fn get(reader: &Reader, keys: &[u8], at: u64) {
         // Those above the index may be there or not, and are not to be seen.
         let newest = keys.iter().take(at as usize).rposition(|other| other == key).map(|place| place as u64 + 1);
         if index + 4 > at {
-            assert_eq!(reader.get(&self::key(*key), at).map(|version| version.index()), newest, "key={key} at={at}");
+            let found = reader.get(&self::key(*key), at);
+            assert_eq!(found.map(Version::index), newest, "key={key} at={at}");
+            found.into_iter().for_each(check_kind);
         }
     }
 }
@@ -38,6 +52,7 @@ fn walk(reader: &Reader, keys: &[u8], at: u64, reverse: bool) {
     let mut found = Vec::new();
     while let Some(version) = cursor.version() {
         assert!(version.index() <= at);
+        check_kind(version);
         found.push(version.key()[1]);
         cursor.advance();
     }
@@ -53,7 +68,14 @@ fn check(keys: &'static [u8], beside: usize, look: Look) {
         let mut writer = Writer::new();
         let reader = writer.reader();
         let mut insert = move |at: usize| {
-            writer.insert(&key(keys[at]), at as u64 + 1, Some(&Bytes::from_static(b"v")));
+            let (index, value) = (at as u64 + 1, Bytes::from_static(b"v"));
+            let new = match kind(index) {
+                Kind::Value => New::Value(&value),
+                Kind::Operand => New::Operand(&value),
+                Kind::Tombstone => New::Tombstone,
+                Kind::Failed => New::Failed,
+            };
+            writer.insert_new(&key(keys[at]), index, new);
         };
         let before = keys.len() - beside;
         (0..before).for_each(&mut insert);

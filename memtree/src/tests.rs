@@ -16,8 +16,10 @@ const fn scale(all: u64, miri: u64) -> u64 {
 }
 
 /// Key, and reversed index: for one key from the newest version to the oldest.
-type Model = BTreeMap<(Vec<u8>, Reverse<u64>), Option<Vec<u8>>>;
-type Found = (Vec<u8>, u64, Option<Vec<u8>>);
+type Model = BTreeMap<(Vec<u8>, Reverse<u64>), Said>;
+type Found = (Vec<u8>, u64, Said);
+/// What a version says of its key, with the value or operand where there is one.
+type Said = (Kind, Vec<u8>);
 
 fn visible(model: &Model, at: u64) -> Vec<Found> {
     let mut out: Vec<Found> = Vec::new();
@@ -32,7 +34,19 @@ fn visible(model: &Model, at: u64) -> Vec<Found> {
 fn owned(version: Version<'_>) -> Found {
     let value = version.value();
     assert_eq!(value.as_deref(), version.value_part());
-    (version.key().to_vec(), version.index(), value.map(|value| value.to_vec()))
+    assert_eq!(value.is_some(), matches!(version.kind(), Kind::Value | Kind::Operand), "{:?}", version.kind());
+    let said = (version.kind(), value.map(Vec::from).unwrap_or_default());
+    (version.key().to_vec(), version.index(), said)
+}
+
+fn insert(writer: &mut Writer, key: &[u8], index: u64, (kind, value): &Said) -> bool {
+    let value = Bytes::copy_from_slice(value);
+    match kind {
+        Kind::Value => writer.insert(key, index, Some(&value)),
+        Kind::Tombstone => writer.insert(key, index, None),
+        Kind::Operand => writer.insert_new(key, index, New::Operand(&value)),
+        Kind::Failed => writer.insert_new(key, index, New::Failed),
+    }
 }
 
 fn drain(mut cursor: Cursor) -> Vec<Found> {
@@ -52,15 +66,15 @@ fn walk(reader: &Reader, at: u64, reverse: bool) -> Vec<Found> {
     drain(cursor)
 }
 
-fn check(ops: &[(Vec<u8>, Option<Vec<u8>>)], probes: &[Vec<u8>]) {
+fn check(ops: &[(Vec<u8>, Said)], probes: &[Vec<u8>]) {
     let mut writer = Writer::new();
     let reader = writer.reader();
     let mut model = Model::new();
-    for (at, (key, value)) in ops.iter().enumerate() {
+    for (at, (key, said)) in ops.iter().enumerate() {
         // Two mutations an index: a key may be written twice at one.
         let index = 1 + at as u64 / 2;
-        let new = model.insert((key.clone(), Reverse(index)), value.clone()).is_none();
-        assert_eq!(writer.insert(key, index, value.clone().map(Bytes::from).as_ref()), new);
+        let new = model.insert((key.clone(), Reverse(index)), said.clone()).is_none();
+        assert_eq!(insert(&mut writer, key, index, said), new);
     }
     assert_eq!(reader.last_key(), model.last_key_value().map(|((key, _), _)| key.as_slice()));
     drop(writer);
@@ -114,8 +128,17 @@ fn config() -> ProptestConfig {
 }
 
 /// Keys with one prefix first, so that edges skip it, then those of all kinds.
-fn ops() -> impl Strategy<Value = Vec<(Vec<u8>, Option<Vec<u8>>)>> {
-    let value = || prop::option::of(prop::collection::vec(any::<u8>(), 0..40));
+fn ops() -> impl Strategy<Value = Vec<(Vec<u8>, Said)>> {
+    // Some around what is copied and what stays where it is.
+    let lengths = prop_oneof![40 => 0..40_usize, 1 => INLINE_BYTES_MAX - 1..INLINE_BYTES_MAX + 3];
+    let bytes = (any::<u8>(), lengths).prop_map(|(byte, length)| vec![byte; length]);
+    let kinds = vec![Kind::Value, Kind::Tombstone, Kind::Operand, Kind::Failed];
+    let said = (prop::sample::select(kinds), bytes).prop_map(|(kind, bytes)| match kind {
+        Kind::Value | Kind::Operand => (kind, bytes),
+        Kind::Tombstone | Kind::Failed => (kind, Vec::new()),
+    });
+    let said = said.boxed();
+    let value = || said.clone();
     let narrow = any::<u16>().prop_map(|key| [b"a/long/prefix/of/all/".as_slice(), &key.to_be_bytes()].concat());
     let most = scale(300, 25) as usize;
     (prop::collection::vec((narrow, value()), 0..most), prop::collection::vec((key(), value()), 1..most))
@@ -173,7 +196,7 @@ fn ascending_descending_and_alternating_keys() {
             assert!(writer.insert(&key(at), 1, Some(&Bytes::from_static(b"value"))));
         }
         let found = walk(&reader, 1, false);
-        assert!(found.len() as u64 == keys && found.is_sorted());
+        assert!(found.len() as u64 == keys && found.is_sorted_by_key(|found| &found.0));
         assert!((0..keys).all(|at| reader.get(&key(at), 1).is_some()));
         assert!(reader.get(b"common", 1).is_none() && reader.get(b"d", 1).is_none());
     }
@@ -181,12 +204,24 @@ fn ascending_descending_and_alternating_keys() {
 
 #[test]
 fn a_large_value_stays_where_it_is_and_a_small_one_is_copied() {
+    check_large(|bytes| New::Value(bytes), Kind::Value);
+}
+
+#[test]
+fn a_large_operand_stays_where_it_is_and_a_small_one_is_copied() {
+    check_large(|bytes| New::Operand(bytes), Kind::Operand);
+}
+
+fn check_large(new: fn(&Bytes) -> New<'_>, kind: Kind) {
     let mut writer = Writer::new();
     let reader = writer.reader();
     let entry = Bytes::from(vec![1; 100 << 10]);
     for index in 1..=3 {
-        writer.insert(b"small", index, Some(&entry.slice(..INLINE_BYTES_MAX)));
-        writer.insert(b"large", index, Some(&entry.slice(100..50_000)));
+        writer.insert_new(b"small", index, new(&entry.slice(..INLINE_BYTES_MAX)));
+        writer.insert_new(b"large", index, new(&entry.slice(100..50_000)));
+    }
+    for key in [&b"small"[..], b"large"] {
+        assert_eq!(reader.get(key, 2).map(Version::kind), Some(kind));
     }
     let value = |key: &[u8]| reader.get(key, 2).and_then(Version::value).expect("it is there");
     assert_eq!(value(b"large").as_ptr(), entry[100..].as_ptr());

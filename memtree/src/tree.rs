@@ -21,14 +21,10 @@ use bytes::Bytes;
 
 use crate::arena::{Arena, AtomicRef, Pages, Ref};
 use crate::cursor::Cursor;
-use crate::entry::{Head, NewEntry, NewValue, Version};
+use crate::entry::{Head, New, NewEntry, Version};
 use crate::key::common_prefix;
 use crate::node::{Child, Inner, Item, Leaf, Prefix, Ranks, WIDTH};
 use crate::sync::Ordering;
-
-/// A value of more than this many bytes stays a slice of what it came in; a smaller one is copied, so that it does not keep
-/// the buffer of a whole batch in memory.
-pub const INLINE_BYTES_MAX: usize = 4 << 10;
 
 /// What the handles of one tree share.
 pub(crate) struct Shared {
@@ -191,12 +187,15 @@ impl Writer {
     /// # Panics
     /// When the key has a version with a higher index.
     pub fn insert(&mut self, key: &[u8], index: u64, value: Option<&Bytes>) -> bool {
-        let value = match value {
-            None => NewValue::Deleted,
-            Some(value) if value.len() > INLINE_BYTES_MAX => NewValue::Large(value),
-            Some(value) => NewValue::Inline(value),
-        };
-        let new = NewEntry { key, index, value };
+        self.insert_new(key, index, value.into())
+    }
+
+    /// As [`Writer::insert`], of any kind.
+    ///
+    /// # Panics
+    /// As [`Writer::insert`].
+    pub fn insert_new(&mut self, key: &[u8], index: u64, new: New<'_>) -> bool {
+        let new = NewEntry { key, index, new };
         let Self { shared, arena, prefix, path } = self;
         let pages = &shared.pages;
         let at = shared.path(key, path);

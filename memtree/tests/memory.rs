@@ -5,7 +5,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use bytes::Bytes;
-use mainstay_memtree::Writer;
+use mainstay_memtree::{New, Writer};
 
 struct Counting;
 
@@ -49,9 +49,10 @@ fn bytes_are_those_that_the_allocator_gave() {
         let key = at.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
         let value = if at % 10 == 0 { &large } else { &small };
         large_bytes += if at % 10 == 0 { large.len() as i64 } else { 0 };
-        writer.insert(&key, at, Some(value));
+        let new = if at % 4 == 0 { New::Operand(value) } else { New::Value(value) };
+        writer.insert_new(&key, at, new);
         if at % 3 == 0 {
-            writer.insert(&key, at + 1, None);
+            writer.insert_new(&key, at + 1, if at % 2 == 0 { New::Failed } else { New::Tombstone });
         }
         if at % 100 == 0 {
             assert_eq!(HELD.get() - before, writer.bytes() as i64 - large_bytes, "after {at} keys");
