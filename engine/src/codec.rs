@@ -12,7 +12,7 @@ use bytes::Bytes;
 
 use crate::command::{KEY_BYTES_MAX, TableRanges};
 use crate::range_tombstone::{BOUND_BYTES_MAX, KeyRange, last_before, last_key};
-use crate::{BranchId, Error, ErrorKind, InstallTable, JobId, KeyspaceId, Result, TableId};
+use crate::{BranchId, Error, ErrorKind, InstallTable, JobId, KeyspaceId, OperatorId, Result, TableId};
 
 /// Bytes of the longest varint of 64 bits.
 const VARINT_BYTES_MAX: u32 = 10;
@@ -235,6 +235,16 @@ pub(crate) fn put_table(out: &mut Vec<u8>, table: &InstallTable, form: TableForm
         put_varint(out, table.ranges.spans.len() as u64);
         table.ranges.spans.iter().for_each(|span| put_range(out, span));
     }
+}
+
+/// Appends which operator.
+pub(crate) fn put_operator(out: &mut Vec<u8>, operator: &OperatorId) {
+    put_bytes(out, operator.name().as_bytes());
+    put_varint(out, operator.version().into());
+}
+
+pub(crate) fn take_operator(from: &mut Decoder) -> Result<OperatorId> {
+    Ok(OperatorId::new(from.name()?, from.varint_u32()?))
 }
 
 pub(crate) fn take_table(from: &mut Decoder, form: TableForm) -> Result<InstallTable> {

@@ -13,13 +13,15 @@
 use bytes::Bytes;
 
 use crate::codec::{
-    Decoder, SPAN_BYTES_MAX, TABLE_BYTES_MIN, TableForm, check_name, put_bytes, put_range, put_span, put_table,
-    put_varint, take_range, take_span, take_table,
+    Decoder, SPAN_BYTES_MAX, TABLE_BYTES_MIN, TableForm, check_name, put_bytes, put_operator, put_range, put_span,
+    put_table, put_varint, take_operator, take_range, take_span, take_table,
 };
 use crate::condition::{Condition, put_conditions, take_conditions};
 use crate::once::not_once;
 use crate::range_tombstone::{BOUND_BYTES_MAX, KeyRange};
-use crate::{BranchId, ClientToken, ConditionalBatch, Error, ErrorKind, JobId, KeyspaceId, Result, TableId};
+use crate::{
+    BranchId, ClientToken, ConditionalBatch, Error, ErrorKind, JobId, KeyspaceId, OperatorId, Result, TableId,
+};
 
 /// Longest message of a refusal in bytes.
 const REFUSAL_BYTES_MAX: usize = 4096;
@@ -120,6 +122,14 @@ pub enum CommandBody {
         /// And before here; none for all behind `first`.
         end: Option<Bytes>,
     },
+    /// Gives a keyspace its merge operator, in every branch; makes the keyspace if it is not there. Refused where it has another
+    /// one. The response is the id of the keyspace.
+    SetOperator {
+        /// The name of the keyspace.
+        name: String,
+        /// The operator.
+        operator: OperatorId,
+    },
 }
 
 /// Mutations applied all or none to one branch. The later of two mutations of one key wins: a range removes what stands before it, and
@@ -213,6 +223,15 @@ pub enum WriteOp {
         /// Which keys.
         range: KeyRange,
     },
+    /// Merges an operand into the value of a key, absent or not, by the merge operator of the keyspace.
+    Merge {
+        /// Where.
+        keyspace: KeyspaceId,
+        /// 1 to [`KEY_BYTES_MAX`] bytes.
+        key: Bytes,
+        /// At most [`VALUE_BYTES_MAX`] bytes.
+        operand: Bytes,
+    },
 }
 
 /// An output of a job as an `Install` names it.
@@ -271,10 +290,11 @@ const KIND_BATCH_IF: u8 = 13;
 const KIND_BATCHES_IF: u8 = 14;
 const KIND_COMPACT: u8 = 15;
 const KIND_INSTALL_RANGED: u8 = 16;
+const KIND_SET_OPERATOR: u8 = 17;
 
 /// The kinds as docs/format.md has them.
 #[cfg(test)]
-pub(crate) const KINDS: [(u8, &str); 16] = [
+pub(crate) const KINDS: [(u8, &str); 17] = [
     (KIND_BATCH, "Batch"),
     (KIND_CREATE_KEYSPACE, "CreateKeyspace"),
     (KIND_DROP_KEYSPACE, "DropKeyspace"),
@@ -291,16 +311,18 @@ pub(crate) const KINDS: [(u8, &str); 16] = [
     (KIND_BATCHES_IF, "BatchesIf"),
     (KIND_COMPACT, "Compact"),
     (KIND_INSTALL_RANGED, "Install"),
+    (KIND_SET_OPERATOR, "SetOperator"),
 ];
 
 const OP_PUT: u8 = 1;
 const OP_DELETE: u8 = 2;
 const OP_DELETE_RANGE: u8 = 3;
+const OP_MERGE: u8 = 4;
 
 /// The kinds of mutations as docs/format.md has them.
 #[cfg(test)]
-pub(crate) const OP_KINDS: [(u8, &str); 3] =
-    [(OP_PUT, "put"), (OP_DELETE, "delete"), (OP_DELETE_RANGE, "delete range")];
+pub(crate) const OP_KINDS: [(u8, &str); 4] =
+    [(OP_PUT, "put"), (OP_DELETE, "delete"), (OP_DELETE_RANGE, "delete range"), (OP_MERGE, "merge")];
 
 /// Bytes of the shortest batch: a branch and a count.
 const BATCH_BYTES_MIN: usize = 2;
@@ -311,32 +333,34 @@ impl WriteOp {
     /// Where it writes.
     pub fn keyspace(&self) -> KeyspaceId {
         match self {
-            Self::Put { keyspace, .. } | Self::Delete { keyspace, .. } | Self::DeleteRange { keyspace, .. } => {
-                *keyspace
-            }
+            Self::Put { keyspace, .. }
+            | Self::Delete { keyspace, .. }
+            | Self::DeleteRange { keyspace, .. }
+            | Self::Merge { keyspace, .. } => *keyspace,
         }
     }
 
     /// What it writes; of a range its first place.
     pub fn key(&self) -> &Bytes {
         match self {
-            Self::Put { key, .. } | Self::Delete { key, .. } => key,
+            Self::Put { key, .. } | Self::Delete { key, .. } | Self::Merge { key, .. } => key,
             Self::DeleteRange { range, .. } => range.start(),
         }
     }
 
-    /// The value it sets; nothing for a deletion.
+    /// The value it sets; nothing for a deletion, and for a merge.
     pub fn value(&self) -> Option<&Bytes> {
         match self {
             Self::Put { value, .. } => Some(value),
-            Self::Delete { .. } | Self::DeleteRange { .. } => None,
+            Self::Delete { .. } | Self::DeleteRange { .. } | Self::Merge { .. } => None,
         }
     }
 
-    /// Bytes of its keys and of its value.
+    /// Bytes of its keys and of its value or operand.
     pub fn bytes(&self) -> usize {
         match self {
             Self::Put { key, value, .. } => key.len().saturating_add(value.len()),
+            Self::Merge { key, operand, .. } => key.len().saturating_add(operand.len()),
             Self::Delete { key, .. } => key.len(),
             Self::DeleteRange { range, .. } => range.bytes(),
         }
@@ -345,7 +369,9 @@ impl WriteOp {
     /// Refuses what no table can hold.
     pub(crate) fn check(&self) -> Result<()> {
         match self {
-            Self::Put { key, value, .. } => check_key(key).and_then(|()| check_value(value)),
+            Self::Put { key, value, .. } | Self::Merge { key, operand: value, .. } => {
+                check_key(key).and_then(|()| check_value(value))
+            }
             Self::Delete { key, .. } => check_key(key),
             Self::DeleteRange { range, .. } => range.check(),
         }
@@ -416,6 +442,7 @@ impl Command {
             CommandBody::BatchIf(_) => KIND_BATCH_IF,
             CommandBody::BatchesIf(_) => KIND_BATCHES_IF,
             CommandBody::Compact { .. } => KIND_COMPACT,
+            CommandBody::SetOperator { .. } => KIND_SET_OPERATOR,
         };
         out.push(kind);
         out.extend_from_slice(&self.time_ms.to_le_bytes());
@@ -482,6 +509,11 @@ impl Command {
                 put_varint(&mut out, branch.0);
                 put_varint(&mut out, keyspace.0.into());
                 put_span(&mut out, first, end.as_ref());
+            }
+            CommandBody::SetOperator { name, operator } => {
+                put_name(&mut out, name)?;
+                check_name(operator.name())?;
+                put_operator(&mut out, operator);
             }
         }
         Ok(out.into())
@@ -574,6 +606,7 @@ impl Command {
                 let (first, end) = take_span(&mut from)?;
                 CommandBody::Compact { branch, keyspace, first, end }
             }
+            KIND_SET_OPERATOR => CommandBody::SetOperator { name: from.name()?, operator: take_operator(&mut from)? },
             kind => return Err(Error::new(ErrorKind::Foreign, format!("a command of an unknown kind kind={kind}"))),
         };
         from.end()?;
@@ -629,10 +662,11 @@ fn encode_batch(out: &mut Vec<u8>, batch: &WriteBatch) -> Result<()> {
             WriteOp::Put { .. } => OP_PUT,
             WriteOp::Delete { .. } => OP_DELETE,
             WriteOp::DeleteRange { .. } => OP_DELETE_RANGE,
+            WriteOp::Merge { .. } => OP_MERGE,
         });
         put_varint(out, op.keyspace().0.into());
         match op {
-            WriteOp::Put { key, value, .. } => {
+            WriteOp::Put { key, value, .. } | WriteOp::Merge { key, operand: value, .. } => {
                 put_bytes(out, key);
                 put_bytes(out, value);
             }
@@ -671,6 +705,10 @@ fn decode_batch(from: &mut Decoder) -> Result<WriteBatch> {
             }
             OP_DELETE => WriteOp::Delete { keyspace, key: from.bytes(1, KEY_BYTES_MAX)? },
             OP_DELETE_RANGE => WriteOp::DeleteRange { keyspace, range: take_range(from)? },
+            OP_MERGE => {
+                let key = from.bytes(1, KEY_BYTES_MAX)?;
+                WriteOp::Merge { keyspace, key, operand: from.bytes(0, VALUE_BYTES_MAX)? }
+            }
             tag => return Err(Error::new(ErrorKind::Foreign, format!("a mutation of an unknown kind kind={tag}"))),
         });
     }

@@ -25,13 +25,13 @@ use mainstay_io::BoxFuture;
 use mainstay_wal::GroupId;
 use tokio::sync::Notify;
 
-use self::core::{Core, Structure, checkpoint_views};
+use self::core::{Core, Structure, checkpoint_views, operators};
 pub(crate) use self::core::{Names, Views};
 pub(crate) use self::jobs::{JobClass, Run};
 pub(crate) use self::mend::{CHECK_READ_BYTES, digest_of};
 use self::present::Durable;
 #[cfg(test)]
-pub(crate) use self::present::{EDIT_VERSION, EDIT_VERSION_RANGED, EDIT_VERSION_SHAPED};
+pub(crate) use self::present::{EDIT_VERSION, EDIT_VERSION_OPERATORS, EDIT_VERSION_RANGED, EDIT_VERSION_SHAPED};
 pub(crate) use self::present::{MANIFEST_EDIT, Recovered};
 #[cfg(test)]
 pub(crate) use self::transfer::EXPORT_VERSION;
@@ -41,8 +41,8 @@ use crate::engine::EngineShared;
 use crate::heal::{GroupHeal, TablePeers};
 use crate::manifest::{Manifest, ManifestSettings};
 use crate::{
-    BranchId, BranchInfo, CheckpointInfo, Command, Error, ErrorKind, EventKind, JobId, KeyspaceId, LogIndex, Result,
-    Snapshot, StallCause, StateMachine, TableCompression, TableId,
+    BranchId, BranchInfo, CheckpointInfo, Command, Error, ErrorKind, EventKind, JobId, KeyspaceId, LogIndex,
+    MergeOperators, OperatorId, Result, Snapshot, StallCause, StateMachine, TableCompression, TableId,
 };
 
 /// Frozen generations above which writers wait.
@@ -65,6 +65,8 @@ pub struct GroupSettings {
     pub compression: TableCompression,
     /// The embedder's own; answers `Custom` commands.
     pub state_machine: Option<Arc<dyn StateMachine>>,
+    /// The merge operators that keyspaces have or may be given.
+    pub merge_operators: MergeOperators,
 }
 
 /// What applying an entry gave.
@@ -143,6 +145,14 @@ impl Drop for Stall<'_> {
         engine.stats.stalled(cause, took);
         engine.events.tell(Some(self.group.id), || EventKind::StallEnded { cause, took });
     }
+}
+
+/// Refuses a state with a keyspace whose merge operator is not registered.
+fn require_operators(manifest: &Manifest, operators: &MergeOperators) -> Result<()> {
+    manifest.operators.iter().try_for_each(|(id, assigned)| {
+        let name = manifest.keyspaces.get(id).map_or_else(|| id.to_string(), |keyspace| keyspace.name.clone());
+        operators.require(&assigned.operator, &name).map(drop)
+    })
 }
 
 /// A group. Cloning gives another handle.
@@ -390,11 +400,13 @@ impl GroupShared {
             tracing::warn!(group = %id, kept = ?manifest.settings, given = ?wanted,
                 "the group keeps the settings that it was made with");
         }
+        require_operators(&manifest, &settings.merge_operators)?;
         let heal = GroupHeal::new(id, engine.heal.clone());
         let tables = engine.open_tables(&manifest, places, &heal)?;
         let flushed = manifest.flushed();
         let l0_runs_max = (manifest.settings.l0_compaction_runs as usize).saturating_mul(L0_STALL_FACTOR);
-        let mut core = Core::new(lineage, manifest, tables, born);
+        let operators = settings.merge_operators;
+        let mut core = Core::new(lineage, manifest, tables, born, operators.clone());
         let shared = Self {
             id,
             engine,
@@ -415,7 +427,7 @@ impl GroupShared {
             offers: Notify::new(),
             applies: Notify::new(),
             pins: Mutex::default(),
-            core: Mutex::new(Core::new(0, Manifest::new(wanted), Default::default(), false)),
+            core: Mutex::new(Core::new(0, Manifest::new(wanted), Default::default(), false, operators)),
         };
         shared.publish(&mut core, flushed);
         *shared.core.lock().unwrap_or_else(PoisonError::into_inner) = core;
@@ -470,8 +482,9 @@ impl Group {
         let found = core.readable().checkpoints.get(name).filter(|c| c.index <= applied).cloned();
         let checkpoint =
             found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no such checkpoint name={name}")))?;
-        let names = Names { keyspaces: checkpoint.keyspaces.iter().cloned().collect() };
-        let views = checkpoint_views(&core, &checkpoint);
+        let operators = operators(&core, core.readable(), LogIndex(checkpoint.index.0.saturating_add(1)));
+        let views = checkpoint_views(&core, &checkpoint, &operators);
+        let names = Names { keyspaces: checkpoint.keyspaces.iter().cloned().collect(), operators };
         let index = if mainstay_io::mutant!(CheckpointMoves) { applied } else { checkpoint.index };
         let index = if mainstay_io::mutant!(CheckpointInUse) { applied } else { index };
         Ok(Snapshot::new(index, Arc::new(views), Arc::new(names)))
@@ -709,6 +722,21 @@ impl Group {
     /// Names and ids of the keyspaces.
     pub fn keyspaces(&self) -> Vec<(String, KeyspaceId)> {
         self.0.structure.load().names.keyspaces.iter().map(|(name, id)| (name.clone(), *id)).collect()
+    }
+
+    /// The merge operator of a keyspace of the applied state.
+    pub fn merge_operator(&self, keyspace: KeyspaceId) -> Option<OperatorId> {
+        let structure = self.0.structure.load();
+        structure.names.operators.get(&keyspace).map(|operator| operator.id())
+    }
+
+    /// Refuses an operator that is not registered here, before a keyspace is given it: no replica without it goes on behind that
+    /// entry.
+    ///
+    /// # Errors
+    /// `Invalid`.
+    pub fn check_operator(&self, operator: &OperatorId, keyspace: &str) -> Result<()> {
+        self.0.lock().operators.require(operator, keyspace).map(drop)
     }
 
     /// The branch of a name; `main` is [`crate::MAIN`].

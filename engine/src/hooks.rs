@@ -52,6 +52,7 @@ pub mod fuzz {
     /// Tables of a few shapes.
     pub fn table_seeds() -> Vec<Vec<u8>> {
         use crate::range_tombstone::RangeTombstone;
+        use crate::table::block::EntryKind;
         use crate::table::{Compression, TableBuilder, TableOptions};
 
         let range = |start: &'static [u8], end: Option<&'static [u8]>| RangeTombstone {
@@ -65,6 +66,7 @@ pub mod fuzz {
             (Compression::Zstd, 8, 60, false),
             (Compression::Lz4, 12, 30, false),
             (Compression::None, 8, 5, true),
+            (Compression::None, 8, 6, false),
         ];
         shapes
             .map(|(compression, filter_bits, entries, ranged)| {
@@ -77,7 +79,15 @@ pub mod fuzz {
                 for at in 0..entries {
                     let value = format!("value {at}").repeat(3);
                     let value = (at % 7 != 5).then_some(value.as_bytes());
-                    builder.add(format!("user/{at:06}/name").as_bytes(), LogIndex(at + 1), value);
+                    let key = format!("user/{at:06}/name");
+                    // One shape has operands, and a key of which a merge was refused.
+                    match (entries, at) {
+                        (6, 1 | 2) => {
+                            builder.add_entry(key.as_bytes(), LogIndex(at + 1), EntryKind::Operand, b"operand");
+                        }
+                        (6, 4) => builder.add_entry(key.as_bytes(), LogIndex(at + 1), EntryKind::Failed, b""),
+                        _ => builder.add(key.as_bytes(), LogIndex(at + 1), value),
+                    }
                 }
                 if ranged {
                     builder.add_range(range(b"user/", Some(b"user/000003")));
@@ -124,6 +134,7 @@ pub mod fuzz {
             ManifestOp::CreateCheckpoint { name: "monday".into(), branch: MAIN, time_ms: 7 },
             ManifestOp::CreateClone { name: "trial".into(), checkpoint: "monday".into(), time_ms: 8 },
             ManifestOp::Compact { branch: MAIN, keyspace: KeyspaceId(0), first: Bytes::new(), end: None },
+            ManifestOp::SetOperator { name: "users".into(), operator: crate::OperatorId::APPEND },
         ];
         for (at, op) in ops.iter().enumerate() {
             manifest.apply(LogIndex(at as u64 + 1), op, true).expect("the operation is valid here");
@@ -207,7 +218,7 @@ pub mod bench {
         pub fn get(&self, key: &[u8]) -> Option<Bytes> {
             match self.0.get(key, LogIndex(u64::MAX))? {
                 Lookup::Value(value) => Some(value),
-                Lookup::Deleted => None,
+                _ => None,
             }
         }
 
@@ -318,6 +329,7 @@ pub mod bench {
                 memtables: memtables.iter().map(|memtable| memtable.0.clone()).collect(),
                 l0: tables.iter().map(|table| table.table.clone()).collect(),
                 levels: Vec::new(),
+                operator: None,
             });
             let mut scan = view.scan(Bound::Unbounded, Bound::Unbounded, LogIndex(u64::MAX));
             let mut count = 0;

@@ -12,6 +12,9 @@
 //! N3. Nothing is removed, and all memory is given back at once.
 //! N4. The budget counts what the tree took from the allocator, byte for byte, and large values, which stay slices of their entries.
 //! N5. Removed ranges stand beside the tree ([`ranges`]): whoever reads versions compares them with those.
+//! N6. A version says all that this memtable knows of its key up to its index: an operand that is inserted is merged into the version
+//!     before it, or combined with it. So a reader looks at one version of a key, and a key that is merged into again and again
+//!     costs a reader no more than one that is put.
 
 mod ranges;
 
@@ -19,13 +22,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use mainstay_memtree::{Cursor, Reader, Version, Writer};
+use mainstay_memtree::{Cursor, Kind, New, Reader, Version, Writer};
 
 use self::ranges::Ranges;
 use crate::LogIndex;
 use crate::memory::{MemoryBudget, MemoryKind, Reservation};
+use crate::merge_operator::Operator;
 use crate::range_tombstone::{Cover, Fragments, KeyRange};
 use crate::read::Lookup;
+use crate::table::block::EntryKind;
 
 /// All versions written in one generation to one keyspace of one branch.
 pub(crate) struct Memtable {
@@ -64,8 +69,33 @@ impl Memtable {
     ///
     /// Readable when it returns by whoever reads at `index` or above.
     pub(crate) fn insert(&self, key: &[u8], index: LogIndex, value: Option<&Bytes>) {
+        self.insert_new(key, index, value.into());
+    }
+
+    /// Merges an operand into what this memtable knows of a key (N6). Returns the bytes of what it stored, which are the same wherever
+    /// the same was inserted.
+    pub(crate) fn merge(&self, operator: &Operator, key: &[u8], index: LogIndex, operand: &Bytes) -> u64 {
+        let hidden = self.hidden_below(key, index);
+        let below = match self.get_version(key, index) {
+            Some((found, below)) if found >= hidden => Some(below),
+            _ if hidden > LogIndex(0) => Some(Lookup::Deleted),
+            _ => None,
+        };
+        // It combined operands when the entry was looked at: one that does not now keeps no promise, and gets no value.
+        let merged = operator.resolve(key, below, std::slice::from_ref(operand)).unwrap_or(Lookup::Failed);
+        let (new, bytes) = match &merged {
+            Lookup::Value(value) => (New::Value(value), value.len()),
+            Lookup::Operand(operand) => (New::Operand(operand), operand.len()),
+            Lookup::Deleted => (New::Tombstone, 0),
+            Lookup::Failed => (New::Failed, 0),
+        };
+        self.insert_new(key, index, new);
+        (key.len() + bytes) as u64
+    }
+
+    fn insert_new(&self, key: &[u8], index: LogIndex, new: New<'_>) {
         let mut writer = self.writer();
-        if writer.tree.insert(key, index.0, value) {
+        if writer.tree.insert_new(key, index.0, new) {
             // Nobody else counts.
             self.entries.store(self.entries() + 1, Ordering::Relaxed);
         }
@@ -103,7 +133,13 @@ impl Memtable {
     /// The newest version of a key with an index of at most `at`.
     pub(crate) fn get_version(&self, key: &[u8], at: LogIndex) -> Option<(LogIndex, Lookup)> {
         let version = self.tree.get(key, at.0)?;
-        Some((LogIndex(version.index()), version.value().map_or(Lookup::Deleted, Lookup::Value)))
+        let lookup = match (version.value(), version.kind()) {
+            (Some(operand), Kind::Operand) => Lookup::Operand(operand),
+            (Some(value), _) => Lookup::Value(value),
+            (None, Kind::Failed) => Lookup::Failed,
+            (None, _) => Lookup::Deleted,
+        };
+        Some((LogIndex(version.index()), lookup))
     }
 
     /// Some ranges were removed.
@@ -171,7 +207,18 @@ impl MemtableCursor {
         LogIndex(self.0.version().map_or(0, Version::index))
     }
 
-    /// `None` is a tombstone.
+    /// What the version is.
+    #[inline]
+    pub(crate) fn kind(&self) -> EntryKind {
+        match self.0.version().map(Version::kind) {
+            Some(Kind::Value) => EntryKind::Value,
+            Some(Kind::Tombstone) | None => EntryKind::Tombstone,
+            Some(Kind::Operand) => EntryKind::Operand,
+            Some(Kind::Failed) => EntryKind::Failed,
+        }
+    }
+
+    /// `None` is a tombstone, or a key of which a merge was refused; of a merge the operand.
     #[inline]
     pub(crate) fn value(&self) -> Option<Bytes> {
         self.0.version().and_then(Version::value)
@@ -203,6 +250,7 @@ impl MemtableCursor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{MergeOperators, OperatorId};
 
     #[test]
     fn the_budget_counts_what_is_held_and_gets_all_of_it_back() {
@@ -248,5 +296,79 @@ mod tests {
             cursor.advance();
             assert!(!cursor.valid());
         }
+    }
+
+    /// An operand stays one until something is known that it merges into, and each version stands for itself: whoever reads at its index
+    /// needs no other (N6).
+    #[test]
+    fn an_operand_is_merged_into_the_version_before_it() {
+        let memtable = Memtable::new(&MemoryBudget::new(1 << 30));
+        let append = MergeOperators::default().get(&OperatorId::APPEND).expect("one of this crate").clone();
+        let merge = |index, operand: &'static [u8]| {
+            memtable.merge(&append, b"key", LogIndex(index), &Bytes::from_static(operand))
+        };
+        assert_eq!(
+            (merge(1, b"a"), merge(2, b"b"), merge(2, b"c")),
+            (4, 5, 6),
+            "bytes of the key and of what is held then"
+        );
+        memtable.insert(b"key", LogIndex(3), None);
+        merge(4, b"d");
+        let range = KeyRange::from_parts(Bytes::from_static(b"key"), None);
+        memtable.remove_range(&range, LogIndex(5));
+        merge(5, b"e");
+        memtable.remove_range(&range, LogIndex(6));
+        merge(7, b"f");
+        merge(8, &[b'g'; crate::VALUE_BYTES_MAX]);
+        merge(9, b"h");
+        memtable.insert(b"key", LogIndex(10), Some(&Bytes::from_static(b"i")));
+        merge(10, b"j");
+        let bytes = Bytes::from_static;
+        let expected = [
+            (1, Lookup::Operand(bytes(b"a")), EntryKind::Operand),
+            (2, Lookup::Operand(bytes(b"abc")), EntryKind::Operand),
+            (3, Lookup::Deleted, EntryKind::Tombstone),
+            (4, Lookup::Value(bytes(b"d")), EntryKind::Value),
+            (5, Lookup::Value(bytes(b"e")), EntryKind::Value),
+            (7, Lookup::Value(bytes(b"f")), EntryKind::Value),
+            (8, Lookup::Failed, EntryKind::Failed),
+            (9, Lookup::Failed, EntryKind::Failed),
+            (10, Lookup::Value(bytes(b"ij")), EntryKind::Value),
+        ];
+        for (index, lookup, kind) in expected {
+            assert_eq!(memtable.get_version(b"key", LogIndex(index)), Some((LogIndex(index), lookup.clone())));
+            let mut cursor = memtable.cursor(LogIndex(index), false);
+            cursor.seek_start();
+            assert_eq!((cursor.index(), cursor.kind()), (LogIndex(index), kind));
+            let value = match lookup {
+                Lookup::Value(value) | Lookup::Operand(value) => Some(value),
+                Lookup::Deleted | Lookup::Failed => None,
+            };
+            assert_eq!((cursor.value(), cursor.value_part()), (value.clone(), value.as_deref()), "at={index}");
+        }
+    }
+
+    /// A large operand stays where it came in; what several were combined into is held in as many bytes as it has, which are counted.
+    #[test]
+    fn a_large_operand_is_counted_and_what_it_becomes_has_no_room_to_spare() {
+        let budget = MemoryBudget::new(1 << 30);
+        let memtable = Memtable::new(&budget);
+        let append = MergeOperators::default().get(&OperatorId::APPEND).expect("one of this crate").clone();
+        let operand = Bytes::from(vec![1; 100 << 10]);
+        let found = |at| match memtable.get(b"key", LogIndex(at)) {
+            Some(Lookup::Operand(operand)) => operand,
+            other => panic!("{other:?}"),
+        };
+        memtable.merge(&append, b"key", LogIndex(1), &operand);
+        assert_eq!(found(1).as_ptr(), operand.as_ptr());
+        let before = budget.used();
+        memtable.merge(&append, b"key", LogIndex(2), &Bytes::from_static(b"and some"));
+        let combined = found(2);
+        assert_eq!(combined.len(), operand.len() + 8);
+        assert!(budget.used() >= before + combined.len() as u64);
+        drop(memtable);
+        assert_eq!(budget.used(), 0);
+        let owned = combined.try_into_mut().expect("nobody else has it");
+        assert_eq!(owned.capacity(), owned.len());
     }
 }

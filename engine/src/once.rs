@@ -102,7 +102,7 @@ pub(crate) async fn apply_once(
     }
     let response = match body {
         CommandBody::Batch(batch) => {
-            write(apply, &batch.ops)?;
+            write(apply, &batch.ops).await?;
             Bytes::new()
         }
         CommandBody::BatchIf(conditional) => {
@@ -112,7 +112,7 @@ pub(crate) async fn apply_once(
                 // of the request is still on its way and could find that the condition holds again.
                 Some(place) => encode_broken(place),
                 None => {
-                    write(apply, &conditional.batch.ops)?;
+                    write(apply, &conditional.batch.ops).await?;
                     Bytes::new()
                 }
             }
@@ -128,7 +128,7 @@ pub(crate) async fn apply_once(
     Ok(response)
 }
 
-fn write(apply: &mut Apply, ops: &[WriteOp]) -> Result<()> {
+async fn write(apply: &mut Apply, ops: &[WriteOp]) -> Result<()> {
     for op in ops {
         match op {
             WriteOp::Put { keyspace, key, value } => apply.put(*keyspace, key.clone(), value.clone())?,
@@ -137,6 +137,7 @@ fn write(apply: &mut Apply, ops: &[WriteOp]) -> Result<()> {
                 let (lower, upper) = range.bounds();
                 apply.delete_range(*keyspace, lower, upper)?;
             }
+            WriteOp::Merge { keyspace, key, operand } => apply.merge(*keyspace, key.clone(), operand.clone()).await?,
         }
     }
     Ok(())

@@ -336,7 +336,9 @@ pub(crate) fn fold(ops: &[WriteOp]) -> Cow<'_, [WriteOp]> {
     for op in ops.iter().rev() {
         match op {
             WriteOp::DeleteRange { keyspace, range } => removed.entry(*keyspace).or_default().add(range),
-            WriteOp::Put { keyspace, key, .. } | WriteOp::Delete { keyspace, key } => {
+            WriteOp::Put { keyspace, key, .. }
+            | WriteOp::Delete { keyspace, key }
+            | WriteOp::Merge { keyspace, key, .. } => {
                 if removed.get(keyspace).is_none_or(|ranges| ranges.at(key).is_none()) {
                     kept.push(op.clone());
                 }

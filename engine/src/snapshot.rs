@@ -11,6 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::group::{Names, Views};
+use crate::merge_operator::no_operator;
 use crate::read::{ReadView, ScanCursor};
 use crate::{Error, ErrorKind, KeyspaceId, LogIndex, Result};
 
@@ -97,6 +98,22 @@ impl Snapshot {
             Some(view) => view.get_many(keys, self.index).await,
             None => Ok(vec![None; keys.len()]),
         }
+    }
+
+    /// What a value of a key, `None` for an absent one, becomes when an operand is merged into it by the merge operator of the keyspace.
+    ///
+    /// # Errors
+    /// `Invalid`: the keyspace has no merge operator, or that refuses.
+    pub fn merge(
+        &self,
+        keyspace: KeyspaceId,
+        key: &[u8],
+        value: Option<&[u8]>,
+        operand: &[u8],
+    ) -> Result<Option<Value>> {
+        let operator = self.names.operators.get(&keyspace).ok_or_else(|| no_operator(keyspace))?;
+        operator.check(operand)?;
+        operator.apply(key, value, operand)
     }
 
     /// The id of a keyspace in this view.

@@ -325,12 +325,48 @@ impl Apply {
         Ok(())
     }
 
-    /// Writes a mutation that was checked before.
-    pub(crate) fn write(&mut self, op: &WriteOp) {
-        match op {
-            WriteOp::DeleteRange { keyspace, range } => self.writes.remove_range(*keyspace, range),
-            _ => self.writes.write(op.keyspace(), op.key().clone(), op.value().cloned()),
+    /// Takes checked mutations over, all or none: operands are merged here.
+    ///
+    /// # Errors
+    /// `Invalid`: an operator refuses, and nothing was written. As [`Apply::get`].
+    pub(crate) async fn write_all(&mut self, ops: &[WriteOp]) -> Result<()> {
+        if !ops.iter().any(|op| matches!(op, WriteOp::Merge { .. })) {
+            ops.iter().for_each(|op| write(&mut self.writes, op));
+            return Ok(());
         }
+        // Beside what was written before, which stays if one of them is refused.
+        let mut own = OwnWrites::new(self.index.0 ^ self.time_ms.rotate_left(32));
+        for op in ops {
+            let WriteOp::Merge { keyspace, key, operand } = op else {
+                write(&mut own, op);
+                continue;
+            };
+            let value = match own.get(*keyspace, key) {
+                Some(value) => value.clone(),
+                None => self.get(*keyspace, key).await?,
+            };
+            let merged = self.before.merge(*keyspace, key, value.as_deref(), operand)?;
+            own.write(*keyspace, key.clone(), merged);
+        }
+        own.into_ops().iter().for_each(|op| write(&mut self.writes, op));
+        Ok(())
+    }
+
+    /// Merges an operand into a key by the merge operator of its keyspace.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown keyspace, `Invalid` for one without a merge operator, for bad lengths, and when the operator refuses:
+    /// nothing was written. As [`Apply::get`].
+    pub async fn merge(
+        &mut self,
+        keyspace: KeyspaceId,
+        key: impl Into<Bytes>,
+        operand: impl Into<Bytes>,
+    ) -> Result<()> {
+        let op = WriteOp::Merge { keyspace, key: key.into(), operand: operand.into() };
+        op.check()?;
+        self.check_keyspace(keyspace)?;
+        self.write_all(&[op]).await
     }
 
     fn is_new(&self, keyspace: KeyspaceId) -> bool {
@@ -369,6 +405,14 @@ impl Apply {
         };
         let all = self.writes.range(from, to);
         if reverse { Box::new(all.rev()) } else { Box::new(all) }
+    }
+}
+
+/// Writes a mutation that was checked before, and merges nothing.
+fn write(writes: &mut OwnWrites, op: &WriteOp) {
+    match op {
+        WriteOp::DeleteRange { keyspace, range } => writes.remove_range(*keyspace, range),
+        _ => writes.write(op.keyspace(), op.key().clone(), op.value().cloned()),
     }
 }
 

@@ -83,6 +83,17 @@ fn commands() -> Vec<(&'static str, CommandBody)> {
                 ops: [range, rest].map(|range| WriteOp::DeleteRange { keyspace, range }).to_vec(),
             }),
         ),
+        (
+            "batch-merge",
+            CommandBody::Batch(WriteBatch {
+                branch: MAIN,
+                ops: vec![WriteOp::Merge { keyspace, key: "key".into(), operand: "operand".into() }],
+            }),
+        ),
+        (
+            "set-operator",
+            CommandBody::SetOperator { name: "counts".into(), operator: mainstay_engine::OperatorId::U64_ADD },
+        ),
         ("create-checkpoint", CommandBody::CreateCheckpoint { name: "monday".into(), branch: MAIN }),
         ("drop-checkpoint", CommandBody::DropCheckpoint { name: "monday".into() }),
         ("create-clone", CommandBody::CreateClone { name: "trial".into(), checkpoint: "monday".into() }),

@@ -219,6 +219,7 @@ impl StoreBuilder {
             l0_compaction_runs: 4,
             compression: self.compression,
             state_machine: self.state_machine.clone(),
+            merge_operators: mainstay_engine::MergeOperators::default(),
         }
     }
 }

@@ -256,6 +256,7 @@ pub(crate) async fn open(
         l0_compaction_runs: settings.l0_compaction_runs,
         compression: mainstay_engine::TableCompression::ByLevel,
         state_machine: None,
+        merge_operators: Default::default(),
     };
     let engine_settings = EngineSettings {
         memory_bytes: settings.memory_bytes,

@@ -19,6 +19,9 @@ fn op() -> impl Strategy<Value = WriteOp> {
         (any::<u32>(), bytes(40)).prop_map(|(keyspace, key)| WriteOp::Delete { keyspace: KeyspaceId(keyspace), key }),
         (any::<u32>(), range())
             .prop_map(|(keyspace, range)| WriteOp::DeleteRange { keyspace: KeyspaceId(keyspace), range }),
+        (any::<u32>(), bytes(40), prop::collection::vec(any::<u8>(), 0..80)).prop_map(|(keyspace, key, operand)| {
+            WriteOp::Merge { keyspace: KeyspaceId(keyspace), key, operand: operand.into() }
+        }),
     ]
 }
 
@@ -130,6 +133,9 @@ fn body() -> impl Strategy<Value = CommandBody> {
         prop::collection::vec(conditional(), 0..5).prop_map(CommandBody::BatchesIf),
         (any::<(u64, u32)>(), bytes(20), prop::option::of(bytes(20))).prop_map(|((branch, keyspace), first, end)| {
             CommandBody::Compact { branch: BranchId(branch), keyspace: KeyspaceId(keyspace), first, end }
+        }),
+        (name(), name(), any::<u32>()).prop_map(|(name, operator, version)| {
+            CommandBody::SetOperator { name, operator: OperatorId::new(operator, version) }
         }),
     ]
 }

@@ -19,8 +19,9 @@ use crate::group::{MANIFEST_EDIT, Recovered};
 use crate::manifest::{TableRef, Versions};
 use crate::memory::MemoryBudget;
 use crate::stored::{StoredBytes, StoredTable, extents_of};
+use crate::table::Root;
 use crate::volume::{Superblock, SuperblockReport, Volume, extents_bytes};
-use crate::{Error, ErrorKind, InstallTable, KeyspaceId, LogIndex, Result, TableId};
+use crate::{Error, ErrorKind, InstallTable, KeyspaceId, LogIndex, OperatorId, Result, TableId};
 
 /// Memory for blocks while tables are read.
 const MEMORY_BYTES: u64 = 64 << 20;
@@ -87,6 +88,8 @@ pub struct GroupInfo {
     pub jobs: usize,
     /// Its keyspaces, dropped ones left out.
     pub keyspaces: Vec<(KeyspaceId, String)>,
+    /// The merge operators of those that have one, and of dropped ones that a checkpoint still has.
+    pub operators: Vec<(KeyspaceId, OperatorId)>,
     /// Its branches and checkpoints, with what each holds.
     pub sets: Vec<VersionSetInfo>,
     /// Every table, once.
@@ -115,6 +118,8 @@ pub struct TableInfo {
     pub meta: InstallTable,
     /// Where it lies: first unit and units of 64 KiB.
     pub extents: Vec<(u64, u64)>,
+    /// It has merge operands, or keys of which a merge was refused.
+    pub merges: bool,
 }
 
 /// What [`Offline::verify`] found.
@@ -370,6 +375,7 @@ fn group_info(group: GroupId, found: &Recovered) -> GroupInfo {
         levels: levels(&c.versions),
     });
     let tables = manifest.tables().into_iter().map(|(id, table)| TableInfo {
+        merges: Root::decode(&table.root).is_ok_and(|root| root.has_merges()),
         meta: (*table).clone(),
         extents: found.places.get(&id).cloned().unwrap_or_default(),
     });
@@ -385,6 +391,7 @@ fn group_info(group: GroupId, found: &Recovered) -> GroupInfo {
             .filter(|(_, k)| k.dropped.is_none())
             .map(|(&id, k)| (id, k.name.clone()))
             .collect(),
+        operators: manifest.operators.iter().map(|(&id, assigned)| (id, assigned.operator.clone())).collect(),
         sets: branches.chain(checkpoints).collect(),
         tables: tables.collect(),
     }

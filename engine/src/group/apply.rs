@@ -4,7 +4,8 @@
 //! 1. What an entry does depends on the entries before it alone: not on which jobs have finished here, nor on where a restart
 //!    began its replay.
 //! 2. Everything an entry writes becomes readable in one step, when the applied index reaches it.
-//! 3. No I/O, but for reads of the embedder's state machine, of conditions, and of the answers to clients that ask for it.
+//! 3. No I/O, but for reads of the embedder's state machine, of conditions, of values that are merged into by operators that do not combine
+//!    operands, and of the answers to clients that ask for it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,11 +19,15 @@ use super::{Applied, GroupShared};
 use crate::command::{WriteOp, check_span, encode_refusals};
 use crate::manifest::{Effects, ManifestOp};
 use crate::memtable::Memtable;
+use crate::merge_operator::{Operator, no_operator};
 use crate::once::{apply_once, no_state_machine, not_once};
 use crate::outcome::{OUTCOMES_KEYSPACE, Outcome, outcome_key};
 use crate::range_tombstone::fold;
 use crate::state_machine::Apply;
-use crate::{BranchId, ClientToken, Command, CommandBody, Error, ErrorKind, KeyspaceId, LogIndex, MAIN, Result};
+use crate::{
+    BranchId, ClientToken, Command, CommandBody, ConditionalBatch, Error, ErrorKind, KeyspaceId, LogIndex, MAIN,
+    Result, WriteBatch,
+};
 
 /// What a mutation counts besides its key and value when the bytes since the last rotation are summed.
 pub(super) const OP_OVERHEAD_BYTES: u64 = 32;
@@ -52,7 +57,21 @@ impl GroupShared {
             CommandBody::Once { token, body } => self.apply_token(index, command.time_ms, *token, body).await?,
             CommandBody::BatchIf(batch) => self.apply_batch_if(index, command.time_ms, batch).await?,
             CommandBody::BatchesIf(batches) => self.apply_batches_if(index, command.time_ms, batches).await?,
+            CommandBody::Batch(batch) if self.is_merged_at_once(&batch.ops) => {
+                let batch = ConditionalBatch { conditions: Vec::new(), batch: batch.clone() };
+                self.apply_batch_if(index, command.time_ms, &batch).await?
+            }
+            CommandBody::Batches(batches) if batches.iter().any(|batch| self.is_merged_at_once(&batch.ops)) => {
+                let plain = |batch: &WriteBatch| ConditionalBatch { conditions: Vec::new(), batch: batch.clone() };
+                let batches: Vec<_> = batches.iter().map(plain).collect();
+                self.apply_batches_if(index, command.time_ms, &batches).await?
+            }
             body => {
+                if let CommandBody::SetOperator { name, operator } = body {
+                    // The others go on with it: what they write from here on could not be read here.
+                    let registered = self.lock().operators.require(operator, name).map(drop);
+                    registered.inspect_err(|error| self.fail(error.clone()))?;
+                }
                 let mut core = self.lock();
                 let mut entry = self.enter(&mut core, index);
                 let response = self.apply_body(&mut core, &mut entry, command.time_ms, body);
@@ -68,6 +87,22 @@ impl GroupShared {
             state_machine.applied(index);
         }
         Ok(Applied { index, response })
+    }
+
+    /// The mutations are written when the values that they merge into have been read: operands of an operator that does not combine them
+    /// stand nowhere.
+    fn is_merged_at_once(&self, ops: &[WriteOp]) -> bool {
+        let mut merges = ops.iter().filter(|op| matches!(op, WriteOp::Merge { .. })).peekable();
+        if merges.peek().is_none() {
+            return false;
+        }
+        let core = self.lock();
+        let mut met = None;
+        merges.any(|op| {
+            let keyspace = op.keyspace();
+            met.replace(keyspace) != Some(keyspace)
+                && operator_before(&core, keyspace, LogIndex(u64::MAX)).is_some_and(|operator| !operator.combines())
+        })
     }
 
     pub(super) fn skip_entry(self: &Arc<Self>, index: LogIndex) {
@@ -188,6 +223,12 @@ impl GroupShared {
                 // In replay it may have been refused; nobody asks then.
                 Ok(id.map(|id| Bytes::copy_from_slice(&id.0.to_le_bytes())).unwrap_or_default())
             }
+            CommandBody::SetOperator { name, operator } => {
+                let (name, operator) = (name.clone(), operator.clone());
+                self.op(core, entry, ManifestOp::SetOperator { name: name.clone(), operator })?;
+                let id = core.logical.keyspace_before(&name, LogIndex(index.0 + 1));
+                Ok(id.map(|id| Bytes::copy_from_slice(&id.0.to_le_bytes())).unwrap_or_default())
+            }
             CommandBody::DropKeyspace { name } => {
                 self.op(core, entry, ManifestOp::DropKeyspace { name: name.clone() })?;
                 let dropped = core.logical.keyspaces.iter().find(|(_, k)| k.dropped == Some(index)).map(|(id, _)| *id);
@@ -285,6 +326,9 @@ impl GroupShared {
         for op in ops {
             op.check()?;
             find(op.keyspace())?;
+            if let WriteOp::Merge { keyspace, operand, .. } = op {
+                operator_before(core, *keyspace, index).ok_or_else(|| no_operator(*keyspace))?.check(operand)?;
+            }
         }
         Ok(())
     }
@@ -312,6 +356,10 @@ impl GroupShared {
             let memtable = &met[place].1;
             let bytes = match op {
                 WriteOp::DeleteRange { range, .. } => memtable.remove_range(range, entry.index),
+                WriteOp::Merge { keyspace, key, operand } => {
+                    let operator = operator_before(core, *keyspace, entry.index).expect("the batch was checked");
+                    memtable.merge(operator, key, entry.index, operand)
+                }
                 _ => {
                     memtable.insert(op.key(), entry.index, op.value());
                     op.bytes() as u64
@@ -457,6 +505,11 @@ impl GroupShared {
         drop(core);
         Ok(Apply::new(index, time_ms, self.snapshot_of(branch)?, made, next_keyspace))
     }
+}
+
+/// The merge operator of a keyspace as entry `index` finds it.
+fn operator_before(core: &Core, keyspace: KeyspaceId, index: LogIndex) -> Option<&Operator> {
+    core.operators.get(core.logical.operator_before(keyspace, index)?)
 }
 
 /// Sets the generation that entry `index` writes. In replay the manifest knows where generations ended, and some may be in

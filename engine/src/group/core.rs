@@ -16,10 +16,11 @@ use super::jobs::Output;
 use crate::heal::Retry;
 use crate::manifest::{Job, Manifest, ManifestOp, Version};
 use crate::memtable::Memtable;
+use crate::merge_operator::Operator;
 use crate::read::{LevelView, ReadView};
 use crate::stored::StoredTable;
 use crate::table::Table;
-use crate::{BranchId, Error, Generation, JobId, KeyspaceId, LogIndex, TableId};
+use crate::{BranchId, Error, Generation, JobId, KeyspaceId, LogIndex, MergeOperators, TableId};
 
 /// What one entry did to the manifest.
 #[derive(Clone, Debug)]
@@ -70,10 +71,18 @@ pub(super) struct Core {
     pub(super) born: bool,
     /// The digest of the logical manifest, as of an index.
     pub(super) digest: Option<(LogIndex, u128)>,
+    /// What the embedder has registered.
+    pub(super) operators: MergeOperators,
 }
 
 impl Core {
-    pub(super) fn new(lineage: u64, manifest: Manifest, tables: BTreeMap<TableId, StoredTable>, born: bool) -> Self {
+    pub(super) fn new(
+        lineage: u64,
+        manifest: Manifest,
+        tables: BTreeMap<TableId, StoredTable>,
+        born: bool,
+        operators: MergeOperators,
+    ) -> Self {
         Self {
             lineage,
             replay_to: manifest.as_of,
@@ -95,6 +104,7 @@ impl Core {
             rotate: None,
             born,
             digest: None,
+            operators,
         }
     }
 
@@ -154,6 +164,8 @@ pub(super) fn first_active(manifest: &Manifest) -> Generation {
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Names {
     pub(crate) keyspaces: BTreeMap<String, KeyspaceId>,
+    /// Of those that have one.
+    pub(crate) operators: BTreeMap<KeyspaceId, Operator>,
 }
 
 /// A keyspace of a branch as it was published, with what it was made from.
@@ -177,8 +189,10 @@ pub(super) fn structure(core: &Core, index: LogIndex, before: &Structure) -> Str
     let next = LogIndex(index.0.saturating_add(1));
     let manifest = core.readable();
     let keyspaces = manifest.keyspaces.keys().filter(|&&k| manifest.has_keyspace_before(k, next));
-    let names =
-        Names { keyspaces: keyspaces.filter_map(|k| Some((manifest.keyspaces.get(k)?.name.clone(), *k))).collect() };
+    let names = Names {
+        keyspaces: keyspaces.filter_map(|k| Some((manifest.keyspaces.get(k)?.name.clone(), *k))).collect(),
+        operators: operators(core, manifest, next),
+    };
     let names = if *before.names == names { before.names.clone() } else { Arc::new(names) };
     let mut branches = BTreeMap::new();
     for (&id, branch) in &manifest.branches {
@@ -193,7 +207,9 @@ pub(super) fn structure(core: &Core, index: LogIndex, before: &Structure) -> Str
             if version.is_none() && memtables.is_empty() {
                 continue;
             }
-            views.insert(keyspace, published(core, version, memtables, old.and_then(|o| o.get(&keyspace))));
+            let operator = names.operators.get(&keyspace);
+            let old = old.and_then(|o| o.get(&keyspace));
+            views.insert(keyspace, published(core, version, memtables, operator, old));
         }
         let same = |old: &&Arc<Views>| {
             old.len() == views.len()
@@ -202,6 +218,12 @@ pub(super) fn structure(core: &Core, index: LogIndex, before: &Structure) -> Str
         branches.insert(id, old.filter(same).cloned().unwrap_or_else(|| Arc::new(views)));
     }
     Structure { branches, names }
+}
+
+/// The merge operators as entry `before` finds them. All are registered: else the group was not opened, or it has failed.
+pub(super) fn operators(core: &Core, manifest: &Manifest, before: LogIndex) -> BTreeMap<KeyspaceId, Operator> {
+    let known = |id: &KeyspaceId| core.operators.get(manifest.operator_before(*id, before)?).cloned();
+    manifest.operators.keys().filter_map(|id| Some((*id, known(id)?))).collect()
 }
 
 /// Memtables of a version, newest first: the one in use, then the frozen ones that it names. During replay those come
@@ -223,6 +245,7 @@ fn published(
     core: &Core,
     version: Option<&Arc<Version>>,
     memtables: Vec<Arc<Memtable>>,
+    operator: Option<&Operator>,
     old: Option<&Published>,
 ) -> Published {
     let old_version = old.and_then(|o| o.version.as_ref());
@@ -233,6 +256,7 @@ fn published(
     };
     if let Some(old) = old
         && same_version
+        && old.view.operator.as_ref() == operator
         && old.view.memtables.len() == memtables.len()
         && old.view.memtables.iter().zip(&memtables).all(|(a, b)| Arc::ptr_eq(a, b))
     {
@@ -241,7 +265,7 @@ fn published(
     let open = |id: TableId| -> Arc<Table> {
         core.tables.get(&id).expect("every table that the present manifest names is stored here").table.clone()
     };
-    let mut view = ReadView { memtables, ..ReadView::default() };
+    let mut view = ReadView { memtables, operator: operator.cloned(), ..ReadView::default() };
     if let Some(version) = version {
         view.l0 = version.l0.iter().flat_map(|run| run.iter()).map(|t| open(t.id)).collect();
         let levels = version.levels.iter().enumerate().map(|(at, level)| {
@@ -257,7 +281,11 @@ fn published(
 }
 
 /// The views of a checkpoint, made when it is opened. The memtables in use are not among them: the entry that made it rotated.
-pub(super) fn checkpoint_views(core: &Core, checkpoint: &crate::manifest::Checkpoint) -> Views {
+pub(super) fn checkpoint_views(
+    core: &Core,
+    checkpoint: &crate::manifest::Checkpoint,
+    operators: &BTreeMap<KeyspaceId, Operator>,
+) -> Views {
     let view = |(&keyspace, version): (&KeyspaceId, &Arc<Version>)| {
         let frozen = version.frozen.iter().map(|f| (f.generation, f.branch, keyspace));
         let memtables = if mainstay_io::mutant!(CheckpointInUse) {
@@ -265,7 +293,7 @@ pub(super) fn checkpoint_views(core: &Core, checkpoint: &crate::manifest::Checkp
         } else {
             frozen.filter_map(|key| core.memtables.get(&key).cloned()).collect()
         };
-        (keyspace, published(core, Some(version), memtables, None))
+        (keyspace, published(core, Some(version), memtables, operators.get(&keyspace), None))
     };
     checkpoint.versions.iter().map(view).collect()
 }

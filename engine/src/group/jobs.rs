@@ -14,9 +14,10 @@ use mainstay_io::AlignedBytes;
 
 use super::GroupShared;
 use super::core::{Core, Stuck};
-use crate::manifest::{Job, TableRef, TableShape};
+use crate::manifest::{Job, Manifest, TableRef, TableShape};
 use crate::memory::MemoryKind;
 use crate::memtable::Memtable;
+use crate::merge_operator::Operator;
 use crate::range_tombstone::RangeTombstone;
 use crate::read::MergeInput;
 use crate::stored::{ExtentWriter, StoredBytes, StoredTable};
@@ -66,6 +67,7 @@ struct Part {
     memtables: Vec<Arc<Memtable>>,
     tables: Vec<Arc<Table>>,
     drop_tombstones: bool,
+    operator: Option<Operator>,
     /// The level that its tables join.
     level: u8,
 }
@@ -129,6 +131,7 @@ impl GroupShared {
             memtables: core.memtables.get(&(*generation, branch, keyspace)).cloned().into_iter().collect(),
             tables: Vec::new(),
             drop_tombstones: false,
+            operator: operator_of(core, keyspace),
             level: 0,
         });
         Some((frozen.job, parts.collect()))
@@ -241,10 +244,17 @@ fn next_compaction(core: &Core, now: Duration) -> Option<(JobId, Vec<Part>)> {
             memtables: Vec::new(),
             tables: compaction.inputs().map(open).collect::<Option<_>>()?,
             drop_tombstones: compaction.drop_tombstones,
+            operator: operator_of(core, compaction.keyspace),
             level: compaction.to,
         };
         Some((id, vec![part]))
     })
+}
+
+/// The merge operator of a keyspace that a job reads. The logical manifest may have forgotten one that the present one still has.
+fn operator_of(core: &Core, keyspace: KeyspaceId) -> Option<Operator> {
+    let known = |manifest: &Manifest| manifest.operators.get(&keyspace).map(|assigned| assigned.operator.clone());
+    core.operators.get(&known(&core.logical).or_else(|| known(&core.present))?).cloned()
 }
 
 /// The first job whose install can be offered.
@@ -333,7 +343,8 @@ impl Run {
 
     async fn write_tables(&self, reservation: &mut Reservation, tables: &mut Vec<StoredTable>) -> Result<()> {
         for part in &self.parts {
-            let mut input = MergeInput::new(part.memtables.clone(), part.tables.clone(), part.drop_tombstones);
+            let (memtables, tables_in, operator) = (part.memtables.clone(), part.tables.clone(), part.operator.clone());
+            let mut input = MergeInput::with_operator(memtables, tables_in, part.drop_tombstones, operator);
             let mut ranges = input.ranges().await?.into_iter().peekable();
             let mut open: Option<Writing<'_>> = None;
             loop {
@@ -346,7 +357,7 @@ impl Run {
                 let Some(entry) = entry else { break };
                 self.cut(&mut open, entry.key, part, tables, reservation).await?;
                 let writing = open.get_or_insert_with(|| Writing::new(self, part));
-                writing.builder.add(entry.key, entry.index, entry.value);
+                writing.builder.add_entry(entry.key, entry.index, entry.kind, entry.value.unwrap_or_default());
                 if writing.builder.estimated_bytes() >= writing.written + WRITE_BYTES {
                     writing.write(reservation).await?;
                 }

@@ -86,8 +86,7 @@ impl GroupShared {
         if let Some(broken) = first_broken(conditions, apply).await? {
             return Err(self.conflict(conditions, broken));
         }
-        batch.ops.iter().for_each(|op| apply.write(op));
-        Ok(())
+        apply.write_all(&batch.ops).await
     }
 
     /// The answer to the request of a token: of a conditional batch it says whether the batch was applied.

@@ -23,8 +23,8 @@ use super::jobs::discard;
 use crate::codec::{Decoder, TableForm, put_varint};
 use crate::heal::Retry;
 use crate::manifest::{
-    Manifest, ManifestOp, ManifestSettings, Places, TableShape, decode_op, encode_op, form_of, put_settings,
-    take_settings,
+    Manifest, ManifestOp, ManifestSettings, Places, TableShape, decode_op, encode_op, form_of, names_operators,
+    put_settings, take_settings,
 };
 use crate::stored::StoredTable;
 use crate::{Error, ErrorKind, LogIndex, Result};
@@ -37,6 +37,10 @@ pub(crate) const EDIT_VERSION: u8 = 1;
 pub(crate) const EDIT_VERSION_SHAPED: u8 = 2;
 /// The encoding of one that installs such a table.
 pub(crate) const EDIT_VERSION_RANGED: u8 = 3;
+/// The encoding of one that names a merge operator.
+pub(crate) const EDIT_VERSION_OPERATORS: u8 = 4;
+/// Of [`EDIT_VERSION_OPERATORS`]: its settings are those of [`EDIT_VERSION_SHAPED`].
+const WITH_SHAPED_SETTINGS: u8 = 2;
 /// Edits in the log after which pages are written.
 const EDITS_MAX: usize = 512;
 
@@ -335,12 +339,16 @@ fn encode_edit(
     let shaped = settings.is_some_and(|settings| settings.tables != TableShape::Uniform);
     let form = form_of(&edit.ops);
     assert!(!shaped || form == TableForm::Plain, "the first edit of a group installs nothing");
+    let operators = names_operators(&edit.ops);
+    assert!(!operators || form == TableForm::Plain, "what names an operator installs nothing");
     let version = match form {
+        TableForm::Plain if operators => EDIT_VERSION_OPERATORS,
         TableForm::Plain if shaped => EDIT_VERSION_SHAPED,
         TableForm::Plain => EDIT_VERSION,
         TableForm::Ranged => EDIT_VERSION_RANGED,
     };
-    let mut out = vec![version, settings.is_some().into()];
+    let with_settings = if operators && shaped { WITH_SHAPED_SETTINGS } else { settings.is_some().into() };
+    let mut out = vec![version, with_settings];
     put_varint(&mut out, lineage);
     put_varint(&mut out, previous.0);
     put_varint(&mut out, edit.index.0);
@@ -371,21 +379,24 @@ impl Recovered {
         let mut from = Decoder::new(payload, "a manifest edit");
         let version = from.u8()?;
         let form = match version {
-            EDIT_VERSION | EDIT_VERSION_SHAPED => TableForm::Plain,
+            EDIT_VERSION | EDIT_VERSION_SHAPED | EDIT_VERSION_OPERATORS => TableForm::Plain,
             EDIT_VERSION_RANGED => TableForm::Ranged,
             version => {
                 return Err(Error::new(
                     ErrorKind::Foreign,
-                    format!("a manifest edit of another version version={version} known={EDIT_VERSION_RANGED}"),
+                    format!("a manifest edit of another version version={version} known={EDIT_VERSION_OPERATORS}"),
                 ));
             }
         };
-        let with_settings = from.u8()? != 0;
+        let with_settings = from.u8()?;
+        let shaped = match version {
+            EDIT_VERSION_OPERATORS => with_settings == WITH_SHAPED_SETTINGS,
+            version => version == EDIT_VERSION_SHAPED,
+        };
         let lineage = from.varint()?;
         let previous = LogIndex(from.varint()?);
         let index = LogIndex(from.varint()?);
-        let settings =
-            if with_settings { Some(take_settings(&mut from, version != EDIT_VERSION_SHAPED)?) } else { None };
+        let settings = if with_settings != 0 { Some(take_settings(&mut from, !shaped)?) } else { None };
         if let (None, Some(settings)) = (&known, settings) {
             let manifest = Manifest::new(settings);
             *known = Some(Self { lineage, manifest, places: Places::new(), oldest: None });

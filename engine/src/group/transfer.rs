@@ -78,6 +78,7 @@ impl GroupShared {
             None => return Err(Error::new(ErrorKind::Corrupt, "an export is empty")),
         }
         let (manifest, _) = Manifest::decode(bytes.slice(1..))?;
+        super::require_operators(&manifest, &self.lock().operators)?;
         let mut fetched = Fetched::default();
         let mut tables = BTreeMap::new();
         for (id, meta) in manifest.tables() {
@@ -128,7 +129,10 @@ impl GroupShared {
 
         let (flushed, as_of) = (manifest.flushed(), manifest.as_of);
         let mut core = self.lock();
-        let old = std::mem::replace(&mut *core, Core::new(lineage, manifest, tables, false));
+        let old = {
+            let operators = core.operators.clone();
+            std::mem::replace(&mut *core, Core::new(lineage, manifest, tables, false, operators))
+        };
         let kept = |stored: &StoredTable| core.tables.get(&stored.meta.id).is_some_and(|now| now.meta == stored.meta);
         let mut doomed: Vec<StoredTable> = old.tables.values().filter(|s| !kept(s)).cloned().collect();
         doomed.extend(self.replaced(lineage, flushed).into_iter().filter(|s| !kept(s)));

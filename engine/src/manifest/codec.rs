@@ -18,12 +18,12 @@ use super::manual::{MANUALS_MAX, Manual};
 use super::picker::{Compaction, LAST};
 use super::version::{LEVELS, Tables};
 use super::{
-    Branch, Checkpoint, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, ManifestSettings, TableRef,
-    TableShape, Version, Versions,
+    Assigned, Branch, Checkpoint, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, ManifestSettings,
+    TableRef, TableShape, Version, Versions,
 };
 use crate::codec::{
-    Decoder, SPAN_BYTES_MAX, TABLE_BYTES_MIN, TableForm, put_bytes, put_span, put_table, put_varint, take_span,
-    take_table,
+    Decoder, SPAN_BYTES_MAX, TABLE_BYTES_MIN, TableForm, put_bytes, put_operator, put_span, put_table, put_varint,
+    take_operator, take_span, take_table,
 };
 use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, Result, TableId};
 
@@ -41,6 +41,8 @@ const PART_MANUALS: u8 = 1;
 const PART_RANGED: u8 = 1 << 1;
 /// Another one: what [`MANIFEST_VERSION_SHAPED`] adds to the settings.
 const PART_SHAPE: u8 = 1 << 2;
+/// Another one: merge operators of keyspaces at the end.
+const PART_OPERATORS: u8 = 1 << 3;
 /// The parts of [`MANIFEST_VERSION_SHAPED`].
 const PARTS_SHAPED: u8 = PART_SHAPE | PART_MANUALS;
 
@@ -62,10 +64,11 @@ const OP_DROP_CHECKPOINT: u8 = 6;
 const OP_CREATE_CLONE: u8 = 7;
 const OP_DROP_CLONE: u8 = 8;
 const OP_COMPACT: u8 = 9;
+const OP_SET_OPERATOR: u8 = 10;
 
 /// The kinds as docs/format.md has them.
 #[cfg(test)]
-pub(crate) const OP_KINDS: [(u8, &str); 9] = [
+pub(crate) const OP_KINDS: [(u8, &str); 10] = [
     (OP_ROTATE, "Rotate"),
     (OP_INSTALL, "Install"),
     (OP_CREATE_KEYSPACE, "CreateKeyspace"),
@@ -75,6 +78,7 @@ pub(crate) const OP_KINDS: [(u8, &str); 9] = [
     (OP_CREATE_CLONE, "CreateClone"),
     (OP_DROP_CLONE, "DropClone"),
     (OP_COMPACT, "Compact"),
+    (OP_SET_OPERATOR, "SetOperator"),
 ];
 
 /// Numbers the tables and lists of a manifest in the order in which they are met.
@@ -181,6 +185,15 @@ pub(super) fn encode(manifest: &Manifest, places: Option<&Places>) -> Bytes {
     if parts & PART_MANUALS != 0 {
         put_manuals(&mut body, manifest);
     }
+    if !manifest.operators.is_empty() {
+        parts |= PART_OPERATORS;
+        count(&mut body, manifest.operators.len());
+        for (id, assigned) in &manifest.operators {
+            put_varint(&mut body, id.0.into());
+            put_operator(&mut body, &assigned.operator);
+            put_varint(&mut body, assigned.since.0);
+        }
+    }
     let form = TableForm::of(pool.tables.values().map(|table| &**table));
     if form == TableForm::Ranged {
         parts |= PART_RANGED;
@@ -228,7 +241,7 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
             ));
         }
     };
-    if parts & !(PARTS_SHAPED | PART_RANGED) != 0 {
+    if parts & !(PARTS_SHAPED | PART_RANGED | PART_OPERATORS) != 0 {
         return Err(Error::new(ErrorKind::Foreign, format!("a manifest with unknown parts parts={parts:#x}")));
     }
     let form = if parts & PART_RANGED == 0 { TableForm::Plain } else { TableForm::Ranged };
@@ -246,6 +259,7 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
         generations: BTreeMap::new(),
         jobs: BTreeMap::new(),
         manuals: BTreeMap::new(),
+        operators: BTreeMap::new(),
     };
     let mut places = Places::new();
     let mut tables = BTreeMap::new();
@@ -319,6 +333,13 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
     if parts & PART_MANUALS != 0 {
         manifest.manuals = take_manuals(&mut from)?;
     }
+    if parts & PART_OPERATORS != 0 {
+        for _ in 0..from.count(4)? {
+            let id = KeyspaceId(from.varint_u32()?);
+            let assigned = Assigned { operator: take_operator(&mut from)?, since: LogIndex(from.varint()?) };
+            manifest.operators.insert(id, assigned);
+        }
+    }
     from.end()?;
     check(&manifest, &from)?;
     Ok((manifest, places))
@@ -381,6 +402,7 @@ fn check(manifest: &Manifest, from: &Decoder) -> Result<()> {
     if !last(manifest.jobs.last_key_value().map(|(id, _)| id.0), manifest.next_job.0)
         || !last(manifest.generations.last_key_value().map(|(id, _)| id.0), manifest.next_generation.0)
         || !last(manifest.keyspaces.last_key_value().map(|(id, _)| id.0.into()), manifest.next_keyspace.0.into())
+        || !last(manifest.operators.last_key_value().map(|(id, _)| id.0.into()), manifest.next_keyspace.0.into())
     {
         return Err(from.corrupt("a number is used that comes later"));
     }
@@ -539,6 +561,11 @@ pub(crate) fn form_of(ops: &[ManifestOp]) -> TableForm {
     TableForm::of(tables.map(|table| &**table))
 }
 
+/// One of these operations names a merge operator.
+pub(crate) fn names_operators(ops: &[ManifestOp]) -> bool {
+    ops.iter().any(|op| matches!(op, ManifestOp::SetOperator { .. }))
+}
+
 /// Appends an operation; an `Install` with the places of its tables.
 pub(crate) fn encode_op(out: &mut Vec<u8>, op: &ManifestOp, places: &Places, form: TableForm) {
     match op {
@@ -569,6 +596,10 @@ pub(crate) fn encode_op(out: &mut Vec<u8>, op: &ManifestOp, places: &Places, for
             put_varint(out, *time_ms);
         }
         ManifestOp::DropClone { name } => put_named(out, OP_DROP_CLONE, name),
+        ManifestOp::SetOperator { name, operator } => {
+            put_named(out, OP_SET_OPERATOR, name);
+            put_operator(out, operator);
+        }
         ManifestOp::Compact { branch, keyspace, first, end } => {
             out.push(OP_COMPACT);
             put_varint(out, branch.0);
@@ -609,6 +640,7 @@ pub(crate) fn decode_op(from: &mut Decoder, places: &mut Places, form: TableForm
             ManifestOp::CreateClone { name: from.name()?, checkpoint: from.name()?, time_ms: from.varint()? }
         }
         OP_DROP_CLONE => ManifestOp::DropClone { name: from.name()? },
+        OP_SET_OPERATOR => ManifestOp::SetOperator { name: from.name()?, operator: take_operator(from)? },
         OP_COMPACT => {
             let (branch, keyspace) = (BranchId(from.varint()?), KeyspaceId(from.varint_u32()?));
             let (first, end) = take_span(from)?;

@@ -32,13 +32,13 @@ use bytes::Bytes;
 pub(crate) use self::codec::{
     MANIFEST_VERSION, MANIFEST_VERSION_MANUAL, MANIFEST_VERSION_PARTS, MANIFEST_VERSION_SHAPED, OP_KINDS,
 };
-pub(crate) use self::codec::{Places, decode_op, encode_op, form_of, put_settings, take_settings};
+pub(crate) use self::codec::{Places, decode_op, encode_op, form_of, names_operators, put_settings, take_settings};
 pub(crate) use self::manual::Manual;
 pub(crate) use self::ops::Effects;
 pub(crate) use self::picker::Compaction;
 pub(crate) use self::shape::TableShape;
 pub(crate) use self::version::{GenRef, LEVELS, TableRef, Version};
-use crate::{BranchId, Generation, InstallTable, JobId, KeyspaceId, LogIndex, MAIN, TableId};
+use crate::{BranchId, Generation, InstallTable, JobId, KeyspaceId, LogIndex, MAIN, OperatorId, TableId};
 
 /// The name of keyspace 0, which every group is born with.
 pub(crate) const DEFAULT_KEYSPACE: &str = "default";
@@ -67,6 +67,14 @@ pub(crate) struct Keyspace {
     pub(crate) created: LogIndex,
     /// The entry that dropped it; kept until that is flushed.
     pub(crate) dropped: Option<LogIndex>,
+}
+
+/// The merge operator of a keyspace.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Assigned {
+    pub(crate) operator: OperatorId,
+    /// The entry that gave it to the keyspace.
+    pub(crate) since: LogIndex,
 }
 
 /// The main line or a clone.
@@ -142,6 +150,11 @@ pub(crate) enum ManifestOp {
     DropClone {
         name: String,
     },
+    /// The keyspace, made if it is not there, has the operator from here on.
+    SetOperator {
+        name: String,
+        operator: OperatorId,
+    },
     /// What is in tables of the version, or in generations that are frozen, goes down to the last level: keys from `first` and before
     /// `end`.
     Compact {
@@ -169,6 +182,8 @@ pub(crate) struct Manifest {
     pub(crate) jobs: BTreeMap<JobId, Arc<Job>>,
     /// Compactions that were asked for and have not ended, by their entry.
     pub(crate) manuals: BTreeMap<LogIndex, Manual>,
+    /// The merge operators of keyspaces, dropped ones included as long as a version of theirs is left.
+    pub(crate) operators: BTreeMap<KeyspaceId, Assigned>,
 }
 
 impl Manifest {
@@ -190,6 +205,7 @@ impl Manifest {
             generations: BTreeMap::new(),
             jobs: BTreeMap::new(),
             manuals: BTreeMap::new(),
+            operators: BTreeMap::new(),
         }
     }
 
@@ -206,6 +222,11 @@ impl Manifest {
     /// True when entry `index` finds the keyspace.
     pub(crate) fn has_keyspace_before(&self, id: KeyspaceId, index: LogIndex) -> bool {
         self.keyspaces.get(&id).is_some_and(|k| exists(k.created, k.dropped, index))
+    }
+
+    /// The merge operator of a keyspace as entry `index` finds it.
+    pub(crate) fn operator_before(&self, id: KeyspaceId, index: LogIndex) -> Option<&OperatorId> {
+        self.operators.get(&id).filter(|assigned| assigned.since < index).map(|assigned| &assigned.operator)
     }
 
     /// True when entry `index` finds the branch.

@@ -11,11 +11,11 @@ use super::manual::{MANUALS_MAX, Manual, Next};
 use super::picker::{self, Pick};
 use super::version::{LEVELS, overlap, sorted};
 use super::{
-    Branch, Checkpoint, Compaction, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, TableRef, Version,
-    Versions,
+    Assigned, Branch, Checkpoint, Compaction, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, TableRef,
+    Version, Versions,
 };
 use crate::codec::check_name;
-use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, MAIN, Result, TableId};
+use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, MAIN, OperatorId, Result, TableId};
 
 /// What an operation changed that others have to follow.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -58,6 +58,7 @@ impl Manifest {
                 self.create_clone(index, name, checkpoint, *time_ms)?
             }
             ManifestOp::DropClone { name } => self.drop_clone(index, name)?,
+            ManifestOp::SetOperator { name, operator } => self.set_operator(index, name, operator)?,
             ManifestOp::Compact { branch, keyspace, first, end } => {
                 self.compact(index, (*branch, *keyspace), first.clone(), end.clone())?
             }
@@ -205,6 +206,29 @@ impl Manifest {
         Ok(Effects { took_effect: true, keyspace: Some(id), ..Effects::default() })
     }
 
+    fn set_operator(&mut self, index: LogIndex, name: &str, operator: &OperatorId) -> Result<Effects> {
+        check_name(operator.name())?;
+        if let Some(id) = self.keyspace_before(name, index)
+            && let Some(has) = self.operators.get(&id)
+        {
+            if has.operator == *operator {
+                return Ok(Effects { keyspace: Some(id), ..Effects::default() });
+            }
+            let message = format!(
+                "the keyspace has another merge operator keyspace={name} operator={} version={}",
+                has.operator.name(),
+                has.operator.version()
+            );
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
+        let mut effects = self.create_keyspace(index, name)?;
+        if let Some(id) = effects.keyspace {
+            self.operators.insert(id, Assigned { operator: operator.clone(), since: index });
+            effects.took_effect = true;
+        }
+        Ok(effects)
+    }
+
     fn drop_keyspace(&mut self, index: LogIndex, name: &str) -> Result<Effects> {
         let id = self.keyspace_before(name, index).ok_or_else(|| not_found("keyspace", name))?;
         if id == KeyspaceId(0) {
@@ -328,6 +352,11 @@ impl Manifest {
                 let version = branch.versions.remove(&id);
                 effects.removed.extend(version.iter().flat_map(|v| v.tables()).cloned());
             }
+        }
+        if !self.operators.is_empty() {
+            let (keyspaces, checkpoints) = (&self.keyspaces, &self.checkpoints);
+            let kept = |id: &KeyspaceId| checkpoints.values().any(|c| c.keyspaces.iter().any(|(_, of)| of == id));
+            self.operators.retain(|id, _| keyspaces.contains_key(id) || kept(id));
         }
     }
 

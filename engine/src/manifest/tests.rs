@@ -762,6 +762,10 @@ fn operations(m: &Manifest, index: LogIndex, step: &Step) -> Vec<ManifestOp> {
             });
             vec![ManifestOp::Install { job, tables: tables.collect() }]
         }
+        Step::Keyspace(n, true) if n % 2 == 1 => {
+            let operator = OperatorId::new("sum", u32::from(*n));
+            vec![ManifestOp::SetOperator { name: format!("k{n}"), operator }]
+        }
         Step::Keyspace(n, true) => vec![ManifestOp::CreateKeyspace { name: format!("k{n}") }],
         Step::Keyspace(n, false) => vec![ManifestOp::DropKeyspace { name: format!("k{n}") }],
         Step::Checkpoint(n, true) => vec![checkpoint(&format!("c{n}"))],

@@ -169,6 +169,7 @@ proptest! {
                 match op {
                     WriteOp::Put { keyspace, key, .. } => drop(live.insert((*keyspace, key.clone()))),
                     WriteOp::Delete { keyspace, key } => drop(live.remove(&(*keyspace, key.clone()))),
+                    WriteOp::Merge { .. } => unreachable!("none was given"),
                     WriteOp::DeleteRange { keyspace, range } => {
                         live.retain(|(at, key)| at != keyspace || !range.contains(key));
                     }

@@ -8,14 +8,18 @@
 //! G4. In a merge for readers sources come from the newest to the oldest: what a range tombstone of one hides, it hides of all behind it.
 //!     So these are moved past the range as a whole, and only those before it, and itself, are walked through it.
 
+use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::ops::Bound;
 use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::Lookup;
 use crate::memtable::{Memtable, MemtableCursor};
+use crate::merge_operator::{Operator, failed, stray_operand};
 use crate::range_tombstone::{Cover, RangeTombstone, behind, fragment, no_end};
+use crate::table::block::EntryKind;
 use crate::table::{Step, Table, TableCursor};
 use crate::{LogIndex, Result};
 
@@ -167,6 +171,14 @@ impl Source {
         }
     }
 
+    #[inline]
+    fn kind(&self) -> EntryKind {
+        match self {
+            Self::Memtable(cursor) => cursor.kind(),
+            Self::Run(run) => run.cursor.kind(),
+        }
+    }
+
     fn value(&self) -> Option<Bytes> {
         match self {
             Self::Memtable(cursor) => cursor.value(),
@@ -256,8 +268,11 @@ pub(super) struct Merge {
     sources: Vec<Source>,
     /// Of those that have some.
     ranges: Vec<Ranges>,
-    /// The version at `key` is hidden by a range tombstone.
+    /// Versions of `key` below it are hidden by a range tombstone; the newest one is where `hidden` says so.
+    hidden_below: LogIndex,
     hidden: bool,
+    /// Of the keyspace, if it has one.
+    operator: Option<Operator>,
     /// So many keys one after the other were.
     hidden_keys: usize,
     /// The range tombstones at `key`, which the stale sources behind theirs are to be moved past: its place among `ranges`.
@@ -271,10 +286,12 @@ pub(super) struct Merge {
 }
 
 impl Merge {
-    pub(super) fn new(reverse: bool) -> Self {
+    pub(super) fn new(reverse: bool, operator: Option<Operator>) -> Self {
         Self {
             sources: Vec::new(),
             ranges: Vec::new(),
+            hidden_below: LogIndex(0),
+            operator,
             hidden: false,
             hidden_keys: 0,
             passing: None,
@@ -321,7 +338,8 @@ impl Merge {
     pub(super) async fn seek(&mut self, from: Bound<&[u8]>) -> Result<()> {
         self.order.clear();
         self.stale = 0;
-        (self.hidden, self.hidden_keys, self.passing) = (false, 0, None);
+        (self.hidden_below, self.hidden) = (LogIndex(0), false);
+        (self.hidden_keys, self.passing) = (0, None);
         for at in 0..self.sources.len() {
             self.sources[at].seek(from).await?;
             if self.sources[at].valid() {
@@ -380,6 +398,7 @@ impl Merge {
             newest = newest.max((cover.index, place));
             ranges.cover = Some(cover);
         }
+        self.hidden_below = newest.0;
         self.hidden = self.sources[first].index() < newest.0;
         self.hidden_keys = if self.hidden { self.hidden_keys + 1 } else { 0 };
         // A short range is walked through: that costs less than finding a place in every source.
@@ -425,20 +444,74 @@ impl Merge {
         self.order.first().map_or(LogIndex(0), |first| self.sources[*first].index())
     }
 
+    /// The kind of the newest version.
+    #[inline]
+    fn kind(&self) -> EntryKind {
+        self.order.first().map_or(EntryKind::Tombstone, |first| self.sources[*first].kind())
+    }
+
     /// None when the key was removed.
-    pub(super) fn value(&self) -> Option<Bytes> {
-        if self.hidden {
-            return None;
+    ///
+    /// # Errors
+    /// `Invalid` when a merge was refused.
+    pub(super) fn value(&self) -> Result<Option<Bytes>> {
+        match self.kind() {
+            _ if self.hidden => Ok(None),
+            EntryKind::Operand | EntryKind::Failed => self.merged_value(),
+            _ => Ok(self.newest_value()),
         }
+    }
+
+    /// As [`Merge::value`], borrowed where it can be.
+    ///
+    /// # Errors
+    /// As [`Merge::value`].
+    pub(super) fn value_part(&self) -> Result<Option<Cow<'_, [u8]>>> {
+        match self.kind() {
+            _ if self.hidden => Ok(None),
+            EntryKind::Operand | EntryKind::Failed => Ok(self.merged_value()?.map(|value| Cow::Owned(value.into()))),
+            _ => Ok(self.order.first().and_then(|first| self.sources[*first].value_part()).map(Cow::Borrowed)),
+        }
+    }
+
+    fn newest_value(&self) -> Option<Bytes> {
         self.order.first().and_then(|first| self.sources[*first].value())
     }
 
-    /// As [`Merge::value`], borrowed.
-    pub(super) fn value_part(&self) -> Option<&[u8]> {
-        if self.hidden {
-            return None;
+    fn merged_value(&self) -> Result<Option<Bytes>> {
+        match self.merged(self.hidden_below, true)? {
+            Lookup::Value(value) => Ok(Some(value)),
+            Lookup::Deleted | Lookup::Operand(_) => Ok(None),
+            Lookup::Failed => Err(failed(&self.key)),
         }
-        self.order.first().and_then(|first| self.sources[*first].value_part())
+    }
+
+    /// What the versions of the key are together, where the newest one is an operand. All sources that have one stand on it. Of those
+    /// below `hidden_below` none counts; `whole`: there is nothing below the sources.
+    fn merged(&self, hidden_below: LogIndex, whole: bool) -> Result<Lookup> {
+        let mut operands = Vec::new();
+        let mut below = None;
+        for &at in &self.order[..self.stale] {
+            let source = &self.sources[at];
+            if source.index() < hidden_below {
+                break;
+            }
+            match (source.kind(), source.value()) {
+                (EntryKind::Operand, Some(operand)) => operands.push(operand),
+                (EntryKind::Failed, _) => below = Some(Lookup::Failed),
+                (_, value) => below = Some(value.map_or(Lookup::Deleted, Lookup::Value)),
+            }
+            if below.is_some() {
+                break;
+            }
+        }
+        if below.is_none() && (whole || hidden_below > LogIndex(0)) {
+            below = Some(Lookup::Deleted);
+        }
+        match below {
+            Some(below) if operands.is_empty() => Ok(below),
+            below => self.operator.as_ref().ok_or_else(stray_operand)?.resolve(&self.key, below, &operands),
+        }
     }
 }
 
@@ -449,7 +522,9 @@ pub(crate) struct EntryRef<'a> {
     pub(crate) key: &'a [u8],
     /// The index of its newest version.
     pub(crate) index: LogIndex,
-    /// `None` is a tombstone.
+    /// What it is.
+    pub(crate) kind: EntryKind,
+    /// `None` is a tombstone, or a key of which a merge was refused; of a merge the operand.
     pub(crate) value: Option<&'a [u8]>,
 }
 
@@ -471,7 +546,18 @@ impl MergeInput {
     /// The sources in any order: the version with the highest index wins. `drop_tombstones`: nothing older lies below the
     /// output.
     pub(crate) fn new(memtables: Vec<Arc<Memtable>>, tables: Vec<Arc<Table>>, drop_tombstones: bool) -> Self {
-        let mut merge = Merge::new(false);
+        Self::with_operator(memtables, tables, drop_tombstones, None)
+    }
+
+    /// Of a keyspace with a merge operator: operands of one key are merged into its value where that is among the sources, and else
+    /// combined.
+    pub(crate) fn with_operator(
+        memtables: Vec<Arc<Memtable>>,
+        tables: Vec<Arc<Table>>,
+        drop_tombstones: bool,
+        operator: Option<Operator>,
+    ) -> Self {
+        let mut merge = Merge::new(false, operator);
         let all = LogIndex(u64::MAX);
         for memtable in &memtables {
             merge.memtable(memtable, all);
@@ -511,26 +597,39 @@ impl MergeInput {
     pub(crate) async fn next(&mut self) -> Result<Option<EntryRef<'_>>> {
         self.start().await?;
         while self.merge.next().await? {
-            self.value = self.merge.value();
-            if self.is_hidden() {
+            let (index, hidden_below) = (self.merge.index(), self.hidden_below());
+            if index < hidden_below {
                 continue;
             }
-            if self.value.is_some() || !(self.drop_tombstones || mainstay_io::mutant!(DropTombstones)) {
-                let (key, index) = (self.merge.key(), self.merge.index());
-                return Ok(Some(EntryRef { key, index, value: self.value.as_deref() }));
+            let mut kind = self.merge.kind();
+            self.value = self.merge.newest_value();
+            if kind == EntryKind::Operand {
+                (kind, self.value) = match self.merge.merged(hidden_below, self.drop_tombstones)? {
+                    Lookup::Value(value) => (EntryKind::Value, Some(value)),
+                    Lookup::Operand(operand) => (EntryKind::Operand, Some(operand)),
+                    Lookup::Deleted => (EntryKind::Tombstone, None),
+                    Lookup::Failed => (EntryKind::Failed, None),
+                };
             }
+            // A tombstone that says nothing but what the range tombstone says, or that has nothing to hide.
+            let dropped = self.drop_tombstones || mainstay_io::mutant!(DropTombstones);
+            if kind == EntryKind::Tombstone && (dropped || index == hidden_below) {
+                continue;
+            }
+            let (key, value) = (self.merge.key(), self.value.as_deref());
+            return Ok(Some(EntryRef { key, index, kind, value }));
         }
         Ok(None)
     }
 
-    /// The entry that `merge` stands on says nothing that a range tombstone does not say.
-    fn is_hidden(&mut self) -> bool {
-        let (key, index) = (self.merge.key(), self.merge.index());
+    /// Versions below it of the key that `merge` stands on are hidden by a range tombstone.
+    fn hidden_below(&mut self) -> LogIndex {
+        let key = self.merge.key();
         while self.ranges.get(self.range).is_some_and(|one| one.range.end_place().as_ref() <= key) {
             self.range += 1;
         }
-        let Some(one) = self.ranges.get(self.range).filter(|one| one.range.contains(key)) else { return false };
-        index < one.index || (index == one.index && self.value.is_none())
+        let one = self.ranges.get(self.range).filter(|one| one.range.contains(key));
+        one.map_or(LogIndex(0), |one| one.index)
     }
 }
 

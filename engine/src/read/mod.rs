@@ -21,4 +21,8 @@ pub(crate) enum Lookup {
     Value(Bytes),
     /// It was removed.
     Deleted,
+    /// An operand, to be merged into what is below.
+    Operand(Bytes),
+    /// A merge was refused.
+    Failed,
 }

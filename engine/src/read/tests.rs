@@ -368,6 +368,7 @@ fn what_a_range_hides_is_passed_over_unread() {
         memtables: vec![memtable],
         l0: vec![table],
         levels: vec![[below_table].into_iter().collect()],
+        operator: None,
     });
     block_on(async {
         for reverse in [false, true] {

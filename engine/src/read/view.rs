@@ -11,6 +11,7 @@ use super::Lookup;
 use super::merge::Merge;
 use crate::gather::Gather;
 use crate::memtable::Memtable;
+use crate::merge_operator::{Operator, failed, stray_operand};
 use crate::table::Table;
 use crate::table::block::alike;
 use crate::{LogIndex, Result, Visitor};
@@ -30,6 +31,8 @@ pub(crate) struct ReadView {
     pub(crate) l0: Vec<Arc<Table>>,
     /// From L1 down; each sorted by key, without overlap.
     pub(crate) levels: Vec<LevelView>,
+    /// Of the keyspace, if it has one.
+    pub(crate) operator: Option<Operator>,
 }
 
 /// The tables of a level.
@@ -90,7 +93,7 @@ impl ReadView {
     /// # Cancel safety
     /// Cancel safe.
     pub(crate) async fn get_version(&self, key: &[u8], at: LogIndex) -> Result<Option<(LogIndex, Bytes)>> {
-        Ok(value_of(self.lookup(key, at).await?))
+        value_of(key, self.lookup(key, at).await?)
     }
 
     /// As [`ReadView::get_version`] for many keys, in their order. All are looked up in memory before the first is in a table, and the
@@ -103,53 +106,83 @@ impl ReadView {
         keys: &[K],
         at: LogIndex,
     ) -> Result<Vec<Option<(LogIndex, Bytes)>>> {
-        let known: Vec<_> = keys.iter().map(|key| self.lookup_memory(key.as_ref(), at)).collect();
-        let missing = keys.iter().zip(&known).enumerate().filter(|(_, (_, known))| known.is_none());
+        let mut answers = vec![None; keys.len()];
+        let mut missing = Vec::new();
+        for ((place, key), answer) in keys.iter().enumerate().zip(&mut answers) {
+            let key = key.as_ref();
+            match self.lookup_memory(key, at)? {
+                Met::All(known) => *answer = value_of(key, Some(known))?,
+                Met::Operands(operands) => missing.push((place, key, operands)),
+            }
+        }
         let gather = Gather::default();
-        let lookups = missing.map(|(place, (key, _))| {
+        let lookups = missing.into_iter().map(|(place, key, operands)| {
             let gather = &gather;
-            async move { Ok((place, self.lookup_tables(key.as_ref(), at, Some(gather)).await?)) }
+            async move { Ok((place, value_of(key, self.lookup_tables(key, at, operands, Some(gather)).await?)?)) }
         });
-        let found = gather.run(lookups, LOOKUPS_TOGETHER_MAX).await?;
-        let mut answers: Vec<_> = known.into_iter().map(value_of).collect();
-        for (place, lookup) in found {
+        for (place, found) in gather.run(lookups, LOOKUPS_TOGETHER_MAX).await? {
             if let Some(answer) = answers.get_mut(place) {
-                *answer = value_of(lookup);
+                *answer = found;
             }
         }
         Ok(answers)
     }
 
     async fn lookup(&self, key: &[u8], at: LogIndex) -> Result<Option<(LogIndex, Lookup)>> {
-        match self.lookup_memory(key, at) {
-            None => self.lookup_tables(key, at, None).await,
-            known => Ok(known),
+        match self.lookup_memory(key, at)? {
+            Met::All(known) => Ok(Some(known)),
+            Met::Operands(operands) => self.lookup_tables(key, at, operands, None).await,
         }
     }
 
-    fn lookup_memory(&self, key: &[u8], at: LogIndex) -> Option<(LogIndex, Lookup)> {
-        self.memtables.iter().find_map(|memtable| judge(memtable.get_version(key, at), memtable.hidden_below(key, at)))
+    fn lookup_memory(&self, key: &[u8], at: LogIndex) -> Result<Met> {
+        let mut operands = Operands::default();
+        for memtable in &self.memtables {
+            if let Some(known) = judge(memtable.get_version(key, at), memtable.hidden_below(key, at))
+                && let Some(below) = operands.meet(known)
+            {
+                return Ok(Met::All(self.merged(key, operands, below)?));
+            }
+        }
+        Ok(Met::Operands(operands))
     }
 
+    /// Looks below the memtables, in which `operands` were met.
     async fn lookup_tables(
         &self,
         key: &[u8],
         at: LogIndex,
+        mut operands: Operands,
         reads: Option<&Gather>,
     ) -> Result<Option<(LogIndex, Lookup)>> {
         for table in &self.l0 {
-            if let Some(known) = lookup_table(table, key, at, reads).await? {
-                return Ok(Some(known));
+            if let Some(known) = lookup_table(table, key, at, reads).await?
+                && let Some(below) = operands.meet(known)
+            {
+                return Ok(Some(self.merged(key, operands, below)?));
             }
         }
         for level in &self.levels {
             if let Some(table) = level.table_of(key)
                 && let Some(known) = lookup_table(table, key, at, reads).await?
+                && let Some(below) = operands.meet(known)
             {
-                return Ok(Some(known));
+                return Ok(Some(self.merged(key, operands, below)?));
             }
         }
-        Ok(None)
+        if operands.list.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(self.merged(key, operands, (LogIndex(0), Lookup::Deleted))?))
+    }
+
+    /// What operands make of what was found below them.
+    fn merged(&self, key: &[u8], operands: Operands, below: (LogIndex, Lookup)) -> Result<(LogIndex, Lookup)> {
+        if operands.list.is_empty() {
+            return Ok(below);
+        }
+        let operator = self.operator.as_ref().ok_or_else(stray_operand)?;
+        Ok((operands.index, operator.resolve(key, Some(below.1), &operands.list)?))
     }
 
     /// A scan over the bounds at `at`. It reads nothing before it is asked for a pair.
@@ -168,7 +201,7 @@ impl ReadView {
     }
 
     fn merge(&self, at: LogIndex, reverse: bool, lower: Bound<&[u8]>, upper: Bound<&[u8]>) -> Merge {
-        let mut merge = Merge::new(reverse);
+        let mut merge = Merge::new(reverse, self.operator.clone());
         for memtable in &self.memtables {
             merge.memtable_with_ranges(memtable, at);
         }
@@ -191,6 +224,35 @@ impl ReadView {
     }
 }
 
+/// What a lookup knows behind the memtables.
+enum Met {
+    /// All: nothing older counts.
+    All((LogIndex, Lookup)),
+    /// What is below counts, and these are merged into it.
+    Operands(Operands),
+}
+
+/// Operands of a key that a lookup has met, the newest first.
+#[derive(Default)]
+struct Operands {
+    list: Vec<Bytes>,
+    /// Of the newest.
+    index: LogIndex,
+}
+
+impl Operands {
+    /// What is known where nothing older counts.
+    #[inline]
+    fn meet(&mut self, known: (LogIndex, Lookup)) -> Option<(LogIndex, Lookup)> {
+        let (index, Lookup::Operand(operand)) = known else { return Some(known) };
+        if self.list.is_empty() {
+            self.index = index;
+        }
+        self.list.push(operand);
+        None
+    }
+}
+
 /// What is known of a key where this was found of it, and versions below `hidden` are hidden: nothing older counts then.
 fn judge(found: Option<(LogIndex, Lookup)>, hidden: LogIndex) -> Option<(LogIndex, Lookup)> {
     match found {
@@ -200,10 +262,15 @@ fn judge(found: Option<(LogIndex, Lookup)>, hidden: LogIndex) -> Option<(LogInde
     }
 }
 
-fn value_of(lookup: Option<(LogIndex, Lookup)>) -> Option<(LogIndex, Bytes)> {
+/// The value of a key where this is known of it.
+///
+/// # Errors
+/// `Invalid` when a merge was refused.
+fn value_of(key: &[u8], lookup: Option<(LogIndex, Lookup)>) -> Result<Option<(LogIndex, Bytes)>> {
     match lookup {
-        Some((index, Lookup::Value(value))) => Some((index, value)),
-        Some((_, Lookup::Deleted)) | None => None,
+        Some((index, Lookup::Value(value))) => Ok(Some((index, value))),
+        Some((_, Lookup::Failed)) => Err(failed(key)),
+        Some((_, Lookup::Deleted | Lookup::Operand(_))) | None => Ok(None),
     }
 }
 
@@ -276,7 +343,7 @@ impl ScanCursor {
             if below(merge.key(), bytes(&self.upper)) {
                 break;
             }
-            if let Some(value) = merge.value() {
+            if let Some(value) = merge.value()? {
                 let key = cut_key(&mut self.keys, merge.key());
                 self.lower = Bound::Excluded(key.clone());
                 return Ok(Some((key, value)));
@@ -300,11 +367,11 @@ impl ScanCursor {
             if below(merge.key(), bytes(&self.upper)) {
                 break;
             }
-            if let Some(value) = merge.value_part() {
+            if let Some(value) = merge.value_part()? {
                 let visited = self.visited.get_or_insert_default();
                 visited.clear();
                 visited.extend_from_slice(merge.key());
-                if each(merge.key(), value).is_break() {
+                if each(merge.key(), &value).is_break() {
                     return Ok(());
                 }
             }
@@ -356,7 +423,7 @@ impl ScanCursor {
             if above(merge.key(), bytes(&self.lower)) {
                 break;
             }
-            if let Some(value) = merge.value() {
+            if let Some(value) = merge.value()? {
                 let key = cut_key(&mut self.keys, merge.key());
                 self.upper = Bound::Excluded(key.clone());
                 return Ok(Some((key, value)));

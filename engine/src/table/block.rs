@@ -52,9 +52,13 @@ pub(crate) enum EntryKind {
     Tombstone = 0,
     /// The value stands in the entry.
     Value = 1,
+    /// The value is an operand, to be merged into what lies below.
+    Operand = 2,
     /// The keys from this one up to the value were removed. Only in a block of range tombstones, where there is nothing else.
     RangeTombstone = 3,
-    // 2 merge operand, 4 reference to a blob: reserved, behind feature bits of the root.
+    /// A merge was refused; no value.
+    Failed = 5,
+    // 4 reference to a blob: reserved, behind a feature bit of the root.
 }
 
 impl EntryKind {
@@ -62,6 +66,8 @@ impl EntryKind {
         match (byte, ranges) {
             (0, false) => Ok(Self::Tombstone),
             (1, false) => Ok(Self::Value),
+            (2, false) => Ok(Self::Operand),
+            (5, false) => Ok(Self::Failed),
             (3, true) => Ok(Self::RangeTombstone),
             _ => Err(Malformed("an entry of unknown kind")),
         }
@@ -420,9 +426,13 @@ impl BlockCursor {
     /// `None` is a tombstone.
     pub(crate) fn value(&self) -> Option<Bytes> {
         match self.current.kind {
-            Some(EntryKind::Value) => Some(self.block.slice(self.current.value.clone())),
+            Some(EntryKind::Value | EntryKind::Operand) => Some(self.block.slice(self.current.value.clone())),
             _ => None,
         }
+    }
+
+    pub(crate) fn kind(&self) -> EntryKind {
+        self.current.kind.unwrap_or(EntryKind::Tombstone)
     }
 
     /// The value without ownership.

@@ -14,8 +14,8 @@ use xxhash_rust::xxh3::Xxh3;
 use super::block::{BlockBuilder, EntryKind, INDEX_RESTART_INTERVAL};
 use super::codec::Compressor;
 use super::index::{
-    Codec, FEATURE_FILTERS_12, FEATURE_RANGES, FEATURE_ZSTD, FOOTER_BYTES, Handle, MAGIC, Parts, ROOT_BYTES, Root,
-    checksum, separator,
+    Codec, FEATURE_FILTERS_12, FEATURE_MERGES, FEATURE_RANGES, FEATURE_ZSTD, FOOTER_BYTES, Handle, MAGIC, Parts,
+    ROOT_BYTES, Root, checksum, separator,
 };
 use super::ranges::RangesBuilder;
 use super::{Compression, TableMeta, TableOptions, filter};
@@ -78,29 +78,31 @@ impl TableBuilder {
 
     /// Adds the newest version of a key; keys ascend strictly. `None` is a tombstone.
     pub(crate) fn add(&mut self, key: &[u8], index: LogIndex, value: Option<&[u8]>) {
+        let kind = if value.is_some() { EntryKind::Value } else { EntryKind::Tombstone };
+        self.add_entry(key, index, kind, value.unwrap_or_default());
+    }
+
+    /// As [`TableBuilder::add`], of any kind that stands among entries.
+    pub(crate) fn add_entry(&mut self, key: &[u8], index: LogIndex, kind: EntryKind, value: &[u8]) {
         assert!(self.entries == 0 || self.last.as_slice() < key, "keys of a table ascend strictly");
         if self.entries == 0 {
             self.first.extend_from_slice(key);
         }
-        if !self.data.is_empty()
-            && self.data.len() + key.len() + value.map_or(0, <[u8]>::len) > self.options.block_bytes
-        {
+        if !self.data.is_empty() && self.data.len() + key.len() + value.len() > self.options.block_bytes {
             self.cut_data();
         }
         if let Some(handle) = self.unreferred.take() {
             let separator = separator(&self.last, key);
             self.refer(&separator, handle);
         }
-        self.data.add(
-            key,
-            if value.is_some() { EntryKind::Value } else { EntryKind::Tombstone },
-            index,
-            value.unwrap_or_default(),
-        );
+        self.data.add(key, kind, index, value);
+        if matches!(kind, EntryKind::Operand | EntryKind::Failed) {
+            self.out.features |= FEATURE_MERGES;
+        }
         self.last.clear();
         self.last.extend_from_slice(key);
         self.entries += 1;
-        self.tombstones += u64::from(value.is_none());
+        self.tombstones += u64::from(kind == EntryKind::Tombstone);
         self.index_min = self.index_min.min(index.0);
         self.index_max = self.index_max.max(index.0);
         if self.options.filter_bits > 0 {

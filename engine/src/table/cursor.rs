@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 
-use super::block::{Block, BlockCursor};
+use super::block::{Block, BlockCursor, EntryKind};
 use super::index::Handle;
 use super::reader::{Table, is_damage};
 use crate::memory::{MemoryKind, Reservation};
@@ -139,7 +139,7 @@ impl TableCursor {
         self.data.as_ref().map_or(LogIndex(0), BlockCursor::index)
     }
 
-    /// `None` is a tombstone. The value shares the memory of its block.
+    /// `None` is a tombstone; of a merge the operand. The value shares the memory of its block.
     #[inline]
     pub(crate) fn value(&self) -> Option<Bytes> {
         self.data.as_ref().and_then(BlockCursor::value)
@@ -149,6 +149,11 @@ impl TableCursor {
     #[inline]
     pub(crate) fn value_part(&self) -> Option<&[u8]> {
         self.data.as_ref().filter(|data| !data.is_tombstone()).map(BlockCursor::value_part)
+    }
+
+    #[inline]
+    pub(crate) fn kind(&self) -> EntryKind {
+        self.data.as_ref().map_or(EntryKind::Tombstone, BlockCursor::kind)
     }
 
     pub(crate) fn is_tombstone(&self) -> bool {

@@ -15,10 +15,12 @@ pub(crate) const FORMAT_VERSION: u16 = 1;
 pub(crate) const FEATURE_ZSTD: u32 = 1;
 /// A feature that a reader must know: there is a block of range tombstones, and its handle in a block of [`Parts`].
 pub(crate) const FEATURE_RANGES: u32 = 1 << 2;
+/// A feature that a reader must know: entries are operands to be merged, or keys of which a merge was refused.
+pub(crate) const FEATURE_MERGES: u32 = 1 << 3;
 /// A feature that a reader must know: fingerprints of filters have 12 bits.
 pub(crate) const FEATURE_FILTERS_12: u32 = 1 << 4;
-/// Features of a table that this reader knows. Bits 1 and 3 are kept for blob references and merge operands.
-pub(crate) const FEATURES_KNOWN: u32 = FEATURE_ZSTD | FEATURE_RANGES | FEATURE_FILTERS_12;
+/// Features of a table that this reader knows. Bit 1 is kept for blob references.
+pub(crate) const FEATURES_KNOWN: u32 = FEATURE_ZSTD | FEATURE_RANGES | FEATURE_MERGES | FEATURE_FILTERS_12;
 /// The bit of [`Handle::raw`] at which the number of the [`Codec`] begins.
 const CODEC_SHIFT: u32 = 25;
 /// Bytes of an encoded [`Root`].
@@ -145,6 +147,11 @@ impl Root {
     /// There are range tombstones.
     pub(crate) fn has_ranges(&self) -> bool {
         self.features & FEATURE_RANGES != 0
+    }
+
+    /// There are operands, or keys of which a merge was refused.
+    pub(crate) fn has_merges(&self) -> bool {
+        self.features & FEATURE_MERGES != 0
     }
 
     /// Encodes the root.

@@ -10,6 +10,7 @@
 //!     wrong place is found as well as a flipped bit.
 //! T3. At most one version of a key; keys ascend strictly.
 //! T4. Range tombstones do not overlap, and hide nothing of the table that has them. First and last key reach over both.
+//! T5. Where its range tombstones stand it has no operand: nothing is below, so it was merged.
 
 pub(crate) mod block;
 mod builder;
@@ -30,6 +31,7 @@ use mainstay_io::BoxFuture;
 
 pub(crate) use builder::TableBuilder;
 pub(crate) use cursor::{Step, TableCursor};
+pub(crate) use index::Root;
 pub(crate) use reader::{CachedBlock, Table};
 
 use crate::gather::Gather;

@@ -240,10 +240,9 @@ impl Table {
         let Some(found) = found.filter(|found| found.exact && found.index <= at) else { return Ok(None) };
         let lookup = match found.kind {
             EntryKind::Tombstone => Lookup::Deleted,
-            EntryKind::Value if found.value.len() <= COPY_BYTES_MAX => {
-                Lookup::Value(Bytes::copy_from_slice(block.part(&found.value)))
-            }
-            EntryKind::Value => Lookup::Value(block.slice(found.value)),
+            EntryKind::Value => Lookup::Value(taken(&block, found.value)),
+            EntryKind::Operand => Lookup::Operand(taken(&block, found.value)),
+            EntryKind::Failed => Lookup::Failed,
             EntryKind::RangeTombstone => return Err(self.corrupt(Malformed("a range among its entries"), &handle)),
         };
         Ok(Some((found.index, lookup)))
@@ -294,6 +293,13 @@ impl Table {
             }
             if ranges.at(key).is_some_and(|one| cursor.index() < one.index) {
                 return Err(self.corrupt(Malformed("an entry that a range tombstone of its own hides"), &whole));
+            }
+            let merge = matches!(cursor.kind(), EntryKind::Operand | EntryKind::Failed);
+            if merge && !self.root.has_merges() {
+                return Err(self.corrupt(Malformed("a merge that its root does not tell of"), &whole));
+            }
+            if cursor.kind() == EntryKind::Operand && ranges.at(key).is_some() {
+                return Err(self.corrupt(Malformed("an operand over a range tombstone of its own"), &whole));
             }
             if let Some(handle) = filters {
                 let filters = self.filter_index(&handle, None).await?;
@@ -544,6 +550,14 @@ impl Table {
 /// A failure of this copy of the bytes, for which another copy may stand in.
 pub(super) fn is_damage(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Io)
+}
+
+/// A value of a block; a short one in memory of its own.
+fn taken(block: &Block, value: std::ops::Range<usize>) -> Bytes {
+    match value.len() {
+        0..=COPY_BYTES_MAX => Bytes::copy_from_slice(block.part(&value)),
+        _ => block.slice(value),
+    }
 }
 
 /// The same bytes in memory of their own, so that they do not keep a larger buffer.

@@ -821,11 +821,67 @@ fn the_layout_is_that_of_the_document() {
         format!("| bits of a fingerprint | {:?};", filter::WIDTHS).replace(['[', ']'], ""),
         format!("{} lz4 (block format, no size prefix); {} zstd", Codec::Lz4 as u8, Codec::Zstd as u8),
         format!("| {} | range tombstones, see there |", index::FEATURE_RANGES.trailing_zeros()),
+        format!("| {} | merges: operands", index::FEATURE_MERGES.trailing_zeros()),
+        format!("{} operand (the value is what", EntryKind::Operand as u8),
+        format!("{} failed (no value", EntryKind::Failed as u8),
         format!("at most {} of them", ranges::SPANS_MAX),
         format!("none of more than {} bytes", ranges::SPAN_BYTES_MAX),
     ] {
         assert!(document.contains(&line), "docs/format.md lacks: {line}");
     }
+}
+
+/// Operands, and keys of which a merge was refused, among others.
+fn build_merges(options: &TableOptions) -> (Vec<u8>, TableMeta) {
+    let mut builder = TableBuilder::new(options.clone());
+    for at in 0..100u64 {
+        let (key, value) = (format!("user/{at:06}/name"), format!("operand {at} ").repeat(3));
+        let kinds = [EntryKind::Value, EntryKind::Operand, EntryKind::Tombstone, EntryKind::Operand, EntryKind::Failed];
+        let kind = kinds[at as usize % kinds.len()];
+        let with_value = matches!(kind, EntryKind::Value | EntryKind::Operand);
+        builder.add_entry(key.as_bytes(), LogIndex(at + 1), kind, if with_value { value.as_bytes() } else { b"" });
+    }
+    let (chunks, meta) = builder.finish();
+    (chunks.iter().flat_map(|chunk| chunk.to_vec()).collect(), meta)
+}
+
+/// A build from before is told by a feature bit, and both ways of reading give the same.
+#[test]
+fn a_table_with_merges_says_so_and_gives_each_kind_back() {
+    let (bytes, meta) = build_merges(&TableOptions { block_bytes: 512, ..TableOptions::default() });
+    assert_eq!(Root::decode(&meta.root).expect("own root").features, index::FEATURE_MERGES);
+    assert_eq!((meta.entries, meta.tombstones), (100, 20));
+    let table = place().open(meta, MemoryBytes::new(bytes)).expect("own root");
+    block_on(async {
+        table.verify().await.expect("whole");
+        let operand = |at: u64| Bytes::from(format!("operand {at} ").repeat(3));
+        for (at, expect) in [
+            (0, Lookup::Value(operand(0))),
+            (1, Lookup::Operand(operand(1))),
+            (2, Lookup::Deleted),
+            (94, Lookup::Failed),
+            (98, Lookup::Operand(operand(98))),
+        ] {
+            let key = format!("user/{at:06}/name");
+            assert_eq!(table.get(key.as_bytes(), LogIndex(200)).await.expect("read"), Some(expect), "at={at}");
+        }
+        for reverse in [false, true] {
+            let mut cursor = TableCursor::new(reverse);
+            cursor.seek_start(&table).await.expect("read");
+            let mut kinds = Vec::new();
+            while cursor.valid() {
+                kinds.push((cursor.kind(), cursor.value().is_some()));
+                cursor.advance(&table).await.expect("read");
+            }
+            if reverse {
+                kinds.reverse();
+            }
+            let count = |kind, value| kinds.iter().filter(|found| **found == (kind, value)).count();
+            assert_eq!([count(EntryKind::Value, true), count(EntryKind::Operand, true)], [20, 40]);
+            assert_eq!([count(EntryKind::Tombstone, false), count(EntryKind::Failed, false)], [20, 20]);
+            assert_eq!(kinds[1], (EntryKind::Operand, true), "reverse={reverse}");
+        }
+    });
 }
 
 /// Tables that earlier builds wrote: a change of any byte here parts replicas of different builds, and old volumes.
@@ -846,9 +902,10 @@ fn the_tables_in_git_are_read_and_written_again_byte_for_byte() {
         ("table-zstd", Compression::Zstd, 8, 256),
         ("table-filter-12", Compression::Lz4, 12, 256),
         ("table-filter-16", Compression::None, 16, 256),
+        ("table-merges", Compression::Lz4, 16, 256),
     ] {
         let options = TableOptions { block_bytes: 1024, compression, filter_bits, restart_bytes };
-        let (bytes, meta) = build(&options, &entries);
+        let (bytes, meta) = if name == "table-merges" { build_merges(&options) } else { build(&options, &entries) };
         let path = format!("{}/testdata/{name}.bin", env!("CARGO_MANIFEST_DIR"));
         if std::env::var_os("MAINSTAY_WRITE_GOLDEN").is_some() {
             std::fs::write(&path, &bytes).expect("write");

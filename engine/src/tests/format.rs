@@ -70,6 +70,7 @@ fn the_document_has_the_versions_kinds_and_bounds_of_the_code() {
             format!("Records of kind {}:", crate::group::MANIFEST_EDIT.0),
             format!("| version | u8 | {}, or {} with", crate::group::EDIT_VERSION, crate::group::EDIT_VERSION_SHAPED),
             format!("; {} when a table that it installs", crate::group::EDIT_VERSION_RANGED),
+            format!("; {} when it names a merge operator", crate::group::EDIT_VERSION_OPERATORS),
         ],
     );
     for (kind, name) in crate::manifest::OP_KINDS {

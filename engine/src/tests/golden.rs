@@ -5,6 +5,7 @@
 //! and by what command). None is ever written again: a build that cannot read one of them cannot be released.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use bytes::Bytes;
 use mainstay_io::sim::{SimMedia, SimOptions};
@@ -12,12 +13,14 @@ use mainstay_io::{AlignedBuf, BLOCK_BYTES, BlockDevice as _, Environment, IoClas
 
 use super::harness::*;
 use crate::{
-    BranchId, ClientToken, CommandBody, Condition, ConditionalBatch, GroupSettings, KeyspaceId, MAIN, Offline,
-    TableCompression, WriteBatch, WriteOp,
+    BranchId, ClientToken, CommandBody, Condition, ConditionalBatch, ErrorKind, GroupSettings, KeyRange, KeyspaceId,
+    MAIN, Offline, OperatorId, TableCompression, WriteBatch, WriteOp,
 };
 
 /// The builds of which a volume is in git, oldest first.
-const VOLUMES: [&str; 2] = ["volume-uniform", "volume-by-level"];
+const VOLUMES: [&str; 3] = ["volume-uniform", "volume-by-level", MERGES];
+/// The first that has merge operators.
+const MERGES: &str = "volume-merges";
 /// A zone holds no more than this in a golden volume.
 const ZONE_BYTES_MAX: u64 = 64 << 20;
 /// The log of all golden volumes.
@@ -69,6 +72,39 @@ fn write_round(store: &Store, number: u32) {
     }
 }
 
+/// Adds to a sum for each of some keys; one is of text by then, and a few are removed in the middle.
+fn add_round(store: &Store, number: u32) {
+    let keyspace = store.group().keyspace("sums").expect("made before");
+    let key = |at: u32| Bytes::from(key(at));
+    let mut ops: Vec<_> = (0..9)
+        .map(|at| WriteOp::Merge {
+            keyspace,
+            key: key(at),
+            operand: Bytes::copy_from_slice(&u64::from(at).to_le_bytes()),
+        })
+        .collect();
+    if number == 2 {
+        let range = KeyRange::new(Bound::Included(key(3)), Bound::Excluded(key(5)));
+        ops.insert(0, WriteOp::DeleteRange { keyspace, range });
+        ops.push(op(keyspace, &self::key(8), Some(b"text")));
+    }
+    store.must(CommandBody::Batch(WriteBatch { branch: MAIN, ops }));
+}
+
+/// What so many of these leave.
+fn check_sums(store: &Store, rounds: u32) {
+    let keyspace = store.group().keyspace("sums").expect("made before");
+    let snapshot = store.group().snapshot(MAIN).expect("it is there");
+    for at in 0..9 {
+        let found = block_on(snapshot.get(keyspace, key(at).as_bytes()));
+        let times = if (3..5).contains(&at) { rounds - 2 } else { rounds };
+        match found {
+            Ok(value) => assert_eq!(value.as_deref(), Some(&u64::from(at * times).to_le_bytes()[..]), "at={at}"),
+            Err(error) => assert_eq!((at, error.kind()), (8, ErrorKind::Invalid)),
+        }
+    }
+}
+
 /// A volume as a loss of power leaves it: tables at several levels, a checkpoint, a clone, a keyspace, an answered client, and
 /// entries of each kind behind the tables.
 fn write_volume() -> SimMedia {
@@ -76,8 +112,10 @@ fn write_volume() -> SimMedia {
     let group = GroupSettings { compression: TableCompression::ByLevel, ..settings() };
     let store = Store::open_with(&media, group, engine_settings()).expect("the volume opens");
     store.must(CommandBody::CreateKeyspace { name: "users".into() });
+    store.must(CommandBody::SetOperator { name: "sums".into(), operator: OperatorId::U64_ADD });
     for number in 0..ROUNDS - 1 {
         write_round(&store, number);
+        add_round(&store, number);
         store.flush();
     }
     store.settle();
@@ -87,6 +125,7 @@ fn write_volume() -> SimMedia {
     store.must(put(trial, "only/in/the/clone", b"yes"));
     store.flush();
     write_round(&store, ROUNDS - 1);
+    add_round(&store, ROUNDS - 1);
     let users = store.group().keyspace("users").expect("made above");
     let ops = vec![op(users, "a", Some(b"1"))];
     store.must(CommandBody::BatchIf(ConditionalBatch {
@@ -178,6 +217,11 @@ fn volumes_of_earlier_builds_are_read_and_gone_on_with() {
         clone.insert(b"only/in/the/clone".to_vec(), b"yes".to_vec());
         let trial = store.group().branch("trial").expect("it was made");
         assert_eq!(read(&store, trial, DEFAULT), clone, "{name}");
+        if name == MERGES {
+            check_sums(&store, ROUNDS);
+            add_round(&store, ROUNDS);
+            check_sums(&store, ROUNDS + 1);
+        }
         // A request of before that comes again is known.
         let token = ClientToken { client: [7; 16], sequence: 3 };
         let body = CommandBody::Batch(WriteBatch { branch: MAIN, ops: vec![op(users, "b", Some(b"3"))] });
@@ -194,6 +238,9 @@ fn volumes_of_earlier_builds_are_read_and_gone_on_with() {
         let store = Store::open(&media);
         assert_eq!(read(&store, MAIN, DEFAULT), expected(2 * ROUNDS), "{name}");
         assert_eq!(read(&store, trial, DEFAULT), clone, "{name}");
+        if name == MERGES {
+            check_sums(&store, ROUNDS + 1);
+        }
         store.close();
     }
 }

@@ -27,6 +27,7 @@ pub(super) fn settings() -> GroupSettings {
         l0_compaction_runs: 3,
         compression: TableCompression::ByLevel,
         state_machine: None,
+        merge_operators: crate::MergeOperators::default(),
     }
 }
 

@@ -14,6 +14,7 @@ mod heal;
 mod hostile;
 mod lifecycle;
 mod many;
+mod merges;
 mod model;
 mod offline;
 mod once;

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use super::harness::*;
 use crate::{
     BranchId, CommandBody, Condition, ConditionalBatch, EngineSettings, ErrorKind, GroupSettings, LogIndex, MAIN,
-    Snapshot, TableCompression, WriteBatch, WriteOp,
+    OperatorId, Snapshot, TableCompression, WriteBatch, WriteOp,
 };
 
 type Pairs = BTreeMap<Vec<u8>, Vec<u8>>;
@@ -22,9 +22,13 @@ enum Step {
     Many(u8, u8),
     /// Branch, first key, how many; 0 for all behind it.
     RemoveRange(u8, u8, u8),
-    /// A batch of branch and key: a put, a range that holds it, another put in the range.
+    /// Branch, key, length of the operand that is appended.
+    Append(u8, u8, u8),
+    /// The same for many keys.
+    AppendMany(u8, u8),
+    /// A batch of branch and key: a put, a range that holds it, an operand for it, another put in the range with one too.
     Refill(u8, u8),
-    /// Branch and key of a batch with a condition of this kind on what is there; the last tells whether somebody writes the key in
+    /// Branch and key of a batch with a condition of this kind on what is there, that puts or merges; the last tells whether somebody writes the key in
     /// between, as for a transaction that comes too late.
     When(u8, u8, u8, bool),
     /// Branch and key: a lookup, and a scan from there that visits so many pairs, takes from both ends, and seeks.
@@ -52,6 +56,8 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (any::<u8>(), any::<u8>()).prop_map(|(b, k)| Step::Refill(b, k)),
         4 => (any::<u8>(), any::<u8>(), any::<u8>(), any::<bool>()).prop_map(|(b, k, n, d)| Step::When(b, k, n, d)),
         3 => (any::<u8>(), any::<u8>(), 0..20_u8).prop_map(|(b, k, n)| Step::Read(b, k, n)),
+        6 => (any::<u8>(), any::<u8>(), any::<u8>()).prop_map(|(b, k, n)| Step::Append(b, k, n)),
+        2 => (any::<u8>(), any::<u8>()).prop_map(|(b, n)| Step::AppendMany(b, n)),
         1 => any::<u8>().prop_map(Step::Pin),
         2 => Just(Step::Rotate),
         1 => Just(Step::Settle),
@@ -184,6 +190,7 @@ fn read(snapshot: &Snapshot, pairs: &Pairs, key: &str, visited: usize) {
 fn run(steps: &[Step], tuning: Tuning) {
     let place = Place { media: media(), tuning };
     let mut store = place.open();
+    store.must(CommandBody::SetOperator { name: "default".into(), operator: OperatorId::APPEND });
     let mut model = Model::default();
     model.branches.insert(MAIN, ("main".into(), Pairs::new()));
     for step in steps {
@@ -196,6 +203,13 @@ fn run(steps: &[Step], tuning: Tuning) {
     model.check(&store);
     store.close();
     check_no_leak(&place.media);
+}
+
+fn append(store: &Store, model: &mut Model, branch: BranchId, key: u8, operand: &[u8]) {
+    let key = Bytes::from(format!("key-{key:03}"));
+    model.pairs(branch).entry(key.to_vec()).or_default().extend_from_slice(operand);
+    let op = WriteOp::Merge { keyspace: DEFAULT, key, operand: Bytes::copy_from_slice(operand) };
+    store.must(CommandBody::Batch(WriteBatch { branch, ops: vec![op] }));
 }
 
 fn apply(place: &Place, store: Store, model: &mut Model, step: &Step) -> Store {
@@ -225,6 +239,15 @@ fn apply(place: &Place, store: Store, model: &mut Model, step: &Step) -> Store {
                 model.pairs(branch).insert(key.into_bytes(), vec![n; 150]);
             }
         }
+        Step::Append(pick, key, length) => {
+            let branch = model.branch(pick);
+            let operand = vec![length; usize::from(length)];
+            append(&store, model, branch, key, &operand);
+        }
+        Step::AppendMany(pick, first) => {
+            let branch = model.branch(pick);
+            (0..30_u8).for_each(|n| append(&store, model, branch, first.wrapping_add(n.wrapping_mul(7)), &[n; 9]));
+        }
         Step::RemoveRange(pick, first, count) => {
             let branch = model.branch(pick);
             let end = (count > 0).then(|| format!("key-{:03}", u16::from(first) + u16::from(count)));
@@ -238,9 +261,13 @@ fn apply(place: &Place, store: Store, model: &mut Model, step: &Step) -> Store {
             let put = |key: &Bytes, value| WriteOp::Put { keyspace: DEFAULT, key: key.clone(), value };
             let range = range("key-", Some(&format!("key-{:03}", u16::from(key) + 9)));
             model.pairs(branch).retain(|key, _| !range.contains(key));
-            model.pairs(branch).insert(keys[1].to_vec(), b"after".to_vec());
+            model.pairs(branch).insert(keys[0].to_vec(), b"-merged".to_vec());
+            model.pairs(branch).insert(keys[1].to_vec(), b"after-merged".to_vec());
             let between = WriteOp::DeleteRange { keyspace: DEFAULT, range };
-            let ops = vec![put(&keys[0], "before".into()), between, put(&keys[1], "after".into())];
+            let merge = |key: &Bytes| WriteOp::Merge { keyspace: DEFAULT, key: key.clone(), operand: "-merged".into() };
+            let before = put(&keys[0], "before".into());
+            let after = put(&keys[1], "after".into());
+            let ops = vec![before, between, merge(&keys[0]), after, merge(&keys[1])];
             store.must(CommandBody::Batch(WriteBatch { branch, ops }));
         }
         Step::When(pick, key, kind, disturbed) => {
@@ -270,14 +297,20 @@ fn apply(place: &Place, store: Store, model: &mut Model, step: &Step) -> Store {
                 store.must(put(branch, &text, b"since"));
                 model.pairs(branch).insert(key.to_vec(), b"since".to_vec());
             }
-            let op = WriteOp::Put { keyspace, key: key.clone(), value: "when".into() };
+            let merges = kind / 5 % 2 == 1;
+            let op = match merges {
+                true => WriteOp::Merge { keyspace, key: key.clone(), operand: "when".into() },
+                false => WriteOp::Put { keyspace, key: key.clone(), value: "when".into() },
+            };
             let batch = WriteBatch { branch, ops: vec![op] };
             let body = CommandBody::BatchIf(ConditionalBatch { conditions: vec![condition], batch });
             let answer = store.propose(body).expect("the log takes it").response.map_err(|error| error.kind());
             let holds = if disturbed { still } else { holds };
             if holds {
                 assert!(answer.is_ok(), "{step:?}: {answer:?}");
-                model.pairs(branch).insert(key.to_vec(), b"when".to_vec());
+                let value = model.pairs(branch).entry(key.to_vec()).or_default();
+                value.truncate(if merges { value.len() } else { 0 });
+                value.extend_from_slice(b"when");
             } else {
                 assert_eq!(answer, Err(ErrorKind::Conflict), "{step:?}");
             }

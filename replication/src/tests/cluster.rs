@@ -176,6 +176,7 @@ impl Cluster {
                 l0_compaction_runs: 4,
                 compression: mainstay_engine::TableCompression::ByLevel,
                 state_machine: None,
+                merge_operators: Default::default(),
             },
             entry_cache_bytes: self.entry_cache_bytes,
             environment,

@@ -342,6 +342,7 @@ impl Cluster {
             l0_compaction_runs: self.settings.l0_compaction_runs,
             compression: mainstay_engine::TableCompression::ByLevel,
             state_machine: Some(self.application.state_machine()),
+            merge_operators: Default::default(),
         }
     }
 
