@@ -22,7 +22,8 @@ use mainstay_wal::Lsn;
 
 use crate::outcome::{OUTCOMES_KEPT, OUTCOMES_KEYSPACE, Outcome, outcome_key};
 use crate::{
-    BranchId, Command, CommandBody, Error, ErrorKind, Group, KeyspaceId, LogIndex, MAIN, Result, WriteBatch, WriteOp,
+    BranchId, Command, CommandBody, Error, ErrorKind, Group, KeyspaceId, LogIndex, MAIN, OperatorId, Result,
+    WriteBatch, WriteOp,
 };
 
 /// Entries of one read of the log, at most.
@@ -47,6 +48,11 @@ pub struct Change {
 pub enum ChangeKind {
     /// Mutations, in order: of two of one key the later wins, and a removed range takes what stands before it. They are those of all
     /// batches of the entry that were applied: what was committed at once has one index. A batch whose condition did not hold is not among them.
+    ///
+    /// A merge is given as it was written, by its operand. A reader that keeps values merges it into what it has, as the operator does
+    /// that [`ChangeKind::OperatorGiven`] or [`Group::merge_operator`] names: merged one after the other the operands make what the store
+    /// has. That goes for refusals too: a merge that was written blindly and that the operator refuses is given like any other, and leaves
+    /// the key without a value until it is put, or removed. What a transaction has merged is given as the put or the removal that came of it.
     Writes(Vec<WriteOp>),
     /// A command of the embedder's state machine was applied. What it wrote is for the state machine to tell.
     Command(Bytes),
@@ -56,6 +62,15 @@ pub enum ChangeKind {
         id: KeyspaceId,
         /// Its name.
         name: String,
+    },
+    /// A keyspace was given its merge operator, in every branch. It was made by that if it was not there before.
+    OperatorGiven {
+        /// Its id, never that of another.
+        id: KeyspaceId,
+        /// Its name.
+        name: String,
+        /// The operator, for as long as there is the keyspace.
+        operator: OperatorId,
     },
     /// A keyspace was dropped with all that it held, in every branch.
     KeyspaceDropped {
@@ -225,6 +240,9 @@ impl Changes {
             }
             (CommandBody::CreateKeyspace { name }, Some(Outcome::Keyspace(id))) => {
                 Some(ChangeKind::KeyspaceMade { id, name })
+            }
+            (CommandBody::SetOperator { name, operator }, Some(Outcome::Keyspace(id))) => {
+                Some(ChangeKind::OperatorGiven { id, name, operator })
             }
             (CommandBody::DropKeyspace { name }, Some(Outcome::Keyspace(id))) => {
                 Some(ChangeKind::KeyspaceDropped { id, name })

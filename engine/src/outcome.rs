@@ -41,7 +41,7 @@ pub(crate) enum Outcome {
     Refused,
     /// What its batches say, but for those at these places.
     RefusedBatches(Vec<usize>),
-    /// It made or dropped this keyspace.
+    /// It made or dropped this keyspace, or gave it its merge operator.
     Keyspace(KeyspaceId),
 }
 

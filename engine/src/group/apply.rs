@@ -226,6 +226,10 @@ impl GroupShared {
             CommandBody::SetOperator { name, operator } => {
                 let (name, operator) = (name.clone(), operator.clone());
                 self.op(core, entry, ManifestOp::SetOperator { name: name.clone(), operator })?;
+                let given = core.logical.operators.iter().find(|(_, given)| given.since == index).map(|(id, _)| *id);
+                if let Some(id) = given {
+                    self.note(core, entry, Outcome::Keyspace(id));
+                }
                 let id = core.logical.keyspace_before(&name, LogIndex(index.0 + 1));
                 Ok(id.map(|id| Bytes::copy_from_slice(&id.0.to_le_bytes())).unwrap_or_default())
             }

@@ -12,7 +12,8 @@ use super::harness::*;
 use super::replicas::{Replica, check_equal, lead};
 use crate::{
     BranchId, Change, ChangeKind, Changes, ClientToken, Command, CommandBody, Condition, ConditionalBatch, Entries,
-    EntryPlace, EntrySource, ErrorKind, KeyspaceId, LogIndex, MAIN, OUTCOMES_KEYSPACE, Result, WriteBatch, WriteOp,
+    EntryPlace, EntrySource, ErrorKind, KeyspaceId, LogIndex, MAIN, OUTCOMES_KEYSPACE, OperatorId, Result, WriteBatch,
+    WriteOp,
 };
 
 fn record() -> CommandBody {
@@ -37,6 +38,15 @@ fn op(key: &str, value: Option<&str>) -> WriteOp {
     }
 }
 
+fn merge(key: &str, operand: &[u8]) -> WriteOp {
+    let (key, operand) = (Bytes::copy_from_slice(key.as_bytes()), Bytes::copy_from_slice(operand));
+    WriteOp::Merge { keyspace: DEFAULT, key, operand }
+}
+
+fn set_operator(name: &str, operator: OperatorId) -> CommandBody {
+    CommandBody::SetOperator { name: name.into(), operator }
+}
+
 fn batch(branch: BranchId, ops: Vec<WriteOp>) -> WriteBatch {
     WriteBatch { branch, ops }
 }
@@ -59,7 +69,10 @@ fn once(sequence: u64, body: CommandBody) -> CommandBody {
 fn story() -> Vec<(CommandBody, Option<ChangeKind>)> {
     let writes = |ops: Vec<WriteOp>| Some(ChangeKind::Writes(ops));
     // The clients have one too, made by the first of their requests.
-    let (id, name) = (KeyspaceId(3), "more".to_owned());
+    let (id, sums, name) = (KeyspaceId(3), KeyspaceId(4), "more".to_owned());
+    let two = 2u64.to_le_bytes();
+    let one = |operand: &[u8]| batch(MAIN, vec![merge("n", operand)]);
+    let add = |operand: &[u8]| CommandBody::Batch(one(operand));
     let removed = WriteOp::DeleteRange { keyspace: DEFAULT, range: range("a", Some("b")) };
     let set = |value| CommandBody::Batch(batch(MAIN, vec![op("a1", Some(value))]));
     vec![
@@ -99,7 +112,32 @@ fn story() -> Vec<(CommandBody, Option<ChangeKind>)> {
             CommandBody::DropKeyspace { name: name.clone() },
             Some(ChangeKind::KeyspaceDropped { id, name: name.clone() }),
         ),
-        (CommandBody::DropKeyspace { name }, None),
+        (CommandBody::DropKeyspace { name: name.clone() }, None),
+        (
+            set_operator(&name, OperatorId::U64_ADD),
+            Some(ChangeKind::OperatorGiven { id: sums, name: name.clone(), operator: OperatorId::U64_ADD }),
+        ),
+        (set_operator(&name, OperatorId::U64_ADD), None),
+        (set_operator(&name, OperatorId::APPEND), None),
+        (
+            CommandBody::DropKeyspace { name: name.clone() },
+            Some(ChangeKind::KeyspaceDropped { id: sums, name: name.clone() }),
+        ),
+        (
+            set_operator("default", OperatorId::U64_ADD),
+            Some(ChangeKind::OperatorGiven { id: DEFAULT, name: "default".into(), operator: OperatorId::U64_ADD }),
+        ),
+        (add(b"no number"), None),
+        (CommandBody::Batches(vec![one(b"no number"), one(&two)]), writes(one(&two).ops)),
+        (add(&two), writes(one(&two).ops)),
+        (once(4, add(&two)), writes(one(&two).ops)),
+        (CommandBody::Batch(batch(MAIN, vec![op("n", Some("word"))])), writes(vec![op("n", Some("word"))])),
+        // Decided on what is there: refused.
+        (once(5, add(&two)), None),
+        (CommandBody::BatchIf(when_absent("z", one(&two).ops)), None),
+        // Written blindly: it is in the state, so it is a change.
+        (add(&two), writes(one(&two).ops)),
+        (CommandBody::Batch(batch(MAIN, vec![op("n", None)])), writes(vec![op("n", None)])),
         (CommandBody::Rotate, None),
         (CommandBody::CreateCheckpoint { name: "c".into(), branch: MAIN }, None),
         (CommandBody::CreateClone { name: "x".into(), checkpoint: "c".into() }, None),
@@ -164,6 +202,10 @@ fn build(map: &mut BTreeMap<Vec<u8>, Vec<u8>>, changes: &[Change]) {
 fn work() -> impl Iterator<Item = CommandBody> {
     (0..900_usize).map(|n| match n {
         0 => record(),
+        1 => set_operator("default", OperatorId::APPEND),
+        _ if n % 5 == 2 => {
+            CommandBody::Batch(batch(MAIN, vec![merge(&format!("k{}", n * 31 % 500), format!("+{n}").as_bytes())]))
+        }
         _ if n % 7 == 1 => CommandBody::BatchesIf(vec![
             when_absent("k100", vec![op(&format!("k{}", 100 + n % 90), Some("if"))]),
             ConditionalBatch { conditions: Vec::new(), batch: elsewhere() },

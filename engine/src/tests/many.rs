@@ -12,7 +12,9 @@ use mainstay_io::{
 };
 
 use super::harness::*;
-use crate::{Engine, GroupSettings, LocalLog, MAIN};
+use crate::{
+    CommandBody, Engine, ErrorKind, GroupSettings, KeyspaceId, LocalLog, MAIN, OperatorId, WriteBatch, WriteOp,
+};
 
 /// Counts the reads that are started alone, and those of each submission.
 struct Counting {
@@ -248,5 +250,63 @@ fn calls_that_wait_for_each_others_blocks_are_answered() {
     let (one, mut other) = (one.expect("read"), other.expect("read"));
     other.reverse();
     assert!(one == other && one.iter().all(Option::is_some));
+    store.close();
+}
+
+fn merge(store: &Store, keyspace: KeyspaceId, key: &str, operand: &[u8]) {
+    let (key, operand) = (Bytes::copy_from_slice(key.as_bytes()), Bytes::copy_from_slice(operand));
+    let ops = vec![WriteOp::Merge { keyspace, key, operand }];
+    store.must(CommandBody::Batch(WriteBatch { branch: MAIN, ops }));
+}
+
+/// What memory knows of a key may be no more than operands: it is read on below them, together with the others.
+#[test]
+fn operands_are_merged_into_what_is_read_for_them() {
+    let media = stored();
+    let (store, device) = open(&media);
+    store.must(CommandBody::SetOperator { name: "default".into(), operator: OperatorId::APPEND });
+    [10, 50, KEYS].into_iter().for_each(|n| merge(&store, DEFAULT, &name(n), b"-1"));
+    store.flush();
+    [10, 90, KEYS + 1].into_iter().for_each(|n| merge(&store, DEFAULT, &name(n), b"-2"));
+    store.must(delete(MAIN, &name(130)));
+    merge(&store, DEFAULT, &name(130), b"-3");
+    let keys = [10, 50, 90, 130, KEYS, KEYS + 1, KEYS + 2, 170].map(name);
+    let snapshot = store.group().snapshot(MAIN).expect("main");
+    device.take();
+    let found = block_on(snapshot.get_many_versions(DEFAULT, &keys)).expect("read");
+    let (alone, together) = device.take();
+    assert!(alone == 0 && !together.is_empty(), "{alone} {together:?}");
+    let with = |n, more: &str| Some(Bytes::from([value(n), more.into()].concat()));
+    let alone = |operand| Some(Bytes::from_static(operand));
+    let values: Vec<_> = found.iter().map(|found| found.as_ref().map(|(_, value)| value.clone())).collect();
+    let expected = [
+        with(10, "-1-2"),
+        with(50, "-1"),
+        with(90, "-2"),
+        alone(b"-3"),
+        alone(b"-1"),
+        alone(b"-2"),
+        None,
+        with(170, ""),
+    ];
+    assert!(values == expected);
+    for (key, found) in keys.iter().zip(found) {
+        assert_eq!(block_on(snapshot.get_version(DEFAULT, key.as_bytes())).expect("read"), found, "{key}");
+    }
+
+    store.must(CommandBody::SetOperator { name: "sums".into(), operator: OperatorId::U64_ADD });
+    let keyspace = store.group().keyspace("sums").expect("made");
+    let word = WriteOp::Put { keyspace, key: "n".into(), value: "no number".into() };
+    store.must(CommandBody::Batch(WriteBatch { branch: MAIN, ops: vec![word] }));
+    for flushed in [false, true] {
+        merge(&store, keyspace, "n", &[0; 8]);
+        if flushed {
+            store.flush();
+        }
+        let snapshot = store.group().snapshot(MAIN).expect("main");
+        let error = block_on(snapshot.get_many(keyspace, &["m", "n"])).expect_err("refused");
+        assert_eq!(error.kind(), ErrorKind::Invalid, "flushed={flushed}");
+        assert!(error.to_string().contains("put or remove it key=n"), "{error}");
+    }
     store.close();
 }

@@ -31,7 +31,7 @@ enum Step {
     /// Branch and key of a batch with a condition of this kind on what is there, that puts or merges; the last tells whether somebody writes the key in
     /// between, as for a transaction that comes too late.
     When(u8, u8, u8, bool),
-    /// Branch and key: a lookup, and a scan from there that visits so many pairs, takes from both ends, and seeks.
+    /// Branch and key: a lookup, one of many keys, and a scan from there that visits so many pairs, takes from both ends, and seeks.
     Read(u8, u8, u8),
     /// What is read now is read again and again until the store is opened anew.
     Pin(u8),
@@ -156,6 +156,11 @@ impl Model {
 /// Reads a key, and the pairs from there on in several ways at once.
 fn read(snapshot: &Snapshot, pairs: &Pairs, key: &str, visited: usize) {
     assert_eq!(get(snapshot, key).map(|value| value.to_vec()).as_ref(), pairs.get(key.as_bytes()), "{key}");
+    let keys: Vec<String> = (0..256).step_by(3).map(|n| format!("key-{n:03}")).collect();
+    let found = mainstay_io::block_on(snapshot.get_many(DEFAULT, &keys)).expect("the keyspace is there");
+    for (key, found) in keys.iter().zip(found) {
+        assert_eq!(found.map(|value| value.to_vec()).as_ref(), pairs.get(key.as_bytes()), "{key} among many");
+    }
     let from = Bytes::copy_from_slice(key.as_bytes());
     let mut expect: VecDeque<_> = pairs.range(key.as_bytes().to_vec()..).map(|(k, v)| (k.clone(), v.clone())).collect();
     let owned = |(key, value): (Bytes, crate::Value)| (key.to_vec(), value.to_vec());
