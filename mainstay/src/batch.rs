@@ -9,7 +9,7 @@ use crate::snapshot::{owned_bounds, prefix_bounds};
 use crate::{Keyspace, LogIndex};
 
 /// Mutations over any keyspaces of one store, applied all or none by [`crate::Store::commit`]. The later of two mutations
-/// of one key wins; a range that is removed takes what stands before it in the batch, and nothing that comes after.
+/// of one key wins, and an operand merges into what stands before it; a range that is removed takes what stands before it in the batch, and nothing that comes after.
 ///
 /// A batch may have conditions: see [`Batch::require_value`] and the others beside it. They are decided when the batch is applied,
 /// on the state before its mutations, and by every replica alike. If one does not hold the batch changes nothing and is
@@ -63,6 +63,24 @@ impl Batch {
     pub(crate) fn insert_in(&mut self, keyspace: KeyspaceId, key: Bytes, value: Bytes) -> &mut Self {
         self.bytes += key.len() + value.len();
         self.ops.push(WriteOp::Put { keyspace, key, value });
+        self
+    }
+
+    /// Merges an operand into the value of a key, absent or not, by the merge operator of the keyspace
+    /// ([`crate::Store::keyspace_with_operator`]). The operand has at most 16 MiB, as the value may have that comes of it.
+    ///
+    /// An operator that combines operands, as those of this crate do, is written blindly: nothing is read before the commit
+    /// is answered. Should it turn out that it cannot merge into the value there is, or that the value would be too long, whoever reads the key is
+    /// answered with [`crate::ErrorKind::Invalid`] until it is put or removed. In a batch with conditions, and by an operator that does
+    /// not combine, the value is read as the batch is applied: then the batch is refused, and changes nothing.
+    pub fn merge(&mut self, keyspace: &Keyspace, key: impl AsRef<[u8]>, operand: impl AsRef<[u8]>) -> &mut Self {
+        self.merge_bytes(keyspace, Bytes::copy_from_slice(key.as_ref()), Bytes::copy_from_slice(operand.as_ref()))
+    }
+
+    /// As [`Batch::merge`], sharing the memory of key and operand.
+    pub fn merge_bytes(&mut self, keyspace: &Keyspace, key: Bytes, operand: Bytes) -> &mut Self {
+        self.bytes += key.len() + operand.len();
+        self.ops.push(WriteOp::Merge { keyspace: keyspace.id(), key, operand });
         self
     }
 
@@ -174,7 +192,7 @@ impl Batch {
         self.ops.is_empty() && self.conditions.is_empty()
     }
 
-    /// Bytes of keys, bounds of ranges and values, and about those of the conditions.
+    /// Bytes of keys, bounds of ranges, values and operands, and about those of the conditions.
     pub fn bytes(&self) -> usize {
         self.bytes
     }

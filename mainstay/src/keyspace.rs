@@ -100,6 +100,23 @@ impl Keyspace {
         self.store.commit_async(batch)
     }
 
+    /// Merges an operand into a key: a batch of one. See [`Batch::merge`].
+    ///
+    /// # Errors
+    /// `Invalid` (the keyspace has no merge operator, or that refuses the operand), and as [`Store::commit`].
+    pub fn merge(&self, key: impl AsRef<[u8]>, operand: impl AsRef<[u8]>) -> Result<Commit> {
+        let mut batch = Batch::new();
+        batch.merge(self, key, operand);
+        self.store.commit(batch)
+    }
+
+    /// As [`Keyspace::merge`], without blocking the thread. Not cancel safe: a dropped future may have written.
+    pub fn merge_async(&self, key: impl AsRef<[u8]>, operand: impl AsRef<[u8]>) -> BoxFuture<Result<Commit>> {
+        let mut batch = Batch::new();
+        batch.merge(self, key, operand);
+        self.store.commit_async(batch)
+    }
+
     /// Removes a key, nothing if it is absent: a batch of one.
     ///
     /// # Errors

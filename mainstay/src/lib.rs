@@ -159,7 +159,8 @@ pub use keyspace::Keyspace;
 pub use mainstay_engine::{
     Apply, BranchInfo, CLIENTS_KEYSPACE, Change, ChangeKind, CheckpointInfo, ClientToken, EVENTS_MAX, EngineStats,
     EngineStatus, Error as ApplyError, Event, EventKind, Events, GroupStatus, KeyRange, KeyspaceId, LogIndex,
-    StallCause, StallStats, StateMachine, TableCompression, Value, WriteOp,
+    MergeOperator, MergeRefused, OperandCombiner, OperatorId, StallCause, StallStats, StateMachine, TableCompression,
+    Value, WriteOp,
 };
 pub use mainstay_io::{BackendChoice, BoxFuture, Target};
 pub use mainstay_replication::{

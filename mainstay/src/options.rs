@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mainstay_engine::{Engine, EngineSettings, GroupSettings, OwnerRecord, StateMachine, TableCompression};
+use mainstay_engine::{
+    Engine, EngineSettings, GroupSettings, MergeOperator, MergeOperators, OwnerRecord, StateMachine, TableCompression,
+};
 use mainstay_io::{BackendChoice, Environment, Media, MediaOptions, Target};
 
 use crate::{Result, Store};
@@ -27,6 +29,7 @@ pub struct StoreBuilder {
     backend: BackendChoice,
     pub(crate) format: bool,
     state_machine: Option<Arc<dyn StateMachine>>,
+    merge_operators: MergeOperators,
     environment: Option<Environment>,
 }
 
@@ -44,6 +47,7 @@ impl Default for StoreBuilder {
             backend: BackendChoice::Auto,
             format: true,
             state_machine: None,
+            merge_operators: MergeOperators::default(),
             environment: None,
         }
     }
@@ -120,6 +124,17 @@ impl StoreBuilder {
     pub fn state_machine(mut self, state_machine: Arc<dyn StateMachine>) -> Self {
         self.state_machine = Some(state_machine);
         self
+    }
+
+    /// A merge operator that keyspaces have or may be given ([`Store::keyspace_with_operator`]), beside those of this crate
+    /// ([`crate::OperatorId`]). Equal on all replicas, and needed for as long as a keyspace has it: without it the store does not open, and
+    /// an error names it.
+    ///
+    /// # Errors
+    /// `Invalid` for a name of 0 or more than 255 bytes, or one that begins with `mainstay.`.
+    pub fn merge_operator(mut self, operator: Arc<dyn MergeOperator>) -> Result<Self> {
+        self.merge_operators.add(operator)?;
+        Ok(self)
     }
 
     /// Time, randomness and threads from elsewhere, for instance from a simulation.
@@ -219,7 +234,7 @@ impl StoreBuilder {
             l0_compaction_runs: 4,
             compression: self.compression,
             state_machine: self.state_machine.clone(),
-            merge_operators: mainstay_engine::MergeOperators::default(),
+            merge_operators: self.merge_operators.clone(),
         }
     }
 }

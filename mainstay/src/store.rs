@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicBool;
 use bytes::Bytes;
 use mainstay_engine::{
     BranchId, BranchInfo, CheckpointInfo, ClientToken, CommandBody, EngineStatus, GroupStatus, LocalLog, MAIN,
+    OperatorId,
 };
 use mainstay_io::{BoxFuture, Media};
 use mainstay_wal::GroupId;
@@ -84,7 +85,14 @@ impl Store {
             let message = format!("the volume is a replica of a cluster: start it as a node path={name}");
             return Err(Error::new(ErrorKind::Foreign, message));
         }
-        let log = LocalLog::open(&engine, GROUP, builder.group_settings(), found).await?;
+        let log = match LocalLog::open(&engine, GROUP, builder.group_settings(), found).await {
+            Ok(log) => log,
+            Err(error) => {
+                // So that it can be opened again at once, for instance with a merge operator that was missing.
+                let _ = engine.close().await;
+                return Err(error.into());
+            }
+        };
         Ok(Self::over(Log::Alone(Arc::new(Alone { engine, log, environment, closed: AtomicBool::new(false) }))))
     }
 
@@ -148,6 +156,47 @@ impl Store {
         applied.response?;
         self.log.barrier(ReadLevel::AtLeast(applied.index)).await?;
         Ok(applied.index)
+    }
+
+    /// The keyspace of that name with a merge operator ([`Batch::merge`]): made if it is absent, and given the operator if it has none
+    /// (in every clone). A keyspace keeps its operator.
+    ///
+    /// ```
+    /// # fn main() -> mainstay::Result<()> {
+    /// # let dir = tempfile::tempdir().expect("a temporary directory");
+    /// # let store = mainstay::Store::builder().wal_bytes(16 << 20).open(dir.path().join("store"))?;
+    /// use mainstay::OperatorId;
+    ///
+    /// let visits = store.keyspace_with_operator("visits", OperatorId::U64_ADD)?;
+    /// for _ in 0..3 {
+    ///     visits.merge("front page", 1u64.to_le_bytes())?;
+    /// }
+    /// assert_eq!(visits.get("front page")?.as_deref(), Some(&3u64.to_le_bytes()[..]));
+    /// # store.close()
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// `Invalid`: the operator is not registered here ([`StoreBuilder::merge_operator`]), or the keyspace has another one; and as [`Store::keyspace`].
+    pub fn keyspace_with_operator(&self, name: &str, operator: OperatorId) -> Result<Keyspace> {
+        self.log.wait(self.keyspace_with_operator_inner(name, operator))
+    }
+
+    /// As [`Store::keyspace_with_operator`], without blocking the thread.
+    pub fn keyspace_with_operator_async(&self, name: &str, operator: OperatorId) -> BoxFuture<Result<Keyspace>> {
+        let (this, name) = (self.clone(), name.to_owned());
+        self.log.bind(async move { this.keyspace_with_operator_inner(&name, operator).await })
+    }
+
+    async fn keyspace_with_operator_inner(&self, name: &str, operator: OperatorId) -> Result<Keyspace> {
+        check_keyspace(name)?;
+        let group = self.log.group();
+        group.check_operator(&operator, name)?;
+        if let Some(id) = group.keyspace(name).filter(|id| group.merge_operator(*id).as_ref() == Some(&operator)) {
+            return Ok(Keyspace::new(self.clone(), id, name));
+        }
+        let response = self.write(CommandBody::SetOperator { name: name.into(), operator }).await?;
+        Ok(Keyspace::new(self.clone(), keyspace_id(&response)?, name))
     }
 
     /// The keyspace of that name if it is there.

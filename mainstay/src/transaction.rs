@@ -264,6 +264,31 @@ impl Transaction {
         self.write(keyspace, key, Some(value))
     }
 
+    /// Merges an operand into a key by the merge operator of its keyspace. In a transaction that is a read of the key and a write of
+    /// what comes of it: whoever else writes the key conflicts. [`Batch::merge`] merges without that.
+    ///
+    /// # Errors
+    /// `Invalid` when the keyspace has no merge operator, or that refuses; as [`Transaction::get`] and [`Transaction::insert`].
+    pub fn merge(&mut self, keyspace: &Keyspace, key: impl AsRef<[u8]>, operand: impl AsRef<[u8]>) -> Result<()> {
+        mainstay_io::block_on(self.merge_async(keyspace, key, operand))
+    }
+
+    /// As [`Transaction::merge`], without blocking the thread. Cancel safe: a dropped future has written nothing.
+    pub fn merge_async(
+        &mut self,
+        keyspace: &Keyspace,
+        key: impl AsRef<[u8]>,
+        operand: impl AsRef<[u8]>,
+    ) -> TransactFuture<'_, ()> {
+        let (key, operand) = (Bytes::copy_from_slice(key.as_ref()), Bytes::copy_from_slice(operand.as_ref()));
+        let (keyspace, read) = (keyspace.clone(), self.get_async(keyspace, &key));
+        Box::pin(async move {
+            let value = read.await?;
+            let merged = self.snapshot.merge(keyspace.id(), &key, value.as_deref(), &operand)?;
+            self.write(&keyspace, key, merged)
+        })
+    }
+
     /// Removes a key; nothing if it is absent.
     ///
     /// # Errors
