@@ -98,6 +98,15 @@ enum MainstayCode mainstay_batch_put(const struct MainstayBatch *batch,
                                      const uint8_t *value,
                                      size_t value_len);
 
+// Adds a merge of an operand into the value of a key, absent or not, by the merge operator of the keyspace. An operand that the operator refuses, and
+// a keyspace without one, are `MAINSTAY_INVALID` when the batch is committed.
+enum MainstayCode mainstay_batch_merge(const struct MainstayBatch *batch,
+                                       const struct MainstayKeyspace *keyspace,
+                                       const uint8_t *key,
+                                       size_t key_len,
+                                       const uint8_t *operand,
+                                       size_t operand_len);
+
 // Adds a delete.
 enum MainstayCode mainstay_batch_delete(const struct MainstayBatch *batch,
                                         const struct MainstayKeyspace *keyspace,
@@ -195,6 +204,15 @@ enum MainstayCode mainstay_close(struct MainstayStore *store);
 enum MainstayCode mainstay_keyspace(const struct MainstayStore *store,
                                     const char *name,
                                     struct MainstayKeyspace **out);
+
+// Opens a keyspace with a merge operator, made if it is absent, and given the operator if it has none. `mainstay.u64_add` version 1 adds
+// numbers of 8 bytes little-endian and stays at the largest; `mainstay.append` version 1 appends. Others, and a keyspace that has
+// another one, are `MAINSTAY_INVALID`. Freed with `mainstay_keyspace_free`.
+enum MainstayCode mainstay_keyspace_with_operator(const struct MainstayStore *store,
+                                                  const char *name,
+                                                  const char *operator_name,
+                                                  uint32_t version,
+                                                  struct MainstayKeyspace **out);
 
 // Frees a keyspace handle; its data stays.
 void mainstay_keyspace_free(struct MainstayKeyspace *keyspace);

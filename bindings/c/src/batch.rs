@@ -39,6 +39,28 @@ pub unsafe extern "C" fn mainstay_batch_put(
     })
 }
 
+/// Adds a merge of an operand into the value of a key, absent or not, by the merge operator of the keyspace. An operand that the operator refuses, and
+/// a keyspace without one, are `MAINSTAY_INVALID` when the batch is committed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_batch_merge(
+    batch: *const MainstayBatch,
+    keyspace: *const MainstayKeyspace,
+    key: *const u8,
+    key_len: usize,
+    operand: *const u8,
+    operand_len: usize,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let (batch, keyspace) = (handle(batch, "batch")?, handle(keyspace, "keyspace")?);
+            let (key, operand) = (input(key, key_len)?, input(operand, operand_len)?);
+            batch.0.lock().unwrap_or_else(PoisonError::into_inner).merge(&keyspace.0, key, operand);
+        }
+        Ok(())
+    })
+}
+
 /// Adds a delete.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mainstay_batch_delete(

@@ -2,7 +2,7 @@
 
 use std::ffi::c_char;
 
-use facade::{BackendChoice, Keyspace, Store};
+use facade::{BackendChoice, Keyspace, OperatorId, Store};
 
 use crate::bytes::{free, handle, input, put_handle, put_value, text};
 use crate::{Failure, MainstayBytes, MainstayCode, guard};
@@ -81,6 +81,27 @@ pub unsafe extern "C" fn mainstay_keyspace(
         unsafe {
             let (store, name) = (handle(store, "store")?, text(name, "name")?);
             put_handle(out, || Ok(MainstayKeyspace(store.0.keyspace(name)?)))
+        }
+    })
+}
+
+/// Opens a keyspace with a merge operator, made if it is absent, and given the operator if it has none. `mainstay.u64_add` version 1 adds
+/// numbers of 8 bytes little-endian and stays at the largest; `mainstay.append` version 1 appends. Others, and a keyspace that has
+/// another one, are `MAINSTAY_INVALID`. Freed with `mainstay_keyspace_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_keyspace_with_operator(
+    store: *const MainstayStore,
+    name: *const c_char,
+    operator_name: *const c_char,
+    version: u32,
+    out: *mut *mut MainstayKeyspace,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let (store, name) = (handle(store, "store")?, text(name, "name")?);
+            let operator = OperatorId::new(text(operator_name, "operator_name")?.to_owned(), version);
+            put_handle(out, || Ok(MainstayKeyspace(store.0.keyspace_with_operator(name, operator)?)))
         }
     })
 }

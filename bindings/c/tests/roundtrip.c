@@ -122,6 +122,21 @@ int main(int argc, char **argv) {
   CHECK(mainstay_batch_commit(store, batch) == MAINSTAY_INVALID);
   mainstay_batch_free(batch);
 
+  // Operands, merged by an operator of the library.
+  MainstayKeyspace *log = NULL;
+  OK(mainstay_keyspace_with_operator(store, "log", "mainstay.append", 1, &log));
+  CHECK(mainstay_keyspace_with_operator(store, "log", "mainstay.u64_add", 1, &log) == MAINSTAY_INVALID);
+  CHECK(mainstay_keyspace_with_operator(store, "log", "nobody's", 1, &log) == MAINSTAY_INVALID);
+  OK(mainstay_batch_new(&batch));
+  OK(mainstay_batch_merge(batch, log, u8("day"), 3, u8("one"), 3));
+  OK(mainstay_batch_merge(batch, log, u8("day"), 3, u8(" two"), 4));
+  OK(mainstay_batch_commit(store, batch));
+  expect(log, "day", "one two");
+  OK(mainstay_batch_merge(batch, posts, u8("1"), 1, u8("x"), 1));
+  CHECK(mainstay_batch_commit(store, batch) == MAINSTAY_INVALID);
+  mainstay_batch_free(batch);
+  mainstay_keyspace_free(log);
+
   // Both ways over a range.
   MainstaySnapshot *now = NULL;
   MainstayIterator *iterator = NULL;
