@@ -190,6 +190,7 @@ fn table_document(group: GroupId, table: &TableInfo) -> Value {
         "entries": meta.entries,
         "tombstones": meta.tombstones,
         "range_tombstones": meta.ranges.tombstones,
+        "merges": table.merges,
         "bytes": meta.bytes,
         "digest": format!("{:032x}", meta.digest),
         "extents": table.extents.iter().map(|(first, units)| json!({ "first_unit": first, "units": units })).collect::<Vec<_>>(),
@@ -208,6 +209,11 @@ fn group_document(group: &GroupInfo) -> Value {
         "generations": group.generations,
         "jobs": group.jobs,
         "keyspaces": group.keyspaces.iter().map(|(id, name)| json!({ "id": id.0, "name": name })).collect::<Vec<_>>(),
+        "operators": group.operators.iter().map(|(id, operator)| json!({
+            "keyspace": id.0,
+            "name": operator.name(),
+            "version": operator.version(),
+        })).collect::<Vec<_>>(),
         "sets": group.sets.iter().map(|set| json!({
             "kind": set.kind,
             "name": set.name,
@@ -231,6 +237,9 @@ fn group_text(group: &GroupInfo) -> String {
     for (id, name) in &group.keyspaces {
         text += &format!("  keyspace {id} {name}\n");
     }
+    for (id, operator) in &group.operators {
+        text += &format!("  keyspace {id} has the merge operator {operator}\n");
+    }
     for set in &group.sets {
         let origin = set.origin.as_deref().map(|origin| format!(" of {origin}")).unwrap_or_default();
         text += &format!("  {} {}{origin}\n", set.kind, set.name);
@@ -246,10 +255,11 @@ fn group_text(group: &GroupInfo) -> String {
             count => format!(", {count} range tombstones"),
         };
         text += &format!(
-            "  table {}/{} {} entries{ranges}, {}, from {first} to {last}\n",
+            "  table {}/{} {} entries{ranges}{}, {}, from {first} to {last}\n",
             group.group,
             meta.id,
             meta.entries,
+            if table.merges { ", with merges" } else { "" },
             ByteSize(meta.bytes)
         );
     }
