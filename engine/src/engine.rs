@@ -331,10 +331,17 @@ impl Engine {
                 groups.insert(id, Slot::Open(group.clone()));
                 return Ok(Group::new(group));
             }
-            Some(Slot::Found(found)) => Some(*found),
+            Some(Slot::Found(found)) => Some(found),
             None => None,
         };
-        let group = GroupShared::open(id, self.shared.clone(), settings, found)?;
+        let group = match GroupShared::open(id, self.shared.clone(), settings, found.as_deref().cloned()) {
+            Ok(group) => group,
+            Err(error) => {
+                // It is on the volume as before: pages that are written without it would lose it.
+                groups.extend(found.map(|found| (id, Slot::Found(found))));
+                return Err(error);
+            }
+        };
         groups.insert(id, Slot::Open(group.clone()));
         self.shared.unknown.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         drop(groups);

@@ -361,7 +361,7 @@ fn encode_edit(
 }
 
 /// A manifest as it was found on the volume.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Recovered {
     pub(crate) lineage: u64,
     pub(crate) manifest: Manifest,

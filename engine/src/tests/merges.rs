@@ -321,6 +321,11 @@ fn an_operator_that_is_missing_is_named_and_what_to_do() {
     assert!(message.contains("open the store with it beside the others"), "{message}");
     assert!(message.contains("operator=climb version=3 versions_registered=none"), "{message}");
     media.kill(4);
+    // Closed behind the refusal, the volume is as it was.
+    let (engine, found) = engine(&media, engine_settings()).expect("opens");
+    assert!(block_on(crate::LocalLog::open(&engine, GROUP, settings(), found)).is_err());
+    block_on(engine.close()).expect("closes");
+    drop(engine);
     let store = Store::open_with(&media, with_climb(), engine_settings()).expect("opens");
     store.must(CommandBody::DropCheckpoint { name: "c".into() });
     store.settle();
