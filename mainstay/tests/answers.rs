@@ -10,7 +10,8 @@ use std::ops::{Bound, ControlFlow};
 use std::path::{Path, PathBuf};
 
 use mainstay::{
-    BackendChoice, Batch, Durability, Entry, ErrorKind, Isolation, Keyspace, Result, Snapshot, Store, TableCompression,
+    BackendChoice, Batch, Durability, Entry, ErrorKind, Isolation, Keyspace, OperatorId, Result, Snapshot, Store,
+    TableCompression,
 };
 use mainstay_io::block_on;
 use mainstay_io::sim::{SimLayout, SimMedia, SimOptions, SimRandom};
@@ -82,6 +83,8 @@ enum Mutation {
     Put(String, Vec<u8>),
     Remove(String),
     RemoveRange(String, String),
+    /// An operand that is appended.
+    Append(String, Vec<u8>),
 }
 
 type Bounds = (Bound<Vec<u8>>, Bound<Vec<u8>>);
@@ -133,6 +136,7 @@ fn operations(seed: u64) -> Vec<Op> {
             Mutation::RemoveRange(a.clone().min(b.clone()), a.max(b) + "~")
         }
         1..4 => Mutation::Remove(key()),
+        4..6 => Mutation::Append(key(), value(n)),
         _ => Mutation::Put(key(), value(n)),
     };
     let mutations = |n: u64| (0..1 + random.below(5)).map(|_| mutation(n)).collect::<Vec<_>>();
@@ -284,7 +288,7 @@ impl Ours {
 
     fn keyspace(&self, place: &Place) -> Result<Keyspace> {
         let branch = self.store().open_clone(&place.branch)?;
-        branch.keyspace(&format!("keyspace-{}", place.keyspace))
+        branch.keyspace_with_operator(&format!("keyspace-{}", place.keyspace), OperatorId::APPEND)
     }
 
     fn view(&self, view: &View) -> Result<Option<Snapshot>> {
@@ -306,6 +310,7 @@ impl Ours {
                 Mutation::Put(key, value) => batch.insert(keyspace, key, value),
                 Mutation::Remove(key) => batch.remove(keyspace, key),
                 Mutation::RemoveRange(from, to) => batch.remove_range(keyspace, from.as_str()..to),
+                Mutation::Append(key, operand) => batch.merge(keyspace, key, operand),
             };
         }
         batches
@@ -335,6 +340,7 @@ impl Ours {
                         Mutation::Put(key, value) => transaction.insert(&keyspace, key, value)?,
                         Mutation::Remove(key) => transaction.remove(&keyspace, key)?,
                         Mutation::RemoveRange(from, to) => transaction.remove_range(&keyspace, from.as_str()..to)?,
+                        Mutation::Append(key, operand) => transaction.merge(&keyspace, key, operand)?,
                     }
                 }
                 transaction.commit()?;
@@ -498,6 +504,11 @@ impl Redb {
                 Mutation::RemoveRange(from, to) => {
                     table.retain_in::<&[u8], _>(from.as_bytes()..to.as_bytes(), |_, _| false).expect("written");
                 }
+                Mutation::Append(key, operand) => {
+                    let value = table.get(key.as_bytes()).expect("readable").map(|value| value.value().to_vec());
+                    let value = [value.unwrap_or_default(), operand.clone()].concat();
+                    table.insert(key.as_bytes(), value.as_slice()).expect("written");
+                }
             }
         }
     }
@@ -573,22 +584,30 @@ impl Subject for Redb {
             }),
             Op::Transact { place, read, other, value, mutations } => {
                 let touched = |mutation: &Mutation| match mutation {
-                    Mutation::Put(key, _) | Mutation::Remove(key) => key == other,
+                    Mutation::Put(key, _) | Mutation::Remove(key) | Mutation::Append(key, _) => key == other,
                     // It is no read.
                     Mutation::RemoveRange(..) => false,
                 };
+                // An operand reads what it is merged into, unless that is the transaction's own.
+                let first = mutations.iter().find(|mutation| match mutation {
+                    Mutation::RemoveRange(from, to) => from <= other && other < to,
+                    mutation => touched(mutation),
+                });
+                let merged = matches!(first, Some(Mutation::Append(..)));
                 // A range that is removed takes the mutations before it with it.
                 let mut left: Vec<&Mutation> = Vec::new();
                 for mutation in mutations {
                     if let Mutation::RemoveRange(from, to) = mutation {
                         left.retain(|before| match before {
-                            Mutation::Put(key, _) | Mutation::Remove(key) => !(from <= key && key < to),
+                            Mutation::Put(key, _) | Mutation::Remove(key) | Mutation::Append(key, _) => {
+                                !(from <= key && key < to)
+                            }
                             Mutation::RemoveRange(..) => true,
                         });
                     }
                     left.push(mutation);
                 }
-                let conflict = read == other || left.into_iter().any(touched);
+                let conflict = read == other || merged || left.into_iter().any(touched);
                 self.write(&place.branch, |transaction| {
                     let table = self.table(&place.branch, place.keyspace);
                     self.mutate(transaction, &table, &[Mutation::Put(other.clone(), value.clone())]);
