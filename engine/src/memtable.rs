@@ -72,9 +72,9 @@ impl Memtable {
         self.insert_new(key, index, value.into());
     }
 
-    /// Merges an operand into what this memtable knows of a key (N6). Returns the bytes of what it stored, which are the same wherever
-    /// the same was inserted.
-    pub(crate) fn merge(&self, operator: &Operator, key: &[u8], index: LogIndex, operand: &Bytes) -> u64 {
+    /// Merges operands, the newest first, into what this memtable knows of a key (N6). Returns the bytes of what it stored, which are the
+    /// same wherever the same was inserted.
+    pub(crate) fn merge(&self, operator: &Operator, key: &[u8], index: LogIndex, operands: &[Bytes]) -> u64 {
         let hidden = self.hidden_below(key, index);
         let below = match self.get_version(key, index) {
             Some((found, below)) if found >= hidden => Some(below),
@@ -82,7 +82,7 @@ impl Memtable {
             _ => None,
         };
         // It combined operands when the entry was looked at: one that does not now keeps no promise, and gets no value.
-        let merged = operator.resolve(key, below, std::slice::from_ref(operand)).unwrap_or(Lookup::Failed);
+        let merged = operator.resolve(key, below, operands).unwrap_or(Lookup::Failed);
         let (new, bytes) = match &merged {
             Lookup::Value(value) => (New::Value(value), value.len()),
             Lookup::Operand(operand) => (New::Operand(operand), operand.len()),
@@ -305,7 +305,7 @@ mod tests {
         let memtable = Memtable::new(&MemoryBudget::new(1 << 30));
         let append = MergeOperators::default().get(&OperatorId::APPEND).expect("one of this crate").clone();
         let merge = |index, operand: &'static [u8]| {
-            memtable.merge(&append, b"key", LogIndex(index), &Bytes::from_static(operand))
+            memtable.merge(&append, b"key", LogIndex(index), &[Bytes::from_static(operand)])
         };
         assert_eq!(
             (merge(1, b"a"), merge(2, b"b"), merge(2, b"c")),
@@ -359,10 +359,10 @@ mod tests {
             Some(Lookup::Operand(operand)) => operand,
             other => panic!("{other:?}"),
         };
-        memtable.merge(&append, b"key", LogIndex(1), &operand);
+        memtable.merge(&append, b"key", LogIndex(1), std::slice::from_ref(&operand));
         assert_eq!(found(1).as_ptr(), operand.as_ptr());
         let before = budget.used();
-        memtable.merge(&append, b"key", LogIndex(2), &Bytes::from_static(b"and some"));
+        memtable.merge(&append, b"key", LogIndex(2), &[Bytes::from_static(b"and some")]);
         let combined = found(2);
         assert_eq!(combined.len(), operand.len() + 8);
         assert!(budget.used() >= before + combined.len() as u64);

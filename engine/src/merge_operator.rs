@@ -10,7 +10,8 @@
 //! 2. A merge that is refused stays so: the key has failed until it is put, removed, or in a range that is removed. What
 //!    is merged into it meanwhile changes nothing. So it does not matter who finds out, and when.
 //! 3. Only operands of an operator that combines them reach a memtable: one for each key and memtable or table at most, which bounds
-//!    what there is of them. Those of others are merged as their entry is applied.
+//!    what there is of them, and in a memtable one version for each entry, however many it merges. Those of others are merged as their entry
+//!    is applied.
 //! # Why not
 //! Lists of operands in tables, folded when their value is met: a key that nobody reads would grow without a bound, and a
 //! compaction that cannot hold its list has no outcome.
@@ -19,6 +20,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 use std::sync::Arc;
 
@@ -26,7 +28,7 @@ use bytes::Bytes;
 
 use crate::command::{KEY_BYTES_MAX, VALUE_BYTES_MAX};
 use crate::read::Lookup;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, KeyspaceId, Result, WriteOp};
 
 /// Names of the operators of this crate begin with it; no other does.
 const OWN_PREFIX: &str = "mainstay.";
@@ -44,7 +46,8 @@ impl OperatorId {
     /// Adds numbers: value and operand are `u64`, 8 bytes little-endian. An absent value counts as 0; a sum that is too large
     /// is [`u64::MAX`], and stays there.
     pub const U64_ADD: Self = Self { name: Cow::Borrowed("mainstay.u64_add"), version: 1 };
-    /// Appends the operand to the value; an absent value counts as empty.
+    /// Appends the operand to the value; an absent value counts as empty. For values of some KiB: memory holds all that was appended to a
+    /// key since its last flush anew for each commit, and whoever reads the key copies all of it.
     pub const APPEND: Self = Self { name: Cow::Borrowed("mainstay.append"), version: 1 };
 
     /// An operator of the embedder: a name of 1 to 255 bytes, which does not begin with `mainstay.`, and a version. Another
@@ -93,7 +96,8 @@ impl fmt::Display for MergeRefused {
 }
 
 /// Merges operands into values. Runs on every replica, at different times, also while others do: the same arguments give the
-/// same outcome always, and nothing but the arguments goes into it: no clock, no chance, no state.
+/// same outcome always, and nothing but the arguments goes into it: no clock, no chance, no state. It does not panic: what it cannot merge
+/// it refuses.
 pub trait MergeOperator: Send + Sync + 'static {
     /// Its name and version.
     fn id(&self) -> OperatorId;
@@ -290,14 +294,13 @@ impl Operator {
         })
     }
 
-    /// What a value that is known becomes.
+    /// What operands, the newest first, make of a value that is known.
     ///
     /// # Errors
     /// `Invalid`: the operator refuses, or the value would be too long.
-    pub(crate) fn apply(&self, key: &[u8], value: Option<&[u8]>, operand: &[u8]) -> Result<Option<Bytes>> {
+    pub(crate) fn apply(&self, key: &[u8], value: Option<&[u8]>, operands: &[Bytes]) -> Result<Option<Bytes>> {
         let mut merged = value.map(<[u8]>::to_vec);
-        let outcome = self.0.merge(key, &mut merged, operand).and_then(|()| fits(merged.as_deref()));
-        match outcome {
+        match self.merge(key, &mut merged, operands) {
             Ok(()) => Ok(merged.map(Bytes::from)),
             Err(why) => {
                 let id = self.0.id();
@@ -327,12 +330,17 @@ impl Operator {
                 None => return Ok(Lookup::Deleted),
             },
         };
-        for operand in operands.iter().rev() {
-            if self.0.merge(key, &mut value, operand).and_then(|()| fits(value.as_deref())).is_err() {
-                return Ok(Lookup::Failed);
-            }
+        if self.merge(key, &mut value, operands).is_err() {
+            return Ok(Lookup::Failed);
         }
         Ok(value.map_or(Lookup::Deleted, |value| Lookup::Value(exact(value))))
+    }
+
+    fn merge(&self, key: &[u8], value: &mut Option<Vec<u8>>, operands: &[Bytes]) -> Result<(), MergeRefused> {
+        operands.iter().rev().try_for_each(|operand| {
+            self.0.merge(key, value, operand)?;
+            fits(value.as_deref())
+        })
     }
 
     fn combine(&self, key: &[u8], oldest: Bytes, newer: &[Bytes]) -> Result<Lookup> {
@@ -370,6 +378,42 @@ fn fits(value: Option<&[u8]>) -> Result<(), MergeRefused> {
     }
 }
 
+/// The mutations of one entry on one branch in their order, with the operands of each key together, the newest first, at the last of them; what a later
+/// put or removal of its key takes is left out. So what an entry merges into a key is held once, and not once for each operand.
+/// Ranges have taken what is theirs before. Nothing when there is no merge.
+pub(crate) fn join_operands(ops: &[WriteOp]) -> Vec<(&WriteOp, Vec<Bytes>)> {
+    let mut joined = Vec::new();
+    if !ops.iter().any(|op| matches!(op, WriteOp::Merge { .. })) {
+        return joined;
+    }
+    // Of the keys that were met where their operands are; nothing once all is known of one.
+    let mut met: BTreeMap<(KeyspaceId, &[u8]), Option<usize>> = BTreeMap::new();
+    for op in ops.iter().rev() {
+        let place = (op.keyspace(), &op.key()[..]);
+        match op {
+            WriteOp::DeleteRange { .. } => joined.push((op, Vec::new())),
+            WriteOp::Put { .. } | WriteOp::Delete { .. } => {
+                if met.insert(place, None) != Some(None) {
+                    joined.push((op, Vec::new()));
+                }
+            }
+            WriteOp::Merge { operand, .. } => match met.entry(place) {
+                Entry::Vacant(new) => {
+                    new.insert(Some(joined.len()));
+                    joined.push((op, vec![operand.clone()]));
+                }
+                Entry::Occupied(known) => {
+                    if let Some((_, operands)) = known.get().and_then(|at| joined.get_mut(at)) {
+                        operands.push(operand.clone());
+                    }
+                }
+            },
+        }
+    }
+    joined.reverse();
+    joined
+}
+
 /// The answer to who reads a key of which a merge was refused (invariant 2).
 pub(crate) fn failed(key: &[u8]) -> Error {
     debug_assert!(key.len() <= KEY_BYTES_MAX, "no key is longer");
@@ -382,7 +426,7 @@ pub(crate) fn failed(key: &[u8]) -> Error {
 }
 
 /// The keyspace has none.
-pub(crate) fn no_operator(keyspace: crate::KeyspaceId) -> Error {
+pub(crate) fn no_operator(keyspace: KeyspaceId) -> Error {
     let message = format!("the keyspace has no merge operator: give it one before merging keyspace={keyspace}");
     Error::new(ErrorKind::Invalid, message)
 }
@@ -432,9 +476,44 @@ mod tests {
             append.resolve(b"k", None, &[&one[..], std::slice::from_ref(&most)].concat()).expect("it combines"),
             Lookup::Failed
         );
-        let error = append.apply(b"k", Some(&most), b"1").expect_err("too long");
+        let error = append.apply(b"k", Some(&most), &one).expect_err("too long");
         assert_eq!(error.kind(), ErrorKind::Invalid);
         assert!(error.to_string().contains("the value is too long length=16777217 length_max=16777216"), "{error}");
+    }
+
+    #[test]
+    fn operands_of_a_key_are_joined_behind_what_they_merge_into() {
+        let key = |key: &u8| Bytes::copy_from_slice(&[*key]);
+        let op = |word: &str| {
+            let (kind, of, value) =
+                (word.as_bytes()[0], key(&word.as_bytes()[1]), Bytes::copy_from_slice(&word.as_bytes()[2..]));
+            let keyspace = KeyspaceId(0);
+            match kind {
+                b'+' => WriteOp::Merge { keyspace, key: of, operand: value },
+                b'=' => WriteOp::Put { keyspace, key: of, value },
+                _ => WriteOp::Delete { keyspace, key: of },
+            }
+        };
+        let check = |ops: &str, expected: &[&str]| {
+            let ops: Vec<WriteOp> = ops.split(' ').map(op).collect();
+            let shown = |(op, operands): &(&WriteOp, Vec<Bytes>)| {
+                let key = char::from(op.key()[0]);
+                let operands: Vec<_> = operands.iter().map(|bytes| String::from_utf8_lossy(bytes)).collect();
+                match op {
+                    WriteOp::Merge { .. } => format!("+{key}{}", operands.join(",")),
+                    WriteOp::Put { value, .. } => format!("={key}{}", String::from_utf8_lossy(value)),
+                    _ => format!("-{key}"),
+                }
+            };
+            assert_eq!(join_operands(&ops).iter().map(shown).collect::<Vec<_>>(), expected);
+        };
+        check("=a1 -b", &[]);
+        check("+a1", &["+a1"]);
+        check("+a1 +b2 +a3 +a4", &["+b2", "+a4,3,1"]);
+        check("+a1 =a2 +a3 +a4", &["=a2", "+a4,3"]);
+        check("+a1 -a +a2 =a3", &["=a3"]);
+        check("=a1 -a +b1 +a2", &["-a", "+b1", "+a2"]);
+        check("=a1 =a2 +b1", &["=a2", "+b1"]);
     }
 
     proptest! {

@@ -129,18 +129,8 @@ pub(crate) async fn apply_once(
 }
 
 async fn write(apply: &mut Apply, ops: &[WriteOp]) -> Result<()> {
-    for op in ops {
-        match op {
-            WriteOp::Put { keyspace, key, value } => apply.put(*keyspace, key.clone(), value.clone())?,
-            WriteOp::Delete { keyspace, key } => apply.delete(*keyspace, key.clone())?,
-            WriteOp::DeleteRange { keyspace, range } => {
-                let (lower, upper) = range.bounds();
-                apply.delete_range(*keyspace, lower, upper)?;
-            }
-            WriteOp::Merge { keyspace, key, operand } => apply.merge(*keyspace, key.clone(), operand.clone()).await?,
-        }
-    }
-    Ok(())
+    ops.iter().try_for_each(|op| apply.check(op))?;
+    apply.write_all(ops).await
 }
 
 pub(crate) fn no_state_machine() -> Error {

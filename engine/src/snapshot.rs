@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::group::{Names, Views};
-use crate::merge_operator::no_operator;
+use crate::merge_operator::{Operator, no_operator};
 use crate::read::{ReadView, ScanCursor};
 use crate::{Error, ErrorKind, KeyspaceId, LogIndex, Result};
 
@@ -111,9 +111,34 @@ impl Snapshot {
         value: Option<&[u8]>,
         operand: &[u8],
     ) -> Result<Option<Value>> {
-        let operator = self.names.operators.get(&keyspace).ok_or_else(|| no_operator(keyspace))?;
-        operator.check(operand)?;
-        operator.apply(key, value, operand)
+        self.check_operand(keyspace, operand)?;
+        self.merge_all(keyspace, key, value, &[Bytes::copy_from_slice(operand)])
+    }
+
+    /// As [`Snapshot::merge`], of operands that were checked, the newest first.
+    ///
+    /// # Errors
+    /// As [`Snapshot::merge`].
+    pub(crate) fn merge_all(
+        &self,
+        keyspace: KeyspaceId,
+        key: &[u8],
+        value: Option<&[u8]>,
+        operands: &[Bytes],
+    ) -> Result<Option<Value>> {
+        self.operator(keyspace)?.apply(key, value, operands)
+    }
+
+    /// Refuses an operand that must not be written.
+    ///
+    /// # Errors
+    /// As [`Snapshot::merge`].
+    pub(crate) fn check_operand(&self, keyspace: KeyspaceId, operand: &[u8]) -> Result<()> {
+        self.operator(keyspace)?.check(operand)
+    }
+
+    fn operator(&self, keyspace: KeyspaceId) -> Result<&Operator> {
+        self.names.operators.get(&keyspace).ok_or_else(|| no_operator(keyspace))
     }
 
     /// The id of a keyspace in this view.

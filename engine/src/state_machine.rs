@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 
 use crate::command::{WriteOp, check_key};
+use crate::merge_operator::join_operands;
 use crate::own_writes::OwnWrites;
-use crate::range_tombstone::KeyRange;
+use crate::range_tombstone::{KeyRange, fold};
 use crate::{Error, ErrorKind, KeyspaceId, LogIndex, Result, Snapshot};
 
 /// Answers `Custom` commands. It runs on every replica, in log order, and must be deterministic: it may read the store
@@ -334,19 +335,21 @@ impl Apply {
             ops.iter().for_each(|op| write(&mut self.writes, op));
             return Ok(());
         }
+        let ops = &*fold(ops);
         // Beside what was written before, which stays if one of them is refused.
         let mut own = OwnWrites::new(self.index.0 ^ self.time_ms.rotate_left(32));
-        for op in ops {
-            let WriteOp::Merge { keyspace, key, operand } = op else {
+        for (op, operands) in &join_operands(ops) {
+            if operands.is_empty() {
                 write(&mut own, op);
                 continue;
-            };
-            let value = match own.get(*keyspace, key) {
+            }
+            let (keyspace, key) = (op.keyspace(), op.key());
+            let value = match own.get(keyspace, key) {
                 Some(value) => value.clone(),
-                None => self.get(*keyspace, key).await?,
+                None => self.get(keyspace, key).await?,
             };
-            let merged = self.before.merge(*keyspace, key, value.as_deref(), operand)?;
-            own.write(*keyspace, key.clone(), merged);
+            let merged = self.before.merge_all(keyspace, key, value.as_deref(), operands)?;
+            own.write(keyspace, key.clone(), merged);
         }
         own.into_ops().iter().for_each(|op| write(&mut self.writes, op));
         Ok(())
@@ -364,9 +367,21 @@ impl Apply {
         operand: impl Into<Bytes>,
     ) -> Result<()> {
         let op = WriteOp::Merge { keyspace, key: key.into(), operand: operand.into() };
-        op.check()?;
-        self.check_keyspace(keyspace)?;
+        self.check(&op)?;
         self.write_all(&[op]).await
+    }
+
+    /// Refuses what cannot be written.
+    ///
+    /// # Errors
+    /// As [`Apply::merge`].
+    pub(crate) fn check(&self, op: &WriteOp) -> Result<()> {
+        op.check()?;
+        self.check_keyspace(op.keyspace())?;
+        match op {
+            WriteOp::Merge { keyspace, operand, .. } => self.before.check_operand(*keyspace, operand),
+            _ => Ok(()),
+        }
     }
 
     fn is_new(&self, keyspace: KeyspaceId) -> bool {

@@ -19,7 +19,7 @@ use super::{Applied, GroupShared};
 use crate::command::{WriteOp, check_span, encode_refusals};
 use crate::manifest::{Effects, ManifestOp};
 use crate::memtable::Memtable;
-use crate::merge_operator::{Operator, no_operator};
+use crate::merge_operator::{Operator, join_operands, no_operator};
 use crate::once::{apply_once, no_state_machine, not_once};
 use crate::outcome::{OUTCOMES_KEYSPACE, Outcome, outcome_key};
 use crate::range_tombstone::fold;
@@ -57,11 +57,11 @@ impl GroupShared {
             CommandBody::Once { token, body } => self.apply_token(index, command.time_ms, *token, body).await?,
             CommandBody::BatchIf(batch) => self.apply_batch_if(index, command.time_ms, batch).await?,
             CommandBody::BatchesIf(batches) => self.apply_batches_if(index, command.time_ms, batches).await?,
-            CommandBody::Batch(batch) if self.is_merged_at_once(&batch.ops) => {
+            CommandBody::Batch(batch) if self.is_merged_at_once(index, &batch.ops) => {
                 let batch = ConditionalBatch { conditions: Vec::new(), batch: batch.clone() };
                 self.apply_batch_if(index, command.time_ms, &batch).await?
             }
-            CommandBody::Batches(batches) if batches.iter().any(|batch| self.is_merged_at_once(&batch.ops)) => {
+            CommandBody::Batches(batches) if batches.iter().any(|batch| self.is_merged_at_once(index, &batch.ops)) => {
                 let plain = |batch: &WriteBatch| ConditionalBatch { conditions: Vec::new(), batch: batch.clone() };
                 let batches: Vec<_> = batches.iter().map(plain).collect();
                 self.apply_batches_if(index, command.time_ms, &batches).await?
@@ -69,7 +69,14 @@ impl GroupShared {
             body => {
                 if let CommandBody::SetOperator { name, operator } = body {
                     // The others go on with it: what they write from here on could not be read here.
-                    let registered = self.lock().operators.require(operator, name).map(drop);
+                    let registered = {
+                        let core = self.lock();
+                        match core.logical.keyspace_before(name, index) {
+                            // It has one, so the entry changes nothing.
+                            Some(id) if core.logical.operators.contains_key(&id) => Ok(()),
+                            _ => core.operators.require(operator, name).map(drop),
+                        }
+                    };
                     registered.inspect_err(|error| self.fail(error.clone()))?;
                 }
                 let mut core = self.lock();
@@ -91,7 +98,7 @@ impl GroupShared {
 
     /// The mutations are written when the values that they merge into have been read: operands of an operator that does not combine them
     /// stand nowhere.
-    fn is_merged_at_once(&self, ops: &[WriteOp]) -> bool {
+    fn is_merged_at_once(&self, index: LogIndex, ops: &[WriteOp]) -> bool {
         let mut merges = ops.iter().filter(|op| matches!(op, WriteOp::Merge { .. })).peekable();
         if merges.peek().is_none() {
             return false;
@@ -101,7 +108,7 @@ impl GroupShared {
         merges.any(|op| {
             let keyspace = op.keyspace();
             met.replace(keyspace) != Some(keyspace)
-                && operator_before(&core, keyspace, LogIndex(u64::MAX)).is_some_and(|operator| !operator.combines())
+                && operator_before(&core, keyspace, index).is_some_and(|operator| !operator.combines())
         })
     }
 
@@ -191,7 +198,8 @@ impl GroupShared {
             }
             CommandBody::Batches(batches) => {
                 let mut refusals = Vec::new();
-                // Of one branch those one after the other: a range takes what the batches before it have written too.
+                // Of one branch those one after the other: a range takes what the batches before it have written too, and operands
+                // of one key are merged together.
                 let mut accepted: BTreeMap<BranchId, Vec<&[WriteOp]>> = BTreeMap::new();
                 for (place, batch) in batches.iter().enumerate() {
                     match self.check_batch(core, index, batch.branch, &batch.ops, []) {
@@ -200,8 +208,8 @@ impl GroupShared {
                     }
                 }
                 for (branch, batches) in accepted {
-                    let ranged = |ops: &&[WriteOp]| ops.iter().any(|op| matches!(op, WriteOp::DeleteRange { .. }));
-                    if batches.iter().any(ranged) {
+                    let together = |op: &WriteOp| matches!(op, WriteOp::DeleteRange { .. } | WriteOp::Merge { .. });
+                    if batches.len() > 1 && batches.iter().any(|ops| ops.iter().any(together)) {
                         self.write(core, entry, branch, &batches.concat());
                     } else {
                         batches.iter().for_each(|ops| self.write(core, entry, branch, ops));
@@ -337,13 +345,16 @@ impl GroupShared {
         Ok(())
     }
 
-    /// Writes checked mutations into the memtables in use. An entry that removes ranges writes all of a branch at once.
+    /// Writes checked mutations into the memtables in use. An entry that removes ranges or merges writes all of a branch at once.
     fn write(&self, core: &mut Core, entry: &mut Entry, branch: BranchId, ops: &[WriteOp]) {
         let ops = &*fold(ops);
+        let written: u64 = ops.iter().map(|op| op.bytes() as u64).sum();
+        let joined = join_operands(ops);
+        let plain = if joined.is_empty() { ops } else { &[] };
+        let ops = plain.iter().map(|op| (op, &[][..])).chain(joined.iter().map(|(op, operands)| (*op, &operands[..])));
         // Those of the keyspaces met so far: a command writes to a few in turns.
         let mut met: Vec<(KeyspaceId, Arc<Memtable>)> = Vec::new();
-        let mut written = 0;
-        for op in ops {
+        for (op, operands) in ops {
             let keyspace = op.keyspace();
             let place = met.iter().position(|(known, _)| *known == keyspace).unwrap_or_else(|| {
                 let key = (core.active, branch, keyspace);
@@ -360,9 +371,9 @@ impl GroupShared {
             let memtable = &met[place].1;
             let bytes = match op {
                 WriteOp::DeleteRange { range, .. } => memtable.remove_range(range, entry.index),
-                WriteOp::Merge { keyspace, key, operand } => {
+                WriteOp::Merge { keyspace, key, .. } => {
                     let operator = operator_before(core, *keyspace, entry.index).expect("the batch was checked");
-                    memtable.merge(operator, key, entry.index, operand)
+                    memtable.merge(operator, key, entry.index, operands)
                 }
                 _ => {
                     memtable.insert(op.key(), entry.index, op.value());
@@ -370,7 +381,6 @@ impl GroupShared {
                 }
             };
             core.written += bytes + OP_OVERHEAD_BYTES;
-            written += op.bytes() as u64;
         }
         self.engine.stats.user_bytes.fetch_add(written, Ordering::Relaxed);
     }

@@ -347,6 +347,19 @@ fn a_replica_without_the_operator_goes_no_further() {
     assert_eq!(group.keyspace("climbs"), None);
 }
 
+/// What does nothing needs no operator: that of a keyspace which has another one.
+#[test]
+fn a_replica_goes_on_behind_an_entry_that_gives_nothing() {
+    let store = Store::open(&media());
+    store.must(set("default", OperatorId::APPEND));
+    let (kind, message) = refused(&store, set("default", Climb::ID));
+    assert_eq!(kind, ErrorKind::Invalid);
+    assert!(message.contains("another merge operator keyspace=default operator=mainstay.append"), "{message}");
+    store.must(merge("k", b"1"));
+    assert_eq!(store.get("k").as_deref(), Some(&b"1"[..]));
+    store.close();
+}
+
 #[test]
 fn a_volume_that_nobody_has_open_shows_operators_and_tables_with_merges() {
     let media = media();
@@ -399,6 +412,65 @@ fn replay_refuses_what_was_refused() {
     let store = Store::open(&media);
     assert!(store.replayed > 0);
     assert_eq!(store.get("k").as_deref(), Some(&b"late"[..]));
+}
+
+/// Whether an entry reads the values that it merges into is decided by the operators that there were: its outcome is another where a blind
+/// merge fails.
+#[test]
+fn replay_merges_blindly_what_was_merged_blindly() {
+    let media = media();
+    let open = || Store::open_with(&media, with_climb(), engine_settings()).expect("opens");
+    let store = open();
+    store.must(set("default", OperatorId::U64_ADD));
+    store.must(CommandBody::CreateKeyspace { name: "climbs".into() });
+    let climbs = store.group().keyspace("climbs").expect("made");
+    store.put("k", b"no number");
+    let early = batch(vec![merge_op(climbs, "k", b"early")]);
+    let blind = batch(vec![merge_op(DEFAULT, "k", &1u64.to_le_bytes())]);
+    let applied = store.must(CommandBody::Batches(vec![early, blind]));
+    assert_eq!(decode_refusals(&applied.response.expect("an answer")).expect("own bytes").len(), 1);
+    store.must(set("climbs", Climb::ID));
+    assert_eq!(found(&store, "k").expect_err("it is no number").kind(), ErrorKind::Invalid);
+    drop(store);
+    media.kill(6);
+    let store = open();
+    assert!(store.replayed > 0 && store.group().merge_operator(climbs) == Some(Climb::ID));
+    assert_eq!(found(&store, "k").expect_err("it is no number").kind(), ErrorKind::Invalid);
+}
+
+/// Else so many operands of one entry would be held so many times, each with all those before it.
+#[test]
+fn what_an_entry_merges_into_a_key_is_held_once() {
+    let media = media();
+    let mut group = settings();
+    group.memtable_bytes = 64 << 20;
+    let store = Store::open_with(&media, group, engine_settings()).expect("opens");
+    store.must(set("default", OperatorId::APPEND));
+    let operands: Vec<String> = (0..2000).map(|n| format!("operand {n:>32}")).collect();
+    let ops = |key| operands.iter().map(|operand| merge_op(DEFAULT, key, operand.as_bytes())).collect::<Vec<_>>();
+    let used = || store.engine.shared_ref().budget.used();
+    let value = operands.concat();
+    let held_by = |body| {
+        let before = used();
+        store.must(body);
+        used() - before
+    };
+    let each = held_by(CommandBody::Batches(ops("a").into_iter().map(|op| batch(vec![op])).collect()));
+    let one = held_by(CommandBody::Batch(batch(ops("b"))));
+    let mut again = ops("c");
+    again.insert(0, put_op("c", "lost"));
+    again.insert(1000, put_op("c", "from here "));
+    let put_between = held_by(CommandBody::Batch(batch(again)));
+    let decided = held_by(CommandBody::BatchIf(ConditionalBatch { conditions: Vec::new(), batch: batch(ops("d")) }));
+    for held in [each, one, put_between, decided] {
+        assert!(held < 4 * value.len() as u64, "{held}");
+    }
+    for key in ["a", "b", "d"] {
+        assert!(store.get(key).as_deref() == Some(value.as_bytes()), "{key}");
+    }
+    let from_here = format!("from here {}", operands[999..].concat());
+    assert!(store.get("c").as_deref() == Some(from_here.as_bytes()));
+    store.close();
 }
 
 /// Other memory, other tasks, other restarts: other flushes at other times, and the same tables.
