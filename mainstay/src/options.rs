@@ -128,7 +128,8 @@ impl StoreBuilder {
 
     /// A merge operator that keyspaces have or may be given ([`Store::keyspace_with_operator`]), beside those of this crate
     /// ([`crate::OperatorId`]). Equal on all replicas, and needed for as long as a keyspace has it: without it the store does not open, and
-    /// an error names it.
+    /// an error names it. A replica without it leaves service when a keyspace is given it; it has lost nothing, and goes on when it is started
+    /// with it. So all replicas are started with a new operator before a keyspace is given it.
     ///
     /// # Errors
     /// `Invalid` for a name of 0 or more than 255 bytes, or one that begins with `mainstay.`.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use mainstay_engine::{
-    CommandBody, Engine, EngineSettings, GroupSettings, KeyspaceId, LogIndex, MAIN, WriteBatch, WriteOp,
+    CommandBody, Engine, EngineSettings, GroupSettings, KeyspaceId, LogIndex, MAIN, MergeOperators, WriteBatch, WriteOp,
 };
 use mainstay_io::sim::{IoKind, SimMedia, SimOptions};
 use mainstay_io::{BoxFuture, Clock, Environment};
@@ -44,6 +44,8 @@ pub(super) struct Cluster {
     /// Members that hold no data.
     pub(super) witnesses: Vec<usize>,
     pub(super) site_lag_bounds: Vec<crate::SiteLagBound>,
+    /// What the members in order have registered; nothing of the embedder's for those behind its end.
+    pub(super) merge_operators: Vec<MergeOperators>,
     crashes: u64,
     pub(super) wrap: Wrap,
     /// In the place of the clock of a test.
@@ -81,6 +83,7 @@ impl Cluster {
             priorities: Vec::new(),
             witnesses: Vec::new(),
             site_lag_bounds: Vec::new(),
+            merge_operators: Vec::new(),
             crashes: 0,
             wrap: Arc::new(|transport| Arc::new(transport)),
             clock: None,
@@ -176,7 +179,7 @@ impl Cluster {
                 l0_compaction_runs: 4,
                 compression: mainstay_engine::TableCompression::ByLevel,
                 state_machine: None,
-                merge_operators: Default::default(),
+                merge_operators: self.merge_operators.get(i).cloned().unwrap_or_default(),
             },
             entry_cache_bytes: self.entry_cache_bytes,
             environment,

@@ -14,6 +14,7 @@ mod lag;
 mod log;
 mod machine;
 mod members;
+mod merges;
 mod offers;
 mod pipeline;
 mod priority;
