@@ -483,21 +483,21 @@ mod tests {
 
     #[test]
     fn operands_of_a_key_are_joined_behind_what_they_merge_into() {
-        let key = |key: &u8| Bytes::copy_from_slice(&[*key]);
         let op = |word: &str| {
-            let (kind, of, value) =
-                (word.as_bytes()[0], key(&word.as_bytes()[1]), Bytes::copy_from_slice(&word.as_bytes()[2..]));
+            let (kind, rest) = word.split_at(1);
+            let (key, value) = rest.split_at(1);
+            let (key, value) = (Bytes::from(key.to_owned()), Bytes::from(value.to_owned()));
             let keyspace = KeyspaceId(0);
             match kind {
-                b'+' => WriteOp::Merge { keyspace, key: of, operand: value },
-                b'=' => WriteOp::Put { keyspace, key: of, value },
-                _ => WriteOp::Delete { keyspace, key: of },
+                "+" => WriteOp::Merge { keyspace, key, operand: value },
+                "=" => WriteOp::Put { keyspace, key, value },
+                _ => WriteOp::Delete { keyspace, key },
             }
         };
         let check = |ops: &str, expected: &[&str]| {
             let ops: Vec<WriteOp> = ops.split(' ').map(op).collect();
             let shown = |(op, operands): &(&WriteOp, Vec<Bytes>)| {
-                let key = char::from(op.key()[0]);
+                let key = String::from_utf8_lossy(op.key());
                 let operands: Vec<_> = operands.iter().map(|bytes| String::from_utf8_lossy(bytes)).collect();
                 match op {
                     WriteOp::Merge { .. } => format!("+{key}{}", operands.join(",")),
