@@ -50,6 +50,7 @@ pub(super) struct Cluster {
     pub(super) wrap: Wrap,
     /// In the place of the clock of a test.
     pub(super) clock: Option<Arc<dyn Clock>>,
+    pub(super) election_timeout: Duration,
 }
 
 pub(super) fn media(seed: u64) -> SimMedia {
@@ -87,6 +88,7 @@ impl Cluster {
             crashes: 0,
             wrap: Arc::new(|transport| Arc::new(transport)),
             clock: None,
+            election_timeout: Duration::from_millis(300),
         };
         for i in 0..count {
             this.add_cell(i).await;
@@ -171,7 +173,7 @@ impl Cluster {
             site_lag_bounds: self.site_lag_bounds.clone(),
             peers: self.peers.clone(),
             heartbeat: Duration::from_millis(100),
-            election_timeout: Duration::from_millis(300),
+            election_timeout: self.election_timeout,
             group: GroupSettings {
                 memtable_bytes: self.memtable_bytes,
                 table_bytes: 256 << 10,
@@ -184,7 +186,14 @@ impl Cluster {
             entry_cache_bytes: self.entry_cache_bytes,
             environment,
         };
-        let node = Node::start(engine, found, options, (self.wrap)(transport.clone())).await?;
+        let node = match Node::start(engine.clone(), found, options, (self.wrap)(transport.clone())).await {
+            Ok(node) => node,
+            Err(error) => {
+                // For the next try.
+                let _ = engine.close().await;
+                return Err(error);
+            }
+        };
         self.cells[i].life = Some((node, transport));
         Ok(())
     }

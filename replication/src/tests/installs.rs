@@ -23,7 +23,7 @@ async fn cluster_of(count: usize) -> (Cluster, Refuse) {
 }
 
 /// Writes until the leader keeps none of the entries that `cluster.cells[away]`, which is dead, had last.
-pub(super) async fn leave_behind(cluster: &Cluster, leader: usize, last: u64) {
+async fn leave_behind(cluster: &Cluster, leader: usize, last: u64) {
     for k in 0..KEYS {
         cluster.put(leader, &format!("k{k:06}"), vec![(k % 251) as u8; 1000]).await.expect("written");
     }

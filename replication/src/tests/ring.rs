@@ -1,6 +1,7 @@
 //! What becomes of the log's ring while nothing is committed.
 
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use mainstay_engine::ClientToken;
 use mainstay_io::BoxFuture;
@@ -18,6 +19,8 @@ async fn held_up() -> (Cluster, Refuse, usize) {
     let held = Refuse::new(Outbound::has_entries);
     let mut cluster = Cluster::blank(3).await;
     cluster.wrap = disturbed(held.clone());
+    // Whoever leads goes on leading, however busy the machine is: another leader would cut off what is durable on this one alone.
+    cluster.election_timeout = Duration::from_secs(10);
     cluster.start_all().await;
     cluster.node(0).init(&cluster.names()).await.expect("born");
     let leader = cluster.leader().await;
