@@ -307,12 +307,11 @@ impl TableCursor {
 
     /// A data block: read ahead, cached, or read now together with those that follow.
     async fn next_block(&mut self, table: &Table, handle: &Handle) -> Result<Block> {
-        let ahead = self.ahead.stored(handle);
+        if let Some(stored) = self.ahead.stored(handle) {
+            return self.enter(table, handle, stored).await;
+        }
         if let Some(block) = table.cached(handle) {
             return Ok(block);
-        }
-        if let Some(stored) = ahead {
-            return self.enter(table, handle, stored).await;
         }
         self.misses = self.misses.saturating_add(1);
         if self.misses < MISSES_BEFORE_AHEAD {

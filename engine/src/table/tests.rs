@@ -761,6 +761,42 @@ fn a_scan_reads_ahead_and_a_merge_input_leaves_the_cache_alone() {
     }
 }
 
+/// What was read ahead is held as it is stored, which the budget knows of; only blocks that the walk has entered are decompressed and cached.
+#[test]
+fn what_is_read_ahead_is_not_decompressed_before_it_is_met() {
+    const BLOCK_BYTES: u64 = 16 << 10;
+    let entries: Entries = (0..50_000u64).map(|at| (at.to_be_bytes().to_vec(), (at, Some(vec![b'v'; 100])))).collect();
+    for compression in [Compression::Lz4, Compression::Zstd] {
+        let options = TableOptions { compression, ..TableOptions::default() };
+        let (bytes, meta) = build(&options, &entries);
+        assert!(bytes.len() < 50_000 * 108 / 6, "it compresses: {}", bytes.len());
+        for reverse in [false, true] {
+            let place = place();
+            let bytes = MemoryBytes::new(bytes.clone());
+            let table = place.open(meta.clone(), bytes.clone()).expect("own root");
+            block_on(async {
+                let mut cursor = TableCursor::new(reverse);
+                cursor.seek_start(&table).await.expect("seek");
+                // Index blocks, and what is cached beside the bytes of each block.
+                let beside = place.cache.weight().saturating_sub(BLOCK_BYTES) + 4 * BLOCK_BYTES;
+                let mut passed = 0;
+                while cursor.valid() {
+                    passed += 108;
+                    let cached = place.cache.weight();
+                    assert!(
+                        cached <= passed + passed / 8 + beside,
+                        "cached={cached} passed={passed} reverse={reverse}"
+                    );
+                    cursor.advance(&table).await.expect("scan");
+                }
+                assert_eq!(passed, 50_000 * 108);
+            });
+            let reads = bytes.reads.load(Ordering::Relaxed);
+            assert!(reads < 50_000 * 108 / BLOCK_BYTES / 8, "it reads ahead: reads={reads}");
+        }
+    }
+}
+
 #[test]
 fn a_dropped_step_is_taken_again() {
     let entries: Entries = (0..2000u64)
