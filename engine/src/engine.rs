@@ -443,13 +443,8 @@ impl Engine {
     /// `Io`, `Closed`, `OutOfSpace`: the volume is as after a kill, and nothing acknowledged is lost.
     pub async fn close(&self) -> Result<()> {
         let shared = &self.shared;
-        shared.end_tasks();
-        let tasks = std::mem::take(&mut *shared.tasks.lock().unwrap_or_else(PoisonError::into_inner));
-        if tasks.is_empty() {
+        if !shared.await_tasks().await {
             return Ok(());
-        }
-        for task in tasks {
-            task.await;
         }
         let purged = shared.purge().await;
         let end = shared.wal().close().await?;
@@ -459,9 +454,20 @@ impl Engine {
             superblock.closed = true;
         };
         shared.volume.update(ended).await?;
-        shared.volume.quiet().await;
-        shared.events.end();
-        shared.volume.shutdown().await
+        shared.give_up_volume().await
+    }
+
+    /// Ends the background tasks and leaves the volume as a kill would, for an owner that could not begin: it can be opened again
+    /// when this returns.
+    ///
+    /// # Errors
+    /// `Io`, `Closed`: nothing acknowledged is lost.
+    pub async fn abandon(&self) -> Result<()> {
+        if !self.shared.await_tasks().await {
+            return Ok(());
+        }
+        self.shared.wal().close().await?;
+        self.shared.give_up_volume().await
     }
 
     pub(crate) fn shared_ref(&self) -> &Arc<EngineShared> {
@@ -532,6 +538,24 @@ impl EngineShared {
         self.open_groups().iter().for_each(|group| group.wake());
         self.work.notify_one();
         self.upkeep.notify_one();
+    }
+
+    /// Ends the tasks and waits for them. False when somebody did before.
+    async fn await_tasks(&self) -> bool {
+        self.end_tasks();
+        let tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        let had_some = !tasks.is_empty();
+        for task in tasks {
+            task.await;
+        }
+        had_some
+    }
+
+    /// The last step of a close.
+    async fn give_up_volume(&self) -> Result<()> {
+        self.volume.quiet().await;
+        self.events.end();
+        self.volume.shutdown().await
     }
 
     /// True while memtables hold more than their part of the memory.

@@ -196,14 +196,7 @@ impl Node {
             entry_cache_bytes: options.entry_cache_bytes,
             environment,
         };
-        let node = match replication::Node::start(engine.clone(), found, node_options, transport).await {
-            Ok(node) => node,
-            Err(error) => {
-                // So that it can be started again at once, for instance with a merge operator that was missing.
-                let _ = engine.close().await;
-                return Err(error.into());
-            }
-        };
+        let node = replication::Node::start(engine.clone(), found, node_options, transport).await?;
         let runtime = Mutex::new(runtime);
         Ok(Self {
             inner: Arc::new(Replicated { node: Arc::new(node), engine, handle, runtime, _first: None }),

@@ -89,7 +89,7 @@ impl Store {
             Ok(log) => log,
             Err(error) => {
                 // So that it can be opened again at once, for instance with a merge operator that was missing.
-                let _ = engine.close().await;
+                let _ = engine.abandon().await;
                 return Err(error.into());
             }
         };

@@ -694,11 +694,24 @@ impl<R: Runtime> Inner<R> {
 
 impl<R: Runtime> Node<R> {
     /// Starts a node on an open engine. Without an identity it waits for `init` or for a cluster that knows its name.
-    /// `found` is what [`Engine::open`] delivered.
+    /// `found` is what [`Engine::open`] delivered. When it cannot start, the volume can be opened again at once ([`Engine::abandon`]).
     ///
     /// # Errors
     /// `Invalid` for a name, times or a bound out of range, `Corrupt` or `Foreign` when the log does not fit the tables.
     pub async fn start(
+        engine: Engine,
+        found: Vec<OwnerRecord>,
+        options: NodeOptions,
+        transport: Arc<dyn Transport>,
+    ) -> Result<Self> {
+        let started = Self::start_over(engine.clone(), found, options, transport).await;
+        if started.is_err() {
+            let _ = engine.abandon().await;
+        }
+        started
+    }
+
+    async fn start_over(
         engine: Engine,
         found: Vec<OwnerRecord>,
         options: NodeOptions,

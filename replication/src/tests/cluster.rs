@@ -186,14 +186,7 @@ impl Cluster {
             entry_cache_bytes: self.entry_cache_bytes,
             environment,
         };
-        let node = match Node::start(engine.clone(), found, options, (self.wrap)(transport.clone())).await {
-            Ok(node) => node,
-            Err(error) => {
-                // For the next try.
-                let _ = engine.close().await;
-                return Err(error);
-            }
-        };
+        let node = Node::start(engine, found, options, (self.wrap)(transport.clone())).await?;
         self.cells[i].life = Some((node, transport));
         Ok(())
     }

@@ -65,6 +65,15 @@ async fn until_it_fails(cluster: &Cluster, i: usize) {
     assert_eq!(cluster.put(i, "k", "x").await.expect_err("it left service").kind(), ErrorKind::Closed);
 }
 
+/// The last member fails, and goes on when it is started with the operator.
+async fn fails_until_it_has_it(cluster: &mut Cluster) {
+    until_it_fails(cluster, 2).await;
+    cluster.kill(2).await;
+    cluster.merge_operators.push(registered());
+    cluster.start(2).await;
+    reads(cluster, 2).await;
+}
+
 async fn reads(cluster: &Cluster, i: usize) {
     for (key, value) in [("before", "v"), ("merged", "2")] {
         let found = cluster.get(i, key, ReadLevel::Linearizable).await.expect("read");
@@ -83,11 +92,7 @@ fn a_member_without_the_operator_leaves_service_and_goes_on_once_it_has_it() {
         // Nothing but the log has it here: the node opens, and comes to the same entry.
         cluster.kill(2).await;
         cluster.start(2).await;
-        until_it_fails(&cluster, 2).await;
-        cluster.kill(2).await;
-        cluster.merge_operators.push(registered());
-        cluster.start(2).await;
-        reads(&cluster, 2).await;
+        fails_until_it_has_it(&mut cluster).await;
         // Now the manifest has it: without, the node does not open.
         let applied = cluster.node(2).status().group.applied;
         write(&cluster, CommandBody::Rotate).await;
@@ -121,11 +126,7 @@ fn a_snapshot_with_an_operator_is_for_who_has_it() {
             pause().await;
         }
         cluster.start(2).await;
-        until_it_fails(&cluster, 2).await;
-        cluster.kill(2).await;
-        cluster.merge_operators.push(registered());
-        cluster.start(2).await;
-        reads(&cluster, 2).await;
+        fails_until_it_has_it(&mut cluster).await;
         cluster.finish().await;
     });
 }
