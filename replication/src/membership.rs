@@ -463,7 +463,14 @@ impl<R: Runtime> Inner<R> {
                 }
             };
             let error = match answer {
-                Ok(Ok(_)) => return Ok(()),
+                Ok(Ok(done)) => {
+                    // Whoever asks for the members next is told of it, unless it ended this replica.
+                    let mut metrics = running.metrics.clone();
+                    let shown =
+                        metrics.wait_until(|m| m.committed_membership_config.log_id().as_ref() >= Some(&done.log_id));
+                    let _ = R::timeout_at(deadline, shown).await;
+                    return Ok(());
+                }
                 Ok(Err(error)) => error,
                 Err(_) => {
                     return Err(Error::new(ErrorKind::Indeterminate, "the membership was not changed in time"));
