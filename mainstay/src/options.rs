@@ -56,7 +56,7 @@ impl Default for StoreBuilder {
 impl StoreBuilder {
     /// Bytes for memtables, block cache, filters and buffers together. Default 256 MiB, at least 16 MiB. Larger: more
     /// reads from memory. A fifth of it is left to what an allocator keeps beyond what it was asked for; from 256 MiB on
-    /// that covers code and stacks too, below they come on top: some 25 MiB. May differ between replicas; takes effect at open.
+    /// that covered code and stacks of a store alone too, below they come on top: some 25 MiB. May differ between replicas; takes effect at open.
     pub fn memory_bytes(mut self, bytes: u64) -> Self {
         self.memory_bytes = bytes;
         self
