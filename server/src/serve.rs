@@ -45,7 +45,11 @@ const DRAIN_MAX: Duration = Duration::from_secs(3);
 pub(crate) fn run(settings: ServeSettings) -> Result<(), Failure> {
     logs::start(&settings)?;
     limits::raise_open_files()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().thread_name("mainstay").enable_all().build()?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if let Some(threads) = settings.worker_threads {
+        runtime.worker_threads(threads);
+    }
+    let runtime = runtime.thread_name("mainstay").enable_all().build()?;
     let result = runtime.block_on(serve(settings));
     if let Err(failure) = &result {
         tracing::error!(error = %failure, "stopped by a failure");

@@ -124,6 +124,12 @@ pub struct Settings {
     #[arg(long, env = "MAINSTAY_BACKGROUND_TASKS", value_name = "COUNT", help_heading = "Storage")]
     pub background_tasks: Option<usize>,
 
+    /// Threads that serve clients and peers, 1 to 1024. Beside them there are one for the log, one for other reads and writes of
+    /// the disk and those of --background-tasks. Replicas that share a machine do more with fewer [default: a thread for each
+    /// processor that the process may use]
+    #[arg(long, env = "MAINSTAY_WORKER_THREADS", value_name = "COUNT", help_heading = "Limits")]
+    pub worker_threads: Option<usize>,
+
     /// Bytes of data on the volume from which on puts are refused, while reads, deletes and compactions go on; 1MiB to 1PiB
     /// [default: none, the volume's own size]
     #[arg(long, env = "MAINSTAY_DATA_MAX", value_name = "SIZE", help_heading = "Limits")]
@@ -297,6 +303,8 @@ pub struct ServeSettings {
     pub compression: Compression,
     /// Flush and compaction tasks.
     pub background_tasks: usize,
+    /// None: as many as there are processors for the process.
+    pub worker_threads: Option<usize>,
     /// What becomes of a volume that cannot serve.
     pub bad_volume: BadVolume,
     /// Disk interface.
@@ -358,8 +366,8 @@ impl Settings {
     /// These where set, else those of `lower`.
     fn over(self, lower: Self) -> Self {
         first_of!(self, lower: name, data, peers, site, priority, witness, site_lag_max, listen, listen_peer, listen_admin, listen_metrics, advertise,
-            advertise_peer, insecure_listen_anywhere, memory, wal, memtable, compression, background_tasks, bad_volume, backend, connections_max,
-            requests_max, streams_max, requests_memory, data_max, heartbeat, election_timeout, log_level, log_to, log_format)
+            advertise_peer, insecure_listen_anywhere, memory, wal, memtable, compression, background_tasks, worker_threads, bad_volume, backend,
+            connections_max, requests_max, streams_max, requests_memory, data_max, heartbeat, election_timeout, log_level, log_to, log_format)
     }
 
     fn check(self) -> Result<ServeSettings, Failure> {
@@ -401,6 +409,7 @@ impl Settings {
         bounds("wal", wal_bytes, 1 << 20, 1 << 40)?;
         bounds("memtable", memtable_bytes, 64 << 10, 1 << 30)?;
         bounds("background-tasks", background_tasks as u64, 1, 16)?;
+        self.worker_threads.map_or(Ok(()), |threads| bounds("worker-threads", threads as u64, 1, 1024))?;
         bounds("connections-max", connections_max, 1, connections_possible)?;
         bounds("requests-max", requests_max, 1, COUNT_MAX)?;
         bounds("streams-max", streams_max, 1, COUNT_MAX)?;
@@ -436,6 +445,7 @@ impl Settings {
             memtable_bytes,
             compression: self.compression.unwrap_or(Compression::ByLevel),
             background_tasks,
+            worker_threads: self.worker_threads,
             bad_volume: self.bad_volume.unwrap_or(BadVolume::Keep),
             backend: self.backend.unwrap_or(Backend::Auto),
             connections_max,
@@ -586,7 +596,7 @@ mod tests {
     fn what_is_above_wins_and_what_is_below_fills() {
         let upper = Settings { heartbeat: Some(Span(Duration::from_millis(50))), ..Settings::default() };
         let lower = parse_file(
-            "heartbeat = '75ms'\nwal = '32MiB'\nmemory = 33554432\npriority = 7\nwitness = true\nconnections-max = 9",
+            "heartbeat = '75ms'\nwal = '32MiB'\nmemory = 33554432\npriority = 7\nwitness = true\nconnections-max = 9\nworker-threads = 3",
             Path::new("file"),
         )
         .expect("valid");
@@ -595,6 +605,7 @@ mod tests {
         assert_eq!(found.wal_bytes, 32 << 20);
         assert_eq!(found.memory_bytes, 32 << 20);
         assert_eq!(found.priority, 7);
+        assert_eq!(found.worker_threads, Some(3));
         assert_eq!((found.connections_max, found.requests_max, found.streams_max), (9, 8192, 16_384));
         assert_eq!(found.requests_memory_bytes, 8 << 20, "a quarter of the memory");
         assert!(found.witness && !minimal().check().expect("valid").witness);
@@ -686,6 +697,9 @@ mod tests {
         assert!(message.contains("connections-max") && message.contains("most="), "{message}");
         assert!(refused(Settings { requests_max: Some(0), ..minimal() }).contains("requests-max"));
         assert!(refused(Settings { streams_max: Some(0), ..minimal() }).contains("streams-max"));
+        for threads in [0, 1025] {
+            assert!(refused(Settings { worker_threads: Some(threads), ..minimal() }).contains("worker-threads"));
+        }
         let small = Some(ByteSize((4 << 20) - 1));
         assert!(refused(Settings { requests_memory: small, ..minimal() }).contains("requests-memory"));
         let message = refused(Settings { election_timeout: Some(Span(Duration::from_millis(50))), ..minimal() });

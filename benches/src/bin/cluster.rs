@@ -40,6 +40,10 @@ struct Options {
     /// Connections that the clients share [default: one for each 16 clients]
     #[arg(long)]
     connections: Option<u32>,
+    /// Threads on which each replica of every side serves (`worker-threads` of the server, the worker threads of tokio, GOMAXPROCS of
+    /// etcd) [default: as many as each takes by itself]
+    #[arg(long)]
+    threads: Option<usize>,
     /// Bytes of a value
     #[arg(long, default_value_t = 256)]
     value_bytes: usize,
@@ -72,6 +76,12 @@ fn client_runtime() -> Outcome<tokio::runtime::Runtime> {
 }
 
 fn run(options: Options) -> Outcome<()> {
+    if let Some(threads) = options.threads {
+        for name in ["MAINSTAY_WORKER_THREADS", "TOKIO_WORKER_THREADS", "GOMAXPROCS"] {
+            // SAFETY: no other thread runs yet. The replicas inherit it; the client of the server and of etcd has one thread.
+            unsafe { std::env::set_var(name, threads.to_string()) };
+        }
+    }
     let folder = tempfile::tempdir_in(&options.dir)?;
     let mut sides: Vec<Box<dyn Side>> = Vec::new();
     for side in &options.only {
