@@ -363,6 +363,8 @@ impl GroupShared {
             let mut changed = pin!(self.progress.notified());
             changed.as_mut().enable();
             if self.divergences.load(Ordering::Relaxed) > 0 {
+                // Counted under the lock under which it is then published.
+                drop(self.lock());
                 return;
             }
             changed.await;
