@@ -5,7 +5,8 @@
 //! # Format
 //! docs/format.md, "Entries of a local log"
 //! # Invariants
-//! 1. An entry is applied when it and all before it are durable, in the order of the log.
+//! 1. An entry is applied when it and all before it are durable, in the order of the log: by who has the turn, the applier or a
+//!    caller that blocks and has written its entry itself ([`mainstay_wal::Turn`]).
 //! 2. Indexes grow; one whose record could not be written stays unused.
 //! 3. At most [`PROPOSALS_MAX`] proposals are on their way.
 //! # Crash
@@ -22,8 +23,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use bytes::Bytes;
 use futures_util::future::{Either, select};
 use mainstay_io::{BoxFuture, TaskHandle};
-use mainstay_wal::{GroupId, Lsn, Record, RecordKind, RecordPos, Reserve, Wal};
-use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+use mainstay_wal::{GroupId, Lsn, OwnWrite, Record, RecordKind, RecordPos, Reserve, Wal};
+use tokio::sync::{Notify, Semaphore, oneshot};
 
 use crate::changes::{READ_BYTES_MAX, READ_ENTRIES_MAX, purged};
 use crate::group::GroupShared;
@@ -59,14 +60,14 @@ struct Shared {
     /// Entries applied again at open.
     replayed: u64,
     marks: Arc<Marks>,
+    applier: Arc<Applier>,
     ending: Arc<Ending>,
     tasks: Mutex<Vec<TaskHandle>>,
 }
 
 struct State {
     next: LogIndex,
-    /// None once the log is closed.
-    to_applier: Option<mpsc::UnboundedSender<Logged>>,
+    closed: bool,
 }
 
 /// An entry about which the log has answered.
@@ -75,6 +76,106 @@ struct Logged {
     command: Command,
     outcome: mainstay_wal::Result<RecordPos>,
     answer: oneshot::Sender<Result<Applied>>,
+}
+
+/// Who writes an entry.
+enum Own {
+    /// Its caller, or nobody if it was refused: the applier is not woken for it.
+    Begun(LogIndex, Option<OwnWrite>),
+    /// The log.
+    Queued,
+}
+
+/// Applies entries in the order of the log, whoever has the turn.
+struct Applier {
+    group: Group,
+    marks: Arc<Marks>,
+    queue: Mutex<LoggedQueue>,
+    /// Wakes the task that applies what nobody else does.
+    ready: Notify,
+    turn: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct LoggedQueue {
+    logged: VecDeque<Logged>,
+    /// Appended and not applied yet, those in `logged` included.
+    entries: usize,
+    /// No further entry is appended.
+    closed: bool,
+}
+
+impl Applier {
+    fn lock(&self) -> MutexGuard<'_, LoggedQueue> {
+        // Every change is one assignment, push or pop.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An entry is about to be appended: [`Applier::put`] will be called for it.
+    fn expect(&self) {
+        self.lock().entries += 1;
+    }
+
+    fn put(&self, logged: Logged) {
+        self.lock().logged.push_back(logged);
+    }
+
+    fn close(&self) {
+        self.lock().closed = true;
+        self.ready.notify_one();
+    }
+
+    /// Applies what is there up to `last`, if nobody else does: a caller does not work for those behind it.
+    async fn help(&self, last: LogIndex) {
+        // Who has the turn may have looked for the last time.
+        let mut left = true;
+        if let Ok(_turn) = self.turn.try_lock() {
+            self.apply_all(last).await;
+            left = !self.lock().logged.is_empty();
+        }
+        if left {
+            self.ready.notify_one();
+        }
+    }
+
+    /// Runs until the log is closed and every entry is applied.
+    async fn run(self: Arc<Self>) {
+        loop {
+            self.ready.notified().await;
+            let _turn = self.turn.lock().await;
+            self.apply_all(LogIndex(u64::MAX)).await;
+            let queue = self.lock();
+            if queue.closed && queue.entries == 0 {
+                return;
+            }
+        }
+    }
+
+    /// Applies what is there up to `last`. Only with the turn.
+    async fn apply_all(&self, last: LogIndex) {
+        loop {
+            let next = {
+                let mut queue = self.lock();
+                let is_due = queue.logged.front().is_some_and(|logged| logged.index <= last);
+                if is_due { queue.logged.pop_front() } else { None }
+            };
+            let Some(Logged { index, command, outcome, answer }) = next else { return };
+            let outcome = match outcome {
+                Ok(pos) => {
+                    self.marks.add(index, pos);
+                    self.group.apply(index, &command).await
+                }
+                Err(error) => Err(error.into()),
+            };
+            // The caller may have gone.
+            let _ = answer.send(outcome);
+            let mut queue = self.lock();
+            queue.entries = queue.entries.saturating_sub(1);
+            if queue.closed && queue.entries == 0 {
+                self.ready.notify_one();
+            }
+        }
+    }
 }
 
 /// Tells the task that proposes installs to end.
@@ -237,8 +338,14 @@ impl LocalLog {
         marks.issued.store(group.applied().0, Ordering::Release);
         let _ = marks.log.set((Arc::downgrade(group.shared()), engine.wal().clone()));
         engine.set_owner_pin(id, marks.clone());
-        let (to_applier, logged) = mpsc::unbounded_channel();
-        let state = State { next: LogIndex(group.applied().0 + 1), to_applier: Some(to_applier) };
+        let applier = Arc::new(Applier {
+            group: group.clone(),
+            marks: marks.clone(),
+            queue: Mutex::default(),
+            ready: Notify::new(),
+            turn: tokio::sync::Mutex::default(),
+        });
+        let state = State { next: LogIndex(group.applied().0 + 1), closed: false };
         let ending = Arc::new(Ending::default());
         let shared = Arc::new(Shared {
             engine: engine.clone(),
@@ -246,13 +353,14 @@ impl LocalLog {
             state: Mutex::new(state),
             proposals: Semaphore::new(PROPOSALS_MAX),
             replayed,
-            marks: marks.clone(),
+            marks,
+            applier: applier.clone(),
             ending: ending.clone(),
             tasks: Mutex::default(),
             group: group.clone(),
         });
         let spawner = engine.spawner();
-        let applier = spawner.spawn("mainstay-apply", Box::pin(apply_in_order(group.clone(), marks, logged)));
+        let applier = spawner.spawn("mainstay-apply", Box::pin(applier.run()));
         // Only weakly: a log whose handles are all dropped ends as if the process had been killed.
         let installer = propose_installs(Arc::downgrade(&shared), group, ending);
         let installer = spawner.spawn("mainstay-install", Box::pin(installer));
@@ -285,7 +393,20 @@ impl LocalLog {
     /// # Cancel safety
     /// Not cancel safe: a dropped future may leave the command in the log.
     pub async fn propose(&self, command: Command) -> Result<Applied> {
-        self.0.propose(command).await
+        self.0.propose(command, false).await
+    }
+
+    /// As [`LocalLog::propose`], for a caller that does nothing else until it is answered: while the log is idle it writes and applies
+    /// the entry itself, and blocks its thread for as long as the device takes.
+    ///
+    /// # Errors
+    /// As [`LocalLog::propose`].
+    ///
+    /// # Cancel safety
+    /// Not cancel safe: poll it to its end. Dropped in the middle it ends the log as a failed write does, or leaves entries of
+    /// others that it was applying without an answer.
+    pub async fn propose_here(&self, command: Command) -> Result<Applied> {
+        self.0.propose(command, true).await
     }
 
     /// Waits for what was proposed, flushes what is in memory, and ends the applier.
@@ -297,12 +418,13 @@ impl LocalLog {
         if tasks.is_empty() {
             return Ok(());
         }
-        let rotated = self.0.propose(Command { time_ms: self.0.now_ms(), body: CommandBody::Rotate }).await;
+        let rotated = self.0.propose(Command { time_ms: self.0.now_ms(), body: CommandBody::Rotate }, false).await;
         if let Ok(applied) = &rotated {
             self.0.group.shared().settled(applied.index).await;
         }
         self.0.ending.end();
-        self.0.state().to_applier = None;
+        self.0.state().closed = true;
+        self.0.applier.close();
         for task in tasks {
             task.await;
         }
@@ -324,7 +446,7 @@ impl Shared {
         self.engine.shared_ref().environment.clock.unix().as_millis() as u64
     }
 
-    async fn propose(&self, command: Command) -> Result<Applied> {
+    async fn propose(&self, command: Command, here: bool) -> Result<Applied> {
         // What frees space or memory goes on when writes have to wait.
         let reserve = match &command.body {
             CommandBody::Batch(_)
@@ -348,21 +470,38 @@ impl Shared {
         let closed = |_| Error::new(ErrorKind::Closed, "the log is closed");
         let _permit = self.proposals.acquire().await.map_err(|_| Error::new(ErrorKind::Closed, "the log is closed"))?;
         let (answer, answered) = oneshot::channel();
-        {
+        let own = {
             // Held over both, so that the order of indexes is the order of records.
             let mut state = self.state();
-            let Some(to_applier) = state.to_applier.clone() else {
+            if state.closed {
                 return Err(Error::new(ErrorKind::Closed, "the log is closed"));
-            };
+            }
             let index = state.next;
             state.next.0 += 1;
             self.marks.issued.store(index.0, Ordering::Release);
             let record = Record { group: self.id, kind: LOCAL_ENTRY, payload: vec![encode_header(index), payload] };
-            let on_durable = Box::new(move |outcome| {
-                // An applier that is gone has dropped the receiver of the answer's caller too.
-                let _ = to_applier.send(Logged { index, command, outcome, answer });
-            });
-            self.engine.wal().append(record, reserve, on_durable);
+            self.applier.expect();
+            let applier = self.applier.clone();
+            let put = move |outcome| applier.put(Logged { index, command, outcome, answer });
+            let wal = self.engine.wal();
+            match here.then(|| wal.turn()).flatten() {
+                Some(turn) => Own::Begun(index, turn.append(record, reserve, Box::new(put))),
+                None => {
+                    let applier = self.applier.clone();
+                    let put_and_wake = move |outcome| {
+                        put(outcome);
+                        applier.ready.notify_one();
+                    };
+                    wal.append(record, reserve, Box::new(put_and_wake));
+                    Own::Queued
+                }
+            }
+        };
+        if let Own::Begun(index, write) = own {
+            if let Some(write) = write {
+                write.finish().await;
+            }
+            self.applier.help(index).await;
         }
         answered.await.map_err(closed)?
     }
@@ -378,20 +517,7 @@ impl Ending {
 impl Drop for Shared {
     fn drop(&mut self) {
         self.ending.end();
-    }
-}
-
-async fn apply_in_order(group: Group, marks: Arc<Marks>, mut logged: mpsc::UnboundedReceiver<Logged>) {
-    while let Some(Logged { index, command, outcome, answer }) = logged.recv().await {
-        let outcome = match outcome {
-            Ok(pos) => {
-                marks.add(index, pos);
-                group.apply(index, &command).await
-            }
-            Err(error) => Err(error.into()),
-        };
-        // The caller may have gone.
-        let _ = answer.send(outcome);
+        self.applier.close();
     }
 }
 
@@ -409,7 +535,7 @@ async fn propose_installs(log: Weak<Shared>, group: Group, ending: Arc<Ending>) 
         if ending.ended.load(Ordering::Acquire) {
             return;
         }
-        if let Err(error) = log.propose(command).await {
+        if let Err(error) = log.propose(command, false).await {
             if error.kind() == ErrorKind::Closed {
                 return;
             }

@@ -77,6 +77,12 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// device cover all of them up to [`Geometry::io_bytes_max`]; what is longer takes several writes and one flush.
     fn write(&self, offset: u64, bufs: Vec<AlignedBytes>, mode: WriteMode, class: IoClass) -> Op<()>;
 
+    /// As [`BlockDevice::write`], for a caller that has nothing to do until it is complete: a device of files writes on the calling
+    /// thread, and the operation is complete when the call returns.
+    fn write_here(&self, offset: u64, bufs: Vec<AlignedBytes>, mode: WriteMode, class: IoClass) -> Op<()> {
+        self.write(offset, bufs, mode, class)
+    }
+
     /// Makes every write that had completed before the call durable.
     fn flush(&self) -> Op<()>;
 

@@ -63,14 +63,42 @@ impl FileDevice {
         class: IoClass,
         body: impl FnOnce(crate::Completer<T>) -> Body,
     ) -> Op<T> {
+        self.prepare(op, (offset, length, changes), class, body, |request| self.executor.submit(request))
+    }
+
+    /// Checks and admits an operation, and hands it to who runs it.
+    fn prepare<T>(
+        &self,
+        op: &'static str,
+        (offset, length, changes): (u64, u64, bool),
+        class: IoClass,
+        body: impl FnOnce(crate::Completer<T>) -> Body,
+        run: impl FnOnce(Request),
+    ) -> Op<T> {
         match self.check(op, offset, length).and_then(|()| self.gate.enter(op, offset, length, changes)) {
             Ok(ticket) => {
                 let (pending, done) = Op::pending();
-                self.executor.submit(Request { ticket, class, body: body(done) });
+                run(Request { ticket, class, body: body(done) });
                 pending
             }
             Err(e) => refused(e),
         }
+    }
+
+    fn prepare_write(
+        &self,
+        offset: u64,
+        bufs: Vec<AlignedBytes>,
+        mode: WriteMode,
+        class: IoClass,
+        run: impl FnOnce(Request),
+    ) -> Op<()> {
+        let length = bufs.iter().map(|b| b.len() as u64).sum();
+        if !bufs.iter().all(AlignedBytes::is_aligned) {
+            let message = format!("every buffer must begin and end at a multiple of {BLOCK_BYTES}");
+            return refused(Error::new(ErrorKind::Misaligned, "write", offset, length, message));
+        }
+        self.prepare("write", (offset, length, true), class, |done| Body::Write { offset, bufs, mode, done }, run)
     }
 }
 
@@ -111,12 +139,11 @@ impl BlockDevice for FileDevice {
     }
 
     fn write(&self, offset: u64, bufs: Vec<AlignedBytes>, mode: WriteMode, class: IoClass) -> Op<()> {
-        let length = bufs.iter().map(|b| b.len() as u64).sum();
-        if !bufs.iter().all(AlignedBytes::is_aligned) {
-            let message = format!("every buffer must begin and end at a multiple of {BLOCK_BYTES}");
-            return refused(Error::new(ErrorKind::Misaligned, "write", offset, length, message));
-        }
-        self.start("write", (offset, length, true), class, |done| Body::Write { offset, bufs, mode, done })
+        self.prepare_write(offset, bufs, mode, class, |request| self.executor.submit(request))
+    }
+
+    fn write_here(&self, offset: u64, bufs: Vec<AlignedBytes>, mode: WriteMode, class: IoClass) -> Op<()> {
+        self.prepare_write(offset, bufs, mode, class, Request::run)
     }
 
     fn flush(&self) -> Op<()> {

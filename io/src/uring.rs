@@ -243,7 +243,7 @@ mod tests {
     use super::*;
     use crate::file::{Extent, Missing};
     use crate::file_device::FileDevice;
-    use crate::{AlignedBuf, Backend, IoClass};
+    use crate::{AlignedBuf, Backend, IoClass, WriteMode};
 
     /// Reads handed over one by one woke the ring thread at the first: the kernel was called for a few of them at a time.
     #[test]
@@ -281,5 +281,29 @@ mod tests {
         let calls = ring.shared.entered.lock().expect("no test panics while it holds the counts").clone();
         let whole = calls.iter().filter(|entries| **entries as usize >= READS).count();
         assert_eq!(whole, ROUNDS, "{calls:?}");
+    }
+
+    #[test]
+    fn a_write_for_a_caller_that_waits_is_complete_when_the_call_returns() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("file");
+        std::fs::write(&path, [0; 8192]).expect("written");
+        let file = Arc::new(OpenFile::open(&path, Missing::Refuse, Extent::Length, None).expect("opened"));
+        let ring = match Ring::start("ring", 8, &file, Pool::start("help", 1).expect("threads")) {
+            Ok(ring) => ring,
+            Err(reason) => return println!("the ring is not tested on this machine: {reason}"),
+        };
+        let device = FileDevice::over(file, Backend::Uring, ring, None);
+        let mut block = AlignedBuf::zeroed(4096);
+        block.fill(7);
+        let mut written = device.write_here(4096, vec![block.freeze()], WriteMode::Durable, IoClass::Wal);
+        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(
+            matches!(std::pin::Pin::new(&mut written).poll(&mut cx), std::task::Poll::Ready(Ok(()))),
+            "done in the call"
+        );
+        assert_eq!(std::fs::read(&path).expect("readable"), [[0; 4096], [7; 4096]].concat());
+        let refused = device.write_here(100, Vec::new(), WriteMode::Durable, IoClass::Wal).wait();
+        assert_eq!(refused.expect_err("no block begins there").kind(), ErrorKind::Misaligned);
     }
 }

@@ -61,6 +61,15 @@ impl Zone {
         }
     }
 
+    /// See [`BlockDevice::write_here`].
+    pub fn write_here(&self, offset: u64, bufs: Vec<AlignedBytes>, mode: WriteMode, class: IoClass) -> Op<()> {
+        let length = bufs.iter().map(|b| b.len() as u64).sum();
+        match self.locate("write", offset, length) {
+            Ok(at) => self.device.write_here(at, bufs, mode, class),
+            Err(e) => Op::ready(Err(e)),
+        }
+    }
+
     /// See [`BlockDevice::flush`].
     pub fn flush(&self) -> Op<()> {
         self.device.flush()

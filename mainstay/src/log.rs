@@ -3,6 +3,7 @@
 //! # Place
 //! Above `engine::LocalLog` and `replication::Node`, below every public handle.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -63,6 +64,21 @@ impl<T> Future for Entered<T> {
     }
 }
 
+thread_local! {
+    /// Set while a future is polled by [`Log::wait`]: nothing else runs on this thread until it is ready, so an entry may as well
+    /// be written and applied by it.
+    static WAITS_HERE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Sets [`WAITS_HERE`] to what it was, after a panic too.
+struct Restored(bool);
+
+impl Drop for Restored {
+    fn drop(&mut self) {
+        WAITS_HERE.set(self.0);
+    }
+}
+
 impl Log {
     pub(crate) fn engine(&self) -> &Engine {
         match self {
@@ -108,10 +124,16 @@ impl Log {
         .await
     }
 
-    /// Waits on this thread.
+    /// Waits on this thread. What the future writes alone on this node may block it: see [`WAITS_HERE`].
     pub(crate) fn wait<T>(&self, future: impl Future<Output = T>) -> T {
         match self {
-            Self::Alone(_) => mainstay_io::block_on(future),
+            Self::Alone(_) => {
+                let mut future = std::pin::pin!(future);
+                mainstay_io::block_on(std::future::poll_fn(|cx| {
+                    let _restored = Restored(WAITS_HERE.replace(true));
+                    future.as_mut().poll(cx)
+                }))
+            }
             Self::Replicated(replicated) => {
                 let _entered = replicated.handle.enter();
                 mainstay_io::block_on(future)
@@ -129,7 +151,11 @@ impl Log {
                     other => return Err(unsupported(&other)),
                 }
                 let time_ms = u64::try_from(alone.environment.clock.unix().as_millis()).unwrap_or(u64::MAX);
-                alone.log.propose(Command { time_ms, body }).await?
+                let command = Command { time_ms, body };
+                match WAITS_HERE.get() {
+                    true => alone.log.propose_here(command).await?,
+                    false => alone.log.propose(command).await?,
+                }
             }
             Self::Replicated(replicated) => {
                 if durability == Durability::Local {

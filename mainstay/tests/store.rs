@@ -411,3 +411,84 @@ fn changes_go_on_where_a_reader_was() {
     drop(changes);
     store.close().expect("closes");
 }
+
+fn keys_of(keyspace: &mainstay::Keyspace) -> u64 {
+    keyspace.iter().fold(0, |count, entry| entry.map(|_| count + 1).expect("readable"))
+}
+
+/// How often the threads of this process with that name have gone to sleep.
+fn sleeps(name: &str) -> u64 {
+    let tasks = std::fs::read_dir("/proc/self/task").expect("a process has threads");
+    let of_task = |task: std::path::PathBuf| {
+        // A thread that ends meanwhile has neither.
+        let comm = std::fs::read_to_string(task.join("comm")).ok().filter(|comm| comm.trim() == name)?;
+        let status = std::fs::read_to_string(task.join("status")).ok()?;
+        let line = status.lines().find(|line| line.starts_with("voluntary_ctxt_switches:"))?;
+        let count = line.rsplit('\t').next().and_then(|count| count.trim().parse::<u64>().ok());
+        Some(count.unwrap_or_else(|| panic!("{comm}: {line}")))
+    };
+    tasks.filter_map(|task| of_task(task.ok()?.path())).sum()
+}
+
+#[test]
+fn a_commit_that_blocks_wakes_neither_the_log_nor_the_applier() {
+    const COMMITS: u64 = 200;
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = builder().open(folder.path().join("store")).expect("opens");
+    let names = store.keyspace("names").expect("made");
+    names.insert("first", "").expect("written");
+    let count = || sleeps("io-wal") + sleeps("mainstay-apply");
+    let before = count();
+    for n in 0..COMMITS {
+        names.insert(n.to_be_bytes(), "value").expect("written");
+    }
+    let blocking = count() - before;
+    let before = count();
+    for n in 0..COMMITS {
+        mainstay_io::block_on(names.insert_async(n.to_be_bytes(), "value")).expect("written");
+    }
+    let other = count() - before;
+    // The store has its own reasons to write a record now and then.
+    assert!(blocking < COMMITS / 4, "{blocking} sleeps of the threads of the log in {COMMITS} commits");
+    assert!(other >= COMMITS, "{other}: what does not block passes through them");
+    store.close().expect("closes");
+}
+
+/// Threads that block and tasks that do not, on one store: what each was told is there, in an order that all agree on.
+#[test]
+fn commits_that_block_and_that_do_not_share_a_log() {
+    const WRITERS: u64 = 6;
+    const COMMITS: u64 = 150;
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("store");
+    let store = builder().open(&path).expect("opens");
+    let names = store.keyspace("names").expect("made");
+    let write = |writer: u64| {
+        let names = names.clone();
+        move || -> Vec<u64> {
+            let commit = |n: u64| {
+                let key = [writer.to_be_bytes(), n.to_be_bytes()].concat();
+                let committed = match writer % 2 {
+                    0 => names.insert(&key, n.to_be_bytes()),
+                    _ => mainstay_io::block_on(names.insert_async(&key, n.to_be_bytes())),
+                };
+                let index = committed.expect("written").index().0;
+                assert!(names.get(&key).expect("readable").is_some(), "an answer means that it can be read");
+                index
+            };
+            (0..COMMITS).map(commit).collect()
+        }
+    };
+    let mut indexes: Vec<u64> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..WRITERS).map(|writer| scope.spawn(write(writer))).collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("a writer does not panic")).collect()
+    });
+    indexes.sort_unstable();
+    indexes.dedup();
+    assert_eq!(indexes.len() as u64, WRITERS * COMMITS, "an index for each");
+    store.close().expect("what is on its way is waited for");
+    drop((names, store));
+    let store = builder().open(&path).expect("opens");
+    let names = store.keyspace("names").expect("there");
+    assert_eq!(keys_of(&names), WRITERS * COMMITS);
+}

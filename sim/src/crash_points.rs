@@ -358,8 +358,11 @@ impl World<'_> {
         for change in changes {
             let (command, log) = (change.command(life.log.group()), life.log.clone());
             let acknowledged = self.acknowledged.clone();
+            // The first of a round finds the log idle, if any does.
+            let here = waiting.is_empty();
             let proposing = async move {
-                let applied = log.propose(command).await.map_err(|e| e.to_string())?;
+                let applied = if here { log.propose_here(command).await } else { log.propose(command).await };
+                let applied = applied.map_err(|e| e.to_string())?;
                 acknowledged.fetch_max(applied.index.0, Ordering::Relaxed);
                 Ok::<_, String>(applied)
             };

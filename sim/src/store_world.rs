@@ -230,8 +230,11 @@ impl World<'_> {
         for change in changes {
             let (command, log) = (change.command(life.log.group()), life.log.clone());
             let (send, answer) = oneshot::channel();
+            // As one who blocks meanwhile, or as one who does not.
+            let here = self.rng.below(2) == 0;
             let task = Box::pin(async move {
-                let _ = send.send(log.propose(command).await);
+                let applied = if here { log.propose_here(command).await } else { log.propose(command).await };
+                let _ = send.send(applied);
             });
             drop(self.executor.spawn(life.group, "client", task));
             waiting.push((change, answer));

@@ -14,6 +14,7 @@ mod record;
 mod recovery;
 mod ring;
 mod shared;
+mod turn;
 mod wal;
 mod writer;
 
@@ -31,4 +32,5 @@ pub use inspect::{BatchInfo, RecordInfo, inspect};
 pub use record::{GroupId, Lsn, RecordKind, RecordPos};
 pub use ring::{IN_FLIGHT_MAX_LIMIT, RING_BYTES_MIN};
 pub use shared::QUEUED_BYTES_MAX;
+pub use turn::{OwnWrite, Turn};
 pub use wal::{Batch, OnDurable, Record, Recovery, Reserve, Wal, WalOptions, WalStats};

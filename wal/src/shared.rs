@@ -31,6 +31,11 @@ pub(crate) struct Pending {
 }
 
 impl Pending {
+    pub(crate) fn new(record: Record, reserve: Reserve, on_durable: OnDurable) -> Self {
+        let payload_bytes = record.payload.iter().map(bytes::Bytes::len).sum();
+        Self { record, payload_bytes, reserve, on_durable }
+    }
+
     pub(crate) fn cost(&self) -> usize {
         self.payload_bytes.saturating_add(QUEUED_OVERHEAD_BYTES)
     }

@@ -8,8 +8,8 @@
 //! # Crash
 //! the table in `cases`
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -22,7 +22,7 @@ use crate::inspect::RecordInfo;
 use crate::recovery::{Expect, Step, cut, walk};
 use crate::ring::{IN_FLIGHT_MAX_LIMIT, Ring};
 use crate::shared::{Pending, Shared};
-use crate::writer::{Writer, WriterSettings};
+use crate::writer::{Writer, WriterSettings, WriterTask};
 use crate::{Error, ErrorKind, GroupId, Lsn, RecordKind, RecordPos, Result};
 
 /// Payloads below this are copied out of what recovery has read, so that keeping one does not keep a whole chunk.
@@ -58,7 +58,7 @@ impl WalOptions {
     }
 }
 
-/// Runs on the log's task once the record and all before it are durable, or when they never will be. Short: it sets a
+/// Runs where the log is written once the record and all before it are durable, or when they never will be. Short: it sets a
 /// value or sends on a channel.
 pub type OnDurable = Box<dyn FnOnce(Result<RecordPos>) + Send>;
 
@@ -152,6 +152,7 @@ pub struct Batch {
 #[derive(Clone)]
 pub struct Wal {
     pub(crate) shared: Arc<Shared>,
+    pub(crate) writer: Arc<Mutex<Writer>>,
     pub(crate) zone: Zone,
     pub(crate) volume: [u8; 16],
     clock: Arc<dyn Clock>,
@@ -246,9 +247,10 @@ impl Wal {
             batch_bytes_max: options.batch_bytes_max.min(ring.batch_bytes_limit() as usize),
         };
         let writer = Writer::new(shared.clone(), environment.clock.clone(), zone.clone(), settings);
-        zone.device().run_resident("mainstay-wal", Box::pin(writer));
-        let clock = environment.clock;
-        Ok((Wal { _closer: Arc::new(Closer(shared.clone())), shared, zone, volume: options.volume, clock }, recovery))
+        let writer = Arc::new(Mutex::new(writer));
+        zone.device().run_resident("mainstay-wal", Box::pin(WriterTask(writer.clone())));
+        let (volume, clock) = (options.volume, environment.clock);
+        Ok((Wal { _closer: Arc::new(Closer(shared.clone())), shared, writer, zone, volume, clock }, recovery))
     }
 
     /// Queues a record; order of calls is order in the log. Never blocks; `on_durable` tells the outcome.
@@ -256,15 +258,14 @@ impl Wal {
     /// The queue has no bound of its own, since a record of a replicated log cannot be refused for being too early:
     /// callers that take work from outside wait for [`Wal::admit`] first.
     ///
-    /// `on_durable` runs on the log's task; on a closed log it runs inside this call.
+    /// `on_durable` runs on the log's task, or on that of a caller who has [`Wal::turn`]; on a closed log it runs inside this call.
     ///
     /// # Errors
     /// Given to `on_durable`: `Invalid` (longer than [`Wal::record_bytes_max`]), `OutOfSpace` (the ring is full for
     /// this reserve; all that waits under the same reserve or a lesser one is refused with it, so that none of them overtakes it),
     /// `Closed`, `Io` (the write that carried it failed: it may or may not be found at the next open).
     pub fn append(&self, record: Record, reserve: Reserve, on_durable: OnDurable) {
-        let payload_bytes = record.payload.iter().map(Bytes::len).sum();
-        self.shared.push(Pending { record, payload_bytes, reserve, on_durable });
+        self.shared.push(Pending::new(record, reserve, on_durable));
     }
 
     /// As [`Wal::append`], and waits for the outcome.

@@ -1,7 +1,8 @@
-//! The one task that writes the log.
+//! The one task that writes the log, and the writer that it runs.
 //!
 //! # Place
-//! runs where completions of the device arrive; owned by the device, told to end by [`crate::Wal::close`]
+//! the task runs where completions of the device arrive; owned by the device, told to end by [`crate::Wal::close`]. Who has the
+//! log to itself runs the writer too: see [`crate::turn`]
 //! # Invariants
 //! 1. One batch is one device write, durable by itself.
 //! 2. A record is acknowledged when its batch and every batch before it are durable (prefix rule), in log order.
@@ -17,12 +18,12 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use mainstay_io::{AlignedBuf, Clock, IoClass, Op, WriteMode, Zone};
+use mainstay_io::{AlignedBuf, AlignedBytes, Clock, IoClass, Op, WriteMode, Zone};
 
 use crate::batch::{HEADER_BYTES, Header, RECORD_HEADER_BYTES, WAL_FORMAT_VERSION, padded, put_record};
 use crate::ring::IN_FLIGHT_SPAN_MAX;
@@ -67,6 +68,23 @@ pub(crate) struct Writer {
     left_bytes: usize,
     tail: Lsn,
     ended: bool,
+    /// Of the task, whoever runs the writer: what the writer waits for wakes the task. None before its first poll.
+    task: Option<Waker>,
+}
+
+/// The task of the device. A lock held for no longer than a poll of it takes: never while the device writes.
+pub(crate) struct WriterTask(pub(crate) Arc<Mutex<Writer>>);
+
+/// A batch that is ready to be written.
+pub(crate) struct Write {
+    pub(crate) place: u64,
+    pub(crate) bytes: AlignedBytes,
+    pub(crate) mode: WriteMode,
+}
+
+/// Callbacks under the lock only set values and send. One that panicked would end the task, or be its caller's.
+pub(crate) fn lock(writer: &Mutex<Writer>) -> MutexGuard<'_, Writer> {
+    writer.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 pub(crate) struct WriterSettings {
@@ -95,6 +113,35 @@ impl Writer {
             left_bytes: 0,
             tail,
             ended: false,
+            task: None,
+        }
+    }
+
+    /// True when the task runs, and nothing is in flight or waits for it.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.task.is_some() && !self.ended && self.in_flight.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Makes a batch of `pending` alone. The writer is idle; the record counts as queued. Nothing if it was answered here. Whoever
+    /// writes the batch completes `write`, and runs the writer.
+    pub(crate) fn begin_alone(&mut self, pending: Pending, write: Op<()>) -> Option<Write> {
+        self.waiting.push_back(pending);
+        let Some(plan) = self.plan() else {
+            let mut queue = self.shared.lock();
+            queue.queued_bytes = queue.queued_bytes.saturating_sub(std::mem::take(&mut self.left_bytes));
+            return None;
+        };
+        let batch = self.build(&plan, write);
+        self.note_oldest();
+        Some(batch)
+    }
+
+    /// Runs the writer in place of the task.
+    pub(crate) fn run_for_task(&mut self) {
+        let Some(task) = self.task.clone() else { return };
+        if self.run(&mut Context::from_waker(&task)).is_ready() {
+            // It has to end, and be dropped.
+            task.wake();
         }
     }
 
@@ -206,6 +253,16 @@ impl Writer {
 
     /// Builds the planned batch and gives it to the device.
     fn submit(&mut self, plan: &Plan) {
+        // Replaced before anybody can poll it: the batch is built under the same lock.
+        let Write { place, bytes, mode } = self.build(plan, Op::ready(Ok(())));
+        let write = self.zone.write(place, vec![bytes], mode, IoClass::Wal);
+        if let Some(batch) = self.in_flight.back_mut() {
+            batch.write = Some(write);
+        }
+    }
+
+    /// Builds the planned batch; it is in flight until `write` is complete.
+    fn build(&mut self, plan: &Plan, write: Op<()>) -> Write {
         let batch_bytes = padded(plan.filled as u64);
         let mut buf = AlignedBuf::zeroed(batch_bytes as usize);
         let mut answers = Vec::with_capacity(plan.count);
@@ -245,9 +302,14 @@ impl Writer {
             answers.drain(..).for_each(|(answer, pos): (crate::OnDurable, _)| answer(Ok(pos)));
         }
         let mode = if mainstay_io::mutant!(CachedLog) { WriteMode::Cached } else { WriteMode::Durable };
-        let write = self.zone.write(place, vec![buf.freeze()], mode, IoClass::Wal);
         let begun = self.clock.now();
         self.in_flight.push_back(InFlight { write: Some(write), begun, end, batch_bytes, payload_bytes, answers });
+        Write { place, bytes: buf.freeze(), mode }
+    }
+
+    fn note_oldest(&self) {
+        let oldest = self.in_flight.iter().find(|batch| batch.write.is_some());
+        self.shared.counts.set_oldest_write(oldest.map(|batch| batch.begun));
     }
 
     /// Polls the writes in flight and moves those that are durable with all before them to `done`.
@@ -296,48 +358,59 @@ impl Writer {
     }
 }
 
-impl Future for Writer {
+impl Future for WriterTask {
     type Output = ();
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let this = &mut *self;
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let mut writer = lock(&self.0);
+        match &mut writer.task {
+            Some(task) => task.clone_from(cx.waker()),
+            none => *none = Some(cx.waker().clone()),
+        }
+        writer.run(cx)
+    }
+}
+
+impl Writer {
+    /// Completes, answers and submits until there is nothing to do. Ready when the log has ended.
+    fn run(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let mut done = Vec::new();
         for _ in 0..ROUNDS_MAX {
-            if let Err(cause) = this.complete(cx, &mut done) {
-                this.answer(&mut done);
-                this.fail(cause);
+            if self.ended {
+                return Poll::Ready(());
+            }
+            if let Err(cause) = self.complete(cx, &mut done) {
+                self.answer(&mut done);
+                self.fail(cause);
                 return Poll::Ready(());
             }
             let mut submitted = false;
-            while this.in_flight.len() < this.in_flight_max {
-                this.take();
-                let Some(plan) = this.plan() else { break };
-                if plan.count == this.waiting.len() && plan.count < this.records_in_flight() {
+            while self.in_flight.len() < self.in_flight_max {
+                self.take();
+                let Some(plan) = self.plan() else { break };
+                if plan.count == self.waiting.len() && plan.count < self.records_in_flight() {
                     break;
                 }
-                this.submit(&plan);
+                self.submit(&plan);
                 submitted = true;
             }
             let answered = !done.is_empty();
-            this.answer(&mut done);
+            self.answer(&mut done);
             if submitted || answered {
-                let oldest = this.in_flight.iter().find(|batch| batch.write.is_some());
-                this.shared.counts.set_oldest_write(oldest.map(|batch| batch.begun));
+                self.note_oldest();
                 continue;
             }
-            if this.finish() {
+            if self.finish() {
                 return Poll::Ready(());
             }
-            if this.sleep(cx) {
+            if self.sleep(cx) {
                 return Poll::Pending;
             }
         }
         cx.waker().wake_by_ref();
         Poll::Pending
     }
-}
 
-impl Writer {
     fn answer(&self, done: &mut Vec<InFlight>) {
         for batch in done.drain(..) {
             for (answer, pos) in batch.answers {
@@ -347,9 +420,9 @@ impl Writer {
     }
 }
 
-impl Drop for Writer {
+impl Drop for WriterTask {
     /// The device dropped the task before its end: whoever waits must hear of it.
     fn drop(&mut self) {
-        self.fail(Error::new(ErrorKind::Closed, "the device ended the task of the log"));
+        lock(&self.0).fail(Error::new(ErrorKind::Closed, "the device ended the task of the log"));
     }
 }

@@ -47,7 +47,13 @@ fn round(seed: u64, power: bool) {
                         }
                         let value = format!("{n:<100}");
                         let body = put(MAIN, &format!("{writer}-{key}"), value.as_bytes());
-                        match mainstay_io::block_on(log.propose(crate::Command { time_ms: 1, body })) {
+                        let command = crate::Command { time_ms: 1, body };
+                        // Half of them write their entries themselves when they can.
+                        let applied = match writer % 2 {
+                            0 => mainstay_io::block_on(log.propose_here(command)),
+                            _ => mainstay_io::block_on(log.propose(command)),
+                        };
+                        match applied {
                             Ok(applied) => {
                                 applied.response.expect("a put is not refused");
                                 done.push((key, n));

@@ -7,6 +7,7 @@ mod format;
 mod holes;
 mod model;
 mod recovery;
+mod turn;
 mod writing;
 
 use std::sync::{Arc, Mutex};

@@ -2,15 +2,32 @@
 
 use proptest::prelude::*;
 
+use super::turn::Finish;
 use super::*;
 
 #[derive(Clone, Debug)]
 enum Step {
-    Append { bytes: usize, reserve: Reserve },
+    Append {
+        bytes: usize,
+        reserve: Reserve,
+    },
+    /// By the caller, if the log is idle.
+    OwnAppend {
+        bytes: usize,
+        reserve: Reserve,
+    },
+    /// The caller of an own write looks whether it is complete.
+    Finish,
     Turn,
-    Complete { which: prop::sample::Index },
-    Release { which: prop::sample::Index },
-    Crash { seed: u64 },
+    Complete {
+        which: prop::sample::Index,
+    },
+    Release {
+        which: prop::sample::Index,
+    },
+    Crash {
+        seed: u64,
+    },
     CloseAndOpen,
 }
 
@@ -19,7 +36,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let reserve = prop_oneof![7 => Just(Reserve::Normal), 1 => Just(Reserve::Relief), 1 => Just(Reserve::Vote),
         1 => Just(Reserve::Install), 2 => Just(Reserve::Critical)];
     let step = prop_oneof![
-        6 => (bytes, reserve).prop_map(|(bytes, reserve)| Step::Append { bytes, reserve }),
+        6 => (bytes.clone(), reserve.clone()).prop_map(|(bytes, reserve)| Step::Append { bytes, reserve }),
+        3 => (bytes, reserve).prop_map(|(bytes, reserve)| Step::OwnAppend { bytes, reserve }),
+        3 => Just(Step::Finish),
         5 => Just(Step::Turn),
         5 => any::<prop::sample::Index>().prop_map(|which| Step::Complete { which }),
         2 => any::<prop::sample::Index>().prop_map(|which| Step::Release { which }),
@@ -60,6 +79,8 @@ struct Run {
     clean_end: Option<Lsn>,
     known: Vec<Known>,
     appended: usize,
+    /// Of the own write on its way.
+    finish: Option<Finish>,
 }
 
 impl Run {
@@ -67,7 +88,7 @@ impl Run {
         // The smallest ring of which a block is for what relieves it.
         let bench = Bench::blank(128 * KIB);
         bench.device.hold(true);
-        Self { bench, epoch: 1, clean_end: None, known: Vec::new(), appended: 0 }
+        Self { bench, epoch: 1, clean_end: None, known: Vec::new(), appended: 0, finish: None }
     }
 
     fn forget_refused(&mut self) {
@@ -77,6 +98,7 @@ impl Run {
     /// Opens what a crash left, and holds what is delivered against what was promised.
     fn reopen(&mut self, image: Vec<u8>) {
         self.forget_refused();
+        self.finish = None;
         self.epoch += 1;
         let start = self.bench.wal.start();
         let options = WalOptions { start, clean_end: self.clean_end, ..options(self.epoch) };
@@ -101,6 +123,25 @@ impl Run {
                 self.appended += 1;
                 let outcome = self.bench.append_as(&payload, *reserve);
                 self.known.push(Known { payload, outcome, pos: None });
+            }
+            Step::OwnAppend { bytes, reserve } => {
+                let Some(turn) = self.bench.wal.turn() else { return };
+                let payload = payload(self.appended, *bytes);
+                self.appended += 1;
+                let outcome = Outcome::default();
+                let write = turn.append(record(&payload), *reserve, outcome.setter());
+                self.known.push(Known { payload, outcome, pos: None });
+                self.forget_refused();
+                if let Some(mut write) = write.map(Finish::of) {
+                    assert!(write.poll().is_pending(), "the device holds it");
+                    self.finish = Some(write);
+                }
+            }
+            Step::Finish => {
+                if self.finish.as_mut().is_some_and(|finish| finish.poll().is_ready()) {
+                    self.finish = None;
+                }
+                self.forget_refused();
             }
             Step::Turn => {
                 self.bench.device.turn();
@@ -129,9 +170,11 @@ impl Run {
             }
             Step::CloseAndOpen => {
                 self.bench.device.hold(false);
+                let mut finish = self.finish.take();
                 while !self.bench.device.held().is_empty() {
                     self.bench.device.complete(0, true);
                 }
+                assert!(finish.as_mut().is_none_or(|finish| finish.poll().is_ready()));
                 self.clean_end = Some(self.bench.device.run(self.bench.wal.close()).expect("closes"));
                 let before = self.known.len();
                 self.reopen(self.bench.device.image());
