@@ -44,6 +44,8 @@ struct State {
     file: Option<Arc<OpenFile>>,
     operations: usize,
     residents: usize,
+    /// Callers that wait for a change: without one nobody is woken, which is a call of the kernel.
+    waiting: usize,
 }
 
 /// The right to use the file of a device. Dropping it gives up the file first and then the place.
@@ -57,7 +59,7 @@ pub(crate) struct Ticket {
 impl Gate {
     pub(crate) fn new(file: Arc<OpenFile>) -> Arc<Self> {
         let poison = file.poison().clone();
-        let state = Mutex::new(State { file: Some(file), operations: 0, residents: 0 });
+        let state = Mutex::new(State { file: Some(file), operations: 0, residents: 0, waiting: 0 });
         Arc::new(Self { state, changed: Condvar::new(), poison })
     }
 
@@ -76,7 +78,9 @@ impl Gate {
         }
         let mut state = self.lock();
         while state.file.is_some() && state.operations >= OPERATIONS_MAX && !is_device_thread() {
+            state.waiting += 1;
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
         }
         let file = state.file.clone().ok_or_else(|| closed(op, offset, length))?;
         state.operations += 1;
@@ -118,7 +122,9 @@ impl Gate {
             if left.is_zero() {
                 break;
             }
+            state.waiting += 1;
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state.waiting -= 1;
         }
         (state.operations, state.residents)
     }
@@ -168,12 +174,48 @@ impl Drop for Ticket {
         } else {
             state.operations -= 1;
         }
+        let is_awaited = state.waiting > 0;
         drop(state);
-        self.gate.changed.notify_all();
+        if is_awaited {
+            self.gate.changed.notify_all();
+        }
     }
 }
 
 /// The answer of a device that was shut down.
 pub(crate) fn closed(op: &'static str, offset: u64, length: u64) -> Error {
     Error::new(ErrorKind::Closed, op, offset, length, "the device was shut down")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::{Extent, Missing};
+
+    #[test]
+    fn who_waits_for_room_or_for_the_end_is_woken() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("file");
+        std::fs::write(&path, [0; 4096]).expect("written");
+        let file = OpenFile::open(&path, Missing::Refuse, Extent::Length, None).expect("opened");
+        let gate = Gate::new(Arc::new(file));
+        let enter = || gate.enter("write", 0, 4096, true).expect("open");
+        let mut tickets: Vec<Ticket> = (0..OPERATIONS_MAX).map(|_| enter()).collect();
+        assert!(gate.try_enter("read", 0, 4096).is_none(), "full");
+        std::thread::scope(|scope| {
+            let late = scope.spawn(enter);
+            while gate.lock().waiting == 0 {
+                std::thread::yield_now();
+            }
+            drop(tickets.pop());
+            tickets.push(late.join().expect("it was let in"));
+            let drained = scope.spawn(|| gate.drain(Duration::from_secs(60)));
+            while gate.lock().waiting == 0 {
+                std::thread::yield_now();
+            }
+            tickets.clear();
+            assert_eq!(drained.join().expect("it was told"), (0, 0));
+        });
+        assert_eq!(gate.lock().waiting, 0);
+    }
 }
