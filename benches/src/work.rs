@@ -5,6 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use rand_distr::{Distribution, Zipf};
 
 use crate::peers::Peer;
 
@@ -117,6 +120,39 @@ pub fn histogram() -> Histogram<u64> {
 fn outcome(latencies: &Histogram<u64>, rate: f64) -> Outcome {
     let us = |quantile| latencies.value_at_quantile(quantile) as f64 / 1e3;
     Outcome { rate, p50_us: us(0.5), p99_us: us(0.99), p999_us: us(0.999) }
+}
+
+/// Draws one of `keys` keys again and again, a few of them often, and whether it is put: ranks out of ten billion by a Zipf law of exponent
+/// 0.99, scattered over the keys (Cooper et al., "Benchmarking Cloud Serving Systems with YCSB", SoCC 2010, section 5.1).
+pub fn hot_keys(seed: u64, keys: u64, puts: f64) -> impl FnMut() -> (u64, bool) {
+    let mut random = SmallRng::seed_from_u64(seed);
+    let ranks = Zipf::new(1e10, 0.99).expect("there are ranks, and the exponent is positive");
+    move || {
+        let rank: f64 = ranks.sample(&mut random);
+        let scattered = (rank as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20;
+        (scattered % keys, random.random_bool(puts))
+    }
+}
+
+/// Runs `measured` while another thread calls `other` with 0, 1, 2, ..., `pause` after `pause`, or as fast as it can if that is slower.
+pub fn beside(pause: Duration, other: impl Fn(u64) + Sync, measured: impl FnOnce() -> Outcome) -> Outcome {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let began = Instant::now();
+            for n in 0.. {
+                if stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                other(n);
+                let due = pause.saturating_mul(u32::try_from(n + 1).expect("a run has an end"));
+                std::thread::sleep(due.saturating_sub(began.elapsed()));
+            }
+        });
+        let outcome = measured();
+        stop.store(true, Ordering::Relaxed);
+        outcome
+    })
 }
 
 /// Loads keys `0..count` in batches of 1,000 and settles them.

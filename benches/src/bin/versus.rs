@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use mainstay_benches::peers::{self, Peer};
-use mainstay_benches::work::{Outcome, drive, full_scan, key, load, median, value};
+use mainstay_benches::work::{Outcome, beside, drive, drive_each, full_scan, hot_keys, key, load, median, value};
 
 /// Runs the same work on Mainstay and on its peers, in turns, and prints the median of the rounds and its ratio to each
 /// peer's.
@@ -41,7 +41,25 @@ struct Options {
     json: bool,
 }
 
-const WORKLOADS: [&str; 8] = ["put-1", "put-64", "load", "get-1", "get-2", "get-absent", "scan-100", "scan-full"];
+const WORKLOADS: [&str; 11] = [
+    "put-1",
+    "put-64",
+    "load",
+    "get-1",
+    "get-2",
+    "get-absent",
+    "scan-100",
+    "scan-full",
+    "get-busy",
+    "ycsb-a",
+    "ycsb-b",
+];
+/// Threads of the mixed workloads.
+const MIXED_THREADS: usize = 4;
+/// What is put beside the gets of `get-busy`, whatever the store could do: pairs of a batch, and the time from one batch to the next.
+const BUSY_BATCH: u64 = 500;
+/// See [`BUSY_BATCH`].
+const BUSY_PAUSE: Duration = Duration::from_millis(25);
 
 fn main() {
     let options = Options::parse();
@@ -72,7 +90,7 @@ fn main() {
 }
 
 fn is_read(workload: &str) -> bool {
-    workload.starts_with("get") || workload.starts_with("scan")
+    ["get", "scan", "ycsb"].iter().any(|kind| workload.starts_with(kind))
 }
 
 fn run(workload: &str, peer: &dyn Peer, options: &Options) -> Outcome {
@@ -98,8 +116,33 @@ fn run(workload: &str, peer: &dyn Peer, options: &Options) -> Outcome {
             peer.scan(&key(mix(n)), 100);
         }),
         "scan-full" => full_scan(peer, options.keys),
+        "get-busy" => {
+            let batch = |n: u64| {
+                let keys = (n * BUSY_BATCH..(n + 1) * BUSY_BATCH).map(|n| n | 1 << 61);
+                let pairs: Vec<_> = keys.map(|n| (key(n).to_vec(), value(n, options.value_bytes))).collect();
+                peer.load(&pairs);
+            };
+            beside(BUSY_PAUSE, batch, || hot(1, &get))
+        }
+        "ycsb-a" => mixed(0.5, options, time, peer),
+        "ycsb-b" => mixed(0.05, options, time, peer),
         other => unreachable!("{other} is not in the list"),
     }
+}
+
+/// Gets and durable puts of loaded keys, by the law of YCSB's core workloads.
+fn mixed(puts: f64, options: &Options, time: Duration, peer: &dyn Peer) -> Outcome {
+    let writer = |thread: usize| {
+        let mut keys = hot_keys(thread as u64, options.keys, puts);
+        move || {
+            let (n, is_put) = keys();
+            match is_put {
+                true => peer.put_durable(&key(n), &value(n.wrapping_add(1), options.value_bytes)),
+                false => assert_eq!(peer.get(&key(n)), Some(options.value_bytes), "a loaded key is there"),
+            }
+        }
+    };
+    drive_each(MIXED_THREADS, time, writer)
 }
 
 fn mix(n: u64) -> u64 {
