@@ -158,14 +158,14 @@ pub use error::{Error, ErrorKind, Result};
 pub use keyspace::Keyspace;
 pub use mainstay_engine::{
     Apply, BranchInfo, CLIENTS_KEYSPACE, Change, ChangeKind, CheckpointInfo, ClientToken, EVENTS_MAX, EngineStats,
-    EngineStatus, Error as ApplyError, Event, EventKind, Events, GroupStatus, KeyRange, KeyspaceId, LogIndex,
-    MergeOperator, MergeRefused, OperandCombiner, OperatorId, StallCause, StallStats, StateMachine, TableCompression,
-    Value, WriteOp,
+    EngineStatus, Error as ApplyError, Event, EventKind, Events, GroupStatus, KEY_BYTES_MAX, KeyRange, KeyspaceId,
+    LogIndex, MergeOperator, MergeRefused, OperandCombiner, OperatorId, StallCause, StallStats, StateMachine,
+    TableCompression, VALUE_BYTES_MAX, Value, WriteOp,
 };
 pub use mainstay_io::{BackendChoice, BoxFuture, Target};
 pub use mainstay_replication::{
-    CommitToken, Durability, MemberInfo, MemberRole, NodeId, NodeStatus, PeerAddress, RangeInfo, ReadLevel, SiteLag,
-    SiteLagBound, Transport,
+    CommitToken, Durability, GROUP_NAME_BYTES_MAX, MemberInfo, MemberRole, NodeId, NodeStatus, PLACED_NAME_BYTES_MAX,
+    PeerAddress, RangeInfo, ReadLevel, SiteLag, SiteLagBound, Transport,
 };
 pub use node::{Node, NodeOptions};
 pub use options::{MEMORY_BYTES_DEFAULT, StoreBuilder, WAL_BYTES_DEFAULT, target_of};

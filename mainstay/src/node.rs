@@ -250,6 +250,23 @@ impl Node {
         self.bind(|inner| async move { Ok(Placed::new(log, inner.node.placed(&name).await?)) })
     }
 
+    /// The placed keyspace of that name, if it was made. Cancel safe.
+    ///
+    /// # Errors
+    /// `NotFound`: nobody made it. `Invalid`: a name of 0 or more than 200 bytes. `Unavailable`: no leader answers.
+    pub fn open_placed(&self, name: &str) -> BoxFuture<Result<Placed>> {
+        let (name, log) = (name.to_owned(), self.log());
+        self.bind(|inner| async move { Ok(Placed::new(log, inner.node.open_placed(&name).await?)) })
+    }
+
+    /// Names of the placed keyspaces that were made, in order. Cancel safe.
+    ///
+    /// # Errors
+    /// `Unavailable`: no leader answers.
+    pub fn placed_names(&self) -> BoxFuture<Result<Vec<String>>> {
+        self.bind(|inner| async move { inner.node.placed_names().await })
+    }
+
     /// The replica underneath, for a server: commands, barriers, forwarding.
     pub fn replica(&self) -> &Arc<replication::Node> {
         &self.inner.node

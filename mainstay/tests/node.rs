@@ -225,8 +225,14 @@ fn a_placed_keyspace_is_one_map_wherever_its_ranges_are() {
     let node = Node::start_blocking(options("one", folder.path())).expect("starts");
     node.block_on(node.init(["one"])).expect("a cluster");
     drop(node.block_on(node.create_group("east")).expect("made"));
+    let absent = node.block_on(node.open_placed("cities")).err().expect("nobody made it");
+    assert_eq!(absent.kind(), ErrorKind::NotFound);
+    assert!(node.block_on(node.placed_names()).expect("known").is_empty());
     let cities = node.block_on(node.placed("cities")).expect("made");
     assert_eq!(cities.name(), "cities");
+    drop(node.block_on(node.placed("areas")).expect("made"));
+    assert_eq!(node.block_on(node.open_placed("cities")).expect("there").name(), "cities");
+    assert_eq!(node.block_on(node.placed_names()).expect("known"), ["areas", "cities"]);
     for name in ["athens", "berlin", "cairo", "delhi"] {
         cities.insert(name, name.to_uppercase()).expect("written");
     }
@@ -244,6 +250,10 @@ fn a_placed_keyspace_is_one_map_wherever_its_ranges_are() {
     let refused = cities.commit(batch).expect_err("of two");
     assert_eq!(refused.kind(), ErrorKind::Invalid);
     assert!(refused.to_string().contains("key=bergen"), "{refused}");
+    let mut long = PlacedBatch::new();
+    long.insert("b".repeat(60_000), "").insert("d".repeat(60_000), "");
+    let refused = cities.commit(long).expect_err("of two").to_string();
+    assert!(refused.len() < 1024 && refused.contains("group=east"), "{refused}");
     let local = cities.with_durability(Durability::Local).insert("x", "y").expect_err("decided at apply");
     assert_eq!(local.kind(), ErrorKind::Unsupported);
 

@@ -306,6 +306,11 @@ impl<R: Runtime> Inner<R> {
         self.born().into_keys().collect()
     }
 
+    /// The same with the number of each.
+    pub(crate) fn group_numbers(&self) -> BTreeMap<String, GroupId> {
+        self.born().into_iter().map(|(name, birth)| (name, birth.number)).collect()
+    }
+
     /// The replicas here of those.
     pub(crate) fn groups_by_name(&self) -> BTreeMap<String, Arc<Self>> {
         let open = self.groups();

@@ -909,6 +909,11 @@ impl<R: Runtime> Node<R> {
         self.inner.group_names()
     }
 
+    /// Those with the number that each has in the log, whether they are open here or not.
+    pub fn group_numbers(&self) -> BTreeMap<String, GroupId> {
+        self.inner.group_numbers()
+    }
+
     /// The groups beside the first that are open here, by name: for what they say of themselves.
     pub fn groups(&self) -> BTreeMap<String, Self> {
         let handle = |inner| Self { inner, _handle: self._handle.clone() };

@@ -33,7 +33,7 @@ use crate::{Durability, Error, ErrorKind, Node, ReadLevel, Result, Runtime, Toki
 mod mover;
 mod row;
 
-use row::{Layout, Row, State, birth_key, row_key};
+use row::{Layout, Row, State, birth_key, births, name_of_birth, row_key};
 
 /// The keyspace of each group that holds the rows.
 const RANGES_KEYSPACE: &str = "mainstay.ranges";
@@ -43,6 +43,8 @@ const PLACED_KEYSPACE_PREFIX: &str = "mainstay.placed.";
 pub const PLACED_NAME_BYTES_MAX: usize = 200;
 /// How the first group is called among the others.
 const FIRST: &str = "";
+/// Bytes of a key that a message shows.
+const SHOWN_BYTES_MAX: usize = 128;
 /// What waits so long for one attempt at a move takes the move on itself.
 const HELP_AFTER: Duration = Duration::from_secs(4);
 
@@ -158,15 +160,48 @@ impl<R: Runtime> Node<R> {
     /// # Cancel safety
     /// Not cancel safe, but the same call again finishes it.
     pub async fn placed(&self, name: &str) -> Result<Placed<R>> {
+        let placed = self.handle_of(name)?;
+        placed.be_born().boxed().await?;
+        Ok(placed)
+    }
+
+    /// The placed keyspace of that name, if it was made.
+    ///
+    /// # Errors
+    /// `NotFound`: nobody made it. `Invalid`, `Unsupported`: as [`Node::placed`]. Else as [`Node::read_barrier`]. Cancel safe.
+    pub async fn open_placed(&self, name: &str) -> Result<Placed<R>> {
+        let placed = self.handle_of(name)?;
+        match placed.is_born().boxed().await? {
+            true => Ok(placed),
+            false => Err(Error::new(ErrorKind::NotFound, format!("no such placed keyspace name={name}"))),
+        }
+    }
+
+    /// Names of the placed keyspaces that were made, in order.
+    ///
+    /// # Errors
+    /// `Unsupported`: this is the handle of another group than the first. Else as [`Node::read_barrier`]. Cancel safe.
+    pub async fn placed_names(&self) -> Result<Vec<String>> {
+        self.inner.check_first()?;
+        let snapshot = snapshot_of(&self.inner, ReadLevel::Linearizable).boxed().await?;
+        let mut names = Vec::new();
+        let Some(rows) = snapshot.keyspace(RANGES_KEYSPACE) else { return Ok(names) };
+        let (lower, upper) = births();
+        let mut scan = snapshot.range(rows, Bound::Excluded(lower), Bound::Excluded(upper));
+        while let Some((key, _)) = scan.next().await? {
+            names.push(name_of_birth(&key)?);
+        }
+        Ok(names)
+    }
+
+    fn handle_of(&self, name: &str) -> Result<Placed<R>> {
         self.inner.check_first()?;
         if name.is_empty() || name.len() > PLACED_NAME_BYTES_MAX {
             let message = format!("the name of a placed keyspace has 1 to {PLACED_NAME_BYTES_MAX} bytes name={name}");
             return Err(Error::new(ErrorKind::Invalid, message));
         }
         let shared = Arc::new(Shared { name: name.to_owned(), view: Mutex::new(None) });
-        let placed = Placed { node: self.clone(), shared };
-        placed.be_born().boxed().await?;
-        Ok(placed)
+        Ok(Placed { node: self.clone(), shared })
     }
 }
 
@@ -178,13 +213,12 @@ impl<R: Runtime> Placed<R> {
 
     /// The first range is written once in the life of a cluster, whoever asks for it and however often.
     async fn be_born(&self) -> Result<()> {
+        if self.is_born().await? {
+            return Ok(());
+        }
         let first = &self.node.inner;
         let rows = self.keyspace_of(first, RANGES_KEYSPACE).await?;
         let birth = birth_key(&self.shared.name);
-        let snapshot = snapshot_of(first, ReadLevel::Linearizable).await?;
-        if snapshot.get(rows, &birth).await?.is_some() {
-            return Ok(());
-        }
         let row = Row::held(Bytes::new(), None);
         let key = row_key(&self.shared.name, &row.first);
         let ops = vec![put(rows, birth.clone(), Bytes::new()), put(rows, key, row.encode())];
@@ -192,6 +226,13 @@ impl<R: Runtime> Placed<R> {
             Err(error) if error.kind() == ErrorKind::Conflict => Ok(()),
             other => other.map(drop),
         }
+    }
+
+    /// As of all that was acknowledged before the call.
+    async fn is_born(&self) -> Result<bool> {
+        let snapshot = snapshot_of(&self.node.inner, ReadLevel::Linearizable).await?;
+        let Some(rows) = snapshot.keyspace(RANGES_KEYSPACE) else { return Ok(false) };
+        Ok(snapshot.get(rows, &birth_key(&self.shared.name)).await?.is_some())
     }
 
     /// The keyspace of that name in a group, made if it is absent there.
@@ -444,7 +485,7 @@ impl<R: Runtime> PlacedScan<R> {
         while !is_over(&self.lower, &self.upper) {
             let mut part = match self.front.take() {
                 Some(part) => part,
-                None => self.open(&first_key(&self.lower)).await?,
+                None => self.open(&first_key(&self.lower)).boxed().await?,
             };
             let found = part.next().await?;
             if let Some((key, value)) = found {
@@ -470,7 +511,7 @@ impl<R: Runtime> PlacedScan<R> {
         while !is_over(&self.lower, &self.upper) {
             let mut part = match self.back.take() {
                 Some(part) => part,
-                None => self.open_last().await?,
+                None => self.open_last().boxed().await?,
             };
             let found = part.next_back().await?;
             if let Some((key, value)) = found {
@@ -623,12 +664,19 @@ fn two_groups(one: (&str, &Bytes), other: (&str, &Bytes)) -> Error {
     let name = |group: &str| if group == FIRST { "the first".to_owned() } else { group.to_owned() };
     let message = format!(
         "a batch is of one group: key={} is held by group={} and key={} by group={}: write them one after the other",
-        one.1.escape_ascii(),
+        shown(one.1),
         name(one.0),
-        other.1.escape_ascii(),
+        shown(other.1),
         name(other.0)
     );
     Error::new(ErrorKind::Invalid, message)
+}
+
+/// A key for people, cut where it is long: a message may have to fit into the header of an answer.
+fn shown(key: &Bytes) -> String {
+    let (head, rest) = key.split_at(key.len().min(SHOWN_BYTES_MAX));
+    let more = if rest.is_empty() { "" } else { "..." };
+    format!("{}{more}", head.escape_ascii())
 }
 
 /// A key that is in the range where the low end of a scan is.

@@ -24,6 +24,8 @@ const LEFT: u8 = 3;
 const ARRIVING: u8 = 4;
 /// What the key of a birth begins with, where that of a row has the length of a name.
 const BIRTH: u8 = 0;
+/// Behind all births: the length of the shortest name.
+const BIRTH_END: u8 = 1;
 /// What the key of a shape begins with; no name is that long.
 const SHAPE: u8 = u8::MAX;
 
@@ -61,6 +63,18 @@ pub(crate) fn row_key(name: &str, first: &[u8]) -> Bytes {
 /// Where it is written that a keyspace was placed, so that it is born once.
 pub(crate) fn birth_key(name: &str) -> Bytes {
     [&[BIRTH], name.as_bytes()].concat().into()
+}
+
+/// What all births lie between.
+pub(crate) fn births() -> (Bytes, Bytes) {
+    (Bytes::from_static(&[BIRTH]), Bytes::from_static(&[BIRTH_END]))
+}
+
+/// The name of the keyspace whose birth is written at a key.
+pub(crate) fn name_of_birth(key: &Bytes) -> Result<String> {
+    let name = key.strip_prefix(&[BIRTH]).and_then(|name| std::str::from_utf8(name).ok());
+    let name = name.ok_or_else(|| Error::new(ErrorKind::Corrupt, "a placed keyspace has no name in its birth"))?;
+    Ok(name.to_owned())
 }
 
 /// Where a group keeps a number that is drawn anew whenever there are other rows of a keyspace than before.
@@ -201,6 +215,14 @@ mod tests {
     fn rows_of_a_name_are_apart_from_those_of_another_and_of_births() {
         assert_ne!(row_key("a", b"bc"), row_key("ab", b"c"));
         assert_ne!(row_key("a", b""), birth_key("a"));
+        let (lower, upper) = births();
+        for (key, is_birth) in [(birth_key("\u{10ffff}"), true), (row_key("a", b""), false), (shape_key("a"), false)] {
+            assert_eq!(lower < key && key < upper, is_birth, "{key:?}");
+        }
+        assert_eq!(name_of_birth(&birth_key("a.b")).expect("ours"), "a.b");
+        for foreign in [row_key("a", b""), Bytes::from_static(&[BIRTH, 0xff]), Bytes::new()] {
+            assert_eq!(name_of_birth(&foreign).map_err(|e| e.kind()), Err(ErrorKind::Corrupt));
+        }
         assert!(super::super::PLACED_NAME_BYTES_MAX < usize::from(SHAPE), "no row has the key of a shape");
     }
 
