@@ -13,7 +13,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::settings::{Backend, ServeArgs, check_site};
 use crate::units::{ByteSize, Span};
-use crate::{bench, client, disk_check, offline, prestop, recover, serve, settings};
+use crate::{bench, client, disk_check, etcd, offline, placed, prestop, recover, serve, settings};
 
 /// Runs and operates replicas of an ordered key-value store that speaks the etcd v3 API.
 ///
@@ -53,6 +53,17 @@ pub enum Command {
     /// Make, show or drop writable stores that began as a checkpoint
     #[command(subcommand)]
     Clone(CloneCommand),
+    /// Make or show groups: logs with leaders of their own beside the first one, for ranges of placed keyspaces
+    #[command(subcommand)]
+    Group(GroupCommand),
+    /// Show, split, join or move the ranges of a placed keyspace
+    #[command(subcommand)]
+    Range(RangeCommand),
+    /// Make, show, read or write placed keyspaces, whose ranges of keys lie in different groups
+    ///
+    /// They have nothing in common with the keys of the etcd API.
+    #[command(subcommand)]
+    Placed(PlacedCommand),
     /// Give the space of what was removed and superseded back now, and wait for that
     ///
     /// Tables are written again on every member; reads and writes go on. Without it the same happens by and by. It waits as long as it
@@ -309,6 +320,213 @@ pub enum CloneCommand {
         #[command(flatten)]
         endpoints: EndpointsArgs,
     },
+}
+
+/// `mainstay group`.
+#[derive(Subcommand, Debug)]
+pub enum GroupCommand {
+    /// Give birth to a group over the voters of now, or find the one of that name
+    ///
+    /// It is a log with a leader of its own on the same volumes. There are 128 at most, and they are not dropped.
+    Create {
+        /// Its name, 1 to 64 bytes
+        name: String,
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+    /// Show all groups as the member that is asked has them; the first one has no name
+    List {
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+}
+
+/// How keys and values are written on the command line.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct BytesArgs {
+    /// Keys and values are given and shown in hexadecimal; without it given as they are, and shown with escapes such as \xff
+    #[arg(long)]
+    pub hex: bool,
+}
+
+/// `mainstay range`.
+#[derive(Subcommand, Debug)]
+pub enum RangeCommand {
+    /// Show the ranges of a keyspace and who holds them, as the member that is asked has applied it
+    List {
+        /// The placed keyspace
+        keyspace: String,
+        /// How.
+        #[command(flatten)]
+        bytes: BytesArgs,
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+    /// Make the keys from KEY on a range of their own; nothing if one begins there
+    ///
+    /// It stays in the group that it is in, and nothing is copied.
+    Split {
+        /// The placed keyspace
+        keyspace: String,
+        /// Where the new range begins, 1 to 4096 bytes
+        key: String,
+        /// How.
+        #[command(flatten)]
+        bytes: BytesArgs,
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+    /// Make the range that begins at KEY one with the range before it, which is in the same group; nothing if none begins there
+    Join {
+        /// The placed keyspace
+        keyspace: String,
+        /// Where the range begins
+        key: String,
+        /// How.
+        #[command(flatten)]
+        bytes: BytesArgs,
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+    /// Move the range that KEY is in to another group, and wait until all of it is there
+    ///
+    /// It is copied in pieces of about 4 MiB. Reads and writes go on; those of the piece on its way wait. The command waits as long as it
+    /// takes, for a day or --timeout. When it is cut off the move goes on, and the same command again waits for it.
+    Move {
+        /// The placed keyspace
+        keyspace: String,
+        /// A key of the range; '' for the first one
+        key: String,
+        /// The group; '' for the first one
+        #[arg(long, value_name = "GROUP")]
+        to: String,
+        /// How.
+        #[command(flatten)]
+        bytes: BytesArgs,
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+}
+
+/// `mainstay placed`.
+#[derive(Subcommand, Debug)]
+pub enum PlacedCommand {
+    /// Make a keyspace, one range of the first group, or find it; it is not dropped
+    Create {
+        /// Its name, 1 to 200 bytes
+        keyspace: String,
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+    /// Show all placed keyspaces
+    List {
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+    /// Set a key
+    Put {
+        /// The placed keyspace
+        keyspace: String,
+        /// The key
+        key: String,
+        /// The value
+        value: String,
+        /// When to answer: quorum, all, site:NAME
+        #[arg(long, value_name = "LEVEL", default_value = "quorum", value_parser = durability)]
+        durability: String,
+        /// How.
+        #[command(flatten)]
+        bytes: BytesArgs,
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+    /// Show the value of a key; exit status 1 if it is absent
+    Get {
+        /// The placed keyspace
+        keyspace: String,
+        /// The key
+        key: String,
+        /// What the read promises: linearizable, lease, stale:MILLISECONDS, local
+        #[arg(long, value_name = "LEVEL", default_value = "linearizable", value_parser = read_level)]
+        read_level: String,
+        /// How.
+        #[command(flatten)]
+        bytes: BytesArgs,
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+    /// Remove a key; nothing if it is absent
+    Delete {
+        /// The placed keyspace
+        keyspace: String,
+        /// The key
+        key: String,
+        /// When to answer: quorum, all, site:NAME
+        #[arg(long, value_name = "LEVEL", default_value = "quorum", value_parser = durability)]
+        durability: String,
+        /// How.
+        #[command(flatten)]
+        bytes: BytesArgs,
+        /// Where.
+        #[command(flatten)]
+        endpoints: EndpointsArgs,
+    },
+    /// Show the pairs of a range in order of keys
+    ///
+    /// Each range of the keyspace is read from a view of its own: over several of them it is no snapshot.
+    Scan(ScanArgs),
+}
+
+/// `mainstay placed scan`.
+#[derive(Args, Debug)]
+pub struct ScanArgs {
+    /// The placed keyspace
+    pub keyspace: String,
+    /// The first key
+    #[arg(long, value_name = "KEY", default_value = "", hide_default_value = true)]
+    pub from: String,
+    /// Before this key
+    #[arg(long, value_name = "KEY", default_value = "", hide_default_value = true)]
+    pub to: String,
+    /// Pairs to show at most; what follows is named
+    #[arg(long, value_name = "COUNT", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub limit: u32,
+    /// From the last key to the first
+    #[arg(long)]
+    pub reverse: bool,
+    /// What the reads promise: linearizable, lease, stale:MILLISECONDS, local
+    #[arg(long, value_name = "LEVEL", default_value = "linearizable", value_parser = read_level)]
+    pub read_level: String,
+    /// How.
+    #[command(flatten)]
+    pub bytes: BytesArgs,
+    /// Where.
+    #[command(flatten)]
+    pub endpoints: EndpointsArgs,
+}
+
+fn durability(text: &str) -> Result<String, String> {
+    match etcd::parse_durability(text) {
+        Some(_) => Ok(text.to_owned()),
+        None => Err("quorum, all or site:NAME".into()),
+    }
+}
+
+fn read_level(text: &str) -> Result<String, String> {
+    match etcd::parse_read_level(text) {
+        Some(_) => Ok(text.to_owned()),
+        None => Err("linearizable, lease, stale:MILLISECONDS or local".into()),
+    }
 }
 
 /// `mainstay compact`.
@@ -602,6 +820,9 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Prestop(args) => block_on(prestop::run(args)),
         Command::Checkpoint(command) => block_on(client::checkpoint(command)),
         Command::Clone(command) => block_on(client::clone(command)),
+        Command::Group(command) => block_on(client::group(command)),
+        Command::Range(command) => block_on(placed::range(command)),
+        Command::Placed(command) => block_on(placed::placed(command)),
         Command::Compact(args) => block_on(client::compact(args)),
         Command::Bench(args) => bench::run(*args),
     }

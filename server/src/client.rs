@@ -7,8 +7,8 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request};
 
 use crate::cli::{
-    AdminArgs, CheckpointCommand, CloneCommand, CompactArgs, EndpointsArgs, Failure, InitArgs, MemberCommand,
-    StatusArgs, TransferArgs, print,
+    AdminArgs, CheckpointCommand, CloneCommand, CompactArgs, EndpointsArgs, Failure, GroupCommand, InitArgs,
+    MemberCommand, StatusArgs, TransferArgs, print,
 };
 use crate::proto::mainstay::v1 as pb;
 use crate::status::{Health, Status, hex};
@@ -18,8 +18,8 @@ use pb::store_client::StoreClient;
 /// Wait between two tries of `init`.
 const INIT_RETRY: Duration = Duration::from_millis(250);
 
-/// How long `compact` waits at least: the answer comes when all is written.
-const COMPACT_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+/// How long what takes as long as there is data waits at least: the answer comes when all is written.
+pub(crate) const WORK_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
 /// Opens a connection to one `HOST:PORT`.
 ///
@@ -75,7 +75,8 @@ pub(crate) fn refused(status: tonic::Status) -> Failure {
         Code::Unavailable => " (try again: it was not done)",
         Code::Unknown => " (it may have been done: look before trying again)",
         Code::DeadlineExceeded | Code::Cancelled => " (no answer in time: look before trying again)",
-        Code::Unimplemented => " (is this the right port?)",
+        // A server that knows the call and what it does not offer says why.
+        Code::Unimplemented if status.message().is_empty() => "the server does not know this (is it the right port?)",
         _ => "",
     };
     Failure::other(format!("{}{hint}", status.message()))
@@ -346,6 +347,61 @@ pub(crate) async fn clone(command: CloneCommand) -> Result<(), Failure> {
 }
 
 #[derive(Serialize)]
+struct GroupRow {
+    number: u64,
+    name: String,
+    role: String,
+    term: u64,
+    leader: Option<u64>,
+    leader_name: Option<String>,
+    last_log: u64,
+    committed: u64,
+    applied: u64,
+}
+
+impl From<pb::Group> for GroupRow {
+    fn from(group: pb::Group) -> Self {
+        Self {
+            number: group.number,
+            name: group.name,
+            role: group.role,
+            term: group.term,
+            leader: Some(group.leader).filter(|leader| *leader != 0),
+            leader_name: Some(group.leader_name).filter(|name| !name.is_empty()),
+            last_log: group.last_log,
+            committed: group.committed,
+            applied: group.applied,
+        }
+    }
+}
+
+impl GroupRow {
+    fn text(&self) -> String {
+        let Self { number, name, role, term, leader_name, applied, .. } = self;
+        let name = if name.is_empty() { "(the first)" } else { name };
+        let leader = leader_name.as_deref().unwrap_or("none");
+        format!("{number:<6} {name:<24} {role:<8} leader={leader} term={term} applied={applied}\n")
+    }
+}
+
+pub(crate) async fn group(command: GroupCommand) -> Result<(), Failure> {
+    match command {
+        GroupCommand::Create { name, endpoints } => {
+            let mut client = store_client(&endpoints).await?;
+            let answer = client.create_group(pb::CreateGroupRequest { name }).await.map_err(refused)?.into_inner();
+            let row = GroupRow::from(answer.group.unwrap_or_default());
+            print(endpoints.json, &row, || row.text())
+        }
+        GroupCommand::List { endpoints } => {
+            let mut client = store_client(&endpoints).await?;
+            let answer = client.list_groups(pb::ListGroupsRequest {}).await.map_err(refused)?.into_inner();
+            let rows: Vec<GroupRow> = answer.groups.into_iter().map(GroupRow::from).collect();
+            print(endpoints.json, &rows, || rows.iter().map(GroupRow::text).collect())
+        }
+    }
+}
+
+#[derive(Serialize)]
 struct Compacted {
     keyspace: Option<String>,
     before_bytes: u64,
@@ -354,7 +410,7 @@ struct Compacted {
 
 pub(crate) async fn compact(args: CompactArgs) -> Result<(), Failure> {
     let CompactArgs { keyspace, clone, endpoints } = args;
-    let channel = connect_any(&endpoints.endpoints, endpoints.timeout.0.max(COMPACT_TIMEOUT)).await?;
+    let channel = connect_any(&endpoints.endpoints, endpoints.timeout.0.max(WORK_TIMEOUT)).await?;
     let request =
         pb::CompactRequest { keyspace: keyspace.clone().unwrap_or_default(), clone: clone.unwrap_or_default() };
     let answer = StoreClient::new(channel).compact(request).await.map_err(refused)?.into_inner();

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use mainstay::Node;
 
-use crate::status::{Sources, Status};
+use crate::status::{GroupSource, Sources, Status};
 
 /// Longest time without a turn of the event loop that counts as alive.
 const TURN_AGE_MAX: Duration = Duration::from_secs(30);
@@ -73,6 +73,7 @@ impl Context {
             engine: node.engine().status(),
             wal: node.engine().wal().stats(),
             node: node.status(),
+            groups: groups(node),
             checkpoints: store.checkpoints().into_iter().map(|checkpoint| checkpoint.name).collect(),
             clones: store.clones().into_iter().map(|clone| clone.name).collect(),
         }))
@@ -83,6 +84,43 @@ impl Context {
         let status = self.status().ok_or_else(|| tonic::Status::unavailable("the volume recovers"))?;
         let document = serde_json::to_string(&status).map_err(|e| tonic::Status::internal(e.to_string()))?;
         Ok(crate::proto::mainstay::v1::StatusResponse { document })
+    }
+}
+
+/// What the groups beside the first say of themselves, in the order of their numbers.
+pub(crate) fn groups(node: &Node) -> Vec<GroupSource> {
+    let replica = node.replica();
+    let mut open = replica.groups();
+    let numbered = replica.group_numbers().into_iter();
+    let mut groups: Vec<GroupSource> = numbered
+        .map(|(name, number)| GroupSource {
+            number: number.0,
+            node: open.remove(&name).map(|node| node.status()),
+            name,
+        })
+        .collect();
+    groups.sort_by_key(|group| group.number);
+    groups
+}
+
+/// Refuses a name that can be nobody's. The message does not hold it: a stranger may send megabytes.
+pub(crate) fn check_name(whose: &str, name: &str, bytes_max: usize) -> Result<(), tonic::Status> {
+    match name.len() {
+        0 => Err(tonic::Status::invalid_argument(format!("the name of {whose} is empty"))),
+        bytes if bytes > bytes_max => {
+            let message = format!("the name of {whose} has at most {bytes_max} bytes bytes={bytes}");
+            Err(tonic::Status::invalid_argument(message))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// As [`check_name`], and refuses what would break the lines of a list.
+pub(crate) fn check_new_name(whose: &str, name: &str, bytes_max: usize) -> Result<(), tonic::Status> {
+    check_name(whose, name, bytes_max)?;
+    match name.contains(char::is_control) {
+        true => Err(tonic::Status::invalid_argument(format!("the name of {whose} has no control characters"))),
+        false => Ok(()),
     }
 }
 
@@ -103,4 +141,24 @@ pub(crate) fn grpc_status(error: mainstay::Error) -> tonic::Status {
         _ => Code::Internal,
     };
     tonic::Status::new(code, error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_bounded_and_break_no_line() {
+        let check = |name: &str, is_name: bool, is_new: bool| {
+            assert_eq!(check_name("a group", name, 4).is_ok(), is_name, "{name:?}");
+            assert_eq!(check_new_name("a group", name, 4).is_ok(), is_new, "{name:?}");
+        };
+        check("", false, false);
+        check("a b.", true, true);
+        check("a\nb", true, false);
+        check("abcde", false, false);
+        check("éé", true, true);
+        let long = check_name("a group", &"x".repeat(1 << 20), 4).expect_err("too long");
+        assert!(long.message().len() < 100, "it does not come back");
+    }
 }

@@ -28,6 +28,7 @@ mod logs;
 mod memory;
 mod metrics;
 mod offline;
+mod placed;
 mod prestop;
 mod recover;
 mod serve;

@@ -60,7 +60,7 @@ pub(crate) struct Quota {
 }
 
 impl Quota {
-    fn new(what: &'static str, setting: &'static str, limit: u64) -> Arc<Self> {
+    pub(crate) fn new(what: &'static str, setting: &'static str, limit: u64) -> Arc<Self> {
         Arc::new(Self { what, setting, limit, in_use: AtomicU64::new(0), refused: AtomicU64::new(0) })
     }
 
@@ -81,6 +81,12 @@ impl Quota {
         let admits = self.in_use() < self.limit;
         self.refused.fetch_add(u64::from(!admits), Ordering::Relaxed);
         admits
+    }
+
+    /// As [`Quota::admits`], with what to say when it does not.
+    pub(crate) fn admit_more(&self) -> Result<(), OverLimit> {
+        let Self { what, setting, limit, .. } = *self;
+        if self.admits() { Ok(()) } else { Err(OverLimit { what, setting, limit }) }
     }
 
     pub(crate) fn is_reached(&self) -> bool {

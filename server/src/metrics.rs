@@ -222,6 +222,10 @@ const ROWS: &[Row] = &[
         |s| s.raft.priority_hand_overs,
     ),
     ("raft_fetched_bytes", "Bytes of tables fetched from other members", Kind::Counter, |s| s.raft.fetched_bytes),
+    ("raft_groups", "Groups beside the first", Kind::Gauge, |s| s.raft.groups.len() as u64),
+    ("raft_groups_without_leader", "Groups beside the first of which no leader is known", Kind::Gauge, |s| {
+        s.raft.groups.iter().filter(|group| group.leader.is_none()).count() as u64
+    }),
     ("engine_flushed_index", "Entries up to here are in tables", Kind::Gauge, |s| s.engine.flushed),
     ("engine_frozen_generations", "Memtables that wait for their flush", Kind::Gauge, |s| s.engine.frozen_generations),
     ("engine_tables", "Tables", Kind::Gauge, |s| s.engine.tables),

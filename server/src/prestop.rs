@@ -159,6 +159,7 @@ mod tests {
             engine,
             wal,
             node,
+            groups: vec![],
             checkpoints: vec![],
             clones: vec![],
         })

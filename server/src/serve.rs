@@ -29,6 +29,7 @@ use crate::etcd::{Etcd, EtcdSettings, KvServer, Model, NodeBackend};
 use crate::front::Front;
 use crate::limits::{self, Limits};
 use crate::metrics::Metrics;
+use crate::placed::{self, Moves};
 use crate::settings::{BadVolume, ServeSettings};
 use crate::{admin, aside, connections, logs, memory, metrics, service};
 
@@ -141,7 +142,8 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
         let (stop_clients, stopped_clients) = watch::channel(false);
         let bounded = EtcdSettings { data: Some(limits.data.clone()), ..EtcdSettings::default() };
         let etcd = Etcd::start(NodeBackend::new(node.clone(), model.clone()), model.clone(), bounded);
-        let front = front(&context, &metrics, &etcd);
+        let moves = Moves::default();
+        let front = front(&context, &metrics, &etcd, &limits, &moves);
         let listener = client.take()?;
         let clients = tokio::spawn(async move {
             if let Some(listener) = listener {
@@ -165,6 +167,7 @@ async fn serve(settings: ServeSettings) -> Result<(), Failure> {
         context.stop();
         hand_over(&node).await;
         etcd.close().await;
+        moves.close().await;
         let _ = stop_clients.send(true);
         if tokio::time::timeout(DRAIN_MAX, clients).await.is_err() {
             tracing::info!("clients with open streams are cut off");
@@ -215,12 +218,19 @@ fn node_options(settings: &ServeSettings, advertise: Option<String>, model: &Mod
 }
 
 /// What the client port serves.
-fn front(context: &Arc<Context>, metrics: &Arc<Metrics>, etcd: &Etcd) -> Front<KvServer> {
-    let others = etcd.routes().add_service(
-        service::service(context.clone())
-            .max_decoding_message_size(MESSAGE_BYTES_MAX)
-            .max_encoding_message_size(MESSAGE_BYTES_MAX),
-    );
+fn front(
+    context: &Arc<Context>,
+    metrics: &Arc<Metrics>,
+    etcd: &Etcd,
+    limits: &Limits,
+    moves: &Moves,
+) -> Front<KvServer> {
+    let store = service::service(context.clone());
+    let placed = placed::service(context.clone(), limits.data.clone(), moves.clone());
+    let others = etcd
+        .routes()
+        .add_service(store.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX))
+        .add_service(placed.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX));
     Front::new(etcd.kv(), others, metrics.clone())
 }
 
@@ -280,7 +290,7 @@ async fn log_changes(node: Node) {
     }
 }
 
-/// The one group of a node, so far.
+/// The group whose changes are logged: the first.
 const GROUP: u64 = 1;
 
 /// Sets the volume aside; what the process ends with.

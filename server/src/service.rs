@@ -3,17 +3,24 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use mainstay::{BranchInfo, CheckpointInfo, CommitToken, Durability, LogIndex, ReadLevel, Store as StoreHandle};
+use mainstay::{
+    BranchInfo, CheckpointInfo, CommitToken, Durability, GROUP_NAME_BYTES_MAX, LogIndex, ReadLevel,
+    Store as StoreHandle,
+};
 use tonic::{Request, Response, Status};
 
-use crate::context::{Context, grpc_status};
+use crate::context::{self, Context, check_new_name, grpc_status};
 use crate::proto::mainstay::v1 as pb;
+use crate::status::{GroupSection, GroupSource, group_section};
 use pb::store_server::{Store, StoreServer};
 
 /// The service over the node of the context.
 pub(crate) fn service(context: Arc<Context>) -> StoreServer<impl Store> {
     StoreServer::new(StoreService { context })
 }
+
+/// The number of the first group, which has no name.
+const FIRST_GROUP: u64 = 1;
 
 struct StoreService {
     context: Arc<Context>,
@@ -22,6 +29,16 @@ struct StoreService {
 impl StoreService {
     fn store(&self) -> Result<StoreHandle, Status> {
         Ok(self.context.node_or_status()?.store())
+    }
+
+    /// All groups, the first one before the others.
+    fn groups(&self) -> Result<Vec<pb::Group>, Status> {
+        let node = self.context.node_or_status()?;
+        let status = node.status();
+        let members = status.members.clone();
+        let first = GroupSource { number: FIRST_GROUP, name: String::new(), node: Some(status) };
+        let all = std::iter::once(first).chain(context::groups(node));
+        Ok(all.map(|group| group_message(group_section(&group, &members))).collect())
     }
 }
 
@@ -86,6 +103,21 @@ impl Store for StoreService {
         Ok(Response::new(pb::DropCloneResponse {}))
     }
 
+    async fn create_group(
+        &self,
+        request: Request<pb::CreateGroupRequest>,
+    ) -> Result<Response<pb::CreateGroupResponse>, Status> {
+        let name = request.into_inner().name;
+        check_new_name("a group", &name, GROUP_NAME_BYTES_MAX)?;
+        drop(self.context.node_or_status()?.create_group(&name).await.map_err(grpc_status)?);
+        let group = self.groups()?.into_iter().find(|group| group.name == name);
+        Ok(Response::new(pb::CreateGroupResponse { group }))
+    }
+
+    async fn list_groups(&self, _: Request<pb::ListGroupsRequest>) -> Result<Response<pb::ListGroupsResponse>, Status> {
+        Ok(Response::new(pb::ListGroupsResponse { groups: self.groups()? }))
+    }
+
     async fn compact(&self, request: Request<pb::CompactRequest>) -> Result<Response<pb::CompactResponse>, Status> {
         let pb::CompactRequest { keyspace, clone } = request.into_inner();
         let mut store = self.store()?;
@@ -127,6 +159,20 @@ impl Store for StoreService {
         let reached = self.context.node_or_status()?.replica().read_barrier(level).await;
         let index = reached.map_err(|e| grpc_status(e.into()))?;
         Ok(Response::new(pb::BarrierResponse { index: index.0 }))
+    }
+}
+
+fn group_message(group: GroupSection) -> pb::Group {
+    pb::Group {
+        number: group.number,
+        name: group.name,
+        role: group.role,
+        term: group.term,
+        leader: group.leader.unwrap_or(0),
+        leader_name: group.leader_name.unwrap_or_default(),
+        last_log: group.last_log,
+        committed: group.committed,
+        applied: group.applied,
     }
 }
 

@@ -3,7 +3,7 @@
 //! # Place
 //! Pure: from the counts of engine and node to the document that `/status`, `mainstay status` and both gRPC services show.
 
-use mainstay::{EngineStats, EngineStatus, MemberRole, NodeStatus, SiteLag, StallStats};
+use mainstay::{EngineStats, EngineStatus, MemberInfo, MemberRole, NodeId, NodeStatus, SiteLag, StallStats};
 use serde::{Deserialize, Serialize};
 
 /// How a layer is.
@@ -98,6 +98,31 @@ pub struct MemberSection {
     pub lag: Option<u64>,
 }
 
+/// Another group than the first, as its replica here has it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GroupSection {
+    /// Its number in the log; the first group is 1.
+    pub number: u64,
+    /// Its name.
+    pub name: String,
+    /// As in [`NodeStatus::role`]; `opening` until its replica is open.
+    pub role: String,
+    /// Term.
+    pub term: u64,
+    /// Id of the leader that the replica knows.
+    pub leader: Option<u64>,
+    /// Its name.
+    pub leader_name: Option<String>,
+    /// Last entry in its log.
+    pub last_log: u64,
+    /// Last entry known committed.
+    pub committed: u64,
+    /// Last entry applied.
+    pub applied: u64,
+    /// On its leader: voters that are silent or far behind.
+    pub under_replicated: u64,
+}
+
 /// Counts of consensus.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RaftSection {
@@ -135,6 +160,9 @@ pub struct RaftSection {
     /// On the leader: how far the sites lag that have a bound.
     #[serde(default)]
     pub site_lags: Vec<SiteLagSection>,
+    /// Groups beside the first; the counts above are of that one. None from a server that does not say it yet.
+    #[serde(default)]
+    pub groups: Vec<GroupSection>,
 }
 
 /// How far a site lags that has a bound.
@@ -287,6 +315,16 @@ pub struct Status {
 /// Entries that a replica may lack and still be ready.
 pub const READY_LAG_MAX: u64 = 10_000;
 
+/// What another group than the first says of itself.
+pub struct GroupSource {
+    /// Its number in the log.
+    pub number: u64,
+    /// Its name.
+    pub name: String,
+    /// Of its replica here; none until that is open.
+    pub node: Option<NodeStatus>,
+}
+
 /// Where the status comes from.
 pub struct Sources {
     /// Name of the process.
@@ -299,6 +337,8 @@ pub struct Sources {
     pub wal: mainstay_wal::WalStats,
     /// Of consensus and data.
     pub node: NodeStatus,
+    /// Of the groups beside the first.
+    pub groups: Vec<GroupSource>,
     /// Names of checkpoints.
     pub checkpoints: Vec<String>,
     /// Names of clones.
@@ -308,17 +348,18 @@ pub struct Sources {
 impl Status {
     /// Judges the counts.
     pub fn new(sources: Sources) -> Self {
-        let Sources { member, stopping, engine, wal, node, checkpoints, clones } = sources;
+        let Sources { member, stopping, engine, wal, node, groups, checkpoints, clones } = sources;
+        let groups: Vec<GroupSection> = groups.iter().map(|group| group_section(group, &node.members)).collect();
         let verdicts = Verdicts {
             disk: disk_verdict(&engine),
             log: log_verdict(&engine, &wal),
-            raft: raft_verdict(&node),
+            raft: with_groups(raft_verdict(&node), &groups),
             engine: engine_verdict(&engine, &node),
         };
         let all = [&verdicts.disk, &verdicts.log, &verdicts.raft, &verdicts.engine];
         let health = all.into_iter().map(|verdict| verdict.health).max().unwrap_or(Health::Ok);
         let not_ready_reason = not_ready_reason(stopping, &node);
-        let leader_name = node.leader.and_then(|id| node.members.iter().find(|m| m.id == id)).map(|m| m.name.clone());
+        let leader_name = name_of(node.leader, &node.members);
         Self {
             version: env!("CARGO_PKG_VERSION").into(),
             member,
@@ -375,6 +416,7 @@ impl Status {
                 fetched_bytes: node.fetched_bytes,
                 under_replicated: under_replicated(&node),
                 site_lags: node.site_lags.iter().map(site_lag_section).collect(),
+                groups,
             },
             engine: EngineSection {
                 flushed: node.group.flushed.0,
@@ -415,7 +457,7 @@ impl Status {
         }
     }
 
-    /// For people: a line a layer and a line a member.
+    /// For people: a line a layer, a line a member and a line a group.
     pub fn text(&self) -> String {
         let mut text = format!("{} {} ready={}\n", self.member, label(self.health), self.ready);
         let layers = [
@@ -442,8 +484,37 @@ impl Status {
             let MemberSection { id, name, peer_address, .. } = member;
             text += &format!("  member  {role:<8} {name} id={id} peer={peer_address}{witness}{site}{priority}{lag}\n");
         }
+        for group in &self.raft.groups {
+            let GroupSection { number, name, role, term, leader_name, applied, .. } = group;
+            let leader = leader_name.as_deref().unwrap_or("none");
+            text +=
+                &format!("  group   {role:<8} {name} number={number} leader={leader} term={term} applied={applied}\n");
+        }
         text
     }
+}
+
+/// A group as its replica here has it. `members` are those of the first group, which alone knows their names.
+pub(crate) fn group_section(group: &GroupSource, members: &[MemberInfo]) -> GroupSection {
+    let GroupSource { number, name, node } = group;
+    let closed = NodeStatus { role: "opening".into(), ..NodeStatus::default() };
+    let node = node.as_ref().unwrap_or(&closed);
+    GroupSection {
+        number: *number,
+        name: name.clone(),
+        role: node.role.clone(),
+        term: node.term,
+        leader: node.leader.map(|id| id.0),
+        leader_name: name_of(node.leader, members),
+        last_log: node.last_log.0,
+        committed: node.committed.0,
+        applied: node.group.applied.0,
+        under_replicated: under_replicated(node),
+    }
+}
+
+fn name_of(id: Option<NodeId>, members: &[MemberInfo]) -> Option<String> {
+    id.and_then(|id| members.iter().find(|member| member.id == id)).map(|member| member.name.clone())
 }
 
 fn writes_section(stats: &EngineStats) -> WritesSection {
@@ -539,6 +610,35 @@ fn raft_verdict(node: &NodeStatus) -> Verdict {
         return verdict(Health::Warn, format!("{line}, site {} lacks {lacks}, for {:?}", lag.site, lag.time));
     }
     verdict(Health::Ok, line)
+}
+
+/// The verdict on the first group made one on all: the worst of them decides and is named.
+fn with_groups(first: Verdict, groups: &[GroupSection]) -> Verdict {
+    let judged = groups.iter().map(|group| (group_health(group), group));
+    let Some(worst) = judged.clone().map(|((health, _), _)| health).max() else { return first };
+    let Verdict { health, line } = first;
+    if worst == Health::Ok {
+        let plural = if groups.len() == 1 { "" } else { "s" };
+        return verdict(health, format!("{line}, {} group{plural} beside the first", groups.len()));
+    }
+    let named: Vec<_> = judged.filter(|((health, _), _)| *health == worst).collect();
+    let why = named.first().map(|((_, why), group)| format!("group {} {why}", group.name)).unwrap_or_default();
+    let others = match named.len() {
+        0 | 1 => String::new(),
+        count => format!(" and {} more of {}", count - 1, groups.len()),
+    };
+    verdict(health.max(worst), format!("{line}; {why}{others}"))
+}
+
+/// How a group beside the first is, and why. A replica that left service takes its process with it, which the first group says.
+fn group_health(group: &GroupSection) -> (Health, &'static str) {
+    match group.role.as_str() {
+        "opening" | "waiting" | "starting" => (Health::Warn, "does not take part here yet"),
+        "recovering" => (Health::Bad, "mends its log"),
+        _ if group.leader.is_none() => (Health::Bad, "knows no leader"),
+        _ if group.under_replicated > 0 => (Health::Warn, "is under-replicated"),
+        _ => (Health::Ok, ""),
+    }
 }
 
 fn site_lag_section(lag: &SiteLag) -> SiteLagSection {
@@ -647,7 +747,13 @@ mod tests {
             ..EngineStatus::default()
         };
         let wal = mainstay_wal::WalStats::default();
-        Sources { member: "a".into(), stopping: false, engine, wal, node, checkpoints: vec![], clones: vec![] }
+        let groups = vec![group("east")];
+        Sources { member: "a".into(), stopping: false, engine, wal, node, groups, checkpoints: vec![], clones: vec![] }
+    }
+
+    fn group(name: &str) -> GroupSource {
+        let node = NodeStatus { role: "leader".into(), leader: Some(NodeId(2)), term: 5, ..NodeStatus::default() };
+        GroupSource { number: 7, name: name.into(), node: Some(node) }
     }
 
     #[test]
@@ -675,6 +781,21 @@ mod tests {
         let lags = |beyond| SiteLag { site: "west".into(), bytes: 1, time: std::time::Duration::ZERO, beyond };
         check("raft", Health::Ok, &|s| s.node.site_lags = vec![lags(false)]);
         check("raft", Health::Warn, &|s| s.node.site_lags = vec![lags(false), lags(true)]);
+        fn east(sources: &mut Sources) -> &mut NodeStatus {
+            sources.groups[0].node.as_mut().expect("it is open")
+        }
+        check("raft", Health::Bad, &|s| east(s).leader = None);
+        check("raft", Health::Bad, &|s| east(s).role = "recovering".into());
+        check("raft", Health::Warn, &|s| s.groups[0].node = None);
+        check("raft", Health::Warn, &|s| (east(s).leader, east(s).role) = (None, "waiting".into()));
+        check("raft", Health::Warn, &|s| {
+            east(s).members = s.node.members.clone();
+            east(s).silent = [2].into();
+        });
+        check("raft", Health::Bad, &|s| {
+            s.node.lag = [(3, READY_LAG_MAX + 1)].into();
+            east(s).leader = None;
+        });
         check("engine", Health::Bad, &|s| s.node.group.diverged = true);
         check("engine", Health::Warn, &|s| s.node.group.divergences = 1);
         check("engine", Health::Bad, &|s| s.engine.heal.tables_damaged = 1);
@@ -683,6 +804,31 @@ mod tests {
         check("engine", Health::Bad, &|s| s.node.group.jobs_failed = 1);
         check("engine", Health::Ok, &|s| s.engine.memory_used_bytes = 5 << 20);
         check("engine", Health::Warn, &|s| s.engine.memory_used_bytes = (5 << 20) + 1);
+    }
+
+    #[test]
+    fn the_worst_of_the_groups_is_named_beside_the_first() {
+        let check = |groups: Vec<GroupSource>, expect: &str| {
+            let status = Status::new(Sources { groups, ..sources() });
+            assert_eq!(status.verdicts.raft.line, format!("follower in term 3, applied 0 of 0{expect}"));
+            status
+        };
+        let without_leader = |name| {
+            let mut group = group(name);
+            group.node.as_mut().expect("it is open").leader = None;
+            group
+        };
+        check(vec![], "");
+        check(vec![group("east")], ", 1 group beside the first");
+        let status = check(vec![group("east"), group("west")], ", 2 groups beside the first");
+        let line = "  group   leader   east number=7 leader=b term=5 applied=0\n";
+        assert!(status.text().contains(line), "{}", status.text());
+        let closed = GroupSource { node: None, ..group("north") };
+        let status = check(vec![closed, without_leader("east"), group("west")], "; group east knows no leader");
+        assert!(status.text().contains("group   opening  north number=7 leader=none"), "{}", status.text());
+        // Clients of the first group are served.
+        assert!(status.ready);
+        check(vec![without_leader("a"), group("b"), without_leader("c")], "; group a knows no leader and 1 more of 3");
     }
 
     /// The budget without the allocator's share stood where the setting was looked for: 26.7 MiB of `--memory 32MiB`.

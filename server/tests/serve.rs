@@ -68,6 +68,8 @@ fn each_port_serves_its_own_and_nothing_else() {
         "mainstay_log_write_seconds_count",
         "mainstay_raft_apply_lag",
         "mainstay_raft_apply_lag_seconds_sum",
+        "mainstay_raft_groups 0\n",
+        "mainstay_raft_groups_without_leader 0\n",
         // As `--memory` was given, and a sixth of it.
         "mainstay_engine_memory_bytes 33554432\n",
         "mainstay_engine_memory_allocator_bytes 6710886\n",
@@ -103,11 +105,13 @@ fn the_status_has_the_promised_keys_and_a_line_for_each_layer() {
     let server = Server::start_with("a", &folder.path().join("a"), &ports, "", &["--site-lag-max", "here=1MiB/5s"]);
     json(&run(&["init", "--members", "a", "--admin", ports.admin(), "--json"]));
     assert!(run(&["member", "set", "a", "--site", "here", "--admin", ports.admin()]).status.success());
-    // A leader looks at its sites twice a second.
+    assert!(run(&["group", "create", "east", "--endpoints", ports.client()]).status.success());
+    // A leader looks at its sites twice a second, and the group has one when it has elected it. Health is none that a busy disk changes.
     let end = Instant::now() + Duration::from_secs(20);
     let status = loop {
-        let status = json(&run(&["status", "--admin", ports.admin(), "--json"]));
-        if status[0]["raft"]["site_lags"][0].is_object() {
+        let status = serde_json::from_slice(&run(&["status", "--admin", ports.admin(), "--json"]).stdout);
+        let status: serde_json::Value = status.expect("one JSON document");
+        if status[0]["raft"]["site_lags"][0].is_object() && status[0]["raft"]["groups"][0]["leader_name"] == "a" {
             break status;
         }
         assert!(Instant::now() < end, "{status:#}");
@@ -117,7 +121,7 @@ fn the_status_has_the_promised_keys_and_a_line_for_each_layer() {
     let status = &status[0];
     for key in include_str!("../testdata/status_keys.txt").lines() {
         let key = key.replace("raft.members.", "raft.members.0.").replace("raft.site_lags.", "raft.site_lags.0.");
-        let key = key.replace("engine.stalls.", "engine.stalls.0.");
+        let key = key.replace("engine.stalls.", "engine.stalls.0.").replace("raft.groups.", "raft.groups.0.");
         let pointer = format!("/{}", key.replace('.', "/"));
         assert!(status.pointer(&pointer).is_some(), "{key} is missing in {status:#}");
     }
@@ -125,9 +129,12 @@ fn the_status_has_the_promised_keys_and_a_line_for_each_layer() {
     assert_eq!(status["engine"]["memory_bytes"], 32 << 20, "as --memory was given");
     assert_eq!(status["engine"]["memory_allocator_bytes"], (32 << 20) / 5);
     assert_eq!(status["raft"]["members"][0]["name"], "a");
+    let group = &status["raft"]["groups"][0];
+    assert_eq!((&group["name"], &group["role"]), (&"east".into(), &"leader".into()), "{group}");
+    assert!(status["verdicts"]["raft"]["line"].as_str().is_some_and(|line| line.ends_with("1 group beside the first")));
     let text = run(&["status", "--admin", ports.admin()]);
     let text = String::from_utf8_lossy(&text.stdout).into_owned();
-    for layer in ["disk", "log", "raft", "engine"] {
+    for layer in ["disk", "log", "raft", "engine", "group"] {
         assert_eq!(text.lines().filter(|line| line.trim_start().starts_with(layer)).count(), 1, "{text}");
     }
     let members = json(&run(&["member", "list", "--admin", ports.admin(), "--json"]));
@@ -237,6 +244,82 @@ fn three_replicas_serve_checkpoints_and_clones_and_hand_over() {
     for server in servers.into_iter().flatten() {
         server.stop();
     }
+}
+
+#[test]
+fn groups_and_placed_keyspaces_are_operated_from_the_command_line() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let ports = Ports::free();
+    let server = Server::start("a", &folder.path().join("a"), &ports, "");
+    json(&run(&["init", "--members", "a", "--admin", ports.admin(), "--json"]));
+    let on = |args: &[&str]| run(&[args, &["--endpoints", ports.client()]].concat());
+    let with_json = |args: &[&str]| json(&on(&[args, &["--json"]].concat()));
+    let text = |args: &[&str]| {
+        let output = on(args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let made = with_json(&["group", "create", "east"]);
+    assert_eq!(made["name"], "east");
+    assert_eq!(with_json(&["group", "create", "east"])["number"], made["number"], "the same call again finds it");
+    let groups = with_json(&["group", "list"]);
+    assert_eq!(
+        (&groups[0]["number"], &groups[0]["name"], &groups[0]["leader_name"]),
+        (&1.into(), &"".into(), &"a".into())
+    );
+    assert_eq!((&groups[1]["name"], &groups[1]["number"]), (&made["name"], &made["number"]));
+    assert!(text(&["group", "list"]).contains("(the first)"));
+
+    assert_eq!(with_json(&["placed", "create", "users"]), serde_json::json!({ "keyspace": "users" }));
+    assert_eq!(with_json(&["placed", "list"]), serde_json::json!(["users"]));
+    for (key, value) in [("a", "1"), ("k", "2"), ("z", "3")] {
+        assert_eq!(with_json(&["placed", "put", "users", key, value]), serde_json::json!({ "put": key }));
+    }
+    text(&["placed", "put", "users", "6b00", "ff", "--hex", "--durability", "all"]);
+    assert_eq!(with_json(&["range", "split", "users", "k"]), serde_json::json!({ "split": "k" }));
+    let moved = with_json(&["range", "move", "users", "k", "--to", "east"]);
+    assert_eq!(moved, serde_json::json!({ "moved": "k", "group": "east" }));
+    let ranges = serde_json::json!([
+        { "first": "", "end": "k", "group": "", "is_moving": false },
+        { "first": "k", "end": null, "group": "east", "is_moving": false },
+    ]);
+    assert_eq!(with_json(&["range", "list", "users"]), ranges);
+    assert!(text(&["range", "list", "users", "--hex"]).contains("6b                               group=east\n"));
+    assert_eq!(text(&["placed", "get", "users", "z", "--read-level", "lease"]), "3\n");
+    assert_eq!(
+        with_json(&["placed", "get", "users", "6b00", "--hex"]),
+        serde_json::json!({ "key": "6b00", "value": "ff" })
+    );
+    let scanned = with_json(&["placed", "scan", "users", "--from", "b", "--limit", "2"]);
+    let pairs = serde_json::json!([{ "key": "k", "value": "2" }, { "key": "k\\x00", "value": "\\xff" }]);
+    assert_eq!(scanned, serde_json::json!({ "pairs": pairs, "next": "z" }));
+    assert_eq!(text(&["placed", "scan", "users", "--reverse", "--to", "k"]), "a 1\n");
+    text(&["range", "move", "users", "k", "--to", ""]);
+    assert_eq!(with_json(&["range", "join", "users", "k"]), serde_json::json!({ "joined": "k" }));
+    assert_eq!(with_json(&["range", "list", "users"]).as_array().map(Vec::len), Some(1));
+    assert_eq!(with_json(&["placed", "delete", "users", "a"]), serde_json::json!({ "deleted": "a" }));
+
+    let refused = |args: &[&str], status: i32, says: &str| {
+        let output = on(args);
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(status) && told.contains(says), "{args:?}: {:?} {told}", output.status);
+        assert!(output.stdout.is_empty(), "{args:?} prints no result");
+    };
+    refused(&["placed", "get", "users", "a"], 1, "no such key key=a");
+    refused(&["placed", "get", "users", ""], 1, "a key has 1 to 65536 bytes bytes=0");
+    refused(&["placed", "get", "usres", "a"], 1, "no such placed keyspace name=usres");
+    refused(&["range", "list", "usres"], 1, "no such placed keyspace name=usres");
+    refused(&["range", "move", "users", "a", "--to", "north"], 1, "no such group name=north");
+    refused(&["range", "split", "users", ""], 1, "bytes=0");
+    refused(&["group", "create", ""], 1, "the name of a group is empty");
+    refused(&["placed", "put", "users", "a", "1", "--durability", "local"], 1, "answered when it is applied");
+    refused(&["placed", "put", "users", "a", "1", "--durability", "fast"], 2, "quorum, all or site:NAME");
+    refused(&["placed", "get", "users", "0g", "--hex"], 2, "not hexadecimal");
+    refused(&["placed", "scan", "users", "--limit", "0"], 2, "--limit");
+    refused(&["range", "move", "users", "a"], 2, "--to");
+    let help = run(&["range", "move", "--help"]);
+    assert!(String::from_utf8_lossy(&help.stdout).contains("the same command again waits for it"));
+    server.stop();
 }
 
 #[test]

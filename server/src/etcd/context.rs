@@ -48,12 +48,10 @@ impl Context {
                 .branch(name)
                 .ok_or_else(|| Status::not_found(format!("mainstay: no branch of that name name={name}")))?;
         }
-        if let Some(durability) = text(metadata, DURABILITY_KEY)? {
-            context.durability = parse_durability(durability).ok_or_else(|| unknown(DURABILITY_KEY, durability))?;
+        if let Some(durability) = asked_durability(metadata)? {
+            context.durability = durability;
         }
-        if let Some(level) = text(metadata, READ_LEVEL_KEY)? {
-            context.read_level = Some(parse_read_level(level).ok_or_else(|| unknown(READ_LEVEL_KEY, level))?);
-        }
+        context.read_level = asked_read_level(metadata)?;
         if let Some(token) = text(metadata, CLIENT_TOKEN_KEY)? {
             context.token = Some(parse_client_token(token).ok_or_else(|| unknown(CLIENT_TOKEN_KEY, token))?);
         }
@@ -63,6 +61,18 @@ impl Context {
         }
         Ok(context)
     }
+}
+
+/// The durability that the metadata of a request names.
+pub(crate) fn asked_durability(metadata: &MetadataMap) -> Result<Option<Durability>, Status> {
+    let named = text(metadata, DURABILITY_KEY)?;
+    named.map(|named| parse_durability(named).ok_or_else(|| unknown(DURABILITY_KEY, named))).transpose()
+}
+
+/// The level of reads that the metadata of a request names.
+pub(crate) fn asked_read_level(metadata: &MetadataMap) -> Result<Option<ReadLevel>, Status> {
+    let named = text(metadata, READ_LEVEL_KEY)?;
+    named.map(|named| parse_read_level(named).ok_or_else(|| unknown(READ_LEVEL_KEY, named))).transpose()
 }
 
 /// `local`, `quorum`, `all`, `archive`, `site:NAME`.

@@ -22,6 +22,7 @@ pub use backend::{Backend, ForwardHandler, NodeBackend};
 pub use context::{
     BRANCH_KEY, CLIENT_TOKEN_KEY, COMMIT_TOKEN_KEY, DURABILITY_KEY, READ_LEVEL_KEY, parse_durability, parse_read_level,
 };
+pub(crate) use context::{asked_durability, asked_read_level};
 pub use error::{Failure, Refusal};
 pub use maintenance::ETCD_VERSION;
 pub use model::Model;
