@@ -45,7 +45,7 @@ const JOIN_PAUSE_MAX: Duration = Duration::from_secs(2);
 
 /// A request to the leader.
 #[derive(Clone, Debug, PartialEq)]
-enum Change {
+pub(crate) enum Change {
     Add { name: String, address: String, voter: bool },
     Promote(u64),
     Update { id: u64, address: String },
@@ -72,7 +72,7 @@ impl Change {
         out.finish()
     }
 
-    fn decode(bytes: &Bytes) -> Result<Self> {
+    pub(crate) fn decode(bytes: &Bytes) -> Result<Self> {
         let mut reader = Reader::open(bytes)?;
         let change = match reader.u8()? {
             1 => Self::Add { name: reader.string()?, address: reader.string()?, voter: reader.bool()? },

@@ -194,7 +194,7 @@ pub(crate) fn encode_hello(hello: &Hello) -> Bytes {
     out.finish()
 }
 
-fn decode_hello(body: &Bytes) -> Result<Hello> {
+pub(crate) fn decode_hello(body: &Bytes) -> Result<Hello> {
     let mut reader = Reader::open(body)?;
     let hello = Hello {
         cluster: reader.id()?,

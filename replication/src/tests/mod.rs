@@ -6,6 +6,7 @@ mod conditions;
 mod disk;
 mod disturb;
 mod full_ring;
+mod golden;
 mod groups;
 mod guarantees;
 mod heal;
