@@ -1,7 +1,7 @@
 //! The log of a node: records of all groups in one ring on one zone.
 //!
 //! One writer task takes what waits, pads it to whole blocks and issues one durable write; a few batches may be in
-//! flight, acknowledged strictly in order. It knows bytes and positions, not keys and not terms.
+//! flight, acknowledged strictly in order. While nothing is in flight and nothing waits, a caller that blocks may write a batch of its own: [`Turn`]. It knows bytes and positions, not keys and not terms.
 
 #![forbid(unsafe_code)]
 

@@ -1,7 +1,7 @@
 //! The log itself: the handle that callers hold.
 //!
 //! # Place
-//! above `io::Zone`, below `engine` and `replication`; one writer task owns the order, handles share [`Wal`]
+//! above `io::Zone`, below `engine` and `replication`; one writer owns the order, run by its task or by who has the turn; handles share [`Wal`]
 //! # Format
 //! docs/format.md, section "Write-ahead log"
 //! # Invariants the prefix rule of `writer`, the cut of `recovery`
