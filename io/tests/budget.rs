@@ -30,12 +30,13 @@ fn counts(device: &Path) -> Counts {
 /// What the writes of [`append`] hold.
 const BYTES: u64 = WRITES / 2 * (4096 + 12288);
 
-/// Writes as the log does, one batch after the other; what that cost the device.
-fn append(device: &Path, wal: &Zone) -> Counts {
+/// Writes as the log does, one batch after the other, or as a caller does who has it to itself (`here`); what that cost the device.
+fn append(device: &Path, wal: &Zone, here: bool) -> Counts {
     let before = counts(device);
     for n in 0..WRITES {
         let bufs = if n % 2 == 0 { block(n as u8) } else { vec![filled(1, 8192), filled(2, 4096)] };
-        wal.write(n * 12288, bufs, WriteMode::Durable, IoClass::Wal).wait().expect("durable");
+        let write = if here { Zone::write_here } else { Zone::write };
+        write(wal, n * 12288, bufs, WriteMode::Durable, IoClass::Wal).wait().expect("durable");
     }
     let after = counts(device);
     Counts {
@@ -70,7 +71,10 @@ fn a_durable_write_is_one_write_and_one_flush() {
         // The ring sends a write that ends with a flush, a thread a write and then a flush.
         let requests = if backend == BackendChoice::Uring { WRITES } else { 2 * WRITES };
         let expected = Counts { requests, bytes: BYTES, flushes: WRITES };
-        assert_eq!(append(&device.path, &wal), expected, "raw {backend:?}");
+        assert_eq!(append(&device.path, &wal, false), expected, "raw {backend:?}");
+        // A caller is a thread too.
+        let expected = Counts { requests: 2 * WRITES, ..expected };
+        assert_eq!(append(&device.path, &wal, true), expected, "raw {backend:?}, by the caller");
         assert_eq!(kernel_workers(), 0, "raw {backend:?}");
         close(&*media);
     }
@@ -92,7 +96,9 @@ fn on_ext4(device: &LoopDevice, mount: &Path) {
     let measured: Vec<_> =
         backends().into_iter().map(|backend| (backend, in_directory(device, mount, backend))).collect();
     drop(mounted);
-    for (backend, (counts, workers)) in measured {
+    let each =
+        measured.into_iter().flat_map(|(backend, (both, workers))| both.map(|counts| (backend, counts, workers)));
+    for (backend, counts, workers) in each {
         eprintln!("ext4 {backend:?}: {counts:?}");
         // Memory pressure may still make the file system write something of its own.
         let few = |count: u64, least: u64| (least..least + least / 10).contains(&count);
@@ -112,14 +118,14 @@ impl Drop for Mounted<'_> {
     }
 }
 
-fn in_directory(device: &LoopDevice, mount: &Path, backend: BackendChoice) -> (Counts, usize) {
+fn in_directory(device: &LoopDevice, mount: &Path, backend: BackendChoice) -> ([Counts; 2], usize) {
     let target = Target::Directory(mount.join(format!("{backend:?}")));
     let media = create_media(&target, &MediaOptions { backend }).expect("opened");
     media.create_zones(WAL_BYTES).wait().expect("formatted");
     let (wal, _) = media.zones(WAL_BYTES).expect("zones");
     let root = std::fs::File::open(mount).expect("the mount");
     rustix::fs::syncfs(&root).expect("the format is on the device");
-    let measured = (append(&device.path, &wal), kernel_workers());
+    let measured = ([false, true].map(|here| append(&device.path, &wal, here)), kernel_workers());
     close(&*media);
     measured
 }
