@@ -164,8 +164,8 @@ pub use mainstay_engine::{
 };
 pub use mainstay_io::{BackendChoice, BoxFuture, Target};
 pub use mainstay_replication::{
-    CommitToken, Durability, GROUP_NAME_BYTES_MAX, MemberInfo, MemberRole, NodeId, NodeStatus, PLACED_NAME_BYTES_MAX,
-    PeerAddress, RangeInfo, ReadLevel, SiteLag, SiteLagBound, Transport,
+    CLUSTER_VERSION_MAX, CommitToken, Durability, GROUP_NAME_BYTES_MAX, MemberInfo, MemberRole, NodeId, NodeStatus,
+    PLACED_NAME_BYTES_MAX, PeerAddress, RangeInfo, ReadLevel, SiteLag, SiteLagBound, Transport,
 };
 pub use node::{Node, NodeOptions};
 pub use options::{MEMORY_BYTES_DEFAULT, StoreBuilder, WAL_BYTES_DEFAULT, target_of};

@@ -327,6 +327,17 @@ impl Node {
         self.bind(move |inner| async move { inner.node.set_member_priority(id, priority).await })
     }
 
+    /// Raises the version of the cluster ([`NodeStatus::cluster_version`]) to the newest that this build reads, once every member is of a
+    /// build that reads it, and returns it. Until then each member may go back to the build before, with its volume; from then on none
+    /// may. Nothing changes where the cluster has that version. May be called again after any error.
+    ///
+    /// # Errors
+    /// `Unsupported`: a member reads less, which the message names, or the leader does. `Unavailable`: a member does not answer, or there
+    /// is no leader. `Indeterminate`: it may have been raised.
+    pub fn finalize(&self) -> BoxFuture<Result<u16>> {
+        self.bind(|inner| async move { inner.node.finalize().await })
+    }
+
     /// Removes a member. Its volume never takes part again; wiped, it can be added anew.
     pub fn remove_member(&self, id: NodeId) -> BoxFuture<Result<()>> {
         self.bind(|inner| async move { inner.node.remove_member(id).await })

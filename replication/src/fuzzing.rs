@@ -15,7 +15,7 @@ use crate::types::{
     Entry, EntryPayload, Member, Membership, Payload, SnapshotMeta, StoredMembership, TypeConfig, Vote, log_id,
 };
 use crate::wire::{Writer, encode_result};
-use crate::{Error, Hello, MemberRole, NodeId, PeerAddress, TokioRuntime, record};
+use crate::{Error, Hello, MemberInfo, MemberRole, NodeId, PeerAddress, TokioRuntime, record};
 
 /// The frame of a message as it goes over TCP, for who damages it on the way.
 pub fn encode_frame(message: &crate::Envelope, answer: bool) -> Vec<u8> {
@@ -51,6 +51,7 @@ pub fn seeds() -> Vec<(&'static str, Bytes)> {
     let meta = SnapshotMeta { last_log_id: Some(log_id(4, 9)), last_membership: stored.clone() };
     let offer = Offer { from: 2, meta, manifest: Bytes::from_static(b"pages") };
     let infos: Vec<_> = members().nodes().map(|(id, member)| member.info(*id, MemberRole::Voter)).collect();
+    let raised: Vec<_> = infos.iter().cloned().map(|info| MemberInfo { version: 2, ..info }).collect();
     let hello = Hello {
         cluster: [1; 16],
         node: NodeId(2),
@@ -76,6 +77,12 @@ pub fn seeds() -> Vec<(&'static str, Bytes)> {
                 out.member_infos(&infos);
             }),
         ),
+        (
+            "members-raised",
+            encode_result(Ok(raised), |out, infos| {
+                out.member_infos(&infos);
+            }),
+        ),
         ("refusal", encode_result::<()>(Err(refusal), |_, ()| {})),
         ("hello", crate::tcp::encode_hello(&hello)),
         ("member-add", add.finish()),
@@ -92,6 +99,7 @@ fn members() -> Membership {
         site: "here".into(),
         priority: 9,
         witness: true,
+        version: 0,
     };
     let nodes: BTreeMap<u64, Member> = [(1, member("a")), (2, member("b")), (70, member("c"))].into();
     Membership::new(vec![BTreeSet::from([1, 2]), BTreeSet::from([1, 70])], nodes).expect("every voter has a node")

@@ -168,8 +168,10 @@ impl<R: Runtime> Inner<R> {
                     let voters: Vec<_> =
                         found.iter().map(|p| p.member.info(p.node, crate::MemberRole::Voter)).collect();
                     crate::witness::may_be(voters.iter())?;
+                    let asked: Vec<_> = names.iter().cloned().zip(addresses.iter().cloned()).collect();
+                    let (version, _) = self.common_version(&asked).await?;
                     self.adopt_all(&names, &addresses, cluster, &found).await?;
-                    self.write_first_membership(&found).await?;
+                    self.write_first_membership(&found, version).await?;
                     tracing::info!(members = %names.join(","), "a cluster is born");
                     return Ok(cluster);
                 }
@@ -244,10 +246,11 @@ impl<R: Runtime> Inner<R> {
         self.adopt(Identity { cluster, node: mine as u64 + 1 }).await
     }
 
-    async fn write_first_membership(self: &Arc<Self>, found: &[Prepared]) -> Result<()> {
+    async fn write_first_membership(self: &Arc<Self>, found: &[Prepared], version: u16) -> Result<()> {
         let running = self.running()?;
-        let members: BTreeMap<u64, Member> =
-            found.iter().enumerate().map(|(i, p)| (i as u64 + 1, p.member.clone())).collect();
+        let version = crate::version::carried(version);
+        let member = |p: &Prepared| Member { version, ..p.member.clone() };
+        let members: BTreeMap<u64, Member> = found.iter().enumerate().map(|(i, p)| (i as u64 + 1, member(p))).collect();
         match running.raft.initialize(members).await {
             // Done before, by a call that did not live to say so.
             Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {}

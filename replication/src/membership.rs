@@ -53,6 +53,7 @@ pub(crate) enum Change {
     Transfer(Option<u64>),
     Site { id: u64, site: String },
     Priority { id: u64, priority: u8 },
+    Finalize,
 }
 
 impl Change {
@@ -68,6 +69,7 @@ impl Change {
             }),
             Self::Site { id, site } => out.u8(6).u64(*id).string(site),
             Self::Priority { id, priority } => out.u8(7).u64(*id).u8(*priority),
+            Self::Finalize => out.u8(8),
         };
         out.finish()
     }
@@ -82,6 +84,7 @@ impl Change {
             5 => Self::Transfer(reader.option(Reader::u64)?),
             6 => Self::Site { id: reader.u64()?, site: reader.string()? },
             7 => Self::Priority { id: reader.u64()?, priority: reader.u8()? },
+            8 => Self::Finalize,
             other => return Err(Error::new(ErrorKind::Unsupported, format!("no such change change={other}"))),
         };
         reader.end()?;
@@ -208,6 +211,12 @@ impl<R: Runtime> Inner<R> {
         self.change(Change::Priority { id: id.0, priority }).await.map(|_| ())
     }
 
+    /// Has the leader raise the version of the cluster, and says which it is.
+    pub(crate) async fn finalize(self: &Arc<Self>) -> Result<u16> {
+        let members = self.change(Change::Finalize).await?;
+        Ok(crate::version::of_all(members.iter().map(|m| m.version)))
+    }
+
     pub(crate) async fn remove_member(self: &Arc<Self>, id: NodeId) -> Result<()> {
         self.change(Change::Remove(id.0)).await.map(|_| ())
     }
@@ -295,6 +304,7 @@ impl<R: Runtime> Inner<R> {
                 self.change_members(running, ChangeMembers::SetNodes(BTreeMap::from([(id, member)])), true).await?;
                 Ok(vec![known(id)?])
             }
+            Change::Finalize => self.raise_version(running).await,
             Change::Remove(id) => {
                 let info = known(id)?;
                 let voters = self.members().iter().filter(|m| m.role == MemberRole::Voter).count();
@@ -396,6 +406,7 @@ impl<R: Runtime> Inner<R> {
             let message = format!("another volume is there by now name={}", member.name);
             return Err(Error::new(ErrorKind::Unavailable, message));
         }
+        self.check_reads(running, &member).await?;
         let reserved = running.raft.write_blank().await.map_err(|e| change_error(&e))?;
         let id = INIT_IDS + reserved.log_id.index;
         self.change_members_locked(running, ChangeMembers::AddNodes(BTreeMap::from([(id, member)])), true).await?;
@@ -449,7 +460,8 @@ impl<R: Runtime> Inner<R> {
                 ));
             }
             self.awaken(running).await;
-            let attempt = R::timeout_at(deadline, running.raft.change_membership(change.clone(), retain));
+            let kept = self.keeping_version(running, change.clone());
+            let attempt = R::timeout_at(deadline, running.raft.change_membership(kept, retain));
             let answer = match R::select2(std::pin::pin!(attempt), std::pin::pin!(self.removed_here())).await {
                 Select2::First(answer) => answer,
                 // The others have elected one of them before this leader heard that its last change is committed, and tell it
@@ -958,6 +970,7 @@ mod tests {
             Change::Transfer(Some(3)),
             Change::Site { id: 7, site: "north".into() },
             Change::Priority { id: 7, priority: 200 },
+            Change::Finalize,
         ] {
             assert_eq!(Change::decode(&change.encode()).expect("ours"), change);
         }

@@ -76,6 +76,8 @@ pub(crate) mod method {
     pub(crate) const PULSE: u8 = 31;
     /// Which groups were born, for a witness.
     pub(crate) const BIRTHS: u8 = 32;
+    /// The newest version of a cluster that the receiver reads.
+    pub(crate) const VERSION: u8 = 33;
 }
 
 /// Whether requests of this method rest on reaching a peer in the order in which they were sent. A connection keeps the

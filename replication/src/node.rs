@@ -132,6 +132,8 @@ pub struct MemberInfo {
     pub priority: u8,
     /// It votes and holds no data.
     pub witness: bool,
+    /// The version of its cluster ([`NodeStatus::cluster_version`]); 0 for the first.
+    pub version: u16,
     /// Its role.
     pub role: MemberRole,
 }
@@ -148,6 +150,8 @@ pub struct NodeStatus {
     pub role: String,
     /// Raft term.
     pub term: u64,
+    /// Which formats its cluster may write, 1 to [`crate::CLUSTER_VERSION_MAX`], as far as it knows; [`Node::finalize`] raises it.
+    pub cluster_version: u16,
     /// The leader it knows.
     pub leader: Option<NodeId>,
     /// Last entry in its log.
@@ -481,6 +485,8 @@ impl<R: Runtime> Inner<R> {
             site: self.options.site.clone(),
             priority: self.options.priority,
             witness: self.options.witness,
+            // The cluster's to say.
+            version: 0,
             incarnation: self.engine.incarnation(),
         }
     }
@@ -870,6 +876,19 @@ impl<R: Runtime> Node<R> {
     /// Changes the priority of a member; see [`NodeOptions::priority`].
     pub async fn set_member_priority(&self, id: NodeId, priority: u8) -> Result<()> {
         self.inner.set_member_priority(id, priority).await
+    }
+
+    /// Raises the version of the cluster ([`NodeStatus::cluster_version`]) to the newest that this build reads, once every member is of a
+    /// build that reads it, and returns it. Until then each member may go back to the build before, with its volume; from then on none
+    /// may. Nothing changes where the cluster has that version.
+    ///
+    /// # Errors
+    /// `Unsupported`: a member reads less, which the message names, or the leader does. `Unavailable`: a member does not answer, or there
+    /// is no leader. `Indeterminate`: it may have been raised; ask again. May be called again after each.
+    ///
+    /// Cancel safe: what was begun goes on.
+    pub async fn finalize(&self) -> Result<u16> {
+        self.inner.finalize().await
     }
 
     /// Removes a member. Its id is never used again; its node goes idle.

@@ -386,6 +386,9 @@ impl<R: Runtime> Inner<R> {
                 let answer = self.who(&from).await;
                 Ok(encode_result(answer, |w, who| who.write(w)))
             }
+            method::VERSION => Ok(encode_result(Ok(crate::CLUSTER_VERSION_MAX), |w, version| {
+                w.u16(version);
+            })),
             other => Err(Error::new(ErrorKind::Unsupported, format!("no such request method={other}"))),
         }
     }

@@ -22,6 +22,7 @@ impl<R: Runtime> Inner<R> {
             priority_hand_overs: self.priority_hand_overs.load(std::sync::atomic::Ordering::Relaxed),
             fetched_bytes: self.fetched_bytes.load(std::sync::atomic::Ordering::Relaxed),
             site_lags: self.site_lags(),
+            cluster_version: self.cluster_version(),
             ..NodeStatus::default()
         };
         if self.is_witness() {

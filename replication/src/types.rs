@@ -54,6 +54,8 @@ pub(crate) struct Member {
     pub(crate) priority: u8,
     /// Keeps the log and no tables.
     pub(crate) witness: bool,
+    /// The version of its cluster; 0 for the first one, which is not written.
+    pub(crate) version: u16,
 }
 
 impl Member {
@@ -67,6 +69,7 @@ impl Member {
             site: self.site.clone(),
             priority: self.priority,
             witness: self.witness,
+            version: self.version,
             role,
         }
     }
@@ -82,6 +85,7 @@ impl From<&MemberInfo> for Member {
             site: info.site.clone(),
             priority: info.priority,
             witness: info.witness,
+            version: info.version,
         }
     }
 }

@@ -17,7 +17,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use mainstay_engine::{Applied, LogIndex, TableId};
 
 use crate::types::{Entry, EntryPayload, LogId, Member, Membership, Payload, StoredMembership, Vote, log_id, term_of};
-use crate::{Error, ErrorKind, MemberInfo, MemberRole, NodeId, PeerAddress, Result};
+use crate::{CLUSTER_VERSION_MAX, Error, ErrorKind, MemberInfo, MemberRole, NodeId, PeerAddress, Result};
 
 /// Version of every record and message here.
 pub(crate) const VERSION: u8 = 1;
@@ -44,11 +44,14 @@ pub(crate) const NAME_BYTES_MAX: usize = 255;
 pub(crate) const SITE_FLAG: u16 = 0x8000;
 /// Set in the same length: a priority other than 0 follows, behind the site if there is one.
 pub(crate) const PRIORITY_FLAG: u16 = 0x4000;
-// No length of a name sets a flag.
 /// Set in the same length: the member is a witness. Nothing follows for it.
 pub(crate) const WITNESS_FLAG: u16 = 0x2000;
-const _: () = assert!(NAME_BYTES_MAX < WITNESS_FLAG as usize && WITNESS_FLAG < PRIORITY_FLAG);
-const _: () = assert!(PRIORITY_FLAG < SITE_FLAG);
+/// Set in the same length: the version of the cluster follows, behind the site and the priority. Not set while it is the first.
+pub(crate) const VERSION_FLAG: u16 = 0x1000;
+const FLAGS: u16 = SITE_FLAG | PRIORITY_FLAG | WITNESS_FLAG | VERSION_FLAG;
+// No length of a name sets a flag.
+const _: () = assert!(NAME_BYTES_MAX & FLAGS as usize == 0 && NAME_BYTES_MAX < VERSION_FLAG as usize);
+const _: () = assert!(FLAGS.count_ones() == 4);
 /// Nodes of a membership, learners included.
 pub(crate) const MEMBERS_MAX: usize = 64;
 /// Voter sets of a membership: one, or the two of a joint configuration; a few more are read.
@@ -176,7 +179,7 @@ impl Reader {
 
     pub(crate) fn member(&mut self) -> Result<Member> {
         let length = self.u16()?;
-        let name = self.string_of(length & !(SITE_FLAG | PRIORITY_FLAG | WITNESS_FLAG))?;
+        let name = self.string_of(length & !FLAGS)?;
         let (peer_address, client_address) = (self.string()?, self.string()?);
         let incarnation = self.id()?;
         let site = if length & SITE_FLAG == 0 { String::new() } else { self.string()? };
@@ -185,8 +188,19 @@ impl Reader {
             // Without a priority there is no flag, so that a member has one form only.
             _ => Some(self.u8()?).filter(|priority| *priority > 0).ok_or_else(|| corrupt("priority"))?,
         };
+        let version = match length & VERSION_FLAG {
+            0 => 0,
+            // The first has no flag, for the same reason.
+            _ => Some(self.u16()?).filter(|version| *version > 1).ok_or_else(|| corrupt("version"))?,
+        };
+        if version > CLUSTER_VERSION_MAX {
+            let message = format!(
+                "the cluster has a version of a newer build: start the newer build version={version} newest={CLUSTER_VERSION_MAX}"
+            );
+            return Err(Error::new(ErrorKind::Foreign, message));
+        }
         let witness = length & WITNESS_FLAG != 0;
-        Ok(Member { name, peer_address, client_address, incarnation, site, priority, witness })
+        Ok(Member { name, peer_address, client_address, incarnation, site, priority, witness, version })
     }
 
     pub(crate) fn membership(&mut self) -> Result<Membership> {
@@ -398,7 +412,8 @@ impl Writer {
         let site = if value.site.is_empty() { 0 } else { SITE_FLAG };
         let priority = if value.priority == 0 { 0 } else { PRIORITY_FLAG };
         let witness = if value.witness { WITNESS_FLAG } else { 0 };
-        self.string_with(&value.name, site | priority | witness)
+        let version = if value.version == 0 { 0 } else { VERSION_FLAG };
+        self.string_with(&value.name, site | priority | witness | version)
             .string(&value.peer_address)
             .string(&value.client_address);
         self.id(&value.incarnation);
@@ -407,6 +422,9 @@ impl Writer {
         }
         if priority != 0 {
             self.u8(value.priority);
+        }
+        if version != 0 {
+            self.u16(value.version);
         }
         self
     }

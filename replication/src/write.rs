@@ -103,7 +103,10 @@ impl<R: Runtime> Inner<R> {
         let applied = match write.body {
             CommandBody::Batch(batch) => self.write_batch(batch.encode()?).await?,
             CommandBody::BatchIf(batch) => self.write_batch(batch.encode()?).await?,
-            body => self.propose(self.encode(body)?, false).await?,
+            body => {
+                self.check_version(&body).await?;
+                self.propose(self.encode(body)?, false).await?
+            }
         };
         // What was refused at apply has changed nothing that could be lost.
         if let (Some(level), Ok(_)) = (&level, &applied.response) {
@@ -179,6 +182,7 @@ impl<R: Runtime> Inner<R> {
         if self.leader_of(&running) != Some(running.id) || self.is_witness() {
             return Err(self.not_leader(&running));
         }
+        self.check_version(&body).await?;
         let command = self.encode(body)?;
         let _admitted = match R::timeout(WRITE_TIMEOUT, self.admit_command(&running, &command)).await {
             Ok(admitted) => admitted?,

@@ -43,9 +43,10 @@ fn read(name: &str, bytes: &Bytes) -> Result<String> {
         "append" => Ok(format!("append {}", read_append::<TokioRuntime>(bytes)?.0.entries.len())),
         "base" => Ok(format!("base {:?}", decode_result(bytes, read_base)?.map(|(at, _)| at.index))),
         "offer" => Ok(format!("offer {:?}", decode_result(bytes, read_offer)?.manifest)),
-        "members" => {
+        "members" | "members-raised" => {
             let members = decode_result(bytes, Reader::member_infos)?;
-            let names: Vec<_> = members.iter().map(|m| format!("{}@{} {}", m.name, m.site, m.priority)).collect();
+            let names: Vec<_> =
+                members.iter().map(|m| format!("{}@{} {} {}", m.name, m.site, m.priority, m.version)).collect();
             Ok(names.join(", "))
         }
         "refusal" => {
@@ -101,7 +102,8 @@ fn expected(name: &str) -> &'static str {
         "append" => "append 3",
         "base" => "base Some(9)",
         "offer" => "offer b\"pages\"",
-        "members" => "a@here 9, b@here 9, c@here 9",
+        "members" => "a@here 9 0, b@here 9 0, c@here 9 0",
+        "members-raised" => "a@here 9 2, b@here 9 2, c@here 9 2",
         "refusal" => "Some((NodeId(7), \"there:1\"))",
         "hello" => "hello a",
         "member-add" => "Add { name: \"d\", address: \"d:1\", voter: true }",

@@ -24,6 +24,7 @@ mod recover;
 mod ring;
 mod suite;
 mod tcp;
+mod version;
 mod went_back;
 mod wire;
 mod witness;

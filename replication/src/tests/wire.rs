@@ -21,6 +21,7 @@ fn members() -> Membership {
         // And another a priority.
         priority: if name == "c" { 200 } else { 0 },
         witness: name == "a",
+        version: 0,
     };
     let nodes: BTreeMap<u64, Member> = [(1, member("a")), (2, member("b")), (70, member("c"))].into();
     Membership::new(vec![BTreeSet::from([1, 2]), BTreeSet::from([1, 70])], nodes).expect("every voter has a node")
@@ -94,7 +95,7 @@ fn records_have_the_documented_bytes() {
 /// docs/format.md, "Raft records", says these bytes. Without a site and a priority they are those of the first release.
 #[test]
 fn members_have_the_documented_bytes() {
-    use crate::wire::{PRIORITY_FLAG, Reader, SITE_FLAG, VERSION, Writer};
+    use crate::wire::{PRIORITY_FLAG, Reader, SITE_FLAG, VERSION, VERSION_FLAG, Writer};
 
     let row = documented("| part | bytes |").into_iter().find(|row| row[0] == "member").expect("it is documented");
     assert!(
@@ -108,7 +109,11 @@ fn members_have_the_documented_bytes() {
         reader.end()?;
         Ok::<_, crate::Error>(member)
     };
-    let check = |site: &str, priority: u8, flags: u8, tail: &[u8]| {
+    assert!(
+        row[1].contains(&format!("bit 12 ({VERSION_FLAG:#x}) set, the version of the cluster is next (2)")),
+        "{row:?}"
+    );
+    let check = |site: &str, priority: u8, version: u16, flags: u8, tail: &[u8]| {
         let witness = flags & 0x20 != 0;
         let mut expect = vec![1, flags, b'n', 3, 0];
         expect.extend_from_slice(b"p:1");
@@ -124,18 +129,27 @@ fn members_have_the_documented_bytes() {
             site: site.into(),
             priority,
             witness,
+            version,
         };
         let mut writer = Writer::new();
         writer.member(&member);
         assert_eq!(writer.finish().get(1..), Some(expect.as_slice()), "site={site} priority={priority}");
         assert_eq!(read(expect).expect("ours"), member);
     };
-    check("", 0, 0, &[]);
-    check("x", 0, 0x80, &[1, 0, b'x']);
-    check("", 200, 0x40, &[200]);
-    check("x", 255, 0xc0, &[1, 0, b'x', 255]);
-    check("", 0, 0x20, &[]);
-    check("x", 255, 0xe0, &[1, 0, b'x', 255]);
+    check("", 0, 0, 0, &[]);
+    check("x", 0, 0, 0x80, &[1, 0, b'x']);
+    check("", 200, 0, 0x40, &[200]);
+    check("x", 255, 0, 0xc0, &[1, 0, b'x', 255]);
+    check("", 0, 0, 0x20, &[]);
+    check("x", 255, 0, 0xe0, &[1, 0, b'x', 255]);
+    check("", 0, 2, 0x10, &[2, 0]);
+    check("x", 255, 2, 0xf0, &[1, 0, b'x', 255, 2, 0]);
+    // The first version has no bit, and one of a later build is not guessed at.
+    let of = |version: u8| [&[1, 0x10, b'n', 0, 0, 0, 0][..], &[7; 16], &[version, 0]].concat();
+    assert_eq!(read(of(1)).expect_err("never written").kind(), ErrorKind::Corrupt);
+    let newer = read(of(3)).expect_err("of a newer build");
+    assert_eq!(newer.kind(), ErrorKind::Foreign);
+    assert!(newer.to_string().contains("version=3 newest=2"), "{newer}");
     // The bit without a priority.
     let zero = [&[1, 0x40, b'n', 0, 0, 0, 0][..], &[7; 16], &[0]].concat();
     assert_eq!(read(zero).expect_err("never written").kind(), ErrorKind::Corrupt);
