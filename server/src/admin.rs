@@ -153,6 +153,11 @@ impl Admin for AdminService {
         Ok(Answer::new(pb::TransferLeaderResponse { leader: leader.0 }))
     }
 
+    async fn finalize(&self, _: Request<pb::FinalizeRequest>) -> Result<Answer<pb::FinalizeResponse>, Status> {
+        let version = self.context.node_or_status()?.finalize().await.map_err(grpc_status)?;
+        Ok(Answer::new(pb::FinalizeResponse { version: version.into() }))
+    }
+
     async fn status(&self, _: Request<pb::StatusRequest>) -> Result<Answer<pb::StatusResponse>, Status> {
         self.context.status_message().map(Answer::new)
     }

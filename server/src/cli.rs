@@ -45,6 +45,11 @@ pub enum Command {
     Member(MemberCommand),
     /// Hand leadership to another voter
     TransferLeader(TransferArgs),
+    /// Let the cluster use what this build has new, once every member runs it
+    ///
+    /// After an upgrade every member may go back to the build before, with its volume, until this is said; not any more from then on. It is
+    /// refused while a member is of an earlier build or does not answer. Said again it changes nothing.
+    Finalize(FinalizeArgs),
     /// Hold until the others are a quorum without this process, then hand leadership over: a hook before a pod stops
     Prestop(PrestopArgs),
     /// Make, show or drop named, frozen states that share all data
@@ -244,6 +249,14 @@ pub struct TransferArgs {
     /// Name or id of the next leader; without it the voter with the highest priority that is caught up
     #[arg(long, value_name = "MEMBER")]
     pub to: Option<String>,
+    /// Where.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+/// `mainstay finalize`.
+#[derive(Args, Debug)]
+pub struct FinalizeArgs {
     /// Where.
     #[command(flatten)]
     pub admin: AdminArgs,
@@ -817,6 +830,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Status(args) => block_on(client::status(args)),
         Command::Member(command) => block_on(client::member(command)),
         Command::TransferLeader(args) => block_on(client::transfer_leader(args)),
+        Command::Finalize(args) => block_on(client::finalize(args)),
         Command::Prestop(args) => block_on(prestop::run(args)),
         Command::Checkpoint(command) => block_on(client::checkpoint(command)),
         Command::Clone(command) => block_on(client::clone(command)),

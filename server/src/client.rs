@@ -7,8 +7,8 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request};
 
 use crate::cli::{
-    AdminArgs, CheckpointCommand, CloneCommand, CompactArgs, EndpointsArgs, Failure, GroupCommand, InitArgs,
-    MemberCommand, StatusArgs, TransferArgs, print,
+    AdminArgs, CheckpointCommand, CloneCommand, CompactArgs, EndpointsArgs, Failure, FinalizeArgs, GroupCommand,
+    InitArgs, MemberCommand, StatusArgs, TransferArgs, print,
 };
 use crate::proto::mainstay::v1 as pb;
 use crate::status::{Health, Status, hex};
@@ -264,6 +264,12 @@ pub(crate) async fn transfer_leader(args: TransferArgs) -> Result<(), Failure> {
     };
     let leader = transfer(&mut client, to).await?;
     print(args.admin.json, &serde_json::json!({ "leader": leader }), || format!("leader id={leader}"))
+}
+
+pub(crate) async fn finalize(args: FinalizeArgs) -> Result<(), Failure> {
+    let mut client = admin_client(&args.admin).await?;
+    let version = client.finalize(pb::FinalizeRequest {}).await.map_err(refused)?.into_inner().version;
+    print(args.admin.json, &serde_json::json!({ "cluster_version": version }), || format!("cluster version={version}"))
 }
 
 pub(crate) async fn transfer(client: &mut AdminClient<Channel>, to: u64) -> Result<u64, Failure> {

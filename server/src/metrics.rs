@@ -287,6 +287,10 @@ const ROWS: &[Row] = &[
         |s| s.engine.heal.went_back,
     ),
     ("raft_is_twin", "1 while another process is this member", Kind::Gauge, |s| u64::from(s.raft.role == "twin")),
+    ("raft_cluster_version", "Which formats the cluster may write", Kind::Gauge, |s| s.raft.cluster_version.into()),
+    ("raft_cluster_version_max", "The newest such version that this build reads", Kind::Gauge, |s| {
+        s.raft.cluster_version_max.into()
+    }),
     ("scrub_bytes", "Bytes that the scrubber has read", Kind::Counter, |s| s.engine.heal.scrub_bytes),
     ("scrub_passes", "Whole passes of the scrubber", Kind::Counter, |s| s.engine.heal.scrub_passes),
     ("scrub_last_ms", "When the last whole pass ended, in Unix milliseconds", Kind::Gauge, |s| {

@@ -142,6 +142,7 @@ mod tests {
             site: String::new(),
             priority: 0,
             witness: false,
+            version: 0,
             role: MemberRole::Voter,
         });
         let node = NodeStatus {

@@ -154,6 +154,12 @@ pub struct RaftSection {
     pub priority_hand_overs: u64,
     /// Bytes of tables that it fetched from other members, for snapshots and for tables that it lost.
     pub fetched_bytes: u64,
+    /// Which formats the cluster may write; 0 from a server that does not say it yet.
+    #[serde(default)]
+    pub cluster_version: u16,
+    /// The newest such version that this build reads: `mainstay finalize` raises the other one to it.
+    #[serde(default)]
+    pub cluster_version_max: u16,
     /// On the leader: voters that are silent or far behind, so that what is written now is on fewer volumes than it should be.
     #[serde(default)]
     pub under_replicated: u64,
@@ -414,6 +420,8 @@ impl Status {
                 disk_hand_overs: node.disk_hand_overs,
                 priority_hand_overs: node.priority_hand_overs,
                 fetched_bytes: node.fetched_bytes,
+                cluster_version: node.cluster_version,
+                cluster_version_max: mainstay::CLUSTER_VERSION_MAX,
                 under_replicated: under_replicated(&node),
                 site_lags: node.site_lags.iter().map(site_lag_section).collect(),
                 groups,
@@ -457,7 +465,7 @@ impl Status {
         }
     }
 
-    /// For people: a line a layer, a line a member and a line a group.
+    /// For people: a line a layer, one where the cluster has an earlier version than it could, a line a member and a line a group.
     pub fn text(&self) -> String {
         let mut text = format!("{} {} ready={}\n", self.member, label(self.health), self.ready);
         let layers = [
@@ -468,6 +476,10 @@ impl Status {
         ];
         for (name, verdict) in layers {
             text += &format!("  {name:<7} {:<5} {}\n", label(verdict.health), verdict.line);
+        }
+        let RaftSection { cluster_version: version, cluster_version_max: reads, .. } = self.raft;
+        if version > 0 && version < reads && !self.raft.cluster.is_empty() {
+            text += &format!("  version {version}: this build reads {reads}, `mainstay finalize` raises it\n");
         }
         for member in &self.raft.members {
             let role = match (Some(member.id) == self.raft.leader, member.voter) {
@@ -727,6 +739,7 @@ mod tests {
             site: String::new(),
             priority: 0,
             witness: false,
+            version: 0,
             role: MemberRole::Voter,
         };
         let node = NodeStatus {
@@ -829,6 +842,19 @@ mod tests {
         // Clients of the first group are served.
         assert!(status.ready);
         check(vec![without_leader("a"), group("b"), without_leader("c")], "; group a knows no leader and 1 more of 3");
+    }
+
+    #[test]
+    fn a_version_that_can_be_raised_is_shown() {
+        let text = |cluster: [u8; 16], cluster_version| {
+            let mut sources = sources();
+            (sources.node.cluster, sources.node.cluster_version) = (cluster, cluster_version);
+            Status::new(sources).text()
+        };
+        let line = "  version 1: this build reads 2, `mainstay finalize` raises it\n";
+        assert!(text([1; 16], 1).contains(line), "{}", text([1; 16], 1));
+        assert!(!text([1; 16], mainstay::CLUSTER_VERSION_MAX).contains("finalize"));
+        assert!(!text([0; 16], 1).contains("finalize"), "there is no cluster yet");
     }
 
     /// The budget without the allocator's share stood where the setting was looked for: 26.7 MiB of `--memory 32MiB`.

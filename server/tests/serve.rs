@@ -143,6 +143,24 @@ fn the_status_has_the_promised_keys_and_a_line_for_each_layer() {
 }
 
 #[test]
+fn finalize_says_which_version_the_cluster_has() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let ports = Ports::free();
+    let server = Server::start("a", &folder.path().join("a"), &ports, "");
+    let at = ["--admin", ports.admin()];
+    let on = |args: &[&str]| run(&[args, &at[..]].concat());
+    let early = on(&["finalize"]);
+    let text = String::from_utf8_lossy(&early.stderr).into_owned();
+    assert!(early.status.code() == Some(1) && !text.is_empty(), "there is no cluster yet: {text}");
+    json(&on(&["init", "--members", "a", "--json"]));
+    let raft = json(&on(&["status", "--json"]))[0]["raft"].take();
+    assert_eq!((&raft["cluster_version"], &raft["cluster_version_max"]), (&2.into(), &2.into()), "{raft}");
+    assert_eq!(json(&on(&["finalize", "--json"])), serde_json::json!({ "cluster_version": 2 }));
+    assert_eq!(String::from_utf8_lossy(&on(&["finalize"]).stdout), "cluster version=2\n");
+    server.stop();
+}
+
+#[test]
 fn a_member_is_given_a_priority_and_a_site() {
     let folder = tempfile::tempdir().expect("a folder");
     let ports = Ports::free();

@@ -46,6 +46,7 @@ impl MemoryBackend {
             site: String::new(),
             priority: 0,
             witness: false,
+            version: 0,
             role: MemberRole::Voter,
         };
         let status = NodeStatus {
@@ -224,6 +225,7 @@ impl Backend for MemoryBackend {
             site: String::new(),
             priority: 0,
             witness: false,
+            version: 0,
             role: if voter { MemberRole::Voter } else { MemberRole::Learner },
         };
         state.status.members.push(member.clone());
