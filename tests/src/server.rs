@@ -77,6 +77,8 @@ pub struct Server {
     arguments: Vec<String>,
     /// The network namespace that it runs in, if any.
     namespace: Option<String>,
+    /// The server to run in place of the one of this build.
+    pub program: Option<PathBuf>,
     log: PathBuf,
     process: Option<Child>,
 }
@@ -95,6 +97,7 @@ impl Server {
             admin: address(),
             arguments: Vec::new(),
             namespace: None,
+            program: None,
             log: log.into(),
             process: None,
         }
@@ -110,12 +113,13 @@ impl Server {
     pub fn start(&mut self) {
         assert!(self.process.is_none(), "{} runs already", self.name);
         let log = std::fs::File::options().create(true).append(true).open(&self.log).expect("the log can be written");
+        let program = self.program.as_deref().unwrap_or_else(|| binary());
         let mut command = match &self.namespace {
-            None => Command::new(binary()),
+            None => Command::new(program),
             Some(namespace) => {
                 // It takes the place of `ip`, under the same process id.
                 let mut command = Command::new("ip");
-                command.args(["netns", "exec", namespace]).arg(binary());
+                command.args(["netns", "exec", namespace]).arg(program);
                 command
             }
         };

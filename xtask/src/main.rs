@@ -26,6 +26,8 @@ usage: cargo xtask COMMAND
   ci          fmt, clippy, docs and tidy with warnings denied, then everything of `test`
   test        installs what the tests need (as root), then runs every test
   sim ARGS    runs the simulator; `cargo xtask sim --help` lists its arguments
+  upgrade [COMMIT]
+              builds the server of an earlier commit, and has processes of both builds make one cluster, go back, and finalize
   tidy        layers, module headers, file lengths, links in docs, words that do not belong here
 ";
 
@@ -35,6 +37,8 @@ const SIM_SEEDS: &str = "200";
 const SINGLE_FAULTS: &str = "1000";
 /// Seeds with disks that lie: some must fail, or the simulation sees nothing.
 const LYING_SEEDS: &str = "16";
+/// The last commit whose server reads the first version of a cluster alone.
+const EARLIER: &str = "5e3e9c2";
 /// What compiles planted bugs in.
 const MUTANTS_FLAG: &str = "--cfg mainstay_mutants";
 
@@ -60,6 +64,13 @@ fn main() -> ExitCode {
             report.finish()
         }
         Some("sim") => sim(&args[1..]),
+        Some("upgrade") => match upgrade(&root, args.get(1).map_or(EARLIER, String::as_str)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(e) => {
+                eprintln!("{e}");
+                ExitCode::FAILURE
+            }
+        },
         _ => {
             eprint!("{USAGE}");
             ExitCode::from(2)
@@ -89,6 +100,27 @@ fn mutants_command() -> Command {
     command.args(["--package", "mainstay-sim", "--bin", "mainstay-sim", "--"]);
     command.env("RUSTFLAGS", MUTANTS_FLAG);
     command
+}
+
+/// Builds the server of `commit` from the history of this repository, apart from it, and runs the tests of clusters of two builds.
+fn upgrade(root: &Path, commit: &str) -> Result<(), String> {
+    let folder = root.join("target/earlier").join(commit);
+    std::fs::create_dir_all(&folder)
+        .map_err(|e| format!("no folder for the earlier build path={}: {e}", folder.display()))?;
+    let archive = folder.with_extension("tar");
+    let done = |what: &str, command: &mut Command| match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("{what} failed: {status}")),
+        Err(e) => Err(format!("{what} did not start: {e}")),
+    };
+    done("git archive", Command::new("git").args(["archive", "--output"]).arg(&archive).arg(commit))?;
+    done("tar", Command::new("tar").arg("-xf").arg(&archive).arg("-C").arg(&folder))?;
+    let target = root.join("target/earlier/target");
+    let mut build = cargo(&["build", "--package", "mainstay-server", "--bin", "mainstay", "--target-dir"]);
+    done("the earlier build", build.arg(&target).current_dir(&folder))?;
+    let mut test =
+        cargo(&["nextest", "run", "--package", "mainstay-tests", "--test", "upgrade", "--run-ignored", "all"]);
+    done("the test", test.env("EARLIER_BUILD", target.join("debug/mainstay")))
 }
 
 /// No build without debug assertions may have planted bugs: one that asks for them does not compile.
