@@ -44,6 +44,9 @@ struct Options {
     /// etcd) [default: as many as each takes by itself]
     #[arg(long)]
     threads: Option<usize>,
+    /// GOMAXPROCS of each etcd, where it is to have another number than `--threads`
+    #[arg(long)]
+    etcd_threads: Option<usize>,
     /// Bytes of a value
     #[arg(long, default_value_t = 256)]
     value_bytes: usize,
@@ -76,8 +79,13 @@ fn client_runtime() -> Outcome<tokio::runtime::Runtime> {
 }
 
 fn run(options: Options) -> Outcome<()> {
-    if let Some(threads) = options.threads {
-        for name in ["MAINSTAY_WORKER_THREADS", "TOKIO_WORKER_THREADS", "GOMAXPROCS"] {
+    let threads = [
+        ("MAINSTAY_WORKER_THREADS", options.threads),
+        ("TOKIO_WORKER_THREADS", options.threads),
+        ("GOMAXPROCS", options.etcd_threads.or(options.threads)),
+    ];
+    for (name, threads) in threads {
+        if let Some(threads) = threads {
             // SAFETY: no other thread runs yet. The replicas inherit it; the client of the server and of etcd has one thread.
             unsafe { std::env::set_var(name, threads.to_string()) };
         }
