@@ -22,6 +22,7 @@ use crate::log_store::{EntryRequest, Given};
 use crate::membership::gives_up;
 use crate::network::method;
 use crate::node::{Inner, Phase};
+use crate::priority;
 use crate::state_machine::{NO_ROOM, Offer, take_tables};
 use crate::types::{Entry, EntryPayload, LogId, StoredMembership, Vote, term_of};
 use crate::wire::{Reader, Writer, decode_result};
@@ -447,18 +448,49 @@ impl<R: Runtime> Inner<R> {
 
     async fn fetch_entry(&self, id: LogId) -> Option<Entry> {
         let lost = Missing { from: id.index, to: id.index, anchor: Some(id) };
-        for _ in 0..ENTRY_ROUNDS_MAX {
-            for answer in self.ask_for(&self.other_voters().0, &lost, Some(id)).await {
+        for round in 0..ENTRY_ROUNDS_MAX {
+            let (voters, known) = self.other_voters();
+            let answers = self.ask_for(&voters, &lost, Some(id)).await;
+            let nobody_has_it = verdict(&answers, known) == Verdict::Follow;
+            for answer in answers {
                 if let Some(Given::Entries(entries)) = answer.given
                     && let Some(entry) = entries.into_iter().find(|entry| entry.log_id == id)
                 {
                     return Some(entry);
                 }
             }
+            if self.log.log_id(id.index).is_some_and(|now| now != id) {
+                return None;
+            }
+            if nobody_has_it {
+                self.give_way(round).await;
+            }
             R::sleep(ROUND_PAUSE_MAX / 4).await;
         }
         tracing::error!(index = id.index, "an entry of the log is damaged here, and no other voter gave it");
         None
+    }
+
+    /// A leader that cannot send an entry which no other voter has stands in everybody's way. It was never committed, so any of them may lead, and the first
+    /// entry of that leader takes its place here. They are told one after the other, best first; an orderly hand-over would ask for a log as long as this one.
+    async fn give_way(&self, round: u32) {
+        let Ok(running) = self.running() else { return };
+        if self.leader_of(&running) != Some(running.id) {
+            return;
+        }
+        let mut heirs = self.heirs(&running);
+        let mut to = None;
+        for _ in 0..=round {
+            to = priority::heir(&heirs);
+            heirs.iter_mut().filter(|heir| Some(heir.id) == to).for_each(|heir| heir.told += 1);
+        }
+        let Some(to) = to else { return };
+        tracing::warn!(to, "an entry is lost that no other voter has: another is to lead");
+        let mut body = Writer::new();
+        body.vote(&Self::metrics_of(&running, |m| m.vote)).u64(to).option_log_id(None);
+        if let Err(error) = self.call_member(NodeId(to), method::TRANSFER, body.finish(), CALL_TIMEOUT).await {
+            tracing::warn!(%error, to, "a voter was not told to lead");
+        }
     }
 
     /// The end of this log, for a member that has lost its own.

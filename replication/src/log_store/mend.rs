@@ -74,10 +74,18 @@ impl LogStore {
         if requests.send(EntryRequest { id, done }).await.is_err() {
             return Err(io_error(error));
         }
-        let entry =
-            answer.await.map_err(|_| io_error(format!("{error}; no other member gave the entry index={index}")))?;
-        self.fill(vec![entry.clone()]).await?;
-        Ok(entry)
+        match answer.await {
+            Ok(entry) => {
+                self.fill(vec![entry.clone()]).await?;
+                Ok(entry)
+            }
+            // It was never committed, and another leader has put its own in this place.
+            Err(_) if self.log_id(index).is_some_and(|now| now != id) => {
+                let mut entries = Box::pin(self.read_entries(index..index + 1, READ_BYTES_MAX)).await?;
+                entries.pop().ok_or_else(|| io_error(error))
+            }
+            Err(_) => Err(io_error(format!("{error}; no other member gave the entry index={index}"))),
+        }
     }
 
     /// Writes entries again that damage has taken, durably, and puts each in its place.

@@ -4,7 +4,8 @@ use mainstay_engine::CommandBody;
 
 use openraft::storage::RaftLogReader;
 
-use super::cluster::{Cluster, DEFAULT, WAL_BYTES, pause, run};
+use super::cluster::{Cluster, DEFAULT, WAL_BYTES, pause, put, run};
+use super::disturb::{Outbound, Refuse, disturbed};
 use crate::types::TypeConfig;
 use crate::{Durability, ReadLevel, TokioRuntime, Write};
 
@@ -271,6 +272,41 @@ fn an_entry_that_rots_while_the_node_runs_is_read_from_another_member() {
         cluster.start(leader).await;
         takes_part(&cluster, leader).await;
         assert_eq!(cluster.node(leader).status().log_heal.entries_lost, 0);
+        all_there(&cluster, 40).await;
+        cluster.finish().await;
+    });
+}
+
+/// It left service for good: nobody could give the entry, since nobody else had ever had it. Of a hundred thousand single faults two were of this kind.
+#[test]
+fn a_leader_that_lost_an_entry_which_nobody_else_has_lets_another_lead() {
+    run(async {
+        let mut cluster = Cluster::blank(3).await;
+        cluster.entry_cache_bytes = 1;
+        let held = Refuse::new(Outbound::has_entries);
+        cluster.wrap = disturbed(held.clone());
+        cluster.start_all().await;
+        cluster.node(0).init(&cluster.names()).await.expect("born");
+        written(&cluster, 40).await;
+        let leader = cluster.leader().await;
+        held.set(true);
+        let mut tokens = Vec::new();
+        for n in 0..20 {
+            tokens.push(cluster.node(leader).write_local(put(&format!("own{n}"), "x")).await.expect("durable here"));
+        }
+        let lost = tokens[0].index.0;
+        let at = place(&cluster, leader, lost);
+        rot(&cluster, leader, &[at]);
+        held.set(false);
+        let id = cluster.node(leader).status().id;
+        let other = (leader + 1) % 3;
+        cluster.until(other, |s| s.leader.is_some_and(|leads| leads != id)).await;
+        // Without anybody's help it follows, with the entries of the others.
+        let last = cluster.put(leader, "after", "x").await.expect("written").0;
+        cluster.until(leader, |s| s.group.applied.0 >= last).await;
+        let ids = [leader, other].map(|i| cluster.node(i).inner.log.log_id(lost));
+        assert!(ids[0].is_some() && ids[0] == ids[1], "{ids:?}");
+        assert_eq!(cluster.get(leader, "own0", ReadLevel::Linearizable).await.expect("read"), None);
         all_there(&cluster, 40).await;
         cluster.finish().await;
     });
