@@ -25,7 +25,7 @@ const USAGE: &str = "\
 usage: cargo xtask COMMAND
   ci          fmt, clippy, docs and tidy with warnings denied, then everything of `test`
   test        installs what the tests need (as root), then runs every test
-  sim ARGS    runs the simulator; `cargo xtask sim --help` lists its arguments
+  sim ARGS    runs the simulator; `cargo xtask sim --help` lists its arguments. With --soak it is built for long runs
   upgrade [COMMIT]
               builds the server of an earlier commit, and has processes of both builds make one cluster, go back, and finalize
   tidy        layers, module headers, file lengths, links in docs, words that do not belong here
@@ -90,8 +90,8 @@ fn cargo(args: &[&str]) -> Command {
     command
 }
 
-fn sim_command() -> Command {
-    cargo(&["run", "--quiet", "--profile", "sim", "--package", "mainstay-sim", "--bin", "mainstay-sim", "--"])
+fn sim_command(profile: &str) -> Command {
+    cargo(&["run", "--quiet", "--profile", profile, "--package", "mainstay-sim", "--bin", "mainstay-sim", "--"])
 }
 
 /// The simulator with the switch for planted bugs, in a target folder of its own: everything is compiled with it.
@@ -136,7 +136,8 @@ fn release_refuses_mutants() -> Result<(), String> {
 }
 
 fn sim(args: &[String]) -> ExitCode {
-    let mut command = sim_command();
+    let soak = args.iter().any(|arg| arg == "--soak");
+    let mut command = sim_command(if soak { "soak" } else { "sim" });
     if args.iter().any(|arg| arg == "--mutants" || arg == "--mutant") {
         if let Err(e) = release_refuses_mutants() {
             eprintln!("{e}");
@@ -144,7 +145,7 @@ fn sim(args: &[String]) -> ExitCode {
         }
         command = mutants_command();
     }
-    match command.args(args).status() {
+    match command.args(args.iter().filter(|arg| *arg != "--soak")).status() {
         Ok(status) if status.success() => ExitCode::SUCCESS,
         Ok(status) => ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)),
         Err(e) => {
@@ -181,13 +182,13 @@ fn tests(report: &mut Report, root: &Path) {
         );
     }
     report.count("doc tests", cargo(&["test", "--workspace", "--no-fail-fast", "--doc"]), Tally::Libtest);
-    let mut sim = sim_command();
+    let mut sim = sim_command("sim");
     sim.args(["--seeds", SIM_SEEDS, "--twice"]);
     report.count("simulation", sim, Tally::Seeds);
-    let mut single = sim_command();
+    let mut single = sim_command("sim");
     single.args(["--single-faults", SINGLE_FAULTS]);
     report.count("simulation of single faults", single, Tally::Seeds);
-    let mut lying = sim_command();
+    let mut lying = sim_command("sim");
     lying.args(["--seeds", LYING_SEEDS, "--lying-disks"]);
     report.count("simulation finds lies", lying, Tally::Seeds);
     hook(report, root, "C binding", "bindings/c/test.sh");
