@@ -99,7 +99,10 @@ impl<R: Runtime> Inner<R> {
         // It may have been raised, and this node not have heard of it yet.
         let first = self.host().unwrap_or_else(|| self.clone());
         first.read_barrier(ReadLevel::Linearizable).boxed().await?;
-        let version = self.cluster_version();
+        // What is shown of the members may come a moment later than the barrier.
+        let running = first.running()?;
+        let committed = running.raft.with_raft_state(|state| of(state.membership_state.committed().membership()));
+        let version = committed.await.map_err(|e| crate::service::raft_error(&e))?;
         if needed <= version {
             return Ok(());
         }
