@@ -451,7 +451,7 @@ impl<R: Runtime> Inner<R> {
         for round in 0..ENTRY_ROUNDS_MAX {
             let (voters, known) = self.other_voters();
             let answers = self.ask_for(&voters, &lost, Some(id)).await;
-            let nobody_has_it = verdict(&answers, known) == Verdict::Follow;
+            let verdict = verdict(&answers, known);
             for answer in answers {
                 if let Some(Given::Entries(entries)) = answer.given
                     && let Some(entry) = entries.into_iter().find(|entry| entry.log_id == id)
@@ -462,21 +462,32 @@ impl<R: Runtime> Inner<R> {
             if self.log.log_id(id.index).is_some_and(|now| now != id) {
                 return None;
             }
-            if nobody_has_it {
-                self.give_way(round).await;
-            }
+            self.give_way(verdict, round).await;
             R::sleep(ROUND_PAUSE_MAX / 4).await;
         }
         tracing::error!(index = id.index, "an entry of the log is damaged here, and no other voter gave it");
         None
     }
 
-    /// A leader that cannot send an entry which no other voter has stands in everybody's way. It was never committed, so any of them may lead, and the first
-    /// entry of that leader takes its place here. They are told one after the other, best first; an orderly hand-over would ask for a log as long as this one.
-    async fn give_way(&self, round: u32) {
+    /// A leader that cannot send an entry stands in the way of who lacks it. Where another voter has it in tables, that one leads and sends those. Where no
+    /// other voter has it it was never committed, so any of them may lead, and the first entry of that leader takes its place here: they are told one after
+    /// the other, best first, since an orderly hand-over would ask for a log as long as this one.
+    async fn give_way(&self, verdict: Verdict, round: u32) {
         let Ok(running) = self.running() else { return };
         if self.leader_of(&running) != Some(running.id) {
             return;
+        }
+        match verdict {
+            Verdict::Import => {
+                let Ok(_one) = self.handing_over.acquire().await else { return };
+                match self.hand_over(&running, None).await {
+                    Ok(to) => tracing::warn!(to, "an entry is lost that others have in tables: one of them leads"),
+                    Err(error) => tracing::warn!(%error, "leadership was not handed over"),
+                }
+                return;
+            }
+            Verdict::Follow => {}
+            Verdict::Fill | Verdict::Halt | Verdict::Wait => return,
         }
         let mut heirs = self.heirs(&running);
         let mut to = None;

@@ -15,6 +15,9 @@ use crate::entry_index::Damage;
 use crate::record;
 use crate::types::{Entry, LogId, StoredMembership, Vote, io_error};
 
+/// Of an entry that cannot be read, and that no other member has given so far.
+pub(super) const NOT_GIVEN: std::io::ErrorKind = std::io::ErrorKind::TimedOut;
+
 impl LogStore {
     /// What damage has taken; none when the log is whole.
     pub(crate) fn damage(&self) -> Option<Damage> {
@@ -69,7 +72,9 @@ impl LogStore {
         };
         let (Some(id), Some(requests), true) = (id, requests, damaged) else { return Err(io_error(error)) };
         tracing::error!(index, %error, "an entry cannot be read: other members are asked for it");
-        self.note_lost(1);
+        if self.state().asked_for.replace(id) != Some(id) {
+            self.note_lost(1);
+        }
         let (done, answer) = oneshot::channel();
         if requests.send(EntryRequest { id, done }).await.is_err() {
             return Err(io_error(error));
@@ -84,7 +89,9 @@ impl LogStore {
                 let mut entries = Box::pin(self.read_entries(index..index + 1, READ_BYTES_MAX)).await?;
                 entries.pop().ok_or_else(|| io_error(error))
             }
-            Err(_) => Err(io_error(format!("{error}; no other member gave the entry index={index}"))),
+            Err(_) => {
+                Err(std::io::Error::new(NOT_GIVEN, format!("{error}; no other member gave the entry index={index}")))
+            }
         }
     }
 
