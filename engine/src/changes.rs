@@ -72,6 +72,14 @@ pub enum ChangeKind {
         /// The operator, for as long as there is the keyspace.
         operator: OperatorId,
     },
+    /// A keyspace whose pairs can expire was made, in every branch. A pair ends when the largest time of the changes so far, this one's included, is its
+    /// own time and what it was put for: nobody is told.
+    ExpiringMade {
+        /// Its id, never that of another.
+        id: KeyspaceId,
+        /// Its name.
+        name: String,
+    },
     /// A keyspace was dropped with all that it held, in every branch.
     KeyspaceDropped {
         /// Its id.
@@ -240,6 +248,9 @@ impl Changes {
             }
             (CommandBody::CreateKeyspace { name }, Some(Outcome::Keyspace(id))) => {
                 Some(ChangeKind::KeyspaceMade { id, name })
+            }
+            (CommandBody::CreateExpiring { name }, Some(Outcome::Keyspace(id))) => {
+                Some(ChangeKind::ExpiringMade { id, name })
             }
             (CommandBody::SetOperator { name, operator }, Some(Outcome::Keyspace(id))) => {
                 Some(ChangeKind::OperatorGiven { id, name, operator })

@@ -130,6 +130,12 @@ pub enum CommandBody {
         /// The operator.
         operator: OperatorId,
     },
+    /// Makes a keyspace whose pairs can expire, in every branch; nothing if it is there. Refused where there is one of that name that
+    /// is not expiring. The response is the id of the keyspace.
+    CreateExpiring {
+        /// Its name.
+        name: String,
+    },
 }
 
 /// Mutations applied all or none to one branch. The later of two mutations of one key wins: a range removes what stands before it, and
@@ -232,6 +238,17 @@ pub enum WriteOp {
         /// At most [`VALUE_BYTES_MAX`] bytes.
         operand: Bytes,
     },
+    /// Sets a key of an expiring keyspace for a time, which begins with the time of the entry.
+    PutFor {
+        /// Where.
+        keyspace: KeyspaceId,
+        /// 1 to [`KEY_BYTES_MAX`] bytes.
+        key: Bytes,
+        /// 0 to [`VALUE_BYTES_MAX`] bytes, less 10.
+        value: Bytes,
+        /// How long it lives in milliseconds, at least 1.
+        ttl_ms: u64,
+    },
 }
 
 /// An output of a job as an `Install` names it.
@@ -291,10 +308,11 @@ const KIND_BATCHES_IF: u8 = 14;
 const KIND_COMPACT: u8 = 15;
 const KIND_INSTALL_RANGED: u8 = 16;
 const KIND_SET_OPERATOR: u8 = 17;
+const KIND_CREATE_EXPIRING: u8 = 18;
 
 /// The kinds as docs/format.md has them.
 #[cfg(test)]
-pub(crate) const KINDS: [(u8, &str); 17] = [
+pub(crate) const KINDS: [(u8, &str); 18] = [
     (KIND_BATCH, "Batch"),
     (KIND_CREATE_KEYSPACE, "CreateKeyspace"),
     (KIND_DROP_KEYSPACE, "DropKeyspace"),
@@ -312,17 +330,24 @@ pub(crate) const KINDS: [(u8, &str); 17] = [
     (KIND_COMPACT, "Compact"),
     (KIND_INSTALL_RANGED, "Install"),
     (KIND_SET_OPERATOR, "SetOperator"),
+    (KIND_CREATE_EXPIRING, "CreateExpiring"),
 ];
 
 const OP_PUT: u8 = 1;
 const OP_DELETE: u8 = 2;
 const OP_DELETE_RANGE: u8 = 3;
 const OP_MERGE: u8 = 4;
+const OP_PUT_FOR: u8 = 5;
 
 /// The kinds of mutations as docs/format.md has them.
 #[cfg(test)]
-pub(crate) const OP_KINDS: [(u8, &str); 4] =
-    [(OP_PUT, "put"), (OP_DELETE, "delete"), (OP_DELETE_RANGE, "delete range"), (OP_MERGE, "merge")];
+pub(crate) const OP_KINDS: [(u8, &str); 5] = [
+    (OP_PUT, "put"),
+    (OP_DELETE, "delete"),
+    (OP_DELETE_RANGE, "delete range"),
+    (OP_MERGE, "merge"),
+    (OP_PUT_FOR, "put for a time"),
+];
 
 /// Bytes of the shortest batch: a branch and a count.
 const BATCH_BYTES_MIN: usize = 2;
@@ -336,14 +361,17 @@ impl WriteOp {
             Self::Put { keyspace, .. }
             | Self::Delete { keyspace, .. }
             | Self::DeleteRange { keyspace, .. }
-            | Self::Merge { keyspace, .. } => *keyspace,
+            | Self::Merge { keyspace, .. }
+            | Self::PutFor { keyspace, .. } => *keyspace,
         }
     }
 
     /// What it writes; of a range its first place.
     pub fn key(&self) -> &Bytes {
         match self {
-            Self::Put { key, .. } | Self::Delete { key, .. } | Self::Merge { key, .. } => key,
+            Self::Put { key, .. } | Self::Delete { key, .. } | Self::Merge { key, .. } | Self::PutFor { key, .. } => {
+                key
+            }
             Self::DeleteRange { range, .. } => range.start(),
         }
     }
@@ -351,15 +379,23 @@ impl WriteOp {
     /// The value it sets; nothing for a deletion, and for a merge.
     pub fn value(&self) -> Option<&Bytes> {
         match self {
-            Self::Put { value, .. } => Some(value),
+            Self::Put { value, .. } | Self::PutFor { value, .. } => Some(value),
             Self::Delete { .. } | Self::DeleteRange { .. } | Self::Merge { .. } => None,
+        }
+    }
+
+    /// For how many milliseconds it sets its value; 0 for ever.
+    pub fn ttl_ms(&self) -> u64 {
+        match self {
+            Self::PutFor { ttl_ms, .. } => *ttl_ms,
+            _ => 0,
         }
     }
 
     /// Bytes of its keys and of its value or operand.
     pub fn bytes(&self) -> usize {
         match self {
-            Self::Put { key, value, .. } => key.len().saturating_add(value.len()),
+            Self::Put { key, value, .. } | Self::PutFor { key, value, .. } => key.len().saturating_add(value.len()),
             Self::Merge { key, operand, .. } => key.len().saturating_add(operand.len()),
             Self::Delete { key, .. } => key.len(),
             Self::DeleteRange { range, .. } => range.bytes(),
@@ -371,6 +407,13 @@ impl WriteOp {
         match self {
             Self::Put { key, value, .. } | Self::Merge { key, operand: value, .. } => {
                 check_key(key).and_then(|()| check_value(value))
+            }
+            Self::PutFor { key, value, ttl_ms, .. } => {
+                check_key(key).and_then(|()| check_value(value))?;
+                if *ttl_ms == 0 {
+                    return Err(Error::new(ErrorKind::Invalid, "a time to live is at least a millisecond"));
+                }
+                Ok(())
             }
             Self::Delete { key, .. } => check_key(key),
             Self::DeleteRange { range, .. } => range.check(),
@@ -443,6 +486,7 @@ impl Command {
             CommandBody::BatchesIf(_) => KIND_BATCHES_IF,
             CommandBody::Compact { .. } => KIND_COMPACT,
             CommandBody::SetOperator { .. } => KIND_SET_OPERATOR,
+            CommandBody::CreateExpiring { .. } => KIND_CREATE_EXPIRING,
         };
         out.push(kind);
         out.extend_from_slice(&self.time_ms.to_le_bytes());
@@ -450,6 +494,7 @@ impl Command {
             CommandBody::Batch(batch) => encode_batch(&mut out, batch)?,
             CommandBody::Rotate => {}
             CommandBody::CreateKeyspace { name }
+            | CommandBody::CreateExpiring { name }
             | CommandBody::DropKeyspace { name }
             | CommandBody::DropCheckpoint { name }
             | CommandBody::DropClone { name } => put_name(&mut out, name)?,
@@ -607,6 +652,7 @@ impl Command {
                 CommandBody::Compact { branch, keyspace, first, end }
             }
             KIND_SET_OPERATOR => CommandBody::SetOperator { name: from.name()?, operator: take_operator(&mut from)? },
+            KIND_CREATE_EXPIRING => CommandBody::CreateExpiring { name: from.name()? },
             kind => return Err(Error::new(ErrorKind::Foreign, format!("a command of an unknown kind kind={kind}"))),
         };
         from.end()?;
@@ -663,12 +709,18 @@ fn encode_batch(out: &mut Vec<u8>, batch: &WriteBatch) -> Result<()> {
             WriteOp::Delete { .. } => OP_DELETE,
             WriteOp::DeleteRange { .. } => OP_DELETE_RANGE,
             WriteOp::Merge { .. } => OP_MERGE,
+            WriteOp::PutFor { .. } => OP_PUT_FOR,
         });
         put_varint(out, op.keyspace().0.into());
         match op {
             WriteOp::Put { key, value, .. } | WriteOp::Merge { key, operand: value, .. } => {
                 put_bytes(out, key);
                 put_bytes(out, value);
+            }
+            WriteOp::PutFor { key, value, ttl_ms, .. } => {
+                put_bytes(out, key);
+                put_bytes(out, value);
+                put_varint(out, *ttl_ms);
             }
             WriteOp::Delete { key, .. } => put_bytes(out, key),
             WriteOp::DeleteRange { range, .. } => put_range(out, range),
@@ -708,6 +760,15 @@ fn decode_batch(from: &mut Decoder) -> Result<WriteBatch> {
             OP_MERGE => {
                 let key = from.bytes(1, KEY_BYTES_MAX)?;
                 WriteOp::Merge { keyspace, key, operand: from.bytes(0, VALUE_BYTES_MAX)? }
+            }
+            OP_PUT_FOR => {
+                let key = from.bytes(1, KEY_BYTES_MAX)?;
+                let value = from.bytes(0, VALUE_BYTES_MAX)?;
+                let ttl_ms = from.varint()?;
+                if ttl_ms == 0 {
+                    return Err(from.corrupt("a time to live is none"));
+                }
+                WriteOp::PutFor { keyspace, key, value, ttl_ms }
             }
             tag => return Err(Error::new(ErrorKind::Foreign, format!("a mutation of an unknown kind kind={tag}"))),
         });

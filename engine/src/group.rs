@@ -21,23 +21,27 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use futures_util::future::select;
 use mainstay_io::BoxFuture;
 use mainstay_wal::GroupId;
 use tokio::sync::Notify;
 
-use self::core::{Core, Structure, checkpoint_views, operators};
+use self::core::{Core, Structure, checkpoint_views, expiring, operators};
 pub(crate) use self::core::{Names, Views};
 pub(crate) use self::jobs::{JobClass, Run};
 pub(crate) use self::mend::{CHECK_READ_BYTES, digest_of};
 use self::present::Durable;
 #[cfg(test)]
-pub(crate) use self::present::{EDIT_VERSION, EDIT_VERSION_OPERATORS, EDIT_VERSION_RANGED, EDIT_VERSION_SHAPED};
+pub(crate) use self::present::{
+    EDIT_VERSION, EDIT_VERSION_EXPIRING, EDIT_VERSION_OPERATORS, EDIT_VERSION_RANGED, EDIT_VERSION_SHAPED,
+};
 pub(crate) use self::present::{MANIFEST_EDIT, Recovered};
 #[cfg(test)]
 pub(crate) use self::transfer::EXPORT_VERSION;
 pub use self::transfer::Export;
 use self::transfer::Pins;
 use crate::engine::EngineShared;
+use crate::expiry::{ReadAt, Times};
 use crate::heal::{GroupHeal, TablePeers};
 use crate::manifest::{Manifest, ManifestSettings};
 use crate::{
@@ -165,6 +169,8 @@ pub(crate) struct GroupShared {
     engine: Arc<EngineShared>,
     state_machine: Option<Arc<dyn StateMachine>>,
     core: Mutex<Core>,
+    /// The time of the log at the latest entries: written before `applied`.
+    times: Times,
     /// See `core`, invariant 2, for the order in which these two are written and read.
     applied: AtomicU64,
     structure: ArcSwap<Structure>,
@@ -229,14 +235,14 @@ impl GroupShared {
     pub(crate) fn snapshot_of(&self, branch: BranchId) -> Result<Snapshot> {
         let mut structure = self.structure.load();
         loop {
-            let index = self.applied();
+            let at = self.times.read(|| self.applied());
             let again = self.structure.load();
             if !Arc::ptr_eq(&structure, &again) {
                 structure = again;
                 continue;
             }
             let views = structure.branches.get(&branch).ok_or_else(|| apply::no_branch(branch))?;
-            return Ok(Snapshot::new(index, views.clone(), structure.names.clone()));
+            return Ok(Snapshot::new(at, views.clone(), structure.names.clone()));
         }
     }
 
@@ -413,6 +419,7 @@ impl GroupShared {
             id,
             engine,
             state_machine: settings.state_machine,
+            times: Times::new(),
             applied: AtomicU64::new(flushed.0),
             structure: ArcSwap::default(),
             flushed: AtomicU64::new(flushed.0),
@@ -431,6 +438,7 @@ impl GroupShared {
             pins: Mutex::default(),
             core: Mutex::new(Core::new(0, Manifest::new(wanted), Default::default(), false, operators)),
         };
+        shared.times.set(flushed, core.clock.time_ms);
         shared.publish(&mut core, flushed);
         *shared.core.lock().unwrap_or_else(PoisonError::into_inner) = core;
         if let Some(state_machine) = &shared.state_machine {
@@ -484,12 +492,17 @@ impl Group {
         let found = core.readable().checkpoints.get(name).filter(|c| c.index <= applied).cloned();
         let checkpoint =
             found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no such checkpoint name={name}")))?;
-        let operators = operators(&core, core.readable(), LogIndex(checkpoint.index.0.saturating_add(1)));
-        let views = checkpoint_views(&core, &checkpoint, &operators);
-        let names = Names { keyspaces: checkpoint.keyspaces.iter().cloned().collect(), operators };
+        let next = LogIndex(checkpoint.index.0.saturating_add(1));
+        let names = Names {
+            keyspaces: checkpoint.keyspaces.iter().cloned().collect(),
+            operators: operators(&core, core.readable(), next),
+            expiring: expiring(core.readable(), next),
+        };
+        let views = checkpoint_views(&core, &checkpoint, &names);
         let index = if mainstay_io::mutant!(CheckpointMoves) { applied } else { checkpoint.index };
         let index = if mainstay_io::mutant!(CheckpointInUse) { applied } else { index };
-        Ok(Snapshot::new(index, Arc::new(views), Arc::new(names)))
+        let at = ReadAt { index, time_ms: checkpoint.created_ms };
+        Ok(Snapshot::new(at, Arc::new(views), Arc::new(names)))
     }
 
     /// Why nothing is applied any more, if so: for good, until the volume is opened again.
@@ -507,8 +520,8 @@ impl Group {
         self.0.applied()
     }
 
-    /// The next `Install` that this replica's jobs made, or a `Rotate` when the log or memory asks for it. A leader proposes
-    /// it; others may drop it. Cancel safe.
+    /// The next `Install` that this replica's jobs made, a `Rotate` when the log or memory asks for it, or a batch of nothing when the time of
+    /// the log has stood while pairs are to end. A leader proposes it; others may drop it. Cancel safe.
     pub async fn next_install(&self) -> Command {
         loop {
             let mut changed = pin!(self.0.offers.notified());
@@ -516,7 +529,10 @@ impl Group {
             if let Some(command) = self.0.take_offer() {
                 return command;
             }
-            changed.await;
+            match self.0.tick_pause() {
+                None => changed.await,
+                Some(pause) => drop(select(changed, self.0.engine.environment.clock.sleep(pause)).await),
+            }
         }
     }
 
@@ -724,6 +740,11 @@ impl Group {
     /// Names and ids of the keyspaces.
     pub fn keyspaces(&self) -> Vec<(String, KeyspaceId)> {
         self.0.structure.load().names.keyspaces.iter().map(|(name, id)| (name.clone(), *id)).collect()
+    }
+
+    /// True when pairs of a keyspace of the applied state can expire.
+    pub fn expires(&self, keyspace: KeyspaceId) -> bool {
+        self.0.structure.load().names.expiring.contains(&keyspace)
     }
 
     /// The merge operator of a keyspace of the applied state.

@@ -128,9 +128,9 @@ pub mod fuzz {
         };
         let ops = [
             ManifestOp::CreateKeyspace { name: "users".into() },
-            ManifestOp::Rotate { touched: vec![(MAIN, KeyspaceId(0))] },
+            ManifestOp::Rotate { touched: vec![(MAIN, KeyspaceId(0))], clock: None },
             ManifestOp::Install { job: JobId(1), tables: vec![Arc::new(table)] },
-            ManifestOp::Rotate { touched: vec![(MAIN, KeyspaceId(0)), (MAIN, KeyspaceId(1))] },
+            ManifestOp::Rotate { touched: vec![(MAIN, KeyspaceId(0)), (MAIN, KeyspaceId(1))], clock: None },
             ManifestOp::CreateCheckpoint { name: "monday".into(), branch: MAIN, time_ms: 7 },
             ManifestOp::CreateClone { name: "trial".into(), checkpoint: "monday".into(), time_ms: 8 },
             ManifestOp::Compact { branch: MAIN, keyspace: KeyspaceId(0), first: Bytes::new(), end: None },
@@ -330,6 +330,7 @@ pub mod bench {
                 l0: tables.iter().map(|table| table.table.clone()).collect(),
                 levels: Vec::new(),
                 operator: None,
+                expires: false,
             });
             let mut scan = view.scan(Bound::Unbounded, Bound::Unbounded, LogIndex(u64::MAX));
             let mut count = 0;

@@ -11,6 +11,7 @@ mod condition;
 mod engine;
 mod error;
 mod events;
+mod expiry;
 mod gather;
 mod group;
 mod heal;

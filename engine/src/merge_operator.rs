@@ -392,7 +392,7 @@ pub(crate) fn join_operands(ops: &[WriteOp]) -> Vec<(&WriteOp, Vec<Bytes>)> {
         let place = (op.keyspace(), &op.key()[..]);
         match op {
             WriteOp::DeleteRange { .. } => joined.push((op, Vec::new())),
-            WriteOp::Put { .. } | WriteOp::Delete { .. } => {
+            WriteOp::Put { .. } | WriteOp::PutFor { .. } | WriteOp::Delete { .. } => {
                 if met.insert(place, None) != Some(None) {
                     joined.push((op, Vec::new()));
                 }

@@ -36,6 +36,8 @@ pub(crate) struct OwnWrites {
     writes: IndexMap<Key, Option<Bytes>, Seed>,
     sorted: OnceLock<BTreeSet<Place>>,
     removed: BTreeMap<KeyspaceId, RangeSet>,
+    /// For how long, in milliseconds, what was written for a time.
+    lives: BTreeMap<Place, u64>,
 }
 
 #[derive(PartialEq, Eq)]
@@ -92,11 +94,27 @@ impl Hasher for KeyHasher {
 impl OwnWrites {
     /// None yet. `seed` differs between commands.
     pub(crate) fn new(seed: u64) -> Self {
-        Self { writes: IndexMap::with_hasher(Seed(seed)), sorted: OnceLock::new(), removed: BTreeMap::new() }
+        Self {
+            writes: IndexMap::with_hasher(Seed(seed)),
+            sorted: OnceLock::new(),
+            removed: BTreeMap::new(),
+            lives: BTreeMap::new(),
+        }
+    }
+
+    /// Sets a key for a time, 0 for ever.
+    pub(crate) fn write_for(&mut self, keyspace: KeyspaceId, key: Bytes, value: Bytes, ttl_ms: u64) {
+        self.write(keyspace, key.clone(), Some(value));
+        if ttl_ms > 0 {
+            self.lives.insert((keyspace, key), ttl_ms);
+        }
     }
 
     /// Sets (`Some`) or removes (`None`) a key.
     pub(crate) fn write(&mut self, keyspace: KeyspaceId, key: Bytes, value: Option<Bytes>) {
+        if !self.lives.is_empty() {
+            self.lives.remove(&(keyspace, key.clone()));
+        }
         if let Some(sorted) = self.sorted.get_mut() {
             sorted.insert((keyspace, key.clone()));
         }
@@ -151,8 +169,16 @@ impl OwnWrites {
 
     /// All mutations: the ranges, then one a key.
     pub(crate) fn into_ops(self) -> Vec<WriteOp> {
+        let lives = self.lives;
+        let life = |keyspace, key: &Bytes| match lives.is_empty() {
+            true => None,
+            false => lives.get(&(keyspace, key.clone())).copied(),
+        };
         let op = |(Key(keyspace, key), value)| match value {
-            Some(value) => WriteOp::Put { keyspace, key, value },
+            Some(value) => match life(keyspace, &key) {
+                Some(ttl_ms) => WriteOp::PutFor { keyspace, key, value, ttl_ms },
+                None => WriteOp::Put { keyspace, key, value },
+            },
             None => WriteOp::Delete { keyspace, key },
         };
         let ranges = self

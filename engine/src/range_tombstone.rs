@@ -337,6 +337,7 @@ pub(crate) fn fold(ops: &[WriteOp]) -> Cow<'_, [WriteOp]> {
         match op {
             WriteOp::DeleteRange { keyspace, range } => removed.entry(*keyspace).or_default().add(range),
             WriteOp::Put { keyspace, key, .. }
+            | WriteOp::PutFor { keyspace, key, .. }
             | WriteOp::Delete { keyspace, key }
             | WriteOp::Merge { keyspace, key, .. } => {
                 if removed.get(keyspace).is_none_or(|ranges| ranges.at(key).is_none()) {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::expiry::ReadAt;
 use crate::group::{Names, Views};
 use crate::merge_operator::{Operator, no_operator};
 use crate::read::{ReadView, ScanCursor};
@@ -33,19 +34,24 @@ pub enum Direction {
 /// A read view of one branch over all keyspaces at one index. Cloning shares it.
 #[derive(Clone)]
 pub struct Snapshot {
-    index: LogIndex,
+    at: ReadAt,
     views: Arc<Views>,
     names: Arc<Names>,
 }
 
 impl Snapshot {
-    pub(crate) fn new(index: LogIndex, views: Arc<Views>, names: Arc<Names>) -> Self {
-        Self { index, views, names }
+    pub(crate) fn new(at: ReadAt, views: Arc<Views>, names: Arc<Names>) -> Self {
+        Self { at, views, names }
+    }
+
+    /// The same for who reads at that time.
+    pub(crate) fn at_time(self, time_ms: u64) -> Self {
+        Self { at: ReadAt { time_ms, ..self.at }, ..self }
     }
 
     /// The index whose state it shows.
     pub fn index(&self) -> LogIndex {
-        self.index
+        self.at.index
     }
 
     /// The value of a key. Ready at the first poll when no block has to be read.
@@ -54,7 +60,7 @@ impl Snapshot {
     /// `NotFound` for an unknown keyspace, `Io`, `Corrupt`.
     pub async fn get(&self, keyspace: KeyspaceId, key: &[u8]) -> Result<Option<Value>> {
         match self.view(keyspace)? {
-            Some(view) => view.get(key, self.index).await,
+            Some(view) => view.get(key, self.at).await,
             None => Ok(None),
         }
     }
@@ -66,7 +72,7 @@ impl Snapshot {
     /// As [`Snapshot::get`].
     pub async fn get_version(&self, keyspace: KeyspaceId, key: &[u8]) -> Result<Option<(LogIndex, Value)>> {
         match self.view(keyspace)? {
-            Some(view) => view.get_version(key, self.index).await,
+            Some(view) => view.get_version(key, self.at).await,
             None => Ok(None),
         }
     }
@@ -95,7 +101,7 @@ impl Snapshot {
         keys: &[K],
     ) -> Result<Vec<Option<(LogIndex, Value)>>> {
         match self.view(keyspace)? {
-            Some(view) => view.get_many(keys, self.index).await,
+            Some(view) => view.get_many(keys, self.at).await,
             None => Ok(vec![None; keys.len()]),
         }
     }
@@ -152,9 +158,13 @@ impl Snapshot {
             Err(error) => Err(error),
             Ok(None) => Ok(None),
             Ok(Some(_)) if crate::state_machine::is_empty(&lower, &upper) => Ok(None),
-            Ok(Some(view)) => Ok(Some(Box::new(view.scan(lower, upper, self.index)))),
+            Ok(Some(view)) => Ok(Some(Box::new(view.scan(lower, upper, self.at)))),
         };
         Scan { cursor }
+    }
+
+    pub(crate) fn expires(&self, keyspace: KeyspaceId) -> bool {
+        self.names.expiring.contains(&keyspace)
     }
 
     pub(crate) fn has_keyspace(&self, keyspace: KeyspaceId) -> bool {

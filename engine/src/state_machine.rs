@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 
 use crate::command::{WriteOp, check_key};
+use crate::expiry::{check_stamped, not_expiring};
 use crate::merge_operator::join_operands;
 use crate::own_writes::OwnWrites;
 use crate::range_tombstone::{KeyRange, fold};
@@ -287,14 +289,31 @@ impl Apply {
         Ok(found)
     }
 
+    /// Sets a key of an expiring keyspace for a time, which begins with the time of this entry.
+    ///
+    /// # Errors
+    /// `Invalid` for a key, value or time outside of its limits, or a keyspace that is not expiring; `NotFound` for an unknown one.
+    pub fn put_for(
+        &mut self,
+        keyspace: KeyspaceId,
+        key: impl Into<Bytes>,
+        value: impl Into<Bytes>,
+        ttl: Duration,
+    ) -> Result<()> {
+        let ttl_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
+        let op = WriteOp::PutFor { keyspace, key: key.into(), value: value.into(), ttl_ms };
+        self.check(&op)?;
+        write(&mut self.writes, &op);
+        Ok(())
+    }
+
     /// Sets a key.
     ///
     /// # Errors
     /// `Invalid` for a key or value outside of its limits, `NotFound` for an unknown keyspace.
     pub fn put(&mut self, keyspace: KeyspaceId, key: impl Into<Bytes>, value: impl Into<Bytes>) -> Result<()> {
         let op = WriteOp::Put { keyspace, key: key.into(), value: value.into() };
-        op.check()?;
-        self.check_keyspace(keyspace)?;
+        self.check(&op)?;
         if let WriteOp::Put { keyspace, key, value } = op {
             self.writes.write(keyspace, key, Some(value));
         }
@@ -380,6 +399,15 @@ impl Apply {
         self.check_keyspace(op.keyspace())?;
         match op {
             WriteOp::Merge { keyspace, operand, .. } => self.before.check_operand(*keyspace, operand),
+            _ => self.check_life(op),
+        }
+    }
+
+    /// Refuses a put for a time where none is, and a value that has no room for its end.
+    fn check_life(&self, op: &WriteOp) -> Result<()> {
+        match op.value() {
+            Some(value) if self.before.expires(op.keyspace()) => check_stamped(op.keyspace(), value),
+            _ if op.ttl_ms() > 0 => Err(not_expiring(op.keyspace())),
             _ => Ok(()),
         }
     }
@@ -426,6 +454,9 @@ impl Apply {
 /// Writes a mutation that was checked before, and merges nothing.
 fn write(writes: &mut OwnWrites, op: &WriteOp) {
     match op {
+        WriteOp::PutFor { keyspace, key, value, ttl_ms } => {
+            writes.write_for(*keyspace, key.clone(), value.clone(), *ttl_ms);
+        }
         WriteOp::DeleteRange { keyspace, range } => writes.remove_range(*keyspace, range),
         _ => writes.write(op.keyspace(), op.key().clone(), op.value().cloned()),
     }

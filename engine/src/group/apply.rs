@@ -17,6 +17,7 @@ use mainstay_io::yield_once;
 use super::core::{Core, Edit};
 use super::{Applied, GroupShared};
 use crate::command::{WriteOp, check_span, encode_refusals};
+use crate::expiry::{check_stamped, not_expiring, stamp};
 use crate::manifest::{Effects, ManifestOp};
 use crate::memtable::Memtable;
 use crate::merge_operator::{Operator, join_operands, no_operator};
@@ -45,6 +46,8 @@ struct Entry {
     ops: Vec<ManifestOp>,
     /// Readers need a new structure.
     publish: bool,
+    /// Before it some pair was to end: who moves the time of the log knows.
+    awaited_an_end: bool,
 }
 
 impl GroupShared {
@@ -80,7 +83,7 @@ impl GroupShared {
                     registered.inspect_err(|error| self.fail(error.clone()))?;
                 }
                 let mut core = self.lock();
-                let mut entry = self.enter(&mut core, index);
+                let mut entry = self.enter(&mut core, index, Some(command.time_ms));
                 let response = self.apply_body(&mut core, &mut entry, command.time_ms, body);
                 if response.is_err() && matches!(body, CommandBody::Batch(_)) {
                     self.note(&mut core, &mut entry, Outcome::Refused);
@@ -114,15 +117,17 @@ impl GroupShared {
 
     pub(super) fn skip_entry(self: &Arc<Self>, index: LogIndex) {
         let mut core = self.lock();
-        let entry = self.enter(&mut core, index);
+        let entry = self.enter(&mut core, index, None);
         self.leave(&mut core, entry);
     }
 
-    fn enter(&self, core: &mut Core, index: LogIndex) -> Entry {
+    fn enter(&self, core: &mut Core, index: LogIndex, time_ms: Option<u64>) -> Entry {
         let applied = self.applied();
         assert!(index > applied, "entries are applied in order: index={index} applied={applied}");
         turn_generation(core, index);
-        Entry { index, replayed: index <= core.replay_to, ops: Vec::new(), publish: false }
+        let awaited_an_end = core.clock.waits_for_an_end();
+        core.clock = core.clock_at(index, time_ms);
+        Entry { index, replayed: index <= core.replay_to, ops: Vec::new(), publish: false, awaited_an_end }
     }
 
     /// Rotates if it is due, hands the operations on and makes the entry readable.
@@ -138,8 +143,12 @@ impl GroupShared {
         if entry.publish {
             self.publish(core, index);
         }
+        self.times.set(index, core.clock.time_ms);
         self.applied.store(index.0, Ordering::Release);
         self.applies.notify_waiters();
+        if core.clock.waits_for_an_end() && !entry.awaited_an_end {
+            self.offers.notify_waiters();
+        }
         turn_generation(core, LogIndex(index.0 + 1));
         // A frozen generation may have become complete.
         if core.logical.generations.values().any(|g| g.end == index) {
@@ -171,7 +180,8 @@ impl GroupShared {
         if touched.is_empty() && entry.index == core.logical.rotated {
             return;
         }
-        let effects = self.op(core, entry, ManifestOp::Rotate { touched }).expect("a rotation is never refused");
+        let clock = (!core.logical.expiring.is_empty()).then_some(core.clock);
+        let effects = self.op(core, entry, ManifestOp::Rotate { touched, clock }).expect("a rotation is never refused");
         if let Some(generation) = effects.generation {
             assert_eq!(generation, core.active, "a generation is numbered when its first entry is applied");
             core.active.0 += 1;
@@ -231,6 +241,17 @@ impl GroupShared {
                 // In replay it may have been refused; nobody asks then.
                 Ok(id.map(|id| Bytes::copy_from_slice(&id.0.to_le_bytes())).unwrap_or_default())
             }
+            CommandBody::CreateExpiring { name } => {
+                self.op(core, entry, ManifestOp::CreateExpiring { name: name.clone() })?;
+                // It is the first entry that moves the time, if it made the first of them.
+                core.clock = core.clock_at(index, Some(time_ms));
+                let made = core.logical.keyspaces.iter().find(|(_, k)| k.created == index).map(|(id, _)| *id);
+                if let Some(id) = made {
+                    self.note(core, entry, Outcome::Keyspace(id));
+                }
+                let id = core.logical.keyspace_before(name, LogIndex(index.0 + 1));
+                Ok(id.map(|id| Bytes::copy_from_slice(&id.0.to_le_bytes())).unwrap_or_default())
+            }
             CommandBody::SetOperator { name, operator } => {
                 let (name, operator) = (name.clone(), operator.clone());
                 self.op(core, entry, ManifestOp::SetOperator { name: name.clone(), operator })?;
@@ -277,6 +298,8 @@ impl GroupShared {
                 if !refused {
                     self.rotate(core, entry);
                 }
+                // Who opens it reads at the time of the log at its index.
+                let time_ms = if core.logical.counts_time_at(index) { core.clock.time_ms } else { time_ms };
                 let op = ManifestOp::CreateCheckpoint { name: name.clone(), branch: *branch, time_ms };
                 self.op(core, entry, op)?;
                 Ok(Bytes::new())
@@ -338,6 +361,13 @@ impl GroupShared {
         for op in ops {
             op.check()?;
             find(op.keyspace())?;
+            if let Some(value) = op.value()
+                && core.logical.expires_before(op.keyspace(), index)
+            {
+                check_stamped(op.keyspace(), value)?;
+            } else if let WriteOp::PutFor { keyspace, .. } = op {
+                return Err(not_expiring(*keyspace));
+            }
             if let WriteOp::Merge { keyspace, operand, .. } = op {
                 operator_before(core, *keyspace, index).ok_or_else(|| no_operator(*keyspace))?.check(operand)?;
             }
@@ -375,6 +405,12 @@ impl GroupShared {
                     let operator = operator_before(core, *keyspace, entry.index).expect("the batch was checked");
                     memtable.merge(operator, key, entry.index, operands)
                 }
+                _ if core.logical.expires_before(keyspace, entry.index) => {
+                    let end_ms = core.clock.end_of(op.ttl_ms());
+                    let stamped = op.value().map(|value| stamp(end_ms, value));
+                    memtable.insert(op.key(), entry.index, stamped.as_ref());
+                    op.bytes() as u64
+                }
                 _ => {
                     memtable.insert(op.key(), entry.index, op.value());
                     op.bytes() as u64
@@ -405,7 +441,7 @@ impl GroupShared {
             }
         };
         let outcome = answer.is_err().then_some(Outcome::Refused);
-        Ok(self.finish_apply(index, answer, outcome).await)
+        Ok(self.finish_apply((index, time_ms), answer, outcome).await)
     }
 
     async fn apply_token(
@@ -438,7 +474,7 @@ impl GroupShared {
             let broken = matches!(body, CommandBody::BatchIf(_)) && !response.is_empty();
             !repeated && !broken
         });
-        let response = self.finish_apply(index, answer, (!done).then_some(Outcome::Refused)).await;
+        let response = self.finish_apply((index, time_ms), answer, (!done).then_some(Outcome::Refused)).await;
         Ok(response.and_then(|response| self.answer_once(body, response)))
     }
 
@@ -461,13 +497,13 @@ impl GroupShared {
     /// and the thread: nothing of the entry is readable before its end, and nobody but the applier changes the generation.
     pub(super) async fn finish_apply(
         self: &Arc<Self>,
-        index: LogIndex,
+        (index, time_ms): (LogIndex, u64),
         answer: Result<(Bytes, Vec<(BranchId, Apply)>)>,
         outcome: Option<Outcome>,
     ) -> Result<Bytes> {
         let (mut entry, response) = {
             let mut core = self.lock();
-            let mut entry = self.enter(&mut core, index);
+            let mut entry = self.enter(&mut core, index, Some(time_ms));
             // The manifest has made them already, and readers, the next entry among them, have to find them from here on.
             entry.publish |= entry.replayed && core.logical.keyspaces.values().any(|k| k.created == index);
             let response = answer.and_then(|(response, applies)| {
@@ -516,8 +552,11 @@ impl GroupShared {
         let made = core.logical.keyspaces.iter().filter(|(_, k)| k.created == index);
         let made = made.map(|(&id, k)| (k.name.clone(), id)).collect();
         let next_keyspace = core.logical.next_keyspace;
+        let now_ms = core.clock_at(index, Some(time_ms)).time_ms;
         drop(core);
-        Ok(Apply::new(index, time_ms, self.snapshot_of(branch)?, made, next_keyspace))
+        // It judges by the time of its own entry.
+        let before = self.snapshot_of(branch)?.at_time(now_ms);
+        Ok(Apply::new(index, time_ms, before, made, next_keyspace))
     }
 }
 

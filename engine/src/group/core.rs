@@ -11,8 +11,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::jobs::Output;
+use crate::expiry::LogClock;
 use crate::heal::Retry;
 use crate::manifest::{Job, Manifest, ManifestOp, Version};
 use crate::memtable::Memtable;
@@ -21,6 +23,9 @@ use crate::read::{LevelView, ReadView};
 use crate::stored::StoredTable;
 use crate::table::Table;
 use crate::{BranchId, Error, Generation, JobId, KeyspaceId, LogIndex, MergeOperators, TableId};
+
+/// How long the time of the log may stand while some pair is to end.
+pub(super) const TICK: Duration = Duration::from_secs(1);
 
 /// What one entry did to the manifest.
 #[derive(Clone, Debug)]
@@ -48,6 +53,10 @@ pub(super) struct Core {
     pub(super) replay_to: LogIndex,
     /// The generation that is written now.
     pub(super) active: Generation,
+    /// What is known of time, as the last applied entry leaves it; nothing without an expiring keyspace.
+    pub(super) clock: LogClock,
+    /// When the passage of time was last offered to the log, by the wall clock.
+    pub(super) ticked_ms: u64,
     /// Bytes applied since the last rotation.
     pub(super) written: u64,
     pub(super) memtables: BTreeMap<(Generation, BranchId, KeyspaceId), Arc<Memtable>>,
@@ -87,6 +96,8 @@ impl Core {
             lineage,
             replay_to: manifest.as_of,
             active: first_active(&manifest),
+            clock: manifest.flushed_clock(),
+            ticked_ms: 0,
             logged: manifest.as_of,
             present: manifest.clone(),
             logical: manifest,
@@ -111,6 +122,20 @@ impl Core {
     /// Why a job will not be tried again.
     pub(super) fn given_up(&self) -> Option<&Error> {
         self.stuck.values().find(|stuck| stuck.over).map(|stuck| &stuck.error)
+    }
+
+    /// True when some pair is to end, and nobody has moved the time of the log for [`TICK`].
+    pub(super) fn is_to_tick(&self, now_ms: u64) -> bool {
+        let last_ms = self.clock.time_ms.max(self.ticked_ms);
+        self.clock.waits_for_an_end() && now_ms >= last_ms.saturating_add(TICK.as_millis() as u64)
+    }
+
+    /// What is known of time as an entry of that time leaves it; none of its own for one that is no command.
+    pub(super) fn clock_at(&self, index: LogIndex, time_ms: Option<u64>) -> LogClock {
+        match self.logical.counts_time_at(index) {
+            true => self.clock.at(time_ms.unwrap_or(0)),
+            false => LogClock::default(),
+        }
     }
 
     /// The manifest that readers follow.
@@ -166,6 +191,8 @@ pub(crate) struct Names {
     pub(crate) keyspaces: BTreeMap<String, KeyspaceId>,
     /// Of those that have one.
     pub(crate) operators: BTreeMap<KeyspaceId, Operator>,
+    /// Those whose pairs can expire.
+    pub(crate) expiring: BTreeSet<KeyspaceId>,
 }
 
 /// A keyspace of a branch as it was published, with what it was made from.
@@ -192,6 +219,7 @@ pub(super) fn structure(core: &Core, index: LogIndex, before: &Structure) -> Str
     let names = Names {
         keyspaces: keyspaces.filter_map(|k| Some((manifest.keyspaces.get(k)?.name.clone(), *k))).collect(),
         operators: operators(core, manifest, next),
+        expiring: expiring(manifest, next),
     };
     let names = if *before.names == names { before.names.clone() } else { Arc::new(names) };
     let mut branches = BTreeMap::new();
@@ -207,9 +235,9 @@ pub(super) fn structure(core: &Core, index: LogIndex, before: &Structure) -> Str
             if version.is_none() && memtables.is_empty() {
                 continue;
             }
-            let operator = names.operators.get(&keyspace);
+            let form = (names.operators.get(&keyspace), names.expiring.contains(&keyspace));
             let old = old.and_then(|o| o.get(&keyspace));
-            views.insert(keyspace, published(core, version, memtables, operator, old));
+            views.insert(keyspace, published(core, version, memtables, form, old));
         }
         let same = |old: &&Arc<Views>| {
             old.len() == views.len()
@@ -224,6 +252,11 @@ pub(super) fn structure(core: &Core, index: LogIndex, before: &Structure) -> Str
 pub(super) fn operators(core: &Core, manifest: &Manifest, before: LogIndex) -> BTreeMap<KeyspaceId, Operator> {
     let known = |id: &KeyspaceId| core.operators.get(manifest.operator_before(*id, before)?).cloned();
     manifest.operators.keys().filter_map(|id| Some((*id, known(id)?))).collect()
+}
+
+/// The expiring keyspaces as entry `before` finds them.
+pub(super) fn expiring(manifest: &Manifest, before: LogIndex) -> BTreeSet<KeyspaceId> {
+    manifest.expiring.keys().copied().filter(|id| manifest.expires_before(*id, before)).collect()
 }
 
 /// Memtables of a version, newest first: the one in use, then the frozen ones that it names. During replay those come
@@ -245,7 +278,7 @@ fn published(
     core: &Core,
     version: Option<&Arc<Version>>,
     memtables: Vec<Arc<Memtable>>,
-    operator: Option<&Operator>,
+    (operator, expires): (Option<&Operator>, bool),
     old: Option<&Published>,
 ) -> Published {
     let old_version = old.and_then(|o| o.version.as_ref());
@@ -265,7 +298,7 @@ fn published(
     let open = |id: TableId| -> Arc<Table> {
         core.tables.get(&id).expect("every table that the present manifest names is stored here").table.clone()
     };
-    let mut view = ReadView { memtables, operator: operator.cloned(), ..ReadView::default() };
+    let mut view = ReadView { memtables, operator: operator.cloned(), expires, ..ReadView::default() };
     if let Some(version) = version {
         view.l0 = version.l0.iter().flat_map(|run| run.iter()).map(|t| open(t.id)).collect();
         let levels = version.levels.iter().enumerate().map(|(at, level)| {
@@ -281,11 +314,7 @@ fn published(
 }
 
 /// The views of a checkpoint, made when it is opened. The memtables in use are not among them: the entry that made it rotated.
-pub(super) fn checkpoint_views(
-    core: &Core,
-    checkpoint: &crate::manifest::Checkpoint,
-    operators: &BTreeMap<KeyspaceId, Operator>,
-) -> Views {
+pub(super) fn checkpoint_views(core: &Core, checkpoint: &crate::manifest::Checkpoint, names: &Names) -> Views {
     let view = |(&keyspace, version): (&KeyspaceId, &Arc<Version>)| {
         let frozen = version.frozen.iter().map(|f| (f.generation, f.branch, keyspace));
         let memtables = if mainstay_io::mutant!(CheckpointInUse) {
@@ -293,7 +322,8 @@ pub(super) fn checkpoint_views(
         } else {
             frozen.filter_map(|key| core.memtables.get(&key).cloned()).collect()
         };
-        (keyspace, published(core, Some(version), memtables, operators.get(&keyspace), None))
+        let form = (names.operators.get(&keyspace), names.expiring.contains(&keyspace));
+        (keyspace, published(core, Some(version), memtables, form, None))
     };
     checkpoint.versions.iter().map(view).collect()
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use mainstay_io::AlignedBytes;
 
 use super::GroupShared;
-use super::core::{Core, Stuck};
+use super::core::{Core, Stuck, TICK};
 use crate::manifest::{Job, Manifest, TableRef, TableShape};
 use crate::memory::MemoryKind;
 use crate::memtable::Memtable;
@@ -25,7 +25,7 @@ use crate::table::{Table, TableBuilder};
 use crate::volume::Reservation;
 use crate::{
     BranchId, Command, CommandBody, Error, ErrorKind, EventKind, Generation, InstallTable, JobId, KeyspaceId, Result,
-    TableId,
+    TableId, WriteBatch,
 };
 
 /// Bytes of a table gathered before they are written.
@@ -68,6 +68,8 @@ struct Part {
     tables: Vec<Arc<Table>>,
     drop_tombstones: bool,
     operator: Option<Operator>,
+    /// Pairs that ended by then are dropped; 0 for none.
+    expired_by_ms: u64,
     /// The level that its tables join.
     level: u8,
 }
@@ -132,6 +134,8 @@ impl GroupShared {
             tables: Vec::new(),
             drop_tombstones: false,
             operator: operator_of(core, keyspace),
+            // It has no time of its own.
+            expired_by_ms: 0,
             level: 0,
         });
         Some((frozen.job, parts.collect()))
@@ -182,19 +186,29 @@ impl GroupShared {
 
     /// What to propose next, if there is something.
     pub(crate) fn take_offer(&self) -> Option<Command> {
+        let now_ms = self.engine.environment.clock.unix().as_millis() as u64;
         let mut core = self.lock();
         let body = if core.rotate == Some(false) {
             core.rotate = Some(true);
             CommandBody::Rotate
-        } else {
-            let job = offerable(&core)?;
+        } else if let Some(job) = offerable(&core) {
             core.offered.insert(job);
             let tables = core.done.get(&job)?.tables.iter().map(|t| InstallTable::clone(&t.meta)).collect();
             CommandBody::Install { job, tables }
+        } else if core.is_to_tick(now_ms) {
+            // It changes nothing but the time.
+            core.ticked_ms = now_ms;
+            CommandBody::Batch(WriteBatch::default())
+        } else {
+            return None;
         };
         drop(core);
-        let time_ms = self.engine.environment.clock.unix().as_millis() as u64;
-        Some(Command { time_ms, body })
+        Some(Command { time_ms: now_ms, body })
+    }
+
+    /// A pause after which the time of the log may be due to be moved; none while no pair is to end.
+    pub(crate) fn tick_pause(&self) -> Option<Duration> {
+        self.lock().clock.waits_for_an_end().then_some(TICK)
     }
 
     /// Asks the leader for a rotation, so that the log can be cut or memory be freed. One that finds nothing written moves the
@@ -245,6 +259,7 @@ fn next_compaction(core: &Core, now: Duration) -> Option<(JobId, Vec<Part>)> {
             tables: compaction.inputs().map(open).collect::<Option<_>>()?,
             drop_tombstones: compaction.drop_tombstones,
             operator: operator_of(core, compaction.keyspace),
+            expired_by_ms: compaction.expired_by_ms,
             level: compaction.to,
         };
         Some((id, vec![part]))
@@ -344,7 +359,8 @@ impl Run {
     async fn write_tables(&self, reservation: &mut Reservation, tables: &mut Vec<StoredTable>) -> Result<()> {
         for part in &self.parts {
             let (memtables, tables_in, operator) = (part.memtables.clone(), part.tables.clone(), part.operator.clone());
-            let mut input = MergeInput::with_operator(memtables, tables_in, part.drop_tombstones, operator);
+            let mut input = MergeInput::with_operator(memtables, tables_in, part.drop_tombstones, operator)
+                .without_expired(part.expired_by_ms);
             let mut ranges = input.ranges().await?.into_iter().peekable();
             let mut open: Option<Writing<'_>> = None;
             loop {

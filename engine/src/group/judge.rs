@@ -67,7 +67,7 @@ impl GroupShared {
         }
         let outcome = if refusals.is_empty() { None } else { outcome(&refusals) };
         // Nothing in it is refused any more.
-        let _ = self.finish_apply(index, Ok((Bytes::new(), writes.into_iter().collect())), outcome).await;
+        let _ = self.finish_apply((index, time_ms), Ok((Bytes::new(), writes.into_iter().collect())), outcome).await;
         Ok(refusals)
     }
 

@@ -23,8 +23,8 @@ use super::jobs::discard;
 use crate::codec::{Decoder, TableForm, put_varint};
 use crate::heal::Retry;
 use crate::manifest::{
-    Manifest, ManifestOp, ManifestSettings, Places, TableShape, decode_op, encode_op, form_of, names_operators,
-    put_settings, take_settings,
+    Manifest, ManifestOp, ManifestSettings, Places, TableShape, decode_op, encode_op, form_of, knows_time,
+    names_operators, put_settings, take_settings,
 };
 use crate::stored::StoredTable;
 use crate::{Error, ErrorKind, LogIndex, Result};
@@ -39,6 +39,12 @@ pub(crate) const EDIT_VERSION_SHAPED: u8 = 2;
 pub(crate) const EDIT_VERSION_RANGED: u8 = 3;
 /// The encoding of one that names a merge operator.
 pub(crate) const EDIT_VERSION_OPERATORS: u8 = 4;
+/// The encoding of one of a group with expiring keyspaces that makes one or rotates: a byte says what is in it.
+pub(crate) const EDIT_VERSION_EXPIRING: u8 = 5;
+/// Bits of that byte: it has settings, they are those of [`EDIT_VERSION_SHAPED`], and its tables are of [`TableForm::Ranged`].
+const WITH_SETTINGS: u8 = 1;
+const WITH_SHAPED: u8 = 1 << 1;
+const WITH_RANGES: u8 = 1 << 2;
 /// Of [`EDIT_VERSION_OPERATORS`]: its settings are those of [`EDIT_VERSION_SHAPED`].
 const WITH_SHAPED_SETTINGS: u8 = 2;
 /// Edits in the log after which pages are written.
@@ -341,13 +347,24 @@ fn encode_edit(
     assert!(!shaped || form == TableForm::Plain, "the first edit of a group installs nothing");
     let operators = names_operators(&edit.ops);
     assert!(!operators || form == TableForm::Plain, "what names an operator installs nothing");
+    let with_time = knows_time(&edit.ops);
+    assert!(!(operators && with_time), "what names an operator neither rotates nor makes an expiring keyspace");
     let version = match form {
+        _ if with_time => EDIT_VERSION_EXPIRING,
         TableForm::Plain if operators => EDIT_VERSION_OPERATORS,
         TableForm::Plain if shaped => EDIT_VERSION_SHAPED,
         TableForm::Plain => EDIT_VERSION,
         TableForm::Ranged => EDIT_VERSION_RANGED,
     };
-    let with_settings = if operators && shaped { WITH_SHAPED_SETTINGS } else { settings.is_some().into() };
+    let with_settings = match (operators, shaped) {
+        _ if with_time => {
+            let bit = |set: bool, bit| if set { bit } else { 0 };
+            let shaped = bit(shaped, WITH_SHAPED);
+            bit(settings.is_some(), WITH_SETTINGS) | shaped | bit(form == TableForm::Ranged, WITH_RANGES)
+        }
+        (true, true) => WITH_SHAPED_SETTINGS,
+        _ => settings.is_some().into(),
+    };
     let mut out = vec![version, with_settings];
     put_varint(&mut out, lineage);
     put_varint(&mut out, previous.0);
@@ -356,7 +373,7 @@ fn encode_edit(
         put_settings(&mut out, &settings);
     }
     put_varint(&mut out, edit.ops.len() as u64);
-    edit.ops.iter().for_each(|op| encode_op(&mut out, op, places, form));
+    edit.ops.iter().for_each(|op| encode_op(&mut out, op, places, form, with_time));
     out.into()
 }
 
@@ -378,19 +395,30 @@ impl Recovered {
     pub(crate) fn apply_edit(known: &mut Option<Self>, group: GroupId, payload: Bytes) -> Result<()> {
         let mut from = Decoder::new(payload, "a manifest edit");
         let version = from.u8()?;
+        let parts = from.u8()?;
         let form = match version {
             EDIT_VERSION | EDIT_VERSION_SHAPED | EDIT_VERSION_OPERATORS => TableForm::Plain,
             EDIT_VERSION_RANGED => TableForm::Ranged,
+            EDIT_VERSION_EXPIRING if parts & !(WITH_SETTINGS | WITH_SHAPED | WITH_RANGES) != 0 => {
+                return Err(Error::new(
+                    ErrorKind::Foreign,
+                    format!("a manifest edit with unknown parts parts={parts:#x}"),
+                ));
+            }
+            EDIT_VERSION_EXPIRING if parts & WITH_RANGES != 0 => TableForm::Ranged,
+            EDIT_VERSION_EXPIRING => TableForm::Plain,
             version => {
                 return Err(Error::new(
                     ErrorKind::Foreign,
-                    format!("a manifest edit of another version version={version} known={EDIT_VERSION_OPERATORS}"),
+                    format!("a manifest edit of another version version={version} known={EDIT_VERSION_EXPIRING}"),
                 ));
             }
         };
-        let with_settings = from.u8()?;
+        let with_time = version == EDIT_VERSION_EXPIRING;
+        let with_settings = if with_time { parts & WITH_SETTINGS } else { parts };
         let shaped = match version {
-            EDIT_VERSION_OPERATORS => with_settings == WITH_SHAPED_SETTINGS,
+            EDIT_VERSION_OPERATORS => parts == WITH_SHAPED_SETTINGS,
+            EDIT_VERSION_EXPIRING => parts & WITH_SHAPED != 0,
             version => version == EDIT_VERSION_SHAPED,
         };
         let lineage = from.varint()?;
@@ -408,7 +436,7 @@ impl Recovered {
         };
         let mut places = Places::new();
         for _ in 0..from.count(1)? {
-            let op = decode_op(&mut from, &mut places, form)?;
+            let op = decode_op(&mut from, &mut places, form, with_time)?;
             let effects = found.manifest.apply(index, &op, true).map_err(|error| {
                 Error::new(ErrorKind::Corrupt, format!("a manifest edit cannot be applied: {error} index={index}"))
             })?;

@@ -138,6 +138,7 @@ impl GroupShared {
         doomed.extend(self.replaced(lineage, flushed).into_iter().filter(|s| !kept(s)));
         doomed.iter().for_each(|stored| stored.bytes.set_obsolete());
         core.tables.values().for_each(|stored| stored.bytes.set_live());
+        self.times.set(flushed, core.clock.time_ms);
         self.applied.store(flushed.0, std::sync::atomic::Ordering::Release);
         self.publish(&mut core, flushed);
         self.applies.notify_waiters();

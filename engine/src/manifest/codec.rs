@@ -25,6 +25,7 @@ use crate::codec::{
     Decoder, SPAN_BYTES_MAX, TABLE_BYTES_MIN, TableForm, put_bytes, put_operator, put_span, put_table, put_varint,
     take_operator, take_span, take_table,
 };
+use crate::expiry::LogClock;
 use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, Result, TableId};
 
 /// The encoding of a manifest that needs none of what later ones add: builds from before read it.
@@ -43,6 +44,8 @@ const PART_RANGED: u8 = 1 << 1;
 const PART_SHAPE: u8 = 1 << 2;
 /// Another one: merge operators of keyspaces at the end.
 const PART_OPERATORS: u8 = 1 << 3;
+/// Another one: expiring keyspaces at the end, and what is known of time.
+const PART_EXPIRING: u8 = 1 << 4;
 /// The parts of [`MANIFEST_VERSION_SHAPED`].
 const PARTS_SHAPED: u8 = PART_SHAPE | PART_MANUALS;
 
@@ -65,10 +68,11 @@ const OP_CREATE_CLONE: u8 = 7;
 const OP_DROP_CLONE: u8 = 8;
 const OP_COMPACT: u8 = 9;
 const OP_SET_OPERATOR: u8 = 10;
+const OP_CREATE_EXPIRING: u8 = 11;
 
 /// The kinds as docs/format.md has them.
 #[cfg(test)]
-pub(crate) const OP_KINDS: [(u8, &str); 10] = [
+pub(crate) const OP_KINDS: [(u8, &str); 11] = [
     (OP_ROTATE, "Rotate"),
     (OP_INSTALL, "Install"),
     (OP_CREATE_KEYSPACE, "CreateKeyspace"),
@@ -79,6 +83,7 @@ pub(crate) const OP_KINDS: [(u8, &str); 10] = [
     (OP_DROP_CLONE, "DropClone"),
     (OP_COMPACT, "Compact"),
     (OP_SET_OPERATOR, "SetOperator"),
+    (OP_CREATE_EXPIRING, "CreateExpiring"),
 ];
 
 /// Numbers the tables and lists of a manifest in the order in which they are met.
@@ -194,6 +199,10 @@ pub(super) fn encode(manifest: &Manifest, places: Option<&Places>) -> Bytes {
             put_varint(&mut body, assigned.since.0);
         }
     }
+    if !manifest.expiring.is_empty() {
+        parts |= PART_EXPIRING;
+        put_expiring(&mut body, manifest);
+    }
     let form = TableForm::of(pool.tables.values().map(|table| &**table));
     if form == TableForm::Ranged {
         parts |= PART_RANGED;
@@ -241,7 +250,7 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
             ));
         }
     };
-    if parts & !(PARTS_SHAPED | PART_RANGED | PART_OPERATORS) != 0 {
+    if parts & !(PARTS_SHAPED | PART_RANGED | PART_OPERATORS | PART_EXPIRING) != 0 {
         return Err(Error::new(ErrorKind::Foreign, format!("a manifest with unknown parts parts={parts:#x}")));
     }
     let form = if parts & PART_RANGED == 0 { TableForm::Plain } else { TableForm::Ranged };
@@ -250,6 +259,7 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
         settings: take_settings(&mut from, parts & PART_SHAPE == 0)?,
         as_of: LogIndex(from.varint()?),
         rotated: LogIndex(from.varint()?),
+        rotated_clock: LogClock::default(),
         next_generation: Generation(from.varint()?),
         next_job: JobId(from.varint()?),
         next_keyspace: KeyspaceId(from.varint_u32()?),
@@ -260,6 +270,7 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
         jobs: BTreeMap::new(),
         manuals: BTreeMap::new(),
         operators: BTreeMap::new(),
+        expiring: BTreeMap::new(),
     };
     let mut places = Places::new();
     let mut tables = BTreeMap::new();
@@ -315,6 +326,7 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
         let id = Generation(from.varint()?);
         let generation = FrozenGeneration {
             start: LogIndex(from.varint()?),
+            start_clock: LogClock::default(),
             end: LogIndex(from.varint()?),
             job: JobId(from.varint()?),
             touched: take_touched(&mut from)?,
@@ -340,9 +352,57 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
             manifest.operators.insert(id, assigned);
         }
     }
+    if parts & PART_EXPIRING != 0 {
+        take_expiring(&mut from, &mut manifest)?;
+    }
     from.end()?;
     check(&manifest, &from)?;
     Ok((manifest, places))
+}
+
+/// The keyspaces, then what is known of time where the generation in use begins and where each frozen one does, and up to when each compaction
+/// drops what has ended, in their order.
+fn put_expiring(out: &mut Vec<u8>, manifest: &Manifest) {
+    put_varint(out, manifest.expiring.len() as u64);
+    for (id, since) in &manifest.expiring {
+        put_varint(out, id.0.into());
+        put_varint(out, since.0);
+    }
+    put_clock(out, manifest.rotated_clock);
+    manifest.generations.values().for_each(|generation| put_clock(out, generation.start_clock));
+    for job in manifest.jobs.values() {
+        if let Job::Compact(compaction) = &**job {
+            put_varint(out, compaction.expired_by_ms);
+        }
+    }
+}
+
+fn take_expiring(from: &mut Decoder, manifest: &mut Manifest) -> Result<()> {
+    for _ in 0..from.count(2)? {
+        manifest.expiring.insert(KeyspaceId(from.varint_u32()?), LogIndex(from.varint()?));
+    }
+    if manifest.expiring.is_empty() {
+        return Err(from.corrupt("no keyspace is expiring"));
+    }
+    manifest.rotated_clock = take_clock(from)?;
+    for generation in manifest.generations.values_mut() {
+        Arc::make_mut(generation).start_clock = take_clock(from)?;
+    }
+    for job in manifest.jobs.values_mut() {
+        if let Job::Compact(compaction) = Arc::make_mut(job) {
+            compaction.expired_by_ms = from.varint()?;
+        }
+    }
+    Ok(())
+}
+
+fn put_clock(out: &mut Vec<u8>, clock: LogClock) {
+    put_varint(out, clock.time_ms);
+    put_varint(out, clock.latest_end_ms);
+}
+
+fn take_clock(from: &mut Decoder) -> Result<LogClock> {
+    Ok(LogClock { time_ms: from.varint()?, latest_end_ms: from.varint()? })
 }
 
 pub(crate) fn put_settings(out: &mut Vec<u8>, settings: &ManifestSettings) {
@@ -426,7 +486,7 @@ fn take_compaction(from: &mut Decoder, tables: &BTreeMap<TableId, TableRef>) -> 
     }
     let mut inputs = || (0..from.count(2)?).map(|_| take_known(from, tables)).collect::<Result<Vec<_>>>();
     let (upper, lower) = (inputs()?, inputs()?);
-    Ok(Compaction { branch, keyspace, from: source, to, upper, lower, drop_tombstones })
+    Ok(Compaction { branch, keyspace, from: source, to, upper, lower, drop_tombstones, expired_by_ms: 0 })
 }
 
 fn put_versions(out: &mut Vec<u8>, versions: &Versions, pool: &mut Pool) {
@@ -566,12 +626,23 @@ pub(crate) fn names_operators(ops: &[ManifestOp]) -> bool {
     ops.iter().any(|op| matches!(op, ManifestOp::SetOperator { .. }))
 }
 
+/// One of these operations is of a group with expiring keyspaces.
+pub(crate) fn knows_time(ops: &[ManifestOp]) -> bool {
+    let knows =
+        |op: &ManifestOp| matches!(op, ManifestOp::CreateExpiring { .. } | ManifestOp::Rotate { clock: Some(_), .. });
+    ops.iter().any(knows)
+}
+
 /// Appends an operation; an `Install` with the places of its tables.
-pub(crate) fn encode_op(out: &mut Vec<u8>, op: &ManifestOp, places: &Places, form: TableForm) {
+/// `with_time`: rotations say what is known of time.
+pub(crate) fn encode_op(out: &mut Vec<u8>, op: &ManifestOp, places: &Places, form: TableForm, with_time: bool) {
     match op {
-        ManifestOp::Rotate { touched } => {
+        ManifestOp::Rotate { touched, clock } => {
             out.push(OP_ROTATE);
             put_touched(out, touched);
+            if with_time {
+                put_clock(out, clock.unwrap_or_default());
+            }
         }
         ManifestOp::Install { job, tables } => {
             out.push(OP_INSTALL);
@@ -583,6 +654,7 @@ pub(crate) fn encode_op(out: &mut Vec<u8>, op: &ManifestOp, places: &Places, for
             }
         }
         ManifestOp::CreateKeyspace { name } => put_named(out, OP_CREATE_KEYSPACE, name),
+        ManifestOp::CreateExpiring { name } => put_named(out, OP_CREATE_EXPIRING, name),
         ManifestOp::DropKeyspace { name } => put_named(out, OP_DROP_KEYSPACE, name),
         ManifestOp::CreateCheckpoint { name, branch, time_ms } => {
             put_named(out, OP_CREATE_CHECKPOINT, name);
@@ -615,9 +687,17 @@ fn put_named(out: &mut Vec<u8>, tag: u8, name: &str) {
 }
 
 /// Reads what [`encode_op`] wrote and adds the places to `places`.
-pub(crate) fn decode_op(from: &mut Decoder, places: &mut Places, form: TableForm) -> Result<ManifestOp> {
+pub(crate) fn decode_op(
+    from: &mut Decoder,
+    places: &mut Places,
+    form: TableForm,
+    with_time: bool,
+) -> Result<ManifestOp> {
     Ok(match from.u8()? {
-        OP_ROTATE => ManifestOp::Rotate { touched: take_touched(from)? },
+        OP_ROTATE => {
+            let touched = take_touched(from)?;
+            ManifestOp::Rotate { touched, clock: if with_time { Some(take_clock(from)?) } else { None } }
+        }
         OP_INSTALL => {
             let job = JobId(from.varint()?);
             let mut tables = Vec::new();
@@ -629,6 +709,7 @@ pub(crate) fn decode_op(from: &mut Decoder, places: &mut Places, form: TableForm
             ManifestOp::Install { job, tables }
         }
         OP_CREATE_KEYSPACE => ManifestOp::CreateKeyspace { name: from.name()? },
+        OP_CREATE_EXPIRING => ManifestOp::CreateExpiring { name: from.name()? },
         OP_DROP_KEYSPACE => ManifestOp::DropKeyspace { name: from.name()? },
         OP_CREATE_CHECKPOINT => ManifestOp::CreateCheckpoint {
             name: from.name()?,

@@ -2,7 +2,7 @@
 //!
 //! Level by level from above, and within a level in the order of keys: one step takes one table, or all of L0, and merges it into the level
 //! below. What stands in the last level has no versions above each other; a table there is written again only where it holds
-//! tombstones.
+//! tombstones, or pairs that may have ended.
 //!
 //! # Invariants
 //! 1. Above its level, and in its level before its cursor, nothing in its range is older than the entry that asked for it: what a
@@ -64,8 +64,15 @@ impl Manual {
     }
 
     /// Goes down over what holds nothing to take, and says what is next. `base` is the base level, `unflushed` whether
-    /// generations older than the entry are still in memory.
-    pub(crate) fn next(&mut self, version: &Version, base: u8, busy: &BTreeSet<TableId>, unflushed: bool) -> Next {
+    /// generations older than the entry are still in memory, `expiring` whether a table of the last level may hold pairs that have ended.
+    pub(crate) fn next(
+        &mut self,
+        version: &Version,
+        base: u8,
+        busy: &BTreeSet<TableId>,
+        unflushed: bool,
+        expiring: bool,
+    ) -> Next {
         if unflushed || self.job.is_some() {
             return Next::Wait;
         }
@@ -80,7 +87,7 @@ impl Manual {
             let level = self.level;
             let tables = version.level(level);
             let rest = tables.get(tables.partition_point(|t| t.last < self.cursor)..).unwrap_or_default();
-            let due = |t: &&TableRef| level < LAST || t.tombstones > 0;
+            let due = |t: &&TableRef| level < LAST || t.tombstones > 0 || (expiring && t.id.job < self.before);
             match rest.iter().take_while(|t| self.is_before_end(t)).find(due) {
                 Some(table) => {
                     let lower = match level {

@@ -32,12 +32,15 @@ use bytes::Bytes;
 pub(crate) use self::codec::{
     MANIFEST_VERSION, MANIFEST_VERSION_MANUAL, MANIFEST_VERSION_PARTS, MANIFEST_VERSION_SHAPED, OP_KINDS,
 };
-pub(crate) use self::codec::{Places, decode_op, encode_op, form_of, names_operators, put_settings, take_settings};
+pub(crate) use self::codec::{
+    Places, decode_op, encode_op, form_of, knows_time, names_operators, put_settings, take_settings,
+};
 pub(crate) use self::manual::Manual;
 pub(crate) use self::ops::Effects;
 pub(crate) use self::picker::Compaction;
 pub(crate) use self::shape::TableShape;
 pub(crate) use self::version::{GenRef, LEVELS, TableRef, Version};
+use crate::expiry::LogClock;
 use crate::{BranchId, Generation, InstallTable, JobId, KeyspaceId, LogIndex, MAIN, OperatorId, TableId};
 
 /// The name of keyspace 0, which every group is born with.
@@ -102,6 +105,8 @@ pub(crate) struct Checkpoint {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct FrozenGeneration {
     pub(crate) start: LogIndex,
+    /// What was known of time there.
+    pub(crate) start_clock: LogClock,
     pub(crate) end: LogIndex,
     /// What was written in it, sorted.
     pub(crate) touched: Vec<(BranchId, KeyspaceId)>,
@@ -123,6 +128,8 @@ pub(crate) enum ManifestOp {
     /// generation moves.
     Rotate {
         touched: Vec<(BranchId, KeyspaceId)>,
+        /// What is known of time there, where there are expiring keyspaces.
+        clock: Option<LogClock>,
     },
     Install {
         job: JobId,
@@ -155,6 +162,10 @@ pub(crate) enum ManifestOp {
         name: String,
         operator: OperatorId,
     },
+    /// The keyspace is made, and its pairs can expire.
+    CreateExpiring {
+        name: String,
+    },
     /// What is in tables of the version, or in generations that are frozen, goes down to the last level: keys from `first` and before
     /// `end`.
     Compact {
@@ -172,6 +183,8 @@ pub(crate) struct Manifest {
     pub(crate) as_of: LogIndex,
     /// Where the generation in use begins.
     pub(crate) rotated: LogIndex,
+    /// What was known of time there.
+    pub(crate) rotated_clock: LogClock,
     pub(crate) next_generation: Generation,
     pub(crate) next_job: JobId,
     pub(crate) next_keyspace: KeyspaceId,
@@ -184,6 +197,8 @@ pub(crate) struct Manifest {
     pub(crate) manuals: BTreeMap<LogIndex, Manual>,
     /// The merge operators of keyspaces, dropped ones included as long as a version of theirs is left.
     pub(crate) operators: BTreeMap<KeyspaceId, Assigned>,
+    /// The keyspaces whose pairs can expire, with the entries that made them, as long as the operators of others are kept.
+    pub(crate) expiring: BTreeMap<KeyspaceId, LogIndex>,
 }
 
 impl Manifest {
@@ -196,6 +211,7 @@ impl Manifest {
             settings,
             as_of: LogIndex(0),
             rotated: LogIndex(0),
+            rotated_clock: LogClock::default(),
             next_generation: Generation(1),
             next_job: JobId(1),
             next_keyspace: KeyspaceId(1),
@@ -206,7 +222,23 @@ impl Manifest {
             jobs: BTreeMap::new(),
             manuals: BTreeMap::new(),
             operators: BTreeMap::new(),
+            expiring: BTreeMap::new(),
         }
+    }
+
+    /// What was known of time at [`Manifest::flushed`].
+    pub(crate) fn flushed_clock(&self) -> LogClock {
+        self.generations.first_key_value().map_or(self.rotated_clock, |(_, g)| g.start_clock)
+    }
+
+    /// True when entry `index` moves the time of the log: from the first expiring keyspace on.
+    pub(crate) fn counts_time_at(&self, index: LogIndex) -> bool {
+        self.expiring.values().any(|since| *since <= index)
+    }
+
+    /// True when entry `index` finds the keyspace, and that its pairs can expire.
+    pub(crate) fn expires_before(&self, id: KeyspaceId, index: LogIndex) -> bool {
+        self.expiring.get(&id).is_some_and(|since| *since < index)
     }
 
     /// Entries up to here are in tables.

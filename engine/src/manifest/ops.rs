@@ -15,6 +15,7 @@ use super::{
     Version, Versions,
 };
 use crate::codec::check_name;
+use crate::expiry::LogClock;
 use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, MAIN, OperatorId, Result, TableId};
 
 /// What an operation changed that others have to follow.
@@ -46,7 +47,7 @@ impl Manifest {
     /// `Invalid` and `NotFound`: nothing changed, on any replica.
     pub(crate) fn apply(&mut self, index: LogIndex, op: &ManifestOp, picking: bool) -> Result<Effects> {
         let mut effects = match op {
-            ManifestOp::Rotate { touched } => self.rotate(index, touched),
+            ManifestOp::Rotate { touched, clock } => self.rotate(index, touched, clock.unwrap_or_default()),
             ManifestOp::Install { job, tables } => self.install(*job, tables)?,
             ManifestOp::CreateKeyspace { name } => self.create_keyspace(index, name)?,
             ManifestOp::DropKeyspace { name } => self.drop_keyspace(index, name)?,
@@ -59,6 +60,7 @@ impl Manifest {
             }
             ManifestOp::DropClone { name } => self.drop_clone(index, name)?,
             ManifestOp::SetOperator { name, operator } => self.set_operator(index, name, operator)?,
+            ManifestOp::CreateExpiring { name } => self.create_expiring(index, name)?,
             ManifestOp::Compact { branch, keyspace, first, end } => {
                 self.compact(index, (*branch, *keyspace), first.clone(), end.clone())?
             }
@@ -73,9 +75,10 @@ impl Manifest {
         Ok(effects)
     }
 
-    fn rotate(&mut self, index: LogIndex, touched: &[(BranchId, KeyspaceId)]) -> Effects {
+    fn rotate(&mut self, index: LogIndex, touched: &[(BranchId, KeyspaceId)], clock: LogClock) -> Effects {
         let mut effects = Effects { took_effect: true, ..Effects::default() };
         let start = std::mem::replace(&mut self.rotated, index);
+        let start_clock = std::mem::replace(&mut self.rotated_clock, clock);
         if touched.is_empty() {
             // The entries since then wrote nothing: a frozen generation before them reaches over them.
             if let Some(mut last) = self.generations.last_entry() {
@@ -92,7 +95,7 @@ impl Manifest {
                 version.frozen.insert(0, GenRef { generation, branch });
             }
         }
-        let frozen = FrozenGeneration { start, end: index, touched: touched.to_vec(), job };
+        let frozen = FrozenGeneration { start, start_clock, end: index, touched: touched.to_vec(), job };
         self.generations.insert(generation, Arc::new(frozen));
         effects.generation = Some(generation);
         effects
@@ -221,10 +224,30 @@ impl Manifest {
             );
             return Err(Error::new(ErrorKind::Invalid, message));
         }
+        if let Some(id) = self.keyspace_before(name, index)
+            && self.expiring.contains_key(&id)
+        {
+            let message = format!("pairs of the keyspace expire: it takes no merge operator keyspace={name}");
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
         let mut effects = self.create_keyspace(index, name)?;
         if let Some(id) = effects.keyspace {
             self.operators.insert(id, Assigned { operator: operator.clone(), since: index });
             effects.took_effect = true;
+        }
+        Ok(effects)
+    }
+
+    fn create_expiring(&mut self, index: LogIndex, name: &str) -> Result<Effects> {
+        if let Some(id) = self.keyspace_before(name, index)
+            && !self.expiring.contains_key(&id)
+        {
+            let message = format!("a keyspace of that name exists, and its pairs do not expire name={name}");
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
+        let effects = self.create_keyspace(index, name)?;
+        if let (true, Some(id)) = (effects.took_effect, effects.keyspace) {
+            self.expiring.insert(id, index);
         }
         Ok(effects)
     }
@@ -353,10 +376,25 @@ impl Manifest {
                 effects.removed.extend(version.iter().flat_map(|v| v.tables()).cloned());
             }
         }
-        if !self.operators.is_empty() {
+        if !self.operators.is_empty() || !self.expiring.is_empty() {
             let (keyspaces, checkpoints) = (&self.keyspaces, &self.checkpoints);
             let kept = |id: &KeyspaceId| checkpoints.values().any(|c| c.keyspaces.iter().any(|(_, of)| of == id));
-            self.operators.retain(|id, _| keyspaces.contains_key(id) || kept(id));
+            let kept = |id: &KeyspaceId| keyspaces.contains_key(id) || kept(id);
+            self.operators.retain(|id, _| kept(id));
+            if !self.expiring.is_empty() {
+                self.expiring.retain(|id, _| kept(id));
+                self.forget_time();
+            }
+        }
+    }
+
+    /// Without an expiring keyspace nothing is known of time: what is not written anywhere must not be found later.
+    fn forget_time(&mut self) {
+        if self.expiring.is_empty() {
+            self.rotated_clock = LogClock::default();
+            for generation in self.generations.values_mut() {
+                Arc::make_mut(generation).start_clock = LogClock::default();
+            }
         }
     }
 
@@ -398,7 +436,11 @@ impl Manifest {
                 };
                 let (job, upper) = match pick {
                     None => break,
-                    Some(Pick::Start(compaction)) => {
+                    Some(Pick::Start(mut compaction)) => {
+                        if self.expiring.contains_key(&keyspace) {
+                            // At or before the time of this entry, and so of every reader of what the job writes.
+                            compaction.expired_by_ms = self.rotated_clock.time_ms;
+                        }
                         let upper = compaction.upper.clone();
                         (Some(self.start(Job::Compact(compaction), effects)), upper)
                     }
@@ -448,7 +490,8 @@ impl Manifest {
             let older = |f: &GenRef| self.generations.get(&f.generation).is_some_and(|g| g.job < manual.before);
             let unflushed = version.frozen.iter().any(older);
             let base = picker::targets(&version, self.settings.base_level_bytes).base;
-            match manual.next(&version, base, busy, unflushed) {
+            let expiring = self.expiring.contains_key(&keyspace);
+            match manual.next(&version, base, busy, unflushed, expiring) {
                 Next::Wait => return None,
                 Next::Take { from, inputs } => {
                     // Whoever asks wants all tombstones to go.

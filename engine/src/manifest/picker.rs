@@ -53,6 +53,8 @@ pub(crate) struct Compaction {
     pub(crate) lower: Vec<TableRef>,
     /// Nothing below overlaps: a tombstone has nothing left to hide.
     pub(crate) drop_tombstones: bool,
+    /// Pairs that ended by then are dropped; 0 where none expires.
+    pub(crate) expired_by_ms: u64,
 }
 
 impl Compaction {
@@ -194,8 +196,9 @@ pub(crate) fn decide(
     if from < to && lower.is_empty() && sorted(&upper) && !cleaned {
         return Some(Pick::Move { from, to, tables: upper });
     }
-    (outstanding < COMPACTIONS_PER_VERSION_MAX)
-        .then(|| Pick::Start(Compaction { branch, keyspace, from, to, upper, lower, drop_tombstones }))
+    (outstanding < COMPACTIONS_PER_VERSION_MAX).then(|| {
+        Pick::Start(Compaction { branch, keyspace, from, to, upper, lower, drop_tombstones, expired_by_ms: 0 })
+    })
 }
 
 /// The level below, inputs of the level, and inputs of the level below.

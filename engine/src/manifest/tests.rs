@@ -64,7 +64,7 @@ fn ok(manifest: &mut Manifest, index: u64, op: ManifestOp) -> Effects {
 }
 
 fn rotate(touched: &[(u64, u32)]) -> ManifestOp {
-    ManifestOp::Rotate { touched: touched.iter().map(|&(b, k)| (BranchId(b), KeyspaceId(k))).collect() }
+    ManifestOp::Rotate { touched: touched.iter().map(|&(b, k)| (BranchId(b), KeyspaceId(k))).collect(), clock: None }
 }
 
 fn install(job: u64, tables: Vec<TableRef>) -> ManifestOp {
@@ -726,7 +726,7 @@ fn operations(m: &Manifest, index: LogIndex, step: &Step) -> Vec<ManifestOp> {
             let mut touched: Vec<_> = picks.iter().map(|&p| all[usize::from(p) % all.len()]).collect();
             touched.sort_unstable();
             touched.dedup();
-            vec![ManifestOp::Rotate { touched }]
+            vec![ManifestOp::Rotate { touched, clock: None }]
         }
         Step::Install(pick, sizes) => {
             let Some((&job, outstanding)) = m.jobs.iter().nth(usize::from(*pick) % m.jobs.len().max(1)) else {
@@ -853,7 +853,9 @@ proptest! {
 
     #[test]
     fn bytes_of_any_content_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 2..300)) {
-        let _ = decode_op(&mut Decoder::new(bytes.clone().into(), "test"), &mut Places::new(), TableForm::Ranged);
+        for with_time in [false, true] {
+            let _ = decode_op(&mut Decoder::new(bytes.clone().into(), "test"), &mut Places::new(), TableForm::Ranged, with_time);
+        }
         for version in [MANIFEST_VERSION, MANIFEST_VERSION_MANUAL, MANIFEST_VERSION_PARTS] {
             bytes[0] = version;
             let _ = Manifest::decode(bytes.clone().into());
@@ -869,6 +871,8 @@ fn operations_come_back_with_their_places() {
         install(3, vec![t.clone()]),
         install(3, vec![ranged(&t, &[("a", "c"), ("d", "")], false)]),
         ManifestOp::CreateKeyspace { name: "k".into() },
+        ManifestOp::CreateExpiring { name: "k".into() },
+        ManifestOp::Rotate { touched: vec![], clock: Some(LogClock { time_ms: 9, latest_end_ms: 1 << 40 }) },
         ManifestOp::DropKeyspace { name: "k".into() },
         checkpoint("c"),
         ManifestOp::DropCheckpoint { name: "c".into() },
@@ -881,10 +885,11 @@ fn operations_come_back_with_their_places() {
     for op in ops {
         let mut out = Vec::new();
         let form = form_of(std::slice::from_ref(&op));
-        encode_op(&mut out, &op, &places, form);
+        let with_time = knows_time(std::slice::from_ref(&op));
+        encode_op(&mut out, &op, &places, form, with_time);
         let mut found = Places::new();
         let mut from = Decoder::new(out.into(), "test");
-        assert_eq!(decode_op(&mut from, &mut found, form).expect("encoded above"), op);
+        assert_eq!(decode_op(&mut from, &mut found, form, with_time).expect("encoded above"), op);
         from.end().expect("nothing follows");
         if matches!(op, ManifestOp::Install { .. }) {
             assert_eq!(found, places);

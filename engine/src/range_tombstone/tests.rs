@@ -167,7 +167,7 @@ proptest! {
             let mut live: BTreeSet<(KeyspaceId, Bytes)> = everything().collect();
             for op in ops {
                 match op {
-                    WriteOp::Put { keyspace, key, .. } => drop(live.insert((*keyspace, key.clone()))),
+                    WriteOp::Put { keyspace, key, .. } | WriteOp::PutFor { keyspace, key, .. } => drop(live.insert((*keyspace, key.clone()))),
                     WriteOp::Delete { keyspace, key } => drop(live.remove(&(*keyspace, key.clone()))),
                     WriteOp::Merge { .. } => unreachable!("none was given"),
                     WriteOp::DeleteRange { keyspace, range } => {

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::Lookup;
+use crate::expiry::{has_ended, live, live_part};
 use crate::memtable::{Memtable, MemtableCursor};
 use crate::merge_operator::{Operator, failed, stray_operand};
 use crate::range_tombstone::{Cover, RangeTombstone, behind, fragment, no_end};
@@ -283,11 +284,14 @@ pub(super) struct Merge {
     stale: usize,
     reverse: bool,
     key: Vec<u8>,
+    /// Of an expiring keyspace, for readers: the time that they read at.
+    time_ms: Option<u64>,
 }
 
 impl Merge {
     pub(super) fn new(reverse: bool, operator: Option<Operator>) -> Self {
         Self {
+            time_ms: None,
             sources: Vec::new(),
             ranges: Vec::new(),
             hidden_below: LogIndex(0),
@@ -300,6 +304,11 @@ impl Merge {
             reverse,
             key: Vec::new(),
         }
+    }
+
+    /// Values have an end, and are given to who reads at that time.
+    pub(super) fn expiring(&mut self, time_ms: u64) {
+        self.time_ms = Some(time_ms);
     }
 
     /// What its removed ranges hide is passed over as well.
@@ -458,7 +467,10 @@ impl Merge {
         match self.kind() {
             _ if self.hidden => Ok(None),
             EntryKind::Operand | EntryKind::Failed => self.merged_value(),
-            _ => Ok(self.newest_value()),
+            _ => match (self.newest_value(), self.time_ms) {
+                (Some(stored), Some(time_ms)) => live(stored, time_ms),
+                (value, _) => Ok(value),
+            },
         }
     }
 
@@ -470,7 +482,14 @@ impl Merge {
         match self.kind() {
             _ if self.hidden => Ok(None),
             EntryKind::Operand | EntryKind::Failed => Ok(self.merged_value()?.map(|value| Cow::Owned(value.into()))),
-            _ => Ok(self.order.first().and_then(|first| self.sources[*first].value_part()).map(Cow::Borrowed)),
+            _ => {
+                let value = self.order.first().and_then(|first| self.sources[*first].value_part());
+                let value = match (value, self.time_ms) {
+                    (Some(stored), Some(time_ms)) => live_part(stored, time_ms)?,
+                    (value, _) => value,
+                };
+                Ok(value.map(Cow::Borrowed))
+            }
         }
     }
 
@@ -536,6 +555,8 @@ pub(crate) struct MergeInput {
     tables: Vec<Arc<Table>>,
     started: bool,
     drop_tombstones: bool,
+    /// Values of an expiring keyspace that ended by then are removals; 0 for none.
+    expired_by_ms: u64,
     ranges: Vec<RangeTombstone>,
     /// The first of `ranges` that ends behind the last key.
     range: usize,
@@ -566,7 +587,12 @@ impl MergeInput {
             merge.run(run, all, true);
         }
         let (ranges, range, value) = (Vec::new(), 0, None);
-        Self { merge, memtables, tables, started: false, drop_tombstones, ranges, range, value }
+        Self { merge, memtables, tables, started: false, drop_tombstones, expired_by_ms: 0, ranges, range, value }
+    }
+
+    /// Of an expiring keyspace: what ended by then is a removal.
+    pub(crate) fn without_expired(self, expired_by_ms: u64) -> Self {
+        Self { expired_by_ms, ..self }
     }
 
     /// The range tombstones for the output, in order. Before the first entry.
@@ -610,6 +636,11 @@ impl MergeInput {
                     Lookup::Deleted => (EntryKind::Tombstone, None),
                     Lookup::Failed => (EntryKind::Failed, None),
                 };
+            }
+            if let (true, EntryKind::Value, Some(stored)) = (self.expired_by_ms > 0, kind, &self.value)
+                && has_ended(stored, self.expired_by_ms)?
+            {
+                (kind, self.value) = (EntryKind::Tombstone, None);
             }
             // A tombstone that says nothing but what the range tombstone says, or that has nothing to hide.
             let dropped = self.drop_tombstones || mainstay_io::mutant!(DropTombstones);

@@ -369,6 +369,7 @@ fn what_a_range_hides_is_passed_over_unread() {
         l0: vec![table],
         levels: vec![[below_table].into_iter().collect()],
         operator: None,
+        expires: false,
     });
     block_on(async {
         for reverse in [false, true] {

@@ -9,6 +9,7 @@ use mainstay_memtree::key::{common_prefix, head};
 
 use super::Lookup;
 use super::merge::Merge;
+use crate::expiry::{ReadAt, live};
 use crate::gather::Gather;
 use crate::memtable::Memtable;
 use crate::merge_operator::{Operator, failed, stray_operand};
@@ -33,6 +34,8 @@ pub(crate) struct ReadView {
     pub(crate) levels: Vec<LevelView>,
     /// Of the keyspace, if it has one.
     pub(crate) operator: Option<Operator>,
+    /// Values have an end.
+    pub(crate) expires: bool,
 }
 
 /// The tables of a level.
@@ -83,7 +86,7 @@ impl ReadView {
     /// Ready at the first poll when no block has to be read.
     /// # Cancel safety
     /// Cancel safe.
-    pub(crate) async fn get(&self, key: &[u8], at: LogIndex) -> Result<Option<Bytes>> {
+    pub(crate) async fn get(&self, key: &[u8], at: impl Into<ReadAt>) -> Result<Option<Bytes>> {
         Ok(self.get_version(key, at).await?.map(|(_, value)| value))
     }
 
@@ -92,8 +95,29 @@ impl ReadView {
     ///
     /// # Cancel safety
     /// Cancel safe.
-    pub(crate) async fn get_version(&self, key: &[u8], at: LogIndex) -> Result<Option<(LogIndex, Bytes)>> {
-        value_of(key, self.lookup(key, at).await?)
+    pub(crate) async fn get_version(&self, key: &[u8], at: impl Into<ReadAt>) -> Result<Option<(LogIndex, Bytes)>> {
+        let at = at.into();
+        self.value_of(key, self.lookup(key, at.index).await?, at.time_ms)
+    }
+
+    /// The value of a key for who reads at that time, where this is known of it.
+    ///
+    /// # Errors
+    /// `Invalid` when a merge was refused.
+    fn value_of(
+        &self,
+        key: &[u8],
+        lookup: Option<(LogIndex, Lookup)>,
+        time_ms: u64,
+    ) -> Result<Option<(LogIndex, Bytes)>> {
+        match lookup {
+            Some((index, Lookup::Value(stored))) if self.expires => {
+                Ok(live(stored, time_ms)?.map(|value| (index, value)))
+            }
+            Some((index, Lookup::Value(value))) => Ok(Some((index, value))),
+            Some((_, Lookup::Failed)) => Err(failed(key)),
+            Some((_, Lookup::Deleted | Lookup::Operand(_))) | None => Ok(None),
+        }
     }
 
     /// As [`ReadView::get_version`] for many keys, in their order. All are looked up in memory before the first is in a table, and the
@@ -104,21 +128,25 @@ impl ReadView {
     pub(crate) async fn get_many<K: AsRef<[u8]>>(
         &self,
         keys: &[K],
-        at: LogIndex,
+        at: impl Into<ReadAt>,
     ) -> Result<Vec<Option<(LogIndex, Bytes)>>> {
+        let ReadAt { index: at, time_ms } = at.into();
         let mut answers = vec![None; keys.len()];
         let mut missing = Vec::new();
         for ((place, key), answer) in keys.iter().enumerate().zip(&mut answers) {
             let key = key.as_ref();
             match self.lookup_memory(key, at)? {
-                Met::All(known) => *answer = value_of(key, Some(known))?,
+                Met::All(known) => *answer = self.value_of(key, Some(known), time_ms)?,
                 Met::Operands(operands) => missing.push((place, key, operands)),
             }
         }
         let gather = Gather::default();
         let lookups = missing.into_iter().map(|(place, key, operands)| {
             let gather = &gather;
-            async move { Ok((place, value_of(key, self.lookup_tables(key, at, operands, Some(gather)).await?)?)) }
+            async move {
+                let found = self.lookup_tables(key, at, operands, Some(gather)).await?;
+                Ok((place, self.value_of(key, found, time_ms)?))
+            }
         });
         for (place, found) in gather.run(lookups, LOOKUPS_TOGETHER_MAX).await? {
             if let Some(answer) = answers.get_mut(place) {
@@ -186,10 +214,15 @@ impl ReadView {
     }
 
     /// A scan over the bounds at `at`. It reads nothing before it is asked for a pair.
-    pub(crate) fn scan(self: &Arc<Self>, lower: Bound<Bytes>, upper: Bound<Bytes>, at: LogIndex) -> ScanCursor {
+    pub(crate) fn scan(
+        self: &Arc<Self>,
+        lower: Bound<Bytes>,
+        upper: Bound<Bytes>,
+        at: impl Into<ReadAt>,
+    ) -> ScanCursor {
         ScanCursor {
             view: self.clone(),
-            at,
+            at: at.into(),
             lower,
             upper,
             front: None,
@@ -200,8 +233,12 @@ impl ReadView {
         }
     }
 
-    fn merge(&self, at: LogIndex, reverse: bool, lower: Bound<&[u8]>, upper: Bound<&[u8]>) -> Merge {
+    fn merge(&self, at: ReadAt, reverse: bool, lower: Bound<&[u8]>, upper: Bound<&[u8]>) -> Merge {
         let mut merge = Merge::new(reverse, self.operator.clone());
+        if self.expires {
+            merge.expiring(at.time_ms);
+        }
+        let at = at.index;
         for memtable in &self.memtables {
             merge.memtable_with_ranges(memtable, at);
         }
@@ -262,18 +299,6 @@ fn judge(found: Option<(LogIndex, Lookup)>, hidden: LogIndex) -> Option<(LogInde
     }
 }
 
-/// The value of a key where this is known of it.
-///
-/// # Errors
-/// `Invalid` when a merge was refused.
-fn value_of(key: &[u8], lookup: Option<(LogIndex, Lookup)>) -> Result<Option<(LogIndex, Bytes)>> {
-    match lookup {
-        Some((index, Lookup::Value(value))) => Ok(Some((index, value))),
-        Some((_, Lookup::Failed)) => Err(failed(key)),
-        Some((_, Lookup::Deleted | Lookup::Operand(_))) | None => Ok(None),
-    }
-}
-
 async fn lookup_table(
     table: &Table,
     key: &[u8],
@@ -313,7 +338,7 @@ fn bytes(bound: &Bound<Bytes>) -> Bound<&[u8]> {
 /// twice.
 pub(crate) struct ScanCursor {
     view: Arc<ReadView>,
-    at: LogIndex,
+    at: ReadAt,
     /// What is left: each pair given moves its bound.
     lower: Bound<Bytes>,
     upper: Bound<Bytes>,

@@ -190,7 +190,9 @@ fn build(map: &mut BTreeMap<Vec<u8>, Vec<u8>>, changes: &[Change]) {
         let ChangeKind::Writes(ops) = &change.kind else { continue };
         for op in ops {
             match op {
-                WriteOp::Put { key, value, .. } => drop(map.insert(key.to_vec(), value.to_vec())),
+                WriteOp::Put { key, value, .. } | WriteOp::PutFor { key, value, .. } => {
+                    drop(map.insert(key.to_vec(), value.to_vec()))
+                }
                 WriteOp::Delete { key, .. } => drop(map.remove(&key[..])),
                 WriteOp::DeleteRange { range, .. } => map.retain(|key, _| !range.contains(key)),
                 WriteOp::Merge { key, operand, .. } => map.entry(key.to_vec()).or_default().extend_from_slice(operand),

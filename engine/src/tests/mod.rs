@@ -6,6 +6,7 @@ mod changes;
 mod compact;
 mod conditions;
 mod crash;
+mod expiry;
 mod format;
 mod golden;
 mod groups;
