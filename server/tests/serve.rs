@@ -149,14 +149,15 @@ fn finalize_says_which_version_the_cluster_has() {
     let server = Server::start("a", &folder.path().join("a"), &ports, "");
     let at = ["--admin", ports.admin()];
     let on = |args: &[&str]| run(&[args, &at[..]].concat());
+    let newest = mainstay::CLUSTER_VERSION_MAX;
     let early = on(&["finalize"]);
     let text = String::from_utf8_lossy(&early.stderr).into_owned();
     assert!(early.status.code() == Some(1) && !text.is_empty(), "there is no cluster yet: {text}");
     json(&on(&["init", "--members", "a", "--json"]));
     let raft = json(&on(&["status", "--json"]))[0]["raft"].take();
-    assert_eq!((&raft["cluster_version"], &raft["cluster_version_max"]), (&2.into(), &2.into()), "{raft}");
-    assert_eq!(json(&on(&["finalize", "--json"])), serde_json::json!({ "cluster_version": 2 }));
-    assert_eq!(String::from_utf8_lossy(&on(&["finalize"]).stdout), "cluster version=2\n");
+    assert_eq!((&raft["cluster_version"], &raft["cluster_version_max"]), (&newest.into(), &newest.into()), "{raft}");
+    assert_eq!(json(&on(&["finalize", "--json"])), serde_json::json!({ "cluster_version": newest }));
+    assert_eq!(String::from_utf8_lossy(&on(&["finalize"]).stdout), format!("cluster version={newest}\n"));
     server.stop();
 }
 

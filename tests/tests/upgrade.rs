@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use mainstay::CLUSTER_VERSION_MAX;
 use mainstay_tests::load::{Load, assert_nothing_lost, runtime};
 use mainstay_tests::{Cluster, Server, until};
 
@@ -75,9 +76,9 @@ fn two_builds_make_one_cluster_until_it_is_finalized() {
         load.await_progress(500);
     }
     let (raised, said) = finalize(&cluster.servers[1]);
-    assert!(raised && said.contains("version=2"), "{said}");
+    assert!(raised && said.contains(&format!("version={CLUSTER_VERSION_MAX}")), "{said}");
     for server in &cluster.servers {
-        until("every member knows it", || cluster_version(server) == Some(2));
+        until("every member knows it", || cluster_version(server) == Some(CLUSTER_VERSION_MAX.into()));
     }
     load.await_progress(500);
 

@@ -5,6 +5,7 @@ mod cluster;
 mod conditions;
 mod disk;
 mod disturb;
+mod expiry;
 mod full_ring;
 mod golden;
 mod groups;

@@ -105,18 +105,20 @@ fn a_version_is_raised_once_every_member_reads_it_and_not_before() {
         cluster.until(1, |s| s.leader.is_some()).await;
         assert_eq!(versions(&cluster), [1, 1, 1]);
 
-        assert_eq!(cluster.node(2).finalize().await.expect("all read it"), 2);
+        assert_eq!(cluster.node(2).finalize().await.expect("all read it"), CLUSTER_VERSION_MAX);
         for i in 0..3 {
             set_operator(&cluster, i).await.expect("whether it has heard of it or asks");
-            cluster.until(i, |s| s.cluster_version == 2).await;
+            cluster.until(i, |s| s.cluster_version == CLUSTER_VERSION_MAX).await;
         }
         cluster.stop(1).await;
         cluster.start(1).await;
-        cluster.until(1, |s| s.cluster_version == 2).await;
+        cluster.until(1, |s| s.cluster_version == CLUSTER_VERSION_MAX).await;
         // Other changes of the membership keep it.
         let id = cluster.node(1).status().id;
         cluster.node(0).set_member_priority(id, 7).await.expect("changed");
-        cluster.until(1, |s| s.members.iter().any(|m| m.priority == 7) && s.cluster_version == 2).await;
+        cluster
+            .until(1, |s| s.members.iter().any(|m| m.priority == 7) && s.cluster_version == CLUSTER_VERSION_MAX)
+            .await;
         cluster.finish().await;
     });
 }
@@ -126,21 +128,21 @@ fn who_reads_less_is_not_let_in_and_who_is_let_in_lowers_nothing() {
     run(async {
         let (cluster, earlier) = waiting(3, &[2]).await;
         cluster.node(0).init(&["n0".into()]).await.expect("born alone");
-        cluster.until(0, |s| s.cluster_version == 2).await;
+        cluster.until(0, |s| s.cluster_version == CLUSTER_VERSION_MAX).await;
         let add = |i: usize| {
             let address = cluster.cells[i].address.clone();
             let node = cluster.node(0);
             async move { node.add_member(&format!("n{i}"), address, true).await }
         };
         add(1).await.expect("it reads all");
-        assert_eq!(cluster.until(0, |s| s.members.len() == 2).await.cluster_version, 2);
+        assert_eq!(cluster.until(0, |s| s.members.len() == 2).await.cluster_version, CLUSTER_VERSION_MAX);
         let error = add(2).await.expect_err("it would meet entries that it does not read");
         assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
-        assert!(error.to_string().contains("name=n2 version=2 reads=1"), "{error}");
+        assert!(error.to_string().contains("name=n2 version=3 reads=1"), "{error}");
         assert_eq!(cluster.node(0).status().members.len(), 2);
         earlier.set(&cluster, 2, false);
         add(2).await.expect("it was started with a newer build");
-        assert_eq!(cluster.until(2, |s| s.members.len() == 3).await.cluster_version, 2);
+        assert_eq!(cluster.until(2, |s| s.members.len() == 3).await.cluster_version, CLUSTER_VERSION_MAX);
         cluster.finish().await;
     });
 }
@@ -158,9 +160,9 @@ fn a_member_is_written_as_before_until_the_version_is_raised() {
         assert_eq!(status.members.iter().map(|m| m.version).collect::<Vec<_>>(), [0, 0, 0]);
         assert_eq!(status.cluster_version, 1);
         earlier.set(&cluster, 2, false);
-        assert_eq!(cluster.node(1).finalize().await.expect("all read it"), 2);
-        let status = cluster.until(1, |s| s.cluster_version == 2).await;
-        assert_eq!(status.members.iter().map(|m| m.version).collect::<Vec<_>>(), [2, 2, 2]);
+        assert_eq!(cluster.node(1).finalize().await.expect("all read it"), CLUSTER_VERSION_MAX);
+        let status = cluster.until(1, |s| s.cluster_version == CLUSTER_VERSION_MAX).await;
+        assert_eq!(status.members.iter().map(|m| m.version).collect::<Vec<_>>(), [CLUSTER_VERSION_MAX; 3]);
         cluster.finish().await;
     });
 }
