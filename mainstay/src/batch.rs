@@ -1,6 +1,7 @@
 //! Mutations applied all or none, and what must hold for them to be.
 
 use std::ops::RangeBounds;
+use std::time::Duration;
 
 use bytes::Bytes;
 use mainstay_engine::{BranchId, CommandBody, Condition, ConditionalBatch, KeyRange, KeyspaceId, WriteBatch, WriteOp};
@@ -63,6 +64,26 @@ impl Batch {
     pub(crate) fn insert_in(&mut self, keyspace: KeyspaceId, key: Bytes, value: Bytes) -> &mut Self {
         self.bytes += key.len() + value.len();
         self.ops.push(WriteOp::Put { keyspace, key, value });
+        self
+    }
+
+    /// Sets a key of an expiring keyspace ([`crate::Store::keyspace_expiring`]) for a time, which counts in milliseconds, at least one, from when the batch is
+    /// applied, by the clocks of leaders: those move the time of the log, which never goes back, and about once a second while nothing is written. Then the key is
+    /// absent as if it had been removed. [`crate::Store::commit`] refuses a shorter time, and other keyspaces. The value has at most 16 MiB less 10 bytes.
+    pub fn insert_for(
+        &mut self,
+        keyspace: &Keyspace,
+        key: impl AsRef<[u8]>,
+        value: impl AsRef<[u8]>,
+        ttl: Duration,
+    ) -> &mut Self {
+        let (key, value) = (Bytes::copy_from_slice(key.as_ref()), Bytes::copy_from_slice(value.as_ref()));
+        self.insert_for_in(keyspace.id(), key, value, millis(ttl))
+    }
+
+    pub(crate) fn insert_for_in(&mut self, keyspace: KeyspaceId, key: Bytes, value: Bytes, ttl_ms: u64) -> &mut Self {
+        self.bytes += key.len() + value.len();
+        self.ops.push(WriteOp::PutFor { keyspace, key, value, ttl_ms });
         self
     }
 
@@ -203,6 +224,11 @@ impl Batch {
         self.conditions.clear();
         self.bytes = 0;
     }
+}
+
+/// Whole milliseconds of a time to live.
+pub(crate) fn millis(ttl: Duration) -> u64 {
+    u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// That a key has the version that was found; none: that it is absent.

@@ -1,6 +1,7 @@
 //! An ordered map of a store.
 
 use std::ops::{Bound, RangeBounds};
+use std::time::Duration;
 
 use bytes::Bytes;
 use mainstay_io::BoxFuture;
@@ -97,6 +98,28 @@ impl Keyspace {
     pub fn insert_async(&self, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> BoxFuture<Result<Commit>> {
         let mut batch = Batch::new();
         batch.insert(self, key, value);
+        self.store.commit_async(batch)
+    }
+
+    /// Sets a key for a time: a batch of one. See [`Batch::insert_for`].
+    ///
+    /// # Errors
+    /// `Invalid` (the keyspace is not expiring), and as [`Store::commit`].
+    pub fn insert_for(&self, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>, ttl: Duration) -> Result<Commit> {
+        let mut batch = Batch::new();
+        batch.insert_for(self, key, value, ttl);
+        self.store.commit(batch)
+    }
+
+    /// As [`Keyspace::insert_for`], without blocking the thread. Not cancel safe: a dropped future may have written.
+    pub fn insert_for_async(
+        &self,
+        key: impl AsRef<[u8]>,
+        value: impl AsRef<[u8]>,
+        ttl: Duration,
+    ) -> BoxFuture<Result<Commit>> {
+        let mut batch = Batch::new();
+        batch.insert_for(self, key, value, ttl);
         self.store.commit_async(batch)
     }
 

@@ -149,6 +149,49 @@ impl Store {
         Ok(Keyspace::new(self.clone(), id, name))
     }
 
+    /// The keyspace of that name whose pairs can expire ([`Batch::insert_for`]): made if it is absent (in every clone). One that exists and was not made so is
+    /// refused: a keyspace stays what it is. It takes no merge operator.
+    ///
+    /// Every value of it takes a byte more, and seven where it has an end. What has ended is absent to every read from that moment on; its space comes back as
+    /// compactions meet it, or with [`Store::compact`].
+    ///
+    /// ```
+    /// # fn main() -> mainstay::Result<()> {
+    /// # let dir = tempfile::tempdir().expect("a temporary directory");
+    /// # let store = mainstay::Store::builder().wal_bytes(16 << 20).open(dir.path().join("store"))?;
+    /// use std::time::Duration;
+    ///
+    /// let sessions = store.keyspace_expiring("sessions")?;
+    /// sessions.insert_for("ada", "token", Duration::from_secs(3600))?;
+    /// sessions.insert("forever", "token")?;
+    /// assert_eq!(sessions.get("ada")?.as_deref(), Some(&b"token"[..]));
+    /// # store.close()
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// `Invalid`: a keyspace of that name exists and is not expiring. `Unsupported`: a member of the cluster would not read it
+    /// ([`crate::Node::finalize`]). As [`Store::keyspace`].
+    pub fn keyspace_expiring(&self, name: &str) -> Result<Keyspace> {
+        self.log.wait(self.keyspace_expiring_inner(name))
+    }
+
+    /// As [`Store::keyspace_expiring`], without blocking the thread.
+    pub fn keyspace_expiring_async(&self, name: &str) -> BoxFuture<Result<Keyspace>> {
+        let (this, name) = (self.clone(), name.to_owned());
+        self.log.bind(async move { this.keyspace_expiring_inner(&name).await })
+    }
+
+    async fn keyspace_expiring_inner(&self, name: &str) -> Result<Keyspace> {
+        check_keyspace(name)?;
+        let group = self.log.group();
+        if let Some(id) = group.keyspace(name).filter(|id| group.expires(*id)) {
+            return Ok(Keyspace::new(self.clone(), id, name));
+        }
+        let response = self.write(CommandBody::CreateExpiring { name: name.into() }).await?;
+        Ok(Keyspace::new(self.clone(), keyspace_id(&response)?, name))
+    }
+
     /// Makes a keyspace of this crate, if it is absent, and waits until it is here. Returns the entry that asked for it.
     pub(crate) async fn make_keyspace(&self, name: &str) -> Result<mainstay_engine::LogIndex> {
         let body = CommandBody::CreateKeyspace { name: name.into() };

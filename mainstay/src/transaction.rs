@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::ops::{Bound, RangeBounds};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use mainstay_engine::{ClientToken, KeyRange, RangeSet};
@@ -26,7 +27,7 @@ use mainstay_io::BoxFuture;
 use self::reads::Reads;
 pub use self::reads::TRANSACTION_BYTES_MAX;
 pub use self::scan::TransactionScan;
-use crate::batch::unchanged;
+use crate::batch::{millis, unchanged};
 use crate::snapshot::{owned_bounds, prefix_bounds};
 use crate::{Batch, Commit, ErrorKind, Keyspace, KeyspaceId, LogIndex, Result, Store, Value};
 
@@ -65,6 +66,8 @@ pub struct Transaction {
     snapshot: mainstay_engine::Snapshot,
     /// None removes.
     writes: BTreeMap<(KeyspaceId, Bytes), Option<Bytes>>,
+    /// Of those that were written for a time, how many milliseconds.
+    lives: BTreeMap<(KeyspaceId, Bytes), u64>,
     /// What `writes` has of their keys was written after them.
     removed: BTreeMap<KeyspaceId, RangeSet>,
     reads: Arc<Mutex<Reads>>,
@@ -104,7 +107,8 @@ impl Read {
 
 impl Transaction {
     pub(crate) fn new(store: Store, isolation: Isolation, snapshot: mainstay_engine::Snapshot) -> Self {
-        Self { store, isolation, snapshot, writes: BTreeMap::new(), removed: BTreeMap::new(), reads: Arc::default() }
+        let (writes, lives, removed) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Self { store, isolation, snapshot, writes, lives, removed, reads: Arc::default() }
     }
 
     /// The index whose state it reads.
@@ -264,6 +268,23 @@ impl Transaction {
         self.write(keyspace, key, Some(value))
     }
 
+    /// Sets a key of an expiring keyspace for a time, which begins with the commit; see [`Batch::insert_for`].
+    ///
+    /// # Errors
+    /// As [`Transaction::insert`].
+    pub fn insert_for(
+        &mut self,
+        keyspace: &Keyspace,
+        key: impl AsRef<[u8]>,
+        value: impl AsRef<[u8]>,
+        ttl: Duration,
+    ) -> Result<()> {
+        let key = Bytes::copy_from_slice(key.as_ref());
+        self.write(keyspace, key.clone(), Some(Bytes::copy_from_slice(value.as_ref())))?;
+        self.lives.insert((keyspace.id(), key), millis(ttl));
+        Ok(())
+    }
+
     /// Merges an operand into a key by the merge operator of its keyspace. In a transaction that is a read of the key and a write of
     /// what comes of it: whoever else writes the key conflicts. [`Batch::merge`] merges without that.
     ///
@@ -332,7 +353,9 @@ impl Transaction {
         // The key counts twice: it is compared too. A value that is replaced counts on, which bounds the work as well.
         let bytes = key.len().saturating_mul(2).saturating_add(value.as_ref().map_or(0, Bytes::len));
         lock(&self.reads).charge(bytes)?;
-        self.writes.insert((keyspace.id(), key), value);
+        let place = (keyspace.id(), key);
+        self.lives.remove(&place);
+        self.writes.insert(place, value);
         Ok(())
     }
 
@@ -406,10 +429,14 @@ impl Transaction {
                 batch.remove_range_in(*keyspace, range);
             }
         }
-        for ((keyspace, key), value) in self.writes {
-            match value {
-                Some(value) => batch.insert_in(keyspace, key, value),
-                None => batch.remove_in(keyspace, key),
+        let mut lives = self.lives;
+        for (place, value) in self.writes {
+            let ttl_ms = lives.remove(&place);
+            let (keyspace, key) = place;
+            match (value, ttl_ms) {
+                (Some(value), Some(ttl_ms)) => batch.insert_for_in(keyspace, key, value, ttl_ms),
+                (Some(value), None) => batch.insert_in(keyspace, key, value),
+                (None, _) => batch.remove_in(keyspace, key),
             };
         }
         Ok(batch)

@@ -98,6 +98,16 @@ enum MainstayCode mainstay_batch_put(const struct MainstayBatch *batch,
                                      const uint8_t *value,
                                      size_t value_len);
 
+// Adds a put for a time, in milliseconds from when the batch is applied, at least one. A keyspace that was not made for it
+// (`mainstay_keyspace_expiring`) is `MAINSTAY_INVALID` when the batch is committed.
+enum MainstayCode mainstay_batch_put_for(const struct MainstayBatch *batch,
+                                         const struct MainstayKeyspace *keyspace,
+                                         const uint8_t *key,
+                                         size_t key_len,
+                                         const uint8_t *value,
+                                         size_t value_len,
+                                         uint64_t ttl_ms);
+
 // Adds a merge of an operand into the value of a key, absent or not, by the merge operator of the keyspace. An operand that the operator refuses, and
 // a keyspace without one, are `MAINSTAY_INVALID` when the batch is committed.
 enum MainstayCode mainstay_batch_merge(const struct MainstayBatch *batch,
@@ -213,6 +223,11 @@ enum MainstayCode mainstay_keyspace_with_operator(const struct MainstayStore *st
                                                   const char *operator_name,
                                                   uint32_t version,
                                                   struct MainstayKeyspace **out);
+
+// Opens a keyspace whose pairs can expire, made if it is absent. One that was not made so is `MAINSTAY_INVALID`. Freed with `mainstay_keyspace_free`.
+enum MainstayCode mainstay_keyspace_expiring(const struct MainstayStore *store,
+                                             const char *name,
+                                             struct MainstayKeyspace **out);
 
 // Frees a keyspace handle; its data stays.
 void mainstay_keyspace_free(struct MainstayKeyspace *keyspace);

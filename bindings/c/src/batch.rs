@@ -2,6 +2,7 @@
 
 use std::ops::Bound;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use facade::Batch;
 
@@ -34,6 +35,30 @@ pub unsafe extern "C" fn mainstay_batch_put(
             let (batch, keyspace) = (handle(batch, "batch")?, handle(keyspace, "keyspace")?);
             let (key, value) = (input(key, key_len)?, input(value, value_len)?);
             batch.0.lock().unwrap_or_else(PoisonError::into_inner).insert(&keyspace.0, key, value);
+        }
+        Ok(())
+    })
+}
+
+/// Adds a put for a time, in milliseconds from when the batch is applied, at least one. A keyspace that was not made for it
+/// (`mainstay_keyspace_expiring`) is `MAINSTAY_INVALID` when the batch is committed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_batch_put_for(
+    batch: *const MainstayBatch,
+    keyspace: *const MainstayKeyspace,
+    key: *const u8,
+    key_len: usize,
+    value: *const u8,
+    value_len: usize,
+    ttl_ms: u64,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let (batch, keyspace) = (handle(batch, "batch")?, handle(keyspace, "keyspace")?);
+            let (key, value) = (input(key, key_len)?, input(value, value_len)?);
+            let ttl = Duration::from_millis(ttl_ms);
+            batch.0.lock().unwrap_or_else(PoisonError::into_inner).insert_for(&keyspace.0, key, value, ttl);
         }
         Ok(())
     })

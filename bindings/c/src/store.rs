@@ -106,6 +106,22 @@ pub unsafe extern "C" fn mainstay_keyspace_with_operator(
     })
 }
 
+/// Opens a keyspace whose pairs can expire, made if it is absent. One that was not made so is `MAINSTAY_INVALID`. Freed with `mainstay_keyspace_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_keyspace_expiring(
+    store: *const MainstayStore,
+    name: *const c_char,
+    out: *mut *mut MainstayKeyspace,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let (store, name) = (handle(store, "store")?, text(name, "name")?);
+            put_handle(out, || Ok(MainstayKeyspace(store.0.keyspace_expiring(name)?)))
+        }
+    })
+}
+
 /// Frees a keyspace handle; its data stays.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mainstay_keyspace_free(keyspace: *mut MainstayKeyspace) {

@@ -1,11 +1,15 @@
 // Uses every function of the C interface once for what it promises and once for what it refuses. Exit status 0 means
 // that all of it held; the first line that did not is printed.
 
+// For nanosleep.
+#define _POSIX_C_SOURCE 200809L
+
 #include "mainstay.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define CHECK(condition)                                                                                               \
   do {                                                                                                                 \
@@ -136,6 +140,26 @@ int main(int argc, char **argv) {
   CHECK(mainstay_batch_commit(store, batch) == MAINSTAY_INVALID);
   mainstay_batch_free(batch);
   mainstay_keyspace_free(log);
+
+  // Pairs that expire, in a keyspace of their own.
+  MainstayKeyspace *sessions = NULL;
+  OK(mainstay_keyspace_expiring(store, "sessions", &sessions));
+  CHECK(mainstay_keyspace_expiring(store, "posts", &log) == MAINSTAY_INVALID);
+  OK(mainstay_batch_new(&batch));
+  OK(mainstay_batch_put_for(batch, sessions, u8("ada"), 3, u8("token"), 5, 3600000));
+  OK(mainstay_batch_put_for(batch, sessions, u8("alan"), 4, u8("token"), 5, 1));
+  OK(mainstay_batch_commit(store, batch));
+  expect(sessions, "ada", "token");
+  struct timespec pause = {0, 5000000};
+  nanosleep(&pause, NULL);
+  // A write moves the time.
+  put(sessions, "grace", "token");
+  expect(sessions, "alan", NULL);
+  expect(sessions, "grace", "token");
+  OK(mainstay_batch_put_for(batch, posts, u8("1"), 1, u8("x"), 1, 9));
+  CHECK(mainstay_batch_commit(store, batch) == MAINSTAY_INVALID);
+  mainstay_batch_free(batch);
+  mainstay_keyspace_free(sessions);
 
   // Both ways over a range.
   MainstaySnapshot *now = NULL;
