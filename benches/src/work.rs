@@ -1,5 +1,7 @@
 //! The workloads: keys of 16 bytes, spread by a fixed mixing function, so that every run and every peer sees the same.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -22,6 +24,8 @@ pub struct Outcome {
     pub p99_us: f64,
     /// The same of one in a thousand.
     pub p999_us: f64,
+    /// Reads of the device for each operation, where that is counted.
+    pub device_reads: Option<f64>,
 }
 
 /// Key `n`: sixteen hexadecimal digits of a bijection of `n`, so that neighbours in time are strangers in order.
@@ -119,7 +123,45 @@ pub fn histogram() -> Histogram<u64> {
 
 fn outcome(latencies: &Histogram<u64>, rate: f64) -> Outcome {
     let us = |quantile| latencies.value_at_quantile(quantile) as f64 / 1e3;
-    Outcome { rate, p50_us: us(0.5), p99_us: us(0.99), p999_us: us(0.999) }
+    Outcome { rate, p50_us: us(0.5), p99_us: us(0.99), p999_us: us(0.999), device_reads: None }
+}
+
+/// What one operation that took so long gave.
+pub fn once(elapsed: Duration) -> Outcome {
+    let us = elapsed.as_secs_f64() * 1e6;
+    Outcome { rate: 1.0 / elapsed.as_secs_f64(), p50_us: us, p99_us: us, p999_us: us, device_reads: None }
+}
+
+/// Reads that the device below `path` has completed, for whoever.
+fn device_reads(path: &Path) -> Option<u64> {
+    let device = std::fs::metadata(path).ok()?.dev();
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let counts = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat")).ok()?;
+    counts.split_whitespace().next()?.parse().ok()
+}
+
+/// Runs `measured` and counts the reads of the device below `path` meanwhile.
+pub fn with_device_reads(path: &Path, measured: impl FnOnce() -> Outcome) -> Outcome {
+    let before = device_reads(path);
+    let began = Instant::now();
+    let outcome = measured();
+    let operations = outcome.rate * began.elapsed().as_secs_f64();
+    let reads = before.zip(device_reads(path)).map(|(before, after)| (after - before) as f64 / operations);
+    Outcome { device_reads: reads, ..outcome }
+}
+
+/// Has the system forget what it holds of the files below a folder. They are durable before; none may be mapped.
+pub fn forget(folder: &Path) {
+    for entry in std::fs::read_dir(folder).expect("the folder is there") {
+        let path = entry.expect("it is listed").path();
+        if path.is_dir() {
+            forget(&path);
+            continue;
+        }
+        let file = std::fs::File::open(&path).expect("a file can be opened");
+        file.sync_all().expect("a file can be synced");
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("advice is taken");
+    }
 }
 
 /// Draws one of `keys` keys again and again, a few of them often, and whether it is put: ranks out of ten billion by a Zipf law of exponent
@@ -177,7 +219,8 @@ pub fn full_scan(peer: &dyn Peer, count: u64) -> Outcome {
     assert!(found as u64 >= count, "{} of {count} pairs found", found);
     let elapsed = began.elapsed();
     let us = elapsed.as_secs_f64() * 1e6;
-    Outcome { rate: found as f64 / elapsed.as_secs_f64(), p50_us: us, p99_us: us, p999_us: us }
+    let rate = found as f64 / elapsed.as_secs_f64();
+    Outcome { rate, p50_us: us, p99_us: us, p999_us: us, device_reads: None }
 }
 
 /// The outcome of the round in the middle, by rate.

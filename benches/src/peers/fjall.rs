@@ -2,16 +2,26 @@
 
 use std::path::Path;
 
-use super::Peer;
+use super::{Peer, Setup};
 
 struct Fjall {
     database: fjall::Database,
     keyspace: fjall::Keyspace,
 }
 
-pub(super) fn open(path: &Path) -> Box<dyn Peer> {
-    let database = fjall::Database::builder(path).cache_size(160 << 20).open().expect("fjall opens");
-    let keyspace = database.keyspace("bench", fjall::KeyspaceCreateOptions::default).expect("a keyspace can be made");
+pub(super) fn open(path: &Path, setup: Setup) -> Box<dyn Peer> {
+    let builder = fjall::Database::builder(path);
+    let builder = match setup {
+        Setup::Ordinary => builder.cache_size(160 << 20),
+        Setup::Cold => builder.cache_size(64 << 20),
+        Setup::LongLog => builder.cache_size(160 << 20).max_journaling_size(4 << 30),
+    };
+    let database = builder.open().expect("fjall opens");
+    let keyspace = || match setup {
+        Setup::LongLog => fjall::KeyspaceCreateOptions::default().max_memtable_size(3 << 30),
+        Setup::Ordinary | Setup::Cold => fjall::KeyspaceCreateOptions::default(),
+    };
+    let keyspace = database.keyspace("bench", keyspace).expect("a keyspace can be made");
     Box::new(Fjall { database, keyspace })
 }
 

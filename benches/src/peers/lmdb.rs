@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::Peer;
+use super::{Peer, Setup};
 
 type LmdbTable = heed::Database<heed::types::Bytes, heed::types::Bytes>;
 
@@ -11,7 +11,7 @@ struct Lmdb {
     table: LmdbTable,
 }
 
-pub(super) fn open(path: &Path) -> Box<dyn Peer> {
+pub(super) fn open(path: &Path, _: Setup) -> Box<dyn Peer> {
     std::fs::create_dir_all(path).expect("the directory can be made");
     // SAFETY: the file lies in a directory of this run alone and is opened once.
     let env = unsafe { heed::EnvOpenOptions::new().map_size(16 << 30).open(path) }.expect("lmdb opens");

@@ -5,15 +5,21 @@ use std::path::Path;
 
 use mainstay::{Batch, Keyspace, Store};
 
-use super::Peer;
+use super::{Peer, Setup};
 
 struct Mainstay {
     store: Store,
     keyspace: Keyspace,
 }
 
-pub(super) fn open(path: &Path) -> Box<dyn Peer> {
-    let store = Store::builder().memory_bytes(256 << 20).wal_bytes(256 << 20).open(path).expect("mainstay opens");
+pub(super) fn open(path: &Path, setup: Setup) -> Box<dyn Peer> {
+    let builder = match setup {
+        Setup::Ordinary => Store::builder().memory_bytes(256 << 20).wal_bytes(256 << 20),
+        // All that it holds, as always: memtables, filters, and what an allocator keeps beside them.
+        Setup::Cold => Store::builder().memory_bytes(128 << 20).wal_bytes(256 << 20),
+        Setup::LongLog => Store::builder().memory_bytes(6 << 30).wal_bytes(4 << 30).memtable_bytes(3 << 30),
+    };
+    let store = builder.open(path).expect("mainstay opens");
     let keyspace = store.keyspace("bench").expect("a keyspace can be made");
     Box::new(Mainstay { store, keyspace })
 }
@@ -41,6 +47,10 @@ impl Peer for Mainstay {
 
     fn get(&self, key: &[u8]) -> Option<usize> {
         self.keyspace.get(key).expect("a get succeeds").map(|value| value.len())
+    }
+
+    fn close(self: Box<Self>) {
+        self.store.close().expect("it closes");
     }
 
     fn scan(&self, key: &[u8], limit: usize) -> (usize, usize) {

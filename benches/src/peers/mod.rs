@@ -24,12 +24,25 @@ pub trait Peer: Send + Sync {
     fn settle(&self);
     /// Reads a key and returns the length of its value.
     fn get(&self, key: &[u8]) -> Option<usize>;
+    /// Closes it in order, so that it can be opened again in this process.
+    fn close(self: Box<Self>) {}
     /// Reads up to `limit` pairs from `key` on, and returns how many there were and their bytes.
     fn scan(&self, key: &[u8], limit: usize) -> (usize, usize);
 }
 
-/// Opens a peer in an empty directory.
-pub type Open = fn(&Path) -> Box<dyn Peer>;
+/// What a store is given beside a directory. docs/performance.md has the numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Setup {
+    /// As all workloads run that do not say otherwise.
+    Ordinary,
+    /// Reads find next to nothing in memory: 64 MiB for blocks or pages.
+    Cold,
+    /// 1 GiB of writes stays in the log, and in memtables.
+    LongLog,
+}
+
+/// Opens a peer in a directory that is empty, or that it has filled.
+pub type Open = fn(&Path, Setup) -> Box<dyn Peer>;
 
 /// Every peer of this build; Mainstay is the first.
 pub fn all() -> Vec<(&'static str, Open)> {

@@ -2,16 +2,16 @@
 
 use std::path::Path;
 
-use super::Peer;
+use super::{Peer, Setup};
 
 const REDB_TABLE: redb::TableDefinition<'static, &'static [u8], &'static [u8]> = redb::TableDefinition::new("bench");
 
 struct Redb(redb::Database);
 
-pub(super) fn open(path: &Path) -> Box<dyn Peer> {
+pub(super) fn open(path: &Path, setup: Setup) -> Box<dyn Peer> {
     std::fs::create_dir_all(path).expect("the directory can be made");
     let mut builder = redb::Builder::new();
-    builder.set_cache_size(224 << 20);
+    builder.set_cache_size(if setup == Setup::Cold { 64 << 20 } else { 224 << 20 });
     let database = builder.create(path.join("redb")).expect("redb opens");
     let write = database.begin_write().expect("a transaction begins");
     write.open_table(REDB_TABLE).expect("a table can be made");

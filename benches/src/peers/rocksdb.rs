@@ -2,18 +2,23 @@
 
 use std::path::Path;
 
-use super::Peer;
+use super::{Peer, Setup};
 
 struct RocksDb(rocksdb::DB);
 
-pub(super) fn open(path: &Path) -> Box<dyn Peer> {
+pub(super) fn open(path: &Path, setup: Setup) -> Box<dyn Peer> {
+    let (memtable, cache) = match setup {
+        Setup::Ordinary => (64 << 20, 160 << 20),
+        Setup::Cold => (64 << 20, 64 << 20),
+        Setup::LongLog => (3 << 30, 160 << 20),
+    };
     let mut options = rocksdb::Options::default();
     options.create_if_missing(true);
-    options.set_write_buffer_size(64 << 20);
+    options.set_write_buffer_size(memtable);
     options.set_compression_type(rocksdb::DBCompressionType::Lz4);
     options.increase_parallelism(2);
     let mut table = rocksdb::BlockBasedOptions::default();
-    table.set_block_cache(&rocksdb::Cache::new_lru_cache(160 << 20));
+    table.set_block_cache(&rocksdb::Cache::new_lru_cache(cache));
     table.set_bloom_filter(10.0, false);
     options.set_block_based_table_factory(&table);
     Box::new(RocksDb(rocksdb::DB::open(&options, path).expect("rocksdb opens")))
