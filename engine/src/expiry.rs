@@ -23,11 +23,12 @@ use crate::{Error, ErrorKind, KeyspaceId, LogIndex, Result};
 const END_BYTES_MAX: usize = 10;
 /// No end is later: what comes after a decoded number can be counted without an overflow.
 const END_MAX: u64 = u64::MAX >> 1;
-/// Places of [`Times`], and by how many entries a reader may be late.
+/// Places of [`Times`].
 const TIMES: usize = 64;
 /// The low bits of an index, which say its place.
 const TIMES_MASK: u64 = 63;
 const _: () = assert!(TIMES_MASK + 1 == TIMES as u64 && TIMES.is_power_of_two());
+/// By how many entries a reader of [`Times`] may be late: fewer than there are places.
 const LATE_MAX: u64 = 32;
 
 /// What a group with expiring keyspaces knows of time at an entry.
@@ -150,13 +151,18 @@ fn end_of(stored: &[u8]) -> Result<(u64, usize)> {
     Err(Error::new(ErrorKind::Corrupt, "a value of an expiring keyspace has no end"))
 }
 
+/// No pair ends at 0, which is never.
+fn is_past(end_ms: u64, time_ms: u64) -> bool {
+    end_ms != 0 && end_ms <= time_ms
+}
+
 /// True when the pair is gone for who reads at that time.
 ///
 /// # Errors
 /// `Corrupt`.
 pub(crate) fn has_ended(stored: &[u8], time_ms: u64) -> Result<bool> {
     let (end, _) = end_of(stored)?;
-    Ok(end != 0 && end <= time_ms)
+    Ok(is_past(end, time_ms))
 }
 
 /// The value for who reads at that time; none once it has ended.
@@ -165,7 +171,7 @@ pub(crate) fn has_ended(stored: &[u8], time_ms: u64) -> Result<bool> {
 /// `Corrupt`.
 pub(crate) fn live(mut stored: Bytes, time_ms: u64) -> Result<Option<Bytes>> {
     let (end, length) = end_of(&stored)?;
-    if end != 0 && end <= time_ms {
+    if is_past(end, time_ms) {
         return Ok(None);
     }
     stored.advance(length);
@@ -178,7 +184,7 @@ pub(crate) fn live(mut stored: Bytes, time_ms: u64) -> Result<Option<Bytes>> {
 /// `Corrupt`.
 pub(crate) fn live_part(stored: &[u8], time_ms: u64) -> Result<Option<&[u8]>> {
     let (end, length) = end_of(stored)?;
-    Ok(if end != 0 && end <= time_ms { None } else { stored.get(length..) })
+    Ok(if is_past(end, time_ms) { None } else { stored.get(length..) })
 }
 
 #[cfg(test)]
