@@ -104,6 +104,9 @@ pub struct GroupStatus {
     pub digest_index: LogIndex,
     /// Tables whose digest differed from the leader's.
     pub divergences: u64,
+    /// Installs of the log that the manifest refused since the volume was opened: the flush or compaction that they were of does not end.
+    /// None, unless the engine that wrote them has a defect.
+    pub refused_installs: u64,
     /// The next entry reads a block that is damaged here and that no other replica has given yet.
     pub applier_waits: bool,
     /// This replica made other tables than the log says and has not fetched those yet: what it reads may be wrong.
@@ -180,6 +183,7 @@ pub(crate) struct GroupShared {
     l0_runs: AtomicUsize,
     l0_runs_max: usize,
     divergences: AtomicU64,
+    refused_installs: AtomicU64,
     applier_waits: AtomicBool,
     /// Set while jobs of `Core::diverged` are to be fetched.
     diverged: AtomicBool,
@@ -427,6 +431,7 @@ impl GroupShared {
             l0_runs: AtomicUsize::new(0),
             l0_runs_max,
             divergences: AtomicU64::new(0),
+            refused_installs: AtomicU64::new(0),
             applier_waits: AtomicBool::new(false),
             diverged: AtomicBool::new(false),
             heal,
@@ -812,6 +817,7 @@ impl Group {
             digest,
             digest_index: as_of,
             divergences: self.0.divergences.load(Ordering::Relaxed),
+            refused_installs: self.0.refused_installs.load(Ordering::Relaxed),
             applier_waits: self.0.applier_waits.load(Ordering::Relaxed),
             diverged: !core.diverged.is_empty(),
             jobs_retrying: core.stuck.values().filter(|stuck| !stuck.over).count() as u64,

@@ -256,6 +256,9 @@ const ROWS: &[Row] = &[
     ("engine_jobs_retrying", "Flushes and compactions that failed and are tried again", Kind::Gauge, |s| {
         s.engine.jobs_retrying
     }),
+    ("engine_refused_installs", "Flushes and compactions whose tables could not be installed", Kind::Counter, |s| {
+        s.engine.refused_installs
+    }),
     ("engine_jobs_failed", "Flushes and compactions that failed for good", Kind::Gauge, |s| s.engine.jobs_failed),
     ("heal_tables_found", "Tables found damaged", Kind::Counter, |s| s.engine.heal.tables_found),
     ("heal_tables_healed", "Damaged tables made anew from other members", Kind::Counter, |s| {

@@ -210,6 +210,9 @@ pub struct EngineSection {
     pub digest_index: u64,
     /// Tables that differed from the leader's.
     pub divergences: u64,
+    /// Flushes and compactions whose tables could not be installed.
+    #[serde(default)]
+    pub refused_installs: u64,
     /// Jobs that failed: tried again, and given up.
     pub jobs_retrying: u64,
     /// See `jobs_retrying`.
@@ -438,6 +441,7 @@ impl Status {
                 digest: format!("{:032x}", node.group.digest),
                 digest_index: node.group.digest_index.0,
                 divergences: node.group.divergences,
+                refused_installs: node.group.refused_installs,
                 jobs_retrying: node.group.jobs_retrying,
                 jobs_failed: node.group.jobs_failed,
                 heal: HealSection {
@@ -686,6 +690,10 @@ fn engine_verdict(engine: &EngineStatus, node: &NodeStatus) -> Verdict {
     if group.jobs_failed > 0 {
         return verdict(Health::Bad, format!("{} flushes or compactions failed for good: {line}", group.jobs_failed));
     }
+    if group.refused_installs > 0 {
+        let refused = group.refused_installs;
+        return verdict(Health::Bad, format!("{refused} flushes or compactions could not be installed: {line}"));
+    }
     let found = heal.tables_found
         + heal.superblocks_healed
         + heal.pages_healed
@@ -815,6 +823,7 @@ mod tests {
         check("engine", Health::Warn, &|s| s.engine.heal.tables_found = 1);
         check("engine", Health::Warn, &|s| s.node.group.jobs_retrying = 1);
         check("engine", Health::Bad, &|s| s.node.group.jobs_failed = 1);
+        check("engine", Health::Bad, &|s| s.node.group.refused_installs = 1);
         check("engine", Health::Ok, &|s| s.engine.memory_used_bytes = 5 << 20);
         check("engine", Health::Warn, &|s| s.engine.memory_used_bytes = (5 << 20) + 1);
     }

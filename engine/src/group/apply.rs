@@ -281,7 +281,10 @@ impl GroupShared {
                     return Ok(Bytes::new());
                 }
                 let tables = tables.iter().cloned().map(Arc::new).collect();
-                let effects = self.op(core, entry, ManifestOp::Install { job: *job, tables })?;
+                let effects = self.op(core, entry, ManifestOp::Install { job: *job, tables }).inspect_err(|error| {
+                    self.refused_installs.fetch_add(1, Ordering::Relaxed);
+                    tracing::error!(group = %self.id, %job, %error, "a flush or compaction does not end");
+                })?;
                 if !effects.took_effect {
                     // Too early for a flush whose older generation is not installed: to be offered again.
                     core.offered.remove(job);

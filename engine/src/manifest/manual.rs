@@ -23,6 +23,9 @@ use crate::{BranchId, JobId, KeyspaceId, TableId};
 /// Compactions of a group that were asked for and have not ended.
 pub(crate) const MANUALS_MAX: usize = 64;
 
+/// Whoever asks wants all tombstones to go, however few they are: see [`TOMBSTONE_SHARE`](super::picker::TOMBSTONE_SHARE).
+pub(super) const SHARE: u64 = u64::MAX;
+
 /// What remains of a compaction that was asked for.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Manual {
@@ -79,7 +82,8 @@ impl Manual {
         if self.level == 0 {
             let mut tables = version.l0.iter().flat_map(|run| run.iter());
             if tables.any(|t| t.id.job < self.before && self.covers(t)) {
-                return pick_l0(version, base, busy).map_or(Next::Wait, |inputs| Next::Take { from: 0, inputs });
+                let inputs = pick_l0(version, base, busy, SHARE);
+                return inputs.map_or(Next::Wait, |inputs| Next::Take { from: 0, inputs });
             }
             self.descend();
         }

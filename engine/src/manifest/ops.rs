@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::manual::{MANUALS_MAX, Manual, Next};
+use super::manual::{self, MANUALS_MAX, Manual, Next};
 use super::picker::{self, Pick};
 use super::version::{LEVELS, overlap, sorted};
 use super::{
@@ -494,9 +494,7 @@ impl Manifest {
             match manual.next(&version, base, busy, unflushed, expiring) {
                 Next::Wait => return None,
                 Next::Take { from, inputs } => {
-                    // Whoever asks wants all tombstones to go.
-                    let share = u64::MAX;
-                    let pick = picker::decide(branch, keyspace, &version, outstanding, from, inputs, share)?;
+                    let pick = picker::decide(branch, keyspace, &version, outstanding, from, inputs, manual::SHARE)?;
                     return Some((index, pick));
                 }
                 Next::Done => drop(self.manuals.remove(&index)),

@@ -132,7 +132,7 @@ pub(crate) fn pick(
         .filter(|&(score, _)| score >= SCORE_FULL)
         .find_map(|(_, level)| {
             let inputs = match level {
-                0 => pick_l0(version, targets.base, busy)?,
+                0 => pick_l0(version, targets.base, busy, TOMBSTONE_SHARE)?,
                 _ => pick_level(version, level, busy)?,
             };
             decide(branch, keyspace, version, outstanding, level, inputs, TOMBSTONE_SHARE)
@@ -190,12 +190,11 @@ pub(crate) fn decide(
     (to, upper, lower): Inputs,
     share: u64,
 ) -> Option<Pick> {
-    let (first, last) = range(upper.iter().chain(&lower))?;
-    let drop_tombstones = (to + 1..=LAST).all(|deeper| overlap(version.level(deeper), &first, &last).is_empty());
-    let cleaned = drop_tombstones && (is_dense(&upper, &[], share) || upper.iter().any(|t| t.has_ranges()));
-    if from < to && lower.is_empty() && sorted(&upper) && !cleaned {
+    if from < to && lower.is_empty() && sorted(&upper) && !is_cleaned(version, to, &upper, share) {
         return Some(Pick::Move { from, to, tables: upper });
     }
+    let (first, last) = range(upper.iter().chain(&lower))?;
+    let drop_tombstones = is_lowest(version, to, &first, &last);
     (outstanding < COMPACTIONS_PER_VERSION_MAX).then(|| {
         Pick::Start(Compaction { branch, keyspace, from, to, upper, lower, drop_tombstones, expired_by_ms: 0 })
     })
@@ -204,16 +203,29 @@ pub(crate) fn decide(
 /// The level below, inputs of the level, and inputs of the level below.
 pub(crate) type Inputs = (u8, Vec<TableRef>, Vec<TableRef>);
 
+/// True where nothing of these keys is in a level below `level`.
+fn is_lowest(version: &Version, level: u8, first: &Bytes, last: &Bytes) -> bool {
+    (level + 1..=LAST).all(|deeper| overlap(version.level(deeper), first, last).is_empty())
+}
+
+/// True when `upper` is written again on its way to `to` although it overlaps nothing there, since its tombstones end: see [`decide`].
+fn is_cleaned(version: &Version, to: u8, upper: &[TableRef], share: u64) -> bool {
+    range(upper).is_some_and(|(first, last)| is_lowest(version, to, &first, &last))
+        && (is_dense(upper, &[], share) || upper.iter().any(|t| t.has_ranges()))
+}
+
 /// All of L0, unless a job has tables of it or of those that it overlaps below.
-pub(super) fn pick_l0(version: &Version, base: u8, busy: &BTreeSet<TableId>) -> Option<Inputs> {
+pub(super) fn pick_l0(version: &Version, base: u8, busy: &BTreeSet<TableId>, share: u64) -> Option<Inputs> {
     let mut upper: Vec<TableRef> = version.l0.iter().flat_map(|run| run.iter()).cloned().collect();
     if upper.iter().any(|t| busy.contains(&t.id)) {
         return None;
     }
     upper.sort_by(|a, b| (&a.first, a.id).cmp(&(&b.first, b.id)));
     let (first, last) = range(&upper)?;
-    // Disjoint runs that overlap no table of the base level change places as they are.
-    if sorted(&upper) && upper.iter().all(|t| overlap(version.level(base), &t.first, &t.last).is_empty()) {
+    // Disjoint runs that overlap no table of the base level change places as they are. A job may write one table for several of them: it
+    // takes what stands between them with it.
+    let apart = sorted(&upper) && upper.iter().all(|t| overlap(version.level(base), &t.first, &t.last).is_empty());
+    if apart && !is_cleaned(version, base, &upper, share) {
         return Some((base, upper, Vec::new()));
     }
     let lower = overlap(version.level(base), &first, &last);
@@ -229,7 +241,8 @@ fn is_dense(upper: &[TableRef], lower: &[TableRef], share: u64) -> bool {
 
 /// Tables with many tombstones: all of L0, else the first by level and key.
 fn pick_dense(version: &Version, base: u8, busy: &BTreeSet<TableId>) -> Option<(u8, Inputs)> {
-    let l0 = pick_l0(version, base, busy).filter(|(_, upper, lower)| is_dense(upper, lower, TOMBSTONE_SHARE));
+    let l0 = pick_l0(version, base, busy, TOMBSTONE_SHARE)
+        .filter(|(_, upper, lower)| is_dense(upper, lower, TOMBSTONE_SHARE));
     if let Some(inputs) = l0 {
         return Some((0, inputs));
     }

@@ -369,6 +369,20 @@ fn tombstones_go_down_where_they_are_many() {
         ("one run of L0", version(&[am], bottom), &[(101, 0, 75)], &[], "0>6 101-0+6-0,6-1!"),
         ("not for a few", version(&[am], bottom), &[(101, 0, 74)], &[], "-"),
         ("where nothing is below they do not move", version(&[am], &[]), &[(101, 0, 25)], &[], "0>6 101-0+!"),
+        (
+            "a job may write one table for what stands apart, so it takes what stands between",
+            version(&[&[("k", "m")], &[("a", "c")]], &[(6, &[("e", "f", 100), ("x", "y", 100)])]),
+            &[(102, 0, 75)],
+            &[],
+            "0>6 102-0,101-0+6-0!",
+        ),
+        (
+            "or waits for it",
+            version(&[&[("k", "m")], &[("a", "c")]], &[(6, &[("e", "f", 100)])]),
+            &[(102, 0, 75)],
+            &[(6, 0)],
+            "-",
+        ),
     ];
     for (name, v, tombstones, busy, expect) in cases {
         let filled = |t: &TableRef| {

@@ -182,6 +182,29 @@ fn what_a_checkpoint_names_stays_until_it_is_dropped() {
     check_no_leak(&media);
 }
 
+/// Runs of L0 that overlap nothing below became one table over all that stands between them, which could not be installed: the compaction
+/// never ended, and no other took from L0.
+#[test]
+fn runs_around_a_table_of_the_last_level_are_compacted() {
+    let media = media();
+    let store = Store::open_with(&media, settings(), engine_settings()).expect("the volume opens");
+    store.put("k5", b"between");
+    wait(&store, ask(&store));
+    store.put("k1", b"around");
+    store.must(CommandBody::Rotate);
+    store.settle();
+    store.must(delete(MAIN, "k8"));
+    store.put("k9", b"around");
+    let asked = ask(&store);
+    store.settle();
+    assert_eq!(store.group().status().refused_installs, 0);
+    wait(&store, asked);
+    assert_eq!(entries(&store), (3, 0));
+    assert_eq!(all(&store.group().snapshot(MAIN).expect("main"), DEFAULT).len(), 3);
+    store.close();
+    check_no_leak(&media);
+}
+
 #[test]
 fn what_cannot_be_compacted_is_refused_or_done_at_once() {
     let media = media();

@@ -133,6 +133,7 @@ impl Model {
 
     fn check(&self, store: &Store) {
         let group = store.group();
+        assert_eq!(group.status().refused_installs, 0);
         let mut names: Vec<_> = group.branches().into_iter().map(|b| (b.id, b.name)).collect();
         names.sort();
         assert_eq!(names, self.branches.iter().map(|(id, (n, _))| (*id, n.clone())).collect::<Vec<_>>());

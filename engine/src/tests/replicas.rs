@@ -115,6 +115,7 @@ pub(super) fn check_equal(a: &Replica, b: &Replica) {
     let (x, y) = (a.group.status(), b.group.status());
     assert_eq!((x.digest_index, x.digest), (y.digest_index, y.digest));
     assert_eq!((y.absent_jobs, y.divergences), (0, 0));
+    assert_eq!((x.refused_installs, y.refused_installs), (0, 0));
     assert_eq!((x.tables, x.table_bytes), (y.tables, y.table_bytes));
     for branch in a.group.branches() {
         assert_eq!(a.all(branch.id), b.all(branch.id), "{}", branch.name);

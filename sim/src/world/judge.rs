@@ -56,6 +56,9 @@ impl Watcher {
             if group.divergences > 0 {
                 cluster.problem(format!("n{i} has {} tables that differ from the leader's", group.divergences));
             }
+            if group.refused_installs > 0 {
+                cluster.problem(format!("n{i} refused {} installs", group.refused_installs));
+            }
             let (digest, first) = *self.digests.entry(group.digest_index.0).or_insert((group.digest, i));
             if digest != group.digest {
                 let index = group.digest_index;
