@@ -202,7 +202,9 @@ impl<'a, S: Store> Execution<'a, S> {
 
     /// Writes the record of a change, and keeps the state that it ended for readers of older revisions.
     fn record(&mut self, rev: Rev, record: RevRecord, before: Option<&KeyMeta>) -> StoreResult<()> {
+        // A key that this very revision began was visible to nobody; one of the same name that it ended before is there already.
         if let Some(before) = before
+            && before.create != rev.main
             && record.left_history(rev)
         {
             self.store.put(Space::History, history_key(&record.key, rev.main), before.encode())?;

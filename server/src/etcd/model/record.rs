@@ -126,7 +126,8 @@ impl RevRecord {
         out.freeze()
     }
 
-    /// Whether the change at `rev` put the state that it ended into `etcd.history`.
+    /// Whether the change at `rev` put the state that it ended into `etcd.history`, unless that began there as well: then an earlier change of
+    /// the revision may have.
     pub(crate) fn left_history(&self, rev: Rev) -> bool {
         match self.previous {
             None => false,

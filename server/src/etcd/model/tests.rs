@@ -563,6 +563,41 @@ fn a_compaction_keeps_every_change_of_its_own_revision() {
     assert_eq!(told(&subject), [(4, Bytes::from("b"), false)]);
 }
 
+/// Within one revision a key ends, begins anew (what a put may do is judged by the state before the transaction), and ends again. The second
+/// end took the place of the first in the history, and the state before the transaction was lost to who reads at its revision.
+#[test]
+fn a_key_that_ends_twice_in_one_revision_keeps_what_it_was_before() {
+    let put = |value: &'static str| pb::PutRequest { key: "c".into(), value: value.into(), ..Default::default() };
+    let kept = request_op::Request::RequestPut(pb::PutRequest { ignore_value: true, ..put("") });
+    let delete = || {
+        let all = pb::DeleteRangeRequest { key: "a".into(), range_end: "\0".into(), ..Default::default() };
+        request_op::Request::RequestDeleteRange(all)
+    };
+    let ops = |requests: Vec<request_op::Request>| {
+        let success = requests.into_iter().map(|request| pb::RequestOp { request: Some(request) }).collect();
+        Request::Txn(pb::TxnRequest { success, ..Default::default() })
+    };
+    let mut subject = Subject::new();
+    subject.run(&[Request::Put(put("x"))]);
+    subject.run(&[Request::Put(put("y"))]);
+    assert!(subject.run(&[ops(vec![delete(), kept, delete()])])[0].is_ok());
+    subject.run(&[Request::Put(put("z"))]);
+    let at = |subject: &Subject, revision| {
+        let read = pb::RangeRequest { key: "c".into(), revision, ..Default::default() };
+        let kvs = subject.range(&read).expect("not compacted").kvs;
+        kvs.into_iter().map(|kv| (kv.create_revision, kv.mod_revision, kv.version, kv.value)).collect::<Vec<_>>()
+    };
+    assert_eq!(at(&subject, 2), [(2, 2, 1, "x".into())]);
+    assert_eq!(at(&subject, 3), [(2, 3, 2, "y".into())]);
+    assert_eq!(at(&subject, 4), []);
+    assert_eq!(at(&subject, 5), [(5, 5, 1, "z".into())]);
+    subject.run(&[Request::Compact(pb::CompactionRequest { revision: 4, physical: false })]);
+    while subject.view().tip().compaction.collected < 4 {
+        subject.run(&[Request::Collect]);
+    }
+    assert_eq!((at(&subject, 4).len(), subject.store.pairs(Space::History).len()), (0, 0));
+}
+
 #[test]
 fn a_lease_without_an_id_gets_one_of_its_own() {
     let mut subject = Subject::new();
