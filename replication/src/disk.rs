@@ -194,10 +194,11 @@ impl<R: Runtime> Inner<R> {
     pub(crate) fn look_at_disk(&self) {
         let stats = self.engine.wal().stats();
         let group = self.group.status();
+        let applier_waits = group.applier_waits || self.log.heal_status().awaited_entry.is_some();
         let flags = DiskHealth {
             full: self.engine.is_full(),
             stalled: self.log.is_stalled(),
-            failing: group.jobs_retrying + group.jobs_failed > 0 || group.applier_waits,
+            failing: group.jobs_retrying + group.jobs_failed > 0 || applier_waits,
             write_latency: None,
         };
         let mut looks = self.disk.lock().expect("nothing panics while it holds this lock");

@@ -34,7 +34,7 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(3);
 const ROUND_PAUSE: Duration = Duration::from_millis(50);
 /// The longest pause between two rounds.
 const ROUND_PAUSE_MAX: Duration = Duration::from_secs(2);
-/// Rounds of asking for one entry that cannot be read while the node runs, before it leaves service.
+/// Rounds of asking for one entry that cannot be read while the node runs, before who reads it is told.
 const ENTRY_ROUNDS_MAX: u32 = 20;
 
 /// The end of another log.
@@ -464,6 +464,11 @@ impl<R: Runtime> Inner<R> {
             }
             self.give_way(verdict, round).await;
             R::sleep(ROUND_PAUSE_MAX / 4).await;
+            if verdict == Verdict::Import {
+                // No log will give it. Who applies it takes over the tables.
+                tracing::error!(index = id.index, "an entry of the log is damaged here, and others have it in tables");
+                return None;
+            }
         }
         tracing::error!(index = id.index, "an entry of the log is damaged here, and no other voter gave it");
         None

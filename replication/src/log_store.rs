@@ -26,7 +26,7 @@
 
 mod mend;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::ops::{Bound, RangeBounds};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -78,6 +78,8 @@ struct State {
     entry_requests: Option<mpsc::Sender<EntryRequest>>,
     /// The last entry that others were asked for: it is counted once.
     asked_for: Option<LogId>,
+    /// Entries that the applier was given nothing in the place of, and has not come to: see [`LogStore::take_unread`].
+    unread: BTreeSet<u64>,
     counts: LogHealStatus,
     /// How the log ends was judged in this life, with every other voter heard.
     end_judged: bool,
@@ -103,6 +105,8 @@ pub struct LogHealStatus {
     pub went_back: u64,
     /// Times that the log was found to end before what is in tables: the ring had been full.
     pub behind_tables: u64,
+    /// The entry that is to be applied next, while it is lost here and no other member gives it or its state.
+    pub awaited_entry: Option<LogIndex>,
 }
 
 /// Entries that are asked of others at once.
@@ -675,6 +679,8 @@ impl LogStore {
                 Found::At(index, pos) => {
                     let entry = match self.inner.wal.read(pos).await {
                         Ok(bytes) => record::decode_entry(&bytes).map_err(io_error)?,
+                        // Others are asked for it when it comes first: what is before it waits for nobody.
+                        Err(_) if bytes_max < usize::MAX && !entries.is_empty() => break,
                         Err(error) => self.read_elsewhere(index, &error).await?,
                     };
                     if entry.log_id.index != index {
@@ -753,7 +759,8 @@ impl<R: Runtime> RaftLogReader<TypeConfig<R>> for LogStore {
         }
     }
 
-    /// In parts of [`READ_BYTES_MAX`]: after a restart the range may be the whole log.
+    /// In parts of [`READ_BYTES_MAX`]: after a restart the range may be the whole log. It is to be applied: an entry that no other log gives
+    /// has nothing in its place, see [`LogStore::take_unread`].
     async fn entries_stream<RB>(&mut self, range: RB) -> impl Stream<Item = std::io::Result<Entry>> + OptionalSend
     where
         RB: RangeBounds<u64> + Clone + Debug + OptionalSend,
@@ -769,7 +776,13 @@ impl<R: Runtime> RaftLogReader<TypeConfig<R>> for LogStore {
                     let rest = entries.last().map(|e| (store, e.log_id.index + 1..range.end));
                     Some((entries.into_iter().map(Ok).collect::<Vec<_>>(), rest))
                 }
-                Err(error) => Some((vec![Err(error)], None)),
+                Err(error) => match store.pass_over(&range, &error) {
+                    Some(entry) => {
+                        let rest = entry.log_id.index + 1..range.end;
+                        Some((vec![Ok(entry)], Some((store, rest))))
+                    }
+                    None => Some((vec![Err(error)], None)),
+                },
             }
         });
         parts.flat_map(stream::iter).boxed()

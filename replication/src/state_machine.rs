@@ -36,7 +36,8 @@ use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use crate::log_store::LogStore;
 use crate::progress::{ApplyLag, Progress};
 use crate::types::{
-    EntryPayload, LogId, RaftSnapshot, Reply, SnapshotMeta, StoredMembership, TypeConfig, io_error, log_id, term_of,
+    Entry, EntryPayload, LogId, RaftSnapshot, Reply, SnapshotMeta, StoredMembership, TypeConfig, io_error, log_id,
+    term_of,
 };
 use crate::{Error, ErrorKind, Result, Runtime};
 
@@ -324,22 +325,41 @@ impl<R: Runtime, S: State> StateMachine<R, S> {
                 Err(error) => return Err(io_error(error)),
             };
             tracing::warn!(index = id.index, %error, "an entry waits for a block that is damaged here");
-            if self.peers.is_closing() {
-                return Err(io_error("closed while an entry waited for a damaged block"));
-            }
-            let awaited = self.peers.awaited();
-            R::sleep(INSTALL_RETRY).await;
-            match self.peers.offer(Some(id)).await {
-                Ok(offer) if self.may_go_on_from(&offer, awaited) => {
-                    if self.try_take_over(&offer).await? {
-                        self.go_on_from(offer.meta);
-                        return Ok(None);
-                    }
-                }
-                Ok(_) => {}
-                Err(error) => tracing::debug!(%error, "no state to be had yet that holds the entry"),
+            if self.is_taken_over(id).await? {
+                return Ok(None);
             }
         }
+    }
+
+    /// Finds an entry that its log could not give, however long no other member gives it. No answer when the state of another member took
+    /// the place of this one, with the entry in it.
+    async fn find_entry(&mut self, id: LogId) -> std::io::Result<Option<Entry>> {
+        while !self.is_taken_over(id).await? {
+            match self.log.read_again(id.index).await? {
+                Some(entry) => return Ok(Some(entry)),
+                None => tracing::error!(index = id.index, "an entry waits, which is lost here and not to be had yet"),
+            }
+        }
+        Ok(None)
+    }
+
+    /// A pause, and an attempt to go on from the state of another member that holds the entry `id`.
+    async fn is_taken_over(&mut self, id: LogId) -> std::io::Result<bool> {
+        if self.peers.is_closing() {
+            return Err(io_error("closed while an entry waited for what is damaged here"));
+        }
+        let awaited = self.peers.awaited();
+        R::sleep(INSTALL_RETRY).await;
+        match self.peers.offer(Some(id)).await {
+            Ok(offer) if self.may_go_on_from(&offer, awaited) && self.try_take_over(&offer).await? => {
+                tracing::warn!(index = id.index, "the state of another member took the place of an entry");
+                self.go_on_from(offer.meta);
+                return Ok(true);
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "no state to be had yet that holds the entry"),
+        }
+        Ok(false)
     }
 
     /// Whether the state of a peer may take the place of this one between two entries. With one beyond the log here openraft would have to be
@@ -420,11 +440,23 @@ impl<R: Runtime, S: State> RaftStateMachine<TypeConfig<R>> for StateMachine<R, S
         Strm: Stream<Item = std::io::Result<EntryResponder<TypeConfig<R>>>> + Unpin + OptionalSend,
     {
         while let Some(item) = entries.next().await {
-            let (entry, responder) = item?;
+            let (mut entry, responder) = item?;
             let id = entry.log_id;
             let index = LogIndex(id.index);
             // An install may have taken the state further than openraft asked for: those entries are in it.
             let mut fresh = index > self.state.applied();
+            if self.log.take_unread(id.index) && fresh {
+                self.log.note_awaited(Some(id.index));
+                let found = self.find_entry(id).await?;
+                self.log.note_awaited(None);
+                match found {
+                    Some(found) if found.log_id == id => entry = found,
+                    Some(found) => {
+                        return Err(io_error(format!("another entry is there wanted={id} found={}", found.log_id)));
+                    }
+                    None => fresh = false,
+                }
+            }
             // The two are equal only until the first entry after a restart.
             if mainstay_io::mutant!(ReplaySkipsOne) && index.0 > 1 && self.state.applied() == self.state.flushed() {
                 self.state.skip(index);

@@ -684,6 +684,9 @@ fn engine_verdict(engine: &EngineStatus, node: &NodeStatus) -> Verdict {
     if group.diverged {
         return verdict(Health::Bad, format!("its tables differ from the leader's, out of service: {line}"));
     }
+    if let Some(index) = node.log_heal.awaited_entry {
+        return verdict(Health::Bad, format!("entry {index} is lost here and no other member gives it: {line}"));
+    }
     if heal.tables_damaged > 0 {
         return verdict(Health::Bad, format!("{} tables are damaged: {line}", heal.tables_damaged));
     }
@@ -820,6 +823,7 @@ mod tests {
         check("engine", Health::Bad, &|s| s.node.group.diverged = true);
         check("engine", Health::Warn, &|s| s.node.group.divergences = 1);
         check("engine", Health::Bad, &|s| s.engine.heal.tables_damaged = 1);
+        check("engine", Health::Bad, &|s| s.node.log_heal.awaited_entry = Some(mainstay::LogIndex(7)));
         check("engine", Health::Warn, &|s| s.engine.heal.tables_found = 1);
         check("engine", Health::Warn, &|s| s.node.group.jobs_retrying = 1);
         check("engine", Health::Bad, &|s| s.node.group.jobs_failed = 1);

@@ -7,13 +7,14 @@
 //!   less damage and never other entries.
 //! - M2. What is given is proven: see [`LogStore::give`].
 
+use mainstay_engine::LogIndex;
 use mainstay_wal::{Lsn, Reserve};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{ENTRY_REQUESTS_MAX, EntryRequest, LogHealStatus, LogStore, READ_BYTES_MAX};
 use crate::entry_index::Damage;
 use crate::record;
-use crate::types::{Entry, LogId, StoredMembership, Vote, io_error};
+use crate::types::{Entry, EntryPayload, LogId, StoredMembership, Vote, io_error};
 
 /// Of an entry that cannot be read, and that no other member has given so far.
 pub(super) const NOT_GIVEN: std::io::ErrorKind = std::io::ErrorKind::TimedOut;
@@ -92,6 +93,40 @@ impl LogStore {
             Err(_) => {
                 Err(std::io::Error::new(NOT_GIVEN, format!("{error}; no other member gave the entry index={index}")))
             }
+        }
+    }
+
+    /// What the applier is given in place of the first entry of `range`, which no other member gave: see [`LogStore::take_unread`]. None
+    /// where `error` says anything else.
+    pub(super) fn pass_over(&self, range: &std::ops::Range<u64>, error: &std::io::Error) -> Option<Entry> {
+        let mut state = self.state();
+        let id = state.index.log_id(range.start.max(state.index.first()))?;
+        (error.kind() == NOT_GIVEN).then(|| {
+            state.unread.insert(id.index);
+            Entry { log_id: id, payload: EntryPayload::Blank }
+        })
+    }
+
+    /// Whether the applier was given nothing in place of the entry `index`, which is not known then. It may be in the tables of another
+    /// member, where nobody reads an entry but whoever applies it: so the state there may take its place.
+    pub(crate) fn take_unread(&self, index: u64) -> bool {
+        self.state().unread.remove(&index)
+    }
+
+    /// The applier waits for this entry, or for none any more.
+    pub(crate) fn note_awaited(&self, index: Option<u64>) {
+        self.state().counts.awaited_entry = index.map(LogIndex);
+    }
+
+    /// The entry `index`, asked of the other members where it cannot be read here. None when none of them gave it so far.
+    pub(crate) async fn read_again(&self, index: u64) -> std::io::Result<Option<Entry>> {
+        match self.read_entries(index..index + 1, READ_BYTES_MAX).await {
+            Ok(mut entries) => match entries.pop() {
+                Some(entry) => Ok(Some(entry)),
+                None => Err(io_error(format!("an entry is not in the log index={index}"))),
+            },
+            Err(error) if error.kind() == NOT_GIVEN => Ok(None),
+            Err(error) => Err(error),
         }
     }
 

@@ -12,7 +12,7 @@ use crate::{Durability, ReadLevel, TokioRuntime, Write};
 /// Bytes of the header of a batch in the log.
 const BATCH_HEADER_BYTES: u64 = 96;
 /// Bytes of a record's header in the log.
-const RECORD_HEADER_BYTES: u64 = 24;
+pub(super) const RECORD_HEADER_BYTES: u64 = 24;
 
 /// Where the payload of an entry's record lies on the disk of the log.
 pub(super) fn place(cluster: &Cluster, i: usize, index: u64) -> u64 {
@@ -273,6 +273,29 @@ fn an_entry_that_rots_while_the_node_runs_is_read_from_another_member() {
         takes_part(&cluster, leader).await;
         assert_eq!(cluster.node(leader).status().log_heal.entries_lost, 0);
         all_there(&cluster, 40).await;
+        cluster.finish().await;
+    });
+}
+
+/// What is before it waited ten seconds for it, and was then not read either.
+#[test]
+fn entries_before_a_damaged_one_are_read_without_it() {
+    run(async {
+        let mut cluster = Cluster::blank(3).await;
+        cluster.entry_cache_bytes = 1;
+        cluster.start_all().await;
+        cluster.node(0).init(&cluster.names()).await.expect("born");
+        let last = written(&cluster, 40).await;
+        let i = cluster.leader().await;
+        let index = last - 20;
+        rot(&cluster, i, &[place(&cluster, i, index)]);
+        let mut log = cluster.node(i).inner.log.clone();
+        for (from, expect) in [(index - 2, vec![index - 2, index - 1]), (index, vec![index, index + 1])] {
+            let read = RaftLogReader::<TypeConfig<TokioRuntime>>::limited_get_log_entries(&mut log, from, index + 2);
+            let ids: Vec<u64> = read.await.expect("read").iter().map(|entry| entry.log_id.index).collect();
+            assert_eq!(ids, expect);
+            assert_eq!(cluster.node(i).status().log_heal.entries_lost, u64::from(from == index));
+        }
         cluster.finish().await;
     });
 }

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-use futures_util::stream;
+use futures_util::{TryStreamExt, stream};
 use mainstay_engine::{Applied, Command, JobId, LogIndex, TableId, TableSource};
 use mainstay_io::BoxFuture;
-use openraft::storage::RaftStateMachine;
+use openraft::storage::{RaftLogReader, RaftStateMachine};
 
 use super::{Bench, Double};
+use crate::log_store::EntryRequest;
 use crate::progress::Progress;
 use crate::state_machine::{Exported, Offer, Peers, SnapshotHandle, State, StateMachine};
 use crate::types::{Entry, EntryPayload, LogId, SnapshotMeta, StoredMembership, TypeConfig, log_id};
@@ -202,6 +203,90 @@ fn an_entry_that_reads_what_nobody_has_any_more_is_taken_over_with_the_state() {
         RaftStateMachine::<Config>::apply(&mut alone, entries).await.expect_err("closed while it waited");
         let (applied, _) = RaftStateMachine::<Config>::applied_state(&mut alone).await.expect("known");
         assert_eq!(applied, Some(log_id(1, 6)), "and applied nothing that it could not read");
+    });
+}
+
+/// A log of so many entries, none of them in memory, of which those at `lost` are damaged, and what is asked of others.
+async fn bench_that_lost(entries: u64, lost: &[u64]) -> (Bench, tokio::sync::mpsc::Receiver<EntryRequest>) {
+    let mut bench = Bench::new(1).await;
+    super::log::append(&mut bench.store, (0..entries).map(entry).collect()).await;
+    for &index in lost {
+        let pos = bench.store.pos(index).expect("a durable entry");
+        let at = pos.batch.0 % super::RING_BYTES + u64::from(pos.offset) + super::heal::RECORD_HEADER_BYTES;
+        bench.disk.flip_bit(at, 2);
+    }
+    let requests = bench.store.entry_requests();
+    (bench, requests)
+}
+
+/// The node left service for good: no log has the entry that it is to apply next, since all others have it in tables.
+#[test]
+fn entries_that_no_log_gives_are_taken_over_with_the_state() {
+    type Config = TypeConfig<TokioRuntime>;
+    type Machine = StateMachine<TokioRuntime, Fetching>;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let (bench, mut requests) = bench_that_lost(12, &[6, 7]).await;
+        let asked = tokio::spawn(async move {
+            let mut asked = Vec::new();
+            while let Some(EntryRequest { id, done }) = requests.recv().await {
+                asked.push(id.index);
+                drop(done);
+            }
+            asked
+        });
+        let mut reader = bench.store.clone();
+        let mut machine =
+            Machine::open(Fetching::default(), bench.store.clone(), Arc::new(MovedOn), Arc::default()).expect("opens");
+        let entries = RaftLogReader::<Config>::entries_stream(&mut reader, 1..12).await;
+        let entries = entries.map_ok(|entry| (entry, None));
+        RaftStateMachine::<Config>::apply(&mut machine, entries).await.expect("applied");
+        let (applied, _) = RaftStateMachine::<Config>::applied_state(&mut machine).await.expect("known");
+        assert_eq!(applied, Some(log_id(1, 11)), "6 to 9 with the state at 9, the rest as ever");
+
+        // Nobody answers, and the node closes.
+        let mut alone =
+            Machine::open(Fetching::default(), bench.store.clone(), Arc::new(super::NoPeers), Arc::default())
+                .expect("opens");
+        let entries = RaftLogReader::<Config>::entries_stream(&mut reader, 1..12).await;
+        let entries = entries.map_ok(|entry| (entry, None));
+        RaftStateMachine::<Config>::apply(&mut alone, entries).await.expect_err("closed while it waited");
+        let (applied, _) = RaftStateMachine::<Config>::applied_state(&mut alone).await.expect("known");
+        assert_eq!(applied, Some(log_id(1, 5)), "and nothing took the place of what it could not read");
+        drop((reader, machine, alone, bench));
+        assert_eq!(asked.await.expect("it ends"), [6, 7, 6]);
+    });
+}
+
+/// Others that have it only come back later, or have no state that may take the place of this one.
+#[test]
+fn an_entry_that_is_given_late_is_applied() {
+    type Config = TypeConfig<TokioRuntime>;
+    type Machine = StateMachine<TokioRuntime, Fetching>;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let (bench, mut requests) = bench_that_lost(8, &[6]).await;
+        let log = bench.store.clone();
+        tokio::spawn(async move {
+            let mut asked = 0;
+            while let Some(EntryRequest { id, done }) = requests.recv().await {
+                asked += 1;
+                assert_eq!(log.heal_status().awaited_entry, (asked > 1).then_some(LogIndex(6)));
+                if asked == 3 {
+                    let _ = done.send(entry(id.index));
+                }
+            }
+        });
+        let mut reader = bench.store.clone();
+        // The log ends before the state that is offered, which openraft has not asked for.
+        let mut machine =
+            Machine::open(Fetching::default(), bench.store.clone(), Ahead::new(7), Arc::default()).expect("opens");
+        let entries = RaftLogReader::<Config>::entries_stream(&mut reader, 1..8).await;
+        let entries = entries.map_ok(|entry| (entry, None));
+        RaftStateMachine::<Config>::apply(&mut machine, entries).await.expect("applied");
+        let (applied, _) = RaftStateMachine::<Config>::applied_state(&mut machine).await.expect("known");
+        assert_eq!(applied, Some(log_id(1, 7)));
+        assert_eq!(bench.store.heal_status().awaited_entry, None);
     });
 }
 
