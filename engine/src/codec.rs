@@ -10,7 +10,7 @@
 
 use bytes::Bytes;
 
-use crate::command::{KEY_BYTES_MAX, TableRanges};
+use crate::command::{KEY_BYTES_MAX, TableEnds, TableRanges};
 use crate::range_tombstone::{BOUND_BYTES_MAX, KeyRange, last_before, last_key};
 use crate::{BranchId, Error, ErrorKind, InstallTable, JobId, KeyspaceId, OperatorId, Result, TableId};
 
@@ -207,12 +207,23 @@ pub(crate) enum TableForm {
     Plain,
     /// Each with what [`TableRanges`] has of it.
     Ranged,
+    /// The same, and what [`TableEnds`] has.
+    Ending,
 }
 
 impl TableForm {
     /// The form in which these can be written.
-    pub(crate) fn of<'a>(mut tables: impl Iterator<Item = &'a InstallTable>) -> Self {
-        if tables.any(InstallTable::has_ranges) { Self::Ranged } else { Self::Plain }
+    pub(crate) fn of<'a>(tables: impl Iterator<Item = &'a InstallTable>) -> Self {
+        let mut form = Self::Plain;
+        for table in tables {
+            if table.has_ends() {
+                return Self::Ending;
+            }
+            if table.has_ranges() {
+                form = Self::Ranged;
+            }
+        }
+        form
     }
 }
 
@@ -223,17 +234,21 @@ pub(crate) fn put_table(out: &mut Vec<u8>, table: &InstallTable, form: TableForm
     put_varint(out, table.keyspace.0.into());
     put_bytes(out, &table.first);
     // The largest key is long, and where a range has no end it is the last of the table.
-    let last = if form == TableForm::Ranged && table.last == last_key() { &[] } else { &table.last[..] };
+    let last = if form != TableForm::Plain && table.last == last_key() { &[] } else { &table.last[..] };
     put_bytes(out, last);
     put_varint(out, table.entries);
     put_varint(out, table.tombstones);
     put_varint(out, table.bytes);
     out.extend_from_slice(&table.digest.to_le_bytes());
     put_bytes(out, &table.root);
-    if form == TableForm::Ranged {
+    if form != TableForm::Plain {
         put_varint(out, table.ranges.tombstones);
         put_varint(out, table.ranges.spans.len() as u64);
         table.ranges.spans.iter().for_each(|span| put_range(out, span));
+    }
+    if form == TableForm::Ending {
+        put_varint(out, table.ends.half_ms);
+        put_varint(out, table.ends.last_ms);
     }
 }
 
@@ -250,7 +265,7 @@ pub(crate) fn take_operator(from: &mut Decoder) -> Result<OperatorId> {
 pub(crate) fn take_table(from: &mut Decoder, form: TableForm) -> Result<InstallTable> {
     let (last_min, first_max) = match form {
         TableForm::Plain => (1, KEY_BYTES_MAX),
-        TableForm::Ranged => (0, BOUND_BYTES_MAX),
+        TableForm::Ranged | TableForm::Ending => (0, BOUND_BYTES_MAX),
     };
     let mut table = InstallTable {
         id: TableId { job: JobId(from.varint()?), ordinal: from.varint_u32()? },
@@ -264,11 +279,12 @@ pub(crate) fn take_table(from: &mut Decoder, form: TableForm) -> Result<InstallT
         digest: from.u128()?,
         root: from.bytes(0, ROOT_BYTES_MAX)?,
         ranges: TableRanges::default(),
+        ends: TableEnds::default(),
     };
     if table.last.is_empty() {
         table.last = last_key();
     }
-    if form == TableForm::Ranged {
+    if form != TableForm::Plain {
         table.ranges.tombstones = from.varint()?;
         let spans = (0..from.count(RANGE_BYTES_MIN)?).map(|_| take_range(from)).collect::<Result<Vec<_>>>()?;
         let apart = spans.iter().zip(spans.iter().skip(1)).all(|(a, b)| a.end_place() < b.start());
@@ -279,6 +295,13 @@ pub(crate) fn take_table(from: &mut Decoder, form: TableForm) -> Result<InstallT
             return Err(from.corrupt("what range tombstones of a table hide is not in it, or out of order"));
         }
         table.ranges.spans = spans;
+    }
+    if form == TableForm::Ending {
+        table.ends = TableEnds { half_ms: from.varint()?, last_ms: from.varint()? };
+        let TableEnds { half_ms, last_ms } = table.ends;
+        if last_ms != 0 && !(1..=last_ms).contains(&half_ms) {
+            return Err(from.corrupt("all pairs of a table end before half of them do"));
+        }
     }
     if table.first > table.last {
         return Err(from.corrupt("a table ends before it begins"));

@@ -276,6 +276,8 @@ pub struct InstallTable {
     pub root: Bytes,
     /// Its range tombstones.
     pub ranges: TableRanges,
+    /// When its pairs end.
+    pub ends: TableEnds,
 }
 
 /// What the manifest keeps of the range tombstones of a table.
@@ -286,6 +288,15 @@ pub struct TableRanges {
     /// Keys that they hide, in order and without overlap: the first of them, and not those with long bounds. What lies below and
     /// within one of these need not be read to be dropped.
     pub spans: Vec<KeyRange>,
+}
+
+/// When the pairs of a table of an expiring keyspace end: times of the log, in milliseconds since the Unix epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TableEnds {
+    /// About half of them have by then; 0 where more than half never do.
+    pub half_ms: u64,
+    /// All of them have by then; 0 where one never does, and where there is none.
+    pub last_ms: u64,
 }
 
 /// The encoding written today; see docs/format.md.
@@ -309,10 +320,11 @@ const KIND_COMPACT: u8 = 15;
 const KIND_INSTALL_RANGED: u8 = 16;
 const KIND_SET_OPERATOR: u8 = 17;
 const KIND_CREATE_EXPIRING: u8 = 18;
+const KIND_INSTALL_ENDING: u8 = 19;
 
 /// The kinds as docs/format.md has them.
 #[cfg(test)]
-pub(crate) const KINDS: [(u8, &str); 18] = [
+pub(crate) const KINDS: [(u8, &str); 19] = [
     (KIND_BATCH, "Batch"),
     (KIND_CREATE_KEYSPACE, "CreateKeyspace"),
     (KIND_DROP_KEYSPACE, "DropKeyspace"),
@@ -331,6 +343,7 @@ pub(crate) const KINDS: [(u8, &str); 18] = [
     (KIND_INSTALL_RANGED, "Install"),
     (KIND_SET_OPERATOR, "SetOperator"),
     (KIND_CREATE_EXPIRING, "CreateExpiring"),
+    (KIND_INSTALL_ENDING, "Install"),
 ];
 
 const OP_PUT: u8 = 1;
@@ -458,6 +471,27 @@ impl InstallTable {
     pub(crate) fn has_ranges(&self) -> bool {
         self.ranges.tombstones > 0
     }
+
+    pub(crate) fn has_ends(&self) -> bool {
+        self.ends != TableEnds::default()
+    }
+
+    /// All pairs have ended by then.
+    pub(crate) fn has_ended(&self, time_ms: u64) -> bool {
+        self.ends.last_ms != 0 && self.ends.last_ms <= time_ms
+    }
+
+    /// Tombstones, and about as many as the pairs that have ended by then.
+    pub(crate) fn dead_entries(&self, time_ms: u64) -> u64 {
+        let pairs = self.entries.saturating_sub(self.tombstones);
+        let half_ended = self.ends.half_ms != 0 && self.ends.half_ms <= time_ms;
+        let ended = match self.has_ended(time_ms) {
+            true => pairs,
+            false if half_ended => pairs / 2,
+            false => 0,
+        };
+        self.tombstones.saturating_add(ended)
+    }
 }
 
 impl Command {
@@ -473,8 +507,11 @@ impl Command {
             CommandBody::CreateKeyspace { .. } => KIND_CREATE_KEYSPACE,
             CommandBody::DropKeyspace { .. } => KIND_DROP_KEYSPACE,
             CommandBody::Rotate => KIND_ROTATE,
-            CommandBody::Install { tables, .. } if tables.iter().any(InstallTable::has_ranges) => KIND_INSTALL_RANGED,
-            CommandBody::Install { .. } => KIND_INSTALL,
+            CommandBody::Install { tables, .. } => match TableForm::of(tables.iter()) {
+                TableForm::Plain => KIND_INSTALL,
+                TableForm::Ranged => KIND_INSTALL_RANGED,
+                TableForm::Ending => KIND_INSTALL_ENDING,
+            },
             CommandBody::CreateCheckpoint { .. } => KIND_CREATE_CHECKPOINT,
             CommandBody::DropCheckpoint { .. } => KIND_DROP_CHECKPOINT,
             CommandBody::CreateClone { .. } => KIND_CREATE_CLONE,
@@ -594,7 +631,8 @@ impl Command {
 
     /// Whether these bytes are a command without which what is in the log stays needed there: a rotation or an install.
     pub fn lets_the_log_be_cut(bytes: &[u8]) -> bool {
-        matches!(bytes, [COMMAND_VERSION, KIND_ROTATE | KIND_INSTALL | KIND_INSTALL_RANGED, ..])
+        const LET: [u8; 4] = [KIND_ROTATE, KIND_INSTALL, KIND_INSTALL_RANGED, KIND_INSTALL_ENDING];
+        matches!(bytes, [COMMAND_VERSION, kind, ..] if LET.contains(kind))
     }
 
     /// Decodes a command. Never panics; an unknown kind or version is `Foreign`, damage is `Corrupt`. Keys and values
@@ -617,6 +655,7 @@ impl Command {
             KIND_ROTATE => CommandBody::Rotate,
             KIND_INSTALL => take_install(&mut from, TableForm::Plain)?,
             KIND_INSTALL_RANGED => take_install(&mut from, TableForm::Ranged)?,
+            KIND_INSTALL_ENDING => take_install(&mut from, TableForm::Ending)?,
             KIND_CREATE_CHECKPOINT => {
                 CommandBody::CreateCheckpoint { name: from.name()?, branch: BranchId(from.varint()?) }
             }
@@ -690,7 +729,7 @@ fn take_install(from: &mut Decoder, form: TableForm) -> Result<CommandBody> {
 
 /// As [`check_key`], for where a table begins: a range tombstone may begin behind the longest key.
 fn check_first(key: &[u8], form: TableForm) -> Result<()> {
-    if form == TableForm::Ranged && key.len() == BOUND_BYTES_MAX { Ok(()) } else { check_key(key) }
+    if form != TableForm::Plain && key.len() == BOUND_BYTES_MAX { Ok(()) } else { check_key(key) }
 }
 
 fn put_name(out: &mut Vec<u8>, name: &str) -> Result<()> {

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::{Buf, Bytes};
 
 use crate::codec::put_varint;
-use crate::command::VALUE_BYTES_MAX;
+use crate::command::{TableEnds, VALUE_BYTES_MAX};
 use crate::{Error, ErrorKind, KeyspaceId, LogIndex, Result};
 
 /// Most bytes of an end.
@@ -156,6 +156,55 @@ fn is_past(end_ms: u64, time_ms: u64) -> bool {
     end_ms != 0 && end_ms <= time_ms
 }
 
+/// Ends that [`EndsOfTable`] keeps.
+const SAMPLES_MAX: usize = 1024;
+
+/// Finds [`TableEnds`] of what is added: half of the pairs by that of some of them, which lie evenly apart.
+#[derive(Default)]
+pub(crate) struct EndsOfTable {
+    samples: Vec<u64>,
+    /// One in so many is a sample: two to this power.
+    spacing_log2: u32,
+    pairs: u64,
+    last_ms: u64,
+}
+
+impl EndsOfTable {
+    /// A pair as it is stored.
+    ///
+    /// # Errors
+    /// `Corrupt`.
+    pub(crate) fn add(&mut self, stored: &[u8]) -> Result<()> {
+        let end_ms = match end_of(stored)? {
+            (0, _) => u64::MAX,
+            (end_ms, _) => end_ms,
+        };
+        self.last_ms = self.last_ms.max(end_ms);
+        if self.pairs.trailing_zeros() >= self.spacing_log2 {
+            if self.samples.len() == SAMPLES_MAX {
+                let mut place = 0_u32;
+                self.samples.retain(|_| {
+                    place ^= 1;
+                    place == 1
+                });
+                self.spacing_log2 = self.spacing_log2.saturating_add(1);
+            }
+            if self.pairs.trailing_zeros() >= self.spacing_log2 {
+                self.samples.push(end_ms);
+            }
+        }
+        self.pairs = self.pairs.saturating_add(1);
+        Ok(())
+    }
+
+    pub(crate) fn finish(mut self) -> TableEnds {
+        let Some(middle) = self.samples.len().checked_sub(1).map(|last| last / 2) else { return TableEnds::default() };
+        let (_, half_ms, _) = self.samples.select_nth_unstable(middle);
+        let known = |end_ms| if end_ms == u64::MAX { 0 } else { end_ms };
+        TableEnds { half_ms: known(*half_ms), last_ms: known(self.last_ms) }
+    }
+}
+
 /// True when the pair is gone for who reads at that time.
 ///
 /// # Errors
@@ -214,6 +263,31 @@ mod tests {
             assert_eq!(live(Bytes::copy_from_slice(bytes), 0).expect_err("no end").kind(), ErrorKind::Corrupt);
             assert!(has_ended(bytes, 0).is_err() && live_part(bytes, 0).is_err());
         }
+    }
+
+    fn ends(of: impl IntoIterator<Item = u64>) -> TableEnds {
+        let mut ends = EndsOfTable::default();
+        of.into_iter().for_each(|end_ms| ends.add(&stamp(end_ms, b"value")).expect("ours"));
+        ends.finish()
+    }
+
+    #[test]
+    fn the_ends_of_a_table_are_when_half_of_its_pairs_have_ended_and_all() {
+        let of = |half_ms, last_ms| TableEnds { half_ms, last_ms };
+        assert_eq!(ends([]), of(0, 0));
+        assert_eq!(ends([7]), of(7, 7));
+        assert_eq!(ends([9, 7]), of(7, 9));
+        assert_eq!(ends([0]), of(0, 0), "never");
+        assert_eq!(ends([5, 0]), of(5, 0));
+        assert_eq!(ends([0, 5, 0]), of(0, 0));
+        assert_eq!(ends([3, 0, 8]), of(8, 0));
+        // However many: the samples stay evenly apart, so they know of all parts of the table.
+        for count in [1000, 1025, 5000, 300_000_u64] {
+            let TableEnds { half_ms, last_ms } = ends((1..=count).rev());
+            assert!(half_ms.abs_diff(count / 2) <= count / 256, "{half_ms} of {count}");
+            assert_eq!(last_ms, count);
+        }
+        assert!(EndsOfTable::default().add(&[0x80]).is_err());
     }
 
     #[test]

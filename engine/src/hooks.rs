@@ -12,7 +12,7 @@ pub mod fuzz {
     use mainstay_wal::Lsn;
 
     use crate::volume::superblock::ROOT_EXTENTS_MAX;
-    use crate::{InstallTable, JobId, KeyRange, KeyspaceId, LogIndex, MAIN, TableId, TableRanges};
+    use crate::{InstallTable, JobId, KeyRange, KeyspaceId, LogIndex, MAIN, TableEnds, TableId, TableRanges};
 
     /// Opens `bytes` as a table by its own footer and reads it in every way.
     pub fn table(bytes: &[u8]) {
@@ -125,6 +125,7 @@ pub mod fuzz {
                 tombstones: 2,
                 spans: vec![KeyRange::new(Bound::Included("b".into()), Bound::Excluded("d".into()))],
             },
+            ends: TableEnds::default(),
         };
         let ops = [
             ManifestOp::CreateKeyspace { name: "users".into() },

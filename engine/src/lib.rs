@@ -42,8 +42,8 @@ pub mod hooks;
 
 pub use changes::{Change, ChangeKind, Changes, Entries, EntryPlace, EntrySource};
 pub use command::{
-    Command, CommandBody, EncodedBatch, InstallTable, KEY_BYTES_MAX, TableRanges, VALUE_BYTES_MAX, WriteBatch, WriteOp,
-    decode_refusals,
+    Command, CommandBody, EncodedBatch, InstallTable, KEY_BYTES_MAX, TableEnds, TableRanges, VALUE_BYTES_MAX,
+    WriteBatch, WriteOp, decode_refusals,
 };
 pub use condition::{Condition, ConditionalBatch};
 pub use engine::{Engine, EngineSettings, EngineStatus, Identity, OwnerNotes, OwnerPin, OwnerRecord};

@@ -152,8 +152,8 @@ impl Store {
     /// The keyspace of that name whose pairs can expire ([`Batch::insert_for`]): made if it is absent (in every clone). One that exists and was not made so is
     /// refused: a keyspace stays what it is. It takes no merge operator.
     ///
-    /// Every value of it takes a byte more, and seven where it has an end. What has ended is absent to every read from that moment on; its space comes back as
-    /// compactions meet it, or with [`Store::compact`].
+    /// Every value of it takes a byte more, and seven where it has an end. What has ended is absent to every read from that moment on; its space comes back when
+    /// half of a table has ended, or all of it, within a minute or so; at once with [`Store::compact`].
     ///
     /// ```
     /// # fn main() -> mainstay::Result<()> {

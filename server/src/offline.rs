@@ -190,6 +190,8 @@ fn table_document(group: GroupId, table: &TableInfo) -> Value {
         "entries": meta.entries,
         "tombstones": meta.tombstones,
         "range_tombstones": meta.ranges.tombstones,
+        "half_ended_ms": meta.ends.half_ms,
+        "all_ended_ms": meta.ends.last_ms,
         "merges": table.merges,
         "bytes": meta.bytes,
         "digest": format!("{:032x}", meta.digest),

@@ -83,6 +83,7 @@ fn table() -> impl Strategy<Value = InstallTable> {
             digest,
             root,
             ranges: TableRanges::default(),
+            ends: TableEnds::default(),
         },
     )
 }
@@ -108,6 +109,17 @@ fn ranged_table() -> impl Strategy<Value = InstallTable> {
     )
 }
 
+/// Some whose pairs end.
+fn ending_table() -> impl Strategy<Value = InstallTable> {
+    let ends = prop::option::of((1..1u64 << 50, prop::option::of(0..1u64 << 50)));
+    (ranged_table(), ends).prop_map(|(mut table, ends)| {
+        if let Some((half_ms, more)) = ends {
+            table.ends = TableEnds { half_ms, last_ms: more.map_or(0, |more| half_ms + more) };
+        }
+        table
+    })
+}
+
 fn body() -> impl Strategy<Value = CommandBody> {
     let name = || "[a-z]{1,12}";
     prop_oneof![
@@ -120,7 +132,7 @@ fn body() -> impl Strategy<Value = CommandBody> {
         name().prop_map(|name| CommandBody::CreateKeyspace { name }),
         name().prop_map(|name| CommandBody::DropKeyspace { name }),
         Just(CommandBody::Rotate),
-        (any::<u64>(), prop::collection::vec(ranged_table(), 0..5))
+        (any::<u64>(), prop::collection::vec(ending_table(), 0..5))
             .prop_map(|(job, tables)| CommandBody::Install { job: JobId(job), tables }),
         (name(), any::<u64>())
             .prop_map(|(name, branch)| CommandBody::CreateCheckpoint { name, branch: BranchId(branch) }),
@@ -231,9 +243,9 @@ fn a_range_holds_a_key_or_is_refused() {
     }
 }
 
-/// What builds from before range tombstones wrote is what is written as long as there are none.
+/// What builds from before range tombstones, and before ends, wrote is what is written as long as there are none.
 #[test]
-fn an_install_names_range_tombstones_by_a_kind_of_its_own() {
+fn an_install_names_range_tombstones_and_ends_by_kinds_of_their_own() {
     let mut table = InstallTable {
         id: TableId { job: JobId(1), ordinal: 0 },
         branch: crate::MAIN,
@@ -246,6 +258,7 @@ fn an_install_names_range_tombstones_by_a_kind_of_its_own() {
         digest: 7,
         root: Bytes::new(),
         ranges: TableRanges::default(),
+        ends: TableEnds::default(),
     };
     let install = |table: &InstallTable| {
         let body = CommandBody::Install { job: JobId(1), tables: vec![table.clone()] };
@@ -258,6 +271,16 @@ fn an_install_names_range_tombstones_by_a_kind_of_its_own() {
     assert_eq!(bytes.get(1), Some(&KIND_INSTALL_RANGED));
     assert!(Command::lets_the_log_be_cut(&bytes));
     assert!(bytes.len() < 200, "the last key of all is written short: {}", bytes.len());
+    table.ends = TableEnds { half_ms: 5, last_ms: 9 };
+    let bytes = install(&table);
+    assert_eq!(bytes.get(1), Some(&KIND_INSTALL_ENDING));
+    assert!(Command::lets_the_log_be_cut(&bytes));
+    assert!(
+        matches!(Command::decode(&bytes).expect("valid").body, CommandBody::Install { tables, .. } if tables == [table.clone()])
+    );
+    table.ends = TableEnds { half_ms: 10, last_ms: 9 };
+    assert_eq!(Command::decode(&install(&table)).expect_err("out of order").kind(), ErrorKind::Corrupt);
+    table.ends = TableEnds::default();
     // What is hidden outside of the table.
     table.last = "c".into();
     assert_eq!(Command::decode(&install(&table)).expect_err("outside").kind(), ErrorKind::Corrupt);

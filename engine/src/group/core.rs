@@ -27,6 +27,9 @@ use crate::{BranchId, Error, Generation, JobId, KeyspaceId, LogIndex, MergeOpera
 /// How long the time of the log may stand while some pair is to end.
 pub(super) const TICK: Duration = Duration::from_secs(1);
 
+/// How long tables in which pairs have ended wait for a rotation that is made for them.
+const FREE_PAUSE: Duration = Duration::from_secs(60);
+
 /// What one entry did to the manifest.
 #[derive(Clone, Debug)]
 pub(super) struct Edit {
@@ -128,6 +131,15 @@ impl Core {
     pub(super) fn is_to_tick(&self, now_ms: u64) -> bool {
         let last_ms = self.clock.time_ms.max(self.ticked_ms);
         self.clock.waits_for_an_end() && now_ms >= last_ms.saturating_add(TICK.as_millis() as u64)
+    }
+
+    /// True when a rotation would let tables go in which pairs have ended: a while after the last one, or when the last pair has ended and
+    /// nobody moves the time of the log.
+    pub(super) fn is_to_free(&self, now_ms: u64) -> bool {
+        let rotated_ms = self.logical.rotated_clock.time_ms;
+        let may = now_ms >= rotated_ms.max(self.ticked_ms).saturating_add(FREE_PAUSE.as_millis() as u64);
+        (self.is_to_tick(now_ms) && now_ms >= self.clock.latest_end_ms)
+            || (may && self.logical.has_ended_between(rotated_ms, now_ms))
     }
 
     /// What is known of time as an entry of that time leaves it; none of its own for one that is no command.

@@ -14,6 +14,7 @@ use mainstay_io::AlignedBytes;
 
 use super::GroupShared;
 use super::core::{Core, Stuck, TICK};
+use crate::expiry::EndsOfTable;
 use crate::manifest::{Job, Manifest, TableRef, TableShape};
 use crate::memory::MemoryKind;
 use crate::memtable::Memtable;
@@ -68,6 +69,8 @@ struct Part {
     tables: Vec<Arc<Table>>,
     drop_tombstones: bool,
     operator: Option<Operator>,
+    /// Its pairs have ends.
+    expires: bool,
     /// Pairs that ended by then are dropped; 0 for none.
     expired_by_ms: u64,
     /// The level that its tables join.
@@ -134,6 +137,7 @@ impl GroupShared {
             tables: Vec::new(),
             drop_tombstones: false,
             operator: operator_of(core, keyspace),
+            expires: expires(core, keyspace),
             // It has no time of its own.
             expired_by_ms: 0,
             level: 0,
@@ -195,6 +199,9 @@ impl GroupShared {
             core.offered.insert(job);
             let tables = core.done.get(&job)?.tables.iter().map(|t| InstallTable::clone(&t.meta)).collect();
             CommandBody::Install { job, tables }
+        } else if core.is_to_free(now_ms) {
+            core.ticked_ms = now_ms;
+            CommandBody::Rotate
         } else if core.is_to_tick(now_ms) {
             // It changes nothing but the time.
             core.ticked_ms = now_ms;
@@ -259,6 +266,7 @@ fn next_compaction(core: &Core, now: Duration) -> Option<(JobId, Vec<Part>)> {
             tables: compaction.inputs().map(open).collect::<Option<_>>()?,
             drop_tombstones: compaction.drop_tombstones,
             operator: operator_of(core, compaction.keyspace),
+            expires: expires(core, compaction.keyspace),
             expired_by_ms: compaction.expired_by_ms,
             level: compaction.to,
         };
@@ -270,6 +278,11 @@ fn next_compaction(core: &Core, now: Duration) -> Option<(JobId, Vec<Part>)> {
 fn operator_of(core: &Core, keyspace: KeyspaceId) -> Option<Operator> {
     let known = |manifest: &Manifest| manifest.operators.get(&keyspace).map(|assigned| assigned.operator.clone());
     core.operators.get(&known(&core.logical).or_else(|| known(&core.present))?).cloned()
+}
+
+/// Whether pairs of a keyspace that a job reads have ends: see [`operator_of`].
+fn expires(core: &Core, keyspace: KeyspaceId) -> bool {
+    [&core.logical, &core.present].iter().any(|manifest| manifest.expiring.contains_key(&keyspace))
 }
 
 /// The first job whose install can be offered.
@@ -373,6 +386,9 @@ impl Run {
                 let Some(entry) = entry else { break };
                 self.cut(&mut open, entry.key, part, tables, reservation).await?;
                 let writing = open.get_or_insert_with(|| Writing::new(self, part));
+                if let (true, Some(value)) = (part.expires, entry.value) {
+                    writing.ends.add(value)?;
+                }
                 writing.builder.add_entry(entry.key, entry.index, entry.kind, entry.value.unwrap_or_default());
                 if writing.builder.estimated_bytes() >= writing.written + WRITE_BYTES {
                     writing.write(reservation).await?;
@@ -411,6 +427,7 @@ impl Run {
 /// A table on its way to its extents.
 struct Writing<'a> {
     builder: TableBuilder,
+    ends: EndsOfTable,
     writer: ExtentWriter<'a>,
     written: u64,
     /// What is gathered, and what is on its way to the device.
@@ -421,7 +438,8 @@ impl<'a> Writing<'a> {
     fn new(run: &'a Run, part: &Part) -> Self {
         let writer = ExtentWriter::new(&run.group.engine.volume, run.counted());
         let memory = run.group.engine.budget.reserve(MemoryKind::Buffer, 2 * WRITE_BYTES);
-        Self { builder: TableBuilder::new(run.shape.options(part.level)), writer, written: 0, _memory: memory }
+        let builder = TableBuilder::new(run.shape.options(part.level));
+        Self { builder, ends: EndsOfTable::default(), writer, written: 0, _memory: memory }
     }
 
     async fn write(&mut self, reservation: &mut Reservation) -> Result<()> {
@@ -465,6 +483,7 @@ impl<'a> Writing<'a> {
             digest: meta.digest,
             root: meta.root,
             ranges: meta.ranges,
+            ends: self.ends.finish(),
         };
         let engine = &run.group.engine;
         let bytes = StoredBytes::new(engine.volume.clone(), self.writer.finish(), meta.bytes);

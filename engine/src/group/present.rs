@@ -45,6 +45,8 @@ pub(crate) const EDIT_VERSION_EXPIRING: u8 = 5;
 const WITH_SETTINGS: u8 = 1;
 const WITH_SHAPED: u8 = 1 << 1;
 const WITH_RANGES: u8 = 1 << 2;
+/// Another one: its tables are of [`TableForm::Ending`].
+const WITH_ENDS: u8 = 1 << 3;
 /// Of [`EDIT_VERSION_OPERATORS`]: its settings are those of [`EDIT_VERSION_SHAPED`].
 const WITH_SHAPED_SETTINGS: u8 = 2;
 /// Edits in the log after which pages are written.
@@ -355,12 +357,13 @@ fn encode_edit(
         TableForm::Plain if shaped => EDIT_VERSION_SHAPED,
         TableForm::Plain => EDIT_VERSION,
         TableForm::Ranged => EDIT_VERSION_RANGED,
+        TableForm::Ending => unreachable!("what has ends knows time"),
     };
     let with_settings = match (operators, shaped) {
         _ if with_time => {
             let bit = |set: bool, bit| if set { bit } else { 0 };
-            let shaped = bit(shaped, WITH_SHAPED);
-            bit(settings.is_some(), WITH_SETTINGS) | shaped | bit(form == TableForm::Ranged, WITH_RANGES)
+            let tables = bit(form == TableForm::Ranged, WITH_RANGES) | bit(form == TableForm::Ending, WITH_ENDS);
+            bit(settings.is_some(), WITH_SETTINGS) | bit(shaped, WITH_SHAPED) | tables
         }
         (true, true) => WITH_SHAPED_SETTINGS,
         _ => settings.is_some().into(),
@@ -399,12 +402,13 @@ impl Recovered {
         let form = match version {
             EDIT_VERSION | EDIT_VERSION_SHAPED | EDIT_VERSION_OPERATORS => TableForm::Plain,
             EDIT_VERSION_RANGED => TableForm::Ranged,
-            EDIT_VERSION_EXPIRING if parts & !(WITH_SETTINGS | WITH_SHAPED | WITH_RANGES) != 0 => {
+            EDIT_VERSION_EXPIRING if parts & !(WITH_SETTINGS | WITH_SHAPED | WITH_RANGES | WITH_ENDS) != 0 => {
                 return Err(Error::new(
                     ErrorKind::Foreign,
                     format!("a manifest edit with unknown parts parts={parts:#x}"),
                 ));
             }
+            EDIT_VERSION_EXPIRING if parts & WITH_ENDS != 0 => TableForm::Ending,
             EDIT_VERSION_EXPIRING if parts & WITH_RANGES != 0 => TableForm::Ranged,
             EDIT_VERSION_EXPIRING => TableForm::Plain,
             version => {

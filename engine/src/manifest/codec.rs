@@ -46,6 +46,8 @@ const PART_SHAPE: u8 = 1 << 2;
 const PART_OPERATORS: u8 = 1 << 3;
 /// Another one: expiring keyspaces at the end, and what is known of time.
 const PART_EXPIRING: u8 = 1 << 4;
+/// Another one: tables are of [`TableForm::Ending`].
+const PART_ENDING: u8 = 1 << 5;
 /// The parts of [`MANIFEST_VERSION_SHAPED`].
 const PARTS_SHAPED: u8 = PART_SHAPE | PART_MANUALS;
 
@@ -204,9 +206,11 @@ pub(super) fn encode(manifest: &Manifest, places: Option<&Places>) -> Bytes {
         put_expiring(&mut body, manifest);
     }
     let form = TableForm::of(pool.tables.values().map(|table| &**table));
-    if form == TableForm::Ranged {
-        parts |= PART_RANGED;
-    }
+    parts |= match form {
+        TableForm::Plain => 0,
+        TableForm::Ranged => PART_RANGED,
+        TableForm::Ending => PART_ENDING,
+    };
     let mut out = match parts {
         0 => vec![MANIFEST_VERSION],
         PART_MANUALS => vec![MANIFEST_VERSION_MANUAL],
@@ -250,10 +254,14 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
             ));
         }
     };
-    if parts & !(PARTS_SHAPED | PART_RANGED | PART_OPERATORS | PART_EXPIRING) != 0 {
+    if parts & !(PARTS_SHAPED | PART_RANGED | PART_OPERATORS | PART_EXPIRING | PART_ENDING) != 0 {
         return Err(Error::new(ErrorKind::Foreign, format!("a manifest with unknown parts parts={parts:#x}")));
     }
-    let form = if parts & PART_RANGED == 0 { TableForm::Plain } else { TableForm::Ranged };
+    let form = match (parts & PART_ENDING != 0, parts & PART_RANGED != 0) {
+        (true, _) => TableForm::Ending,
+        (false, true) => TableForm::Ranged,
+        (false, false) => TableForm::Plain,
+    };
     let with_places = from.u8()? != 0;
     let mut manifest = Manifest {
         settings: take_settings(&mut from, parts & PART_SHAPE == 0)?,
@@ -628,9 +636,11 @@ pub(crate) fn names_operators(ops: &[ManifestOp]) -> bool {
 
 /// One of these operations is of a group with expiring keyspaces.
 pub(crate) fn knows_time(ops: &[ManifestOp]) -> bool {
-    let knows =
-        |op: &ManifestOp| matches!(op, ManifestOp::CreateExpiring { .. } | ManifestOp::Rotate { clock: Some(_), .. });
-    ops.iter().any(knows)
+    ops.iter().any(|op| match op {
+        ManifestOp::CreateExpiring { .. } | ManifestOp::Rotate { clock: Some(_), .. } => true,
+        ManifestOp::Install { tables, .. } => tables.iter().any(|table| table.has_ends()),
+        _ => false,
+    })
 }
 
 /// Appends an operation; an `Install` with the places of its tables.

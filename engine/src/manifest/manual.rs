@@ -16,14 +16,14 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 
-use super::picker::{Inputs, LAST, pick_l0};
+use super::picker::{Dead, Inputs, LAST, pick_l0};
 use super::version::{TableRef, Version, overlap};
 use crate::{BranchId, JobId, KeyspaceId, TableId};
 
 /// Compactions of a group that were asked for and have not ended.
 pub(crate) const MANUALS_MAX: usize = 64;
 
-/// Whoever asks wants all tombstones to go, however few they are: see [`TOMBSTONE_SHARE`](super::picker::TOMBSTONE_SHARE).
+/// Whoever asks wants all that is dead to go, however little it is: see [`DEAD_SHARE`](super::picker::DEAD_SHARE).
 pub(super) const SHARE: u64 = u64::MAX;
 
 /// What remains of a compaction that was asked for.
@@ -75,6 +75,7 @@ impl Manual {
         busy: &BTreeSet<TableId>,
         unflushed: bool,
         expiring: bool,
+        dead: Dead,
     ) -> Next {
         if unflushed || self.job.is_some() {
             return Next::Wait;
@@ -82,7 +83,7 @@ impl Manual {
         if self.level == 0 {
             let mut tables = version.l0.iter().flat_map(|run| run.iter());
             if tables.any(|t| t.id.job < self.before && self.covers(t)) {
-                let inputs = pick_l0(version, base, busy, SHARE);
+                let inputs = pick_l0(version, base, busy, dead);
                 return inputs.map_or(Next::Wait, |inputs| Next::Take { from: 0, inputs });
             }
             self.descend();

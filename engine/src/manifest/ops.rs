@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::manual::{self, MANUALS_MAX, Manual, Next};
-use super::picker::{self, Pick};
+use super::picker::{self, Dead, Pick};
 use super::version::{LEVELS, overlap, sorted};
 use super::{
     Assigned, Branch, Checkpoint, Compaction, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, TableRef,
@@ -79,6 +79,7 @@ impl Manifest {
         let mut effects = Effects { took_effect: true, ..Effects::default() };
         let start = std::mem::replace(&mut self.rotated, index);
         let start_clock = std::mem::replace(&mut self.rotated_clock, clock);
+        effects.changed = self.ended_between(start_clock.time_ms, clock.time_ms).collect();
         if touched.is_empty() {
             // The entries since then wrote nothing: a frozen generation before them reaches over them.
             if let Some(mut last) = self.generations.last_entry() {
@@ -99,6 +100,21 @@ impl Manifest {
         self.generations.insert(generation, Arc::new(frozen));
         effects.generation = Some(generation);
         effects
+    }
+
+    /// Versions of branches in which half of a table, or all of it, has ended since a time.
+    fn ended_between(&self, since_ms: u64, now_ms: u64) -> impl Iterator<Item = (BranchId, KeyspaceId)> {
+        let since = move |end_ms: u64| since_ms < end_ms && end_ms <= now_ms;
+        let some = move |version: &Version| version.tables().any(|t| since(t.ends.half_ms) || since(t.ends.last_ms));
+        self.branches.iter().flat_map(move |(&id, branch)| {
+            let expiring = branch.versions.iter().filter(|(keyspace, _)| self.expiring.contains_key(keyspace));
+            expiring.filter(move |(_, version)| some(version)).map(move |(&keyspace, _)| (id, keyspace))
+        })
+    }
+
+    /// True where a rotation finds tables of which half or all has ended since a time.
+    pub(crate) fn has_ended_between(&self, since_ms: u64, now_ms: u64) -> bool {
+        self.ended_between(since_ms, now_ms).next().is_some()
     }
 
     fn install(&mut self, job: JobId, tables: &[TableRef]) -> Result<Effects> {
@@ -410,6 +426,8 @@ impl Manifest {
             if !alive {
                 continue;
             }
+            // At or before the time of this entry, and so of every reader of what is left.
+            let time_ms = if self.expiring.contains_key(&keyspace) { self.rotated_clock.time_ms } else { 0 };
             while let Some(version) = self.version(branch, keyspace) {
                 let mut busy = BTreeSet::new();
                 let mut outstanding = 0;
@@ -422,25 +440,22 @@ impl Manifest {
                     }
                 }
                 // What is dropped unread need not be compacted by whoever asked for it.
-                let picker_first =
-                    picker::l0_is_due(&settings, version, &busy) || !picker::hidden_tables(version, &busy).is_empty();
+                let picker_first = picker::l0_is_due(&settings, version, &busy)
+                    || !picker::hidden_tables(version, &busy, time_ms).is_empty();
                 let manual = match picker_first {
                     true => None,
-                    false => self.next_manual(branch, keyspace, &busy, outstanding),
+                    false => self.next_manual(branch, keyspace, &busy, outstanding, time_ms),
                 };
                 let pick = match &manual {
                     Some((_, pick)) => Some(pick.clone()),
-                    None => self
-                        .version(branch, keyspace)
-                        .and_then(|version| picker::pick(&settings, branch, keyspace, version, &busy, outstanding)),
+                    None => self.version(branch, keyspace).and_then(|version| {
+                        picker::pick(&settings, branch, keyspace, version, &busy, outstanding, time_ms)
+                    }),
                 };
                 let (job, upper) = match pick {
                     None => break,
                     Some(Pick::Start(mut compaction)) => {
-                        if self.expiring.contains_key(&keyspace) {
-                            // At or before the time of this entry, and so of every reader of what the job writes.
-                            compaction.expired_by_ms = self.rotated_clock.time_ms;
-                        }
+                        compaction.expired_by_ms = time_ms;
                         let upper = compaction.upper.clone();
                         (Some(self.start(Job::Compact(compaction), effects)), upper)
                     }
@@ -482,6 +497,7 @@ impl Manifest {
         keyspace: KeyspaceId,
         busy: &BTreeSet<TableId>,
         outstanding: usize,
+        time_ms: u64,
     ) -> Option<(LogIndex, Pick)> {
         loop {
             let version = self.branches.get(&branch)?.versions.get(&keyspace)?.clone();
@@ -491,10 +507,11 @@ impl Manifest {
             let unflushed = version.frozen.iter().any(older);
             let base = picker::targets(&version, self.settings.base_level_bytes).base;
             let expiring = self.expiring.contains_key(&keyspace);
-            match manual.next(&version, base, busy, unflushed, expiring) {
+            let dead = Dead { share: manual::SHARE, time_ms };
+            match manual.next(&version, base, busy, unflushed, expiring, dead) {
                 Next::Wait => return None,
                 Next::Take { from, inputs } => {
-                    let pick = picker::decide(branch, keyspace, &version, outstanding, from, inputs, manual::SHARE)?;
+                    let pick = picker::decide(branch, keyspace, &version, outstanding, from, inputs, dead)?;
                     return Some((index, pick));
                 }
                 Next::Done => drop(self.manuals.remove(&index)),

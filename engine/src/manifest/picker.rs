@@ -4,8 +4,8 @@
 //! level below the base holds [`LEVEL_RATIO`] times `base_level_bytes` a level is put above it. So nine tenths of the data
 //! stand in the last level at any size, and dead versions are few.
 //!
-//! Where no level is over its target, tables go down whose tombstones are a quarter of what would be read: then space comes back
-//! although nothing more is written, and a tombstone never costs more than four entries a level.
+//! Where no level is over its target, tables go down whose tombstones, and pairs that have ended, are a quarter of what would be read: then
+//! space comes back although nothing more is written, and a tombstone never costs more than four entries a level.
 //!
 //! # Invariants
 //! 1. Levels above the base level are empty: what L0 gives to the base level is newer than all below it.
@@ -29,8 +29,17 @@ use crate::{BranchId, KeyspaceId, TableId};
 
 /// Bytes of a level over bytes of the level above it.
 pub(crate) const LEVEL_RATIO: u64 = 10;
-/// Tombstones are due to go where they are at least one of so many entries of the inputs.
-pub(crate) const TOMBSTONE_SHARE: u64 = 4;
+/// Tombstones are due to go where they are at least one of so many entries of the inputs, and pairs that have ended count as such.
+pub(crate) const DEAD_SHARE: u64 = 4;
+
+/// Which tables have so many dead entries that they are due to go down.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Dead {
+    /// Where one of so many entries of the inputs is dead.
+    pub(crate) share: u64,
+    /// Pairs that ended by then are; 0 where none ends.
+    pub(crate) time_ms: u64,
+}
 /// Compactions outstanding in one version.
 pub(crate) const COMPACTIONS_PER_VERSION_MAX: usize = 2;
 /// The deepest level.
@@ -115,8 +124,10 @@ pub(crate) fn pick(
     version: &Version,
     busy: &BTreeSet<TableId>,
     outstanding: usize,
+    time_ms: u64,
 ) -> Option<Pick> {
-    let dropped = hidden_tables(version, busy);
+    let dead = Dead { share: DEAD_SHARE, time_ms };
+    let dropped = hidden_tables(version, busy, time_ms);
     if !dropped.is_empty() {
         return Some(Pick::Drop { tables: dropped });
     }
@@ -132,14 +143,14 @@ pub(crate) fn pick(
         .filter(|&(score, _)| score >= SCORE_FULL)
         .find_map(|(_, level)| {
             let inputs = match level {
-                0 => pick_l0(version, targets.base, busy, TOMBSTONE_SHARE)?,
+                0 => pick_l0(version, targets.base, busy, dead)?,
                 _ => pick_level(version, level, busy)?,
             };
-            decide(branch, keyspace, version, outstanding, level, inputs, TOMBSTONE_SHARE)
+            decide(branch, keyspace, version, outstanding, level, inputs, dead)
         })
         .or_else(|| {
-            let (level, inputs) = pick_dense(version, targets.base, busy)?;
-            decide(branch, keyspace, version, outstanding, level, inputs, TOMBSTONE_SHARE)
+            let (level, inputs) = pick_dense(version, targets.base, busy, dead)?;
+            decide(branch, keyspace, version, outstanding, level, inputs, dead)
         })
 }
 
@@ -149,11 +160,12 @@ pub(crate) fn l0_is_due(settings: &ManifestSettings, version: &Version, busy: &B
         && !version.l0.iter().flat_map(|run| run.iter()).any(|t| busy.contains(&t.id))
 }
 
-/// Tables that range tombstones above them hide wholly, and those that have nothing but tombstones, range tombstones among them, over
-/// keys of which nothing older is left. Without range tombstones there are none, so that builds which know none pick as they did.
-pub(crate) fn hidden_tables(version: &Version, busy: &BTreeSet<TableId>) -> Vec<TableRef> {
+/// Tables that range tombstones above them hide wholly, and those that have nothing but tombstones, range tombstones among them, or pairs that have
+/// ended, over keys of which nothing older is left. Without range tombstones and ends there are none, so that builds which know none pick as they did.
+pub(crate) fn hidden_tables(version: &Version, busy: &BTreeSet<TableId>, time_ms: u64) -> Vec<TableRef> {
     let mut gone: BTreeMap<TableId, TableRef> = BTreeMap::new();
-    if !version.tables().any(|t| t.has_ranges()) {
+    let may_be_dead = |t: &TableRef| t.has_ranges() || t.has_ended(time_ms);
+    if !version.tables().any(may_be_dead) {
         return Vec::new();
     }
     let lists: Vec<&Tables> = version.lists().collect();
@@ -165,8 +177,10 @@ pub(crate) fn hidden_tables(version: &Version, busy: &BTreeSet<TableId>) -> Vec<
             gone.extend(inside.map(|t| (t.id, t.clone())));
         }
         let older = lists.iter().skip(place.saturating_add(1));
-        for t in list.iter().filter(|t| t.has_ranges()) {
-            if t.entries == t.tombstones && older.clone().all(|list| overlap(list, &t.first, &t.last).is_empty()) {
+        for t in list.iter().filter(|t| may_be_dead(t)) {
+            if t.entries == t.dead_entries(time_ms)
+                && older.clone().all(|list| overlap(list, &t.first, &t.last).is_empty())
+            {
                 gone.insert(t.id, t.clone());
             }
             t.ranges.spans.iter().for_each(|span| hidden.add(span));
@@ -180,7 +194,7 @@ fn l0_score(settings: &ManifestSettings, version: &Version) -> u64 {
 }
 
 /// What becomes of chosen inputs: a move where nothing is to be merged, else a job, while there may be one more. Tables do not move where their
-/// tombstones could go and are at least one of `share` entries, or any of them hides a range: so the last level has no range tombstones.
+/// tombstones and ended pairs could go and are as many as `dead` says, or any of them hides a range: so the last level has no range tombstones.
 pub(crate) fn decide(
     branch: BranchId,
     keyspace: KeyspaceId,
@@ -188,9 +202,9 @@ pub(crate) fn decide(
     outstanding: usize,
     from: u8,
     (to, upper, lower): Inputs,
-    share: u64,
+    dead: Dead,
 ) -> Option<Pick> {
-    if from < to && lower.is_empty() && sorted(&upper) && !is_cleaned(version, to, &upper, share) {
+    if from < to && lower.is_empty() && sorted(&upper) && !is_cleaned(version, to, &upper, dead) {
         return Some(Pick::Move { from, to, tables: upper });
     }
     let (first, last) = range(upper.iter().chain(&lower))?;
@@ -209,13 +223,13 @@ fn is_lowest(version: &Version, level: u8, first: &Bytes, last: &Bytes) -> bool 
 }
 
 /// True when `upper` is written again on its way to `to` although it overlaps nothing there, since its tombstones end: see [`decide`].
-fn is_cleaned(version: &Version, to: u8, upper: &[TableRef], share: u64) -> bool {
+fn is_cleaned(version: &Version, to: u8, upper: &[TableRef], dead: Dead) -> bool {
     range(upper).is_some_and(|(first, last)| is_lowest(version, to, &first, &last))
-        && (is_dense(upper, &[], share) || upper.iter().any(|t| t.has_ranges()))
+        && (is_dense(upper, &[], dead) || upper.iter().any(|t| t.has_ranges()))
 }
 
 /// All of L0, unless a job has tables of it or of those that it overlaps below.
-pub(super) fn pick_l0(version: &Version, base: u8, busy: &BTreeSet<TableId>, share: u64) -> Option<Inputs> {
+pub(super) fn pick_l0(version: &Version, base: u8, busy: &BTreeSet<TableId>, dead: Dead) -> Option<Inputs> {
     let mut upper: Vec<TableRef> = version.l0.iter().flat_map(|run| run.iter()).cloned().collect();
     if upper.iter().any(|t| busy.contains(&t.id)) {
         return None;
@@ -225,38 +239,37 @@ pub(super) fn pick_l0(version: &Version, base: u8, busy: &BTreeSet<TableId>, sha
     // Disjoint runs that overlap no table of the base level change places as they are. A job may write one table for several of them: it
     // takes what stands between them with it.
     let apart = sorted(&upper) && upper.iter().all(|t| overlap(version.level(base), &t.first, &t.last).is_empty());
-    if apart && !is_cleaned(version, base, &upper, share) {
+    if apart && !is_cleaned(version, base, &upper, dead) {
         return Some((base, upper, Vec::new()));
     }
     let lower = overlap(version.level(base), &first, &last);
     (!lower.iter().any(|t| busy.contains(&t.id))).then(|| (base, upper, lower.to_vec()))
 }
 
-/// True when the tombstones of `upper` are at least one of `share` entries of both.
-fn is_dense(upper: &[TableRef], lower: &[TableRef], share: u64) -> bool {
-    let tombstones = upper.iter().fold(0, |sum: u64, t| sum.saturating_add(t.tombstones));
+/// True when what is dead in `upper` is as large a share of both as `dead` says.
+fn is_dense(upper: &[TableRef], lower: &[TableRef], dead: Dead) -> bool {
+    let gone = upper.iter().fold(0, |sum: u64, t| sum.saturating_add(t.dead_entries(dead.time_ms)));
     let entries = upper.iter().chain(lower).fold(0, |sum: u64, t| sum.saturating_add(t.entries));
-    tombstones > 0 && tombstones.saturating_mul(share) >= entries
+    gone > 0 && gone.saturating_mul(dead.share) >= entries
 }
 
-/// Tables with many tombstones: all of L0, else the first by level and key.
-fn pick_dense(version: &Version, base: u8, busy: &BTreeSet<TableId>) -> Option<(u8, Inputs)> {
-    let l0 = pick_l0(version, base, busy, TOMBSTONE_SHARE)
-        .filter(|(_, upper, lower)| is_dense(upper, lower, TOMBSTONE_SHARE));
+/// Tables in which much is dead: all of L0, else the first by level and key.
+fn pick_dense(version: &Version, base: u8, busy: &BTreeSet<TableId>, dead: Dead) -> Option<(u8, Inputs)> {
+    let l0 = pick_l0(version, base, busy, dead).filter(|(_, upper, lower)| is_dense(upper, lower, dead));
     if let Some(inputs) = l0 {
         return Some((0, inputs));
     }
     (1..=LAST).find_map(|level| {
         let inputs = |table: &TableRef| {
             let upper = std::slice::from_ref(table);
-            if busy.contains(&table.id) || !is_dense(upper, &[], TOMBSTONE_SHARE) {
+            if busy.contains(&table.id) || !is_dense(upper, &[], dead) {
                 return None;
             }
             let lower = match level {
                 LAST => &[],
                 _ => overlap(version.level(level + 1), &table.first, &table.last),
             };
-            let free = !lower.iter().any(|t| busy.contains(&t.id)) && is_dense(upper, lower, TOMBSTONE_SHARE);
+            let free = !lower.iter().any(|t| busy.contains(&t.id)) && is_dense(upper, lower, dead);
             free.then(|| (level, ((level + 1).min(LAST), upper.to_vec(), lower.to_vec())))
         };
         version.level(level).iter().find_map(inputs)

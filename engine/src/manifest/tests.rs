@@ -15,7 +15,7 @@ use super::version::{LEVELS, Tables, overlap};
 use super::*;
 use crate::codec::{Decoder, TableForm};
 use crate::range_tombstone::{KeyRange, last_before};
-use crate::{ErrorKind, Result, TableRanges};
+use crate::{ErrorKind, Result, TableEnds, TableRanges};
 
 const PICKER: ManifestSettings = ManifestSettings {
     memtable_bytes: 1 << 20,
@@ -38,6 +38,7 @@ fn table(job: u64, ordinal: u32, first: &str, last: &str, bytes: u64) -> TableRe
         digest: u128::from(job) << 32 | u128::from(ordinal),
         root: Bytes::from_static(b"root"),
         ranges: TableRanges::default(),
+        ends: TableEnds::default(),
     })
 }
 
@@ -258,8 +259,12 @@ fn version(l0: &[&[(&str, &str)]], levels: &[(u8, &[(&str, &str, u64)])]) -> Ver
 }
 
 fn picked(v: &Version, busy: &[(u64, u32)]) -> Option<Pick> {
+    picked_at(v, busy, 0)
+}
+
+fn picked_at(v: &Version, busy: &[(u64, u32)], time_ms: u64) -> Option<Pick> {
     let busy = busy.iter().map(|&(job, ordinal)| TableId { job: JobId(job), ordinal }).collect();
-    pick(&PICKER, MAIN, KeyspaceId(0), v, &busy, 0)
+    pick(&PICKER, MAIN, KeyspaceId(0), v, &busy, 0, time_ms)
 }
 
 /// `from>to upper+lower` with `!` where tombstones end, or `move`, or `drop`, or `-`.
@@ -396,6 +401,86 @@ fn tombstones_go_down_where_they_are_many() {
     }
 }
 
+/// Each table has 100 entries; behind its level and number stands when half of them have ended, and all. It is 50.
+#[test]
+fn pairs_that_ended_go_as_tombstones_do() {
+    let am: &[(&str, &str)] = &[("a", "m")];
+    let bottom: &[(u8, &[(&str, &str, u64)])] = &[(6, &[("a", "c", 100), ("d", "f", 100)])];
+    let levels: &[(u8, &[(&str, &str, u64)])] = &[(5, &[("a", "c", 100), ("x", "z", 100)]), (6, &[("a", "f", 100)])];
+    let cases: &[(&str, Version, &[(u64, u32, u64, u64)], &[(u64, u32)], &str)] = &[
+        ("none yet", version(&[am], bottom), &[(6, 0, 51, 60), (6, 1, 51, 0)], &[], "-"),
+        ("half of the last level: it is written again", version(&[], bottom), &[(6, 1, 50, 0)], &[], "6>6 6-1+!"),
+        ("all of it: unread", version(&[], bottom), &[(6, 1, 10, 50)], &[], "drop 6-1"),
+        ("but not what a job reads", version(&[], bottom), &[(6, 1, 10, 50)], &[(6, 1)], "-"),
+        ("half of what lies above goes down", version(&[], levels), &[(5, 0, 50, 0)], &[], "5>6 5-0+6-0!"),
+        (
+            "all of it hides what is older, as a tombstone does",
+            version(&[], levels),
+            &[(5, 0, 9, 9)],
+            &[],
+            "5>6 5-0+6-0!",
+        ),
+        ("unless that has ended as well", version(&[], levels), &[(5, 0, 9, 9), (6, 0, 7, 7)], &[], "drop 6-0"),
+        ("or nothing is below", version(&[], levels), &[(5, 1, 9, 9)], &[], "drop 5-1"),
+        ("L0 too", version(&[am], &[]), &[(101, 0, 9, 9)], &[], "drop 101-0"),
+        ("half of L0", version(&[am], bottom), &[(101, 0, 9, 51)], &[], "-"),
+        ("half of L0, and little below", version(&[am], &[]), &[(101, 0, 9, 51)], &[], "0>6 101-0+!"),
+    ];
+    for (name, v, ends, busy, expect) in cases {
+        let filled = |t: &TableRef| {
+            let found = ends.iter().find(|(job, ordinal, _, _)| (t.id.job.0, t.id.ordinal) == (*job, *ordinal));
+            let ends = found.map(|&(_, _, half_ms, last_ms)| TableEnds { half_ms, last_ms }).unwrap_or_default();
+            Arc::new(InstallTable { entries: 100, ends, ..(**t).clone() })
+        };
+        let list = |tables: &Arc<Vec<TableRef>>| Arc::new(tables.iter().map(filled).collect());
+        let l0 = v.l0.iter().map(list).collect();
+        let v = Version { frozen: Vec::new(), l0, levels: v.levels.each_ref().map(list) };
+        assert_eq!(told(picked_at(&v, busy, 50)), *expect, "{name}");
+        assert_eq!(told(picked_at(&v, busy, 0)), "-", "{name}: of what does not expire nothing has ended");
+    }
+}
+
+/// A rotation looks for what has ended since the last one, in the versions of expiring keyspaces alone, and once.
+#[test]
+fn a_rotation_lets_tables_go_that_have_ended() {
+    let mut m = Manifest::new(PICKER);
+    ok(&mut m, 1, ManifestOp::CreateExpiring { name: "sessions".into() });
+    let sessions = 1;
+    let at = |touched: &[(u64, u32)], time_ms| match rotate(touched) {
+        ManifestOp::Rotate { touched, .. } => {
+            ManifestOp::Rotate { touched, clock: Some(LogClock { time_ms, latest_end_ms: 100 }) }
+        }
+        _ => unreachable!("it is a rotation"),
+    };
+    ok(&mut m, 10, at(&[(0, 0), (0, sessions)], 5));
+    let ends = TableEnds { half_ms: 30, last_ms: 60 };
+    let mine = InstallTable { entries: 10, ends, ..(*in_place(&table(1, 1, "a", "m", 10), MAIN, sessions)).clone() };
+    ok(&mut m, 11, install(1, vec![table(1, 0, "a", "m", 10), Arc::new(mine)]));
+    assert_eq!((m.tables().len(), m.jobs.len()), (2, 0));
+    assert!(!m.has_ended_between(5, 29) && m.has_ended_between(29, 30) && m.has_ended_between(5, 99));
+    assert!(!m.has_ended_between(30, 59) && m.has_ended_between(59, 60) && !m.has_ended_between(60, 1000));
+    ok(&mut m, 12, checkpoint("c"));
+    ok(&mut m, 20, at(&[], 29));
+    assert_eq!((m.tables().len(), m.jobs.len()), (2, 0));
+    // Half: it is written again, without what has ended by then.
+    ok(&mut m, 21, at(&[], 35));
+    assert!(matches!(&*m.jobs[&JobId(2)], Job::Compact(c) if c.expired_by_ms == 35 && c.drop_tombstones));
+    let left = InstallTable {
+        entries: 5,
+        ends: TableEnds { half_ms: 50, last_ms: 60 },
+        ..(*in_place(&table(2, 0, "a", "k", 10), MAIN, sessions)).clone()
+    };
+    ok(&mut m, 22, install(2, vec![Arc::new(left)]));
+    assert_eq!(m.jobs.len(), 0);
+    // All: unread, but for who has a checkpoint of it.
+    let effects = ok(&mut m, 23, at(&[], 60));
+    assert_eq!(effects.removed.iter().map(|t| t.id.job.0).collect::<Vec<_>>(), [2]);
+    assert_eq!(m.tables().keys().map(|id| (id.job.0, id.ordinal)).collect::<Vec<_>>(), [(1, 0), (1, 1)]);
+    assert_eq!(m.jobs.len(), 0);
+    let (decoded, _) = Manifest::decode(m.encode(None)).expect("encoded here");
+    assert_eq!(decoded, m);
+}
+
 /// A version with range tombstones in the tables that these ids name.
 fn with_ranges(mut v: Version, ranges: &[((u64, u32), &[(&str, &str)], bool)]) -> Version {
     let with = |list: &Tables| {
@@ -520,9 +605,9 @@ fn a_cleared_keyspace_holds_nothing() {
 fn no_more_jobs_than_the_bound_but_moves_go_on() {
     let am: &[(&str, &str)] = &[("a", "m")];
     let v = version(&[am; 4], &[]);
-    assert_eq!(pick(&PICKER, MAIN, KeyspaceId(0), &v, &Default::default(), 2), None);
+    assert_eq!(pick(&PICKER, MAIN, KeyspaceId(0), &v, &Default::default(), 2, 0), None);
     let v = version(&[&[("g", "h")], &[("e", "f")], &[("c", "d")], &[("a", "b")]], &[]);
-    let pick = pick(&PICKER, MAIN, KeyspaceId(0), &v, &Default::default(), 2);
+    let pick = pick(&PICKER, MAIN, KeyspaceId(0), &v, &Default::default(), 2, 0);
     assert!(matches!(pick, Some(Pick::Move { .. })));
 }
 
@@ -740,7 +825,8 @@ fn operations(m: &Manifest, index: LogIndex, step: &Step) -> Vec<ManifestOp> {
             let mut touched: Vec<_> = picks.iter().map(|&p| all[usize::from(p) % all.len()]).collect();
             touched.sort_unstable();
             touched.dedup();
-            vec![ManifestOp::Rotate { touched, clock: None }]
+            let clock = LogClock { time_ms: index.0 * 10, latest_end_ms: 0 };
+            vec![ManifestOp::Rotate { touched, clock: (!m.expiring.is_empty()).then_some(clock) }]
         }
         Step::Install(pick, sizes) => {
             let Some((&job, outstanding)) = m.jobs.iter().nth(usize::from(*pick) % m.jobs.len().max(1)) else {
@@ -761,10 +847,19 @@ fn operations(m: &Manifest, index: LogIndex, step: &Step) -> Vec<ManifestOp> {
                     inputs.into_iter().map(|t| (c.branch, c.keyspace, name(t), t.bytes)).collect()
                 }
             };
-            let tables = places.into_iter().enumerate().map(|(at, (branch, keyspace, key, bytes))| {
-                let t = table(job.0, at as u32, &key, &key, bytes);
+            let last = places.last().map(|(_, _, key, _)| key.clone());
+            let together = matches!(**outstanding, Job::Compact(_)) && pick % 2 == 0;
+            let places = places.into_iter().take(if together { 1 } else { usize::MAX });
+            let tables = places.enumerate().map(|(at, (branch, keyspace, key, bytes))| {
+                // One table may hold what all inputs did.
+                let last = last.as_ref().filter(|_| together).unwrap_or(&key);
+                let t = table(job.0, at as u32, &key, last, bytes);
                 let dropped = matches!(&**outstanding, Job::Compact(c) if c.drop_tombstones);
-                let t = InstallTable { tombstones: u64::from(bytes % 3 == 0 && !dropped), ..(*t).clone() };
+                let ends = match m.expiring.contains_key(&keyspace) {
+                    true => TableEnds { half_ms: bytes, last_ms: if bytes % 7 == 0 { 0 } else { bytes * 2 } },
+                    false => TableEnds::default(),
+                };
+                let t = InstallTable { tombstones: u64::from(bytes % 3 == 0 && !dropped), ends, ..(*t).clone() };
                 let flush = matches!(**outstanding, Job::Flush { .. });
                 let end =
                     ["", "f", "m", "r"].into_iter().find(|end| end.is_empty() && bytes % 5 == 0 || **end > key[..]);
@@ -780,6 +875,7 @@ fn operations(m: &Manifest, index: LogIndex, step: &Step) -> Vec<ManifestOp> {
             let operator = OperatorId::new("sum", u32::from(*n));
             vec![ManifestOp::SetOperator { name: format!("k{n}"), operator }]
         }
+        Step::Keyspace(2, true) => vec![ManifestOp::CreateExpiring { name: "k2".into() }],
         Step::Keyspace(n, true) => vec![ManifestOp::CreateKeyspace { name: format!("k{n}") }],
         Step::Keyspace(n, false) => vec![ManifestOp::DropKeyspace { name: format!("k{n}") }],
         Step::Checkpoint(n, true) => vec![checkpoint(&format!("c{n}"))],
@@ -830,6 +926,9 @@ proptest! {
                 let named = a.tables();
                 let effects = a.apply(index, &op, true);
                 prop_assert_eq!(effects.is_err(), b.apply(index, &op, true).is_err());
+                if matches!(op, ManifestOp::Install { .. }) {
+                    prop_assert!(effects.is_ok(), "{:?}", effects);
+                }
                 // Whatever is no longer named was told.
                 let now = a.tables();
                 let removed: Vec<TableId> = effects.iter().flat_map(|e| &e.removed).map(|t| t.id).collect();
@@ -869,6 +968,7 @@ proptest! {
     fn bytes_of_any_content_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 2..300)) {
         for with_time in [false, true] {
             let _ = decode_op(&mut Decoder::new(bytes.clone().into(), "test"), &mut Places::new(), TableForm::Ranged, with_time);
+            let _ = decode_op(&mut Decoder::new(bytes.clone().into(), "test"), &mut Places::new(), TableForm::Ending, with_time);
         }
         for version in [MANIFEST_VERSION, MANIFEST_VERSION_MANUAL, MANIFEST_VERSION_PARTS] {
             bytes[0] = version;
@@ -880,10 +980,13 @@ proptest! {
 #[test]
 fn operations_come_back_with_their_places() {
     let t = table(3, 0, "a", "b", 9);
+    let ends = TableEnds { half_ms: 1 << 40, last_ms: 0 };
+    let ending = Arc::new(InstallTable { ends, ..(*ranged(&t, &[("a", "c")], false)).clone() });
     let ops = [
         rotate(&[(0, 0), (5, 2)]),
         install(3, vec![t.clone()]),
         install(3, vec![ranged(&t, &[("a", "c"), ("d", "")], false)]),
+        install(3, vec![ending.clone()]),
         ManifestOp::CreateKeyspace { name: "k".into() },
         ManifestOp::CreateExpiring { name: "k".into() },
         ManifestOp::Rotate { touched: vec![], clock: Some(LogClock { time_ms: 9, latest_end_ms: 1 << 40 }) },

@@ -212,6 +212,60 @@ fn a_compaction_drops_what_has_ended() {
     log.check_followers();
 }
 
+/// Nothing is written any more: a rotation finds which tables have ended, by what their installs said.
+#[test]
+fn tables_that_have_ended_go_when_the_memtables_rotate() {
+    let mut log = Log::new();
+    let rotate = |log: &mut Log, time_ms| drop(log.must(time_ms, CommandBody::Rotate));
+    let tables = |log: &Log| log.leader.group.status().tables;
+    let entries = |log: &Log| -> u64 {
+        let tables = log.leader.group.shared().pages().1.tables();
+        tables.values().map(|table| table.entries).sum()
+    };
+    for n in 0..30 {
+        log.put_for(T, &format!("k{n:03}"), "value", 40);
+        log.put_for(T, &format!("k{:03}", n + 30), "value", 100);
+    }
+    log.flush(T);
+    assert!(tables(&log) > 0);
+    let all = log.found();
+    let before = log.snapshot();
+    rotate(&mut log, T + 39);
+    assert!(!log.leader.group.shared().has_jobs() && entries(&log) == 60);
+    // Half of them: what is left is written again.
+    rotate(&mut log, T + 40);
+    log.finish_jobs(T + 40);
+    assert_eq!((entries(&log), log.found().len()), (30, 30));
+    rotate(&mut log, T + 99);
+    assert!(!log.leader.group.shared().has_jobs() && tables(&log) > 0);
+    // All: nothing is read or written.
+    rotate(&mut log, T + 100);
+    assert_eq!((tables(&log), log.leader.group.shared().has_jobs()), (0, false));
+    assert_eq!((log.found(), found(&before, log.keyspace)), (BTreeMap::new(), all));
+    log.check_followers();
+}
+
+/// One pair lives for ever, or is put again later: a table is kept for it.
+#[test]
+fn a_table_stays_for_what_has_not_ended() {
+    let mut log = Log::new();
+    for n in 0..60 {
+        log.put_for(T, &format!("k{n:03}"), "value", 40);
+    }
+    log.flush(T);
+    log.put(T, "k000", "for ever");
+    log.put_for(T, "k059", "value", 4000);
+    log.flush(T);
+    log.must(T + 40, CommandBody::Rotate);
+    log.finish_jobs(T + 40);
+    let expect = pairs(&[("k000", "for ever"), ("k059", "value")]);
+    assert_eq!(log.found(), expect);
+    log.must(T + 50, CommandBody::Rotate);
+    log.finish_jobs(T + 50);
+    assert_eq!(log.found(), expect);
+    log.check_followers();
+}
+
 #[test]
 fn checkpoints_keep_their_time_and_clones_go_on_with_that_of_the_group() {
     let mut log = Log::new();
@@ -381,10 +435,12 @@ fn a_quiet_log_is_moved_on_until_all_has_ended() {
     apply(&Command { time_ms: now() - 5000, body: batch(vec![op(4000)]) });
     assert!(replica.group.shared().tick_pause().is_some());
     let tick = offer().expect("it ended a second ago");
-    assert_eq!(tick.body, batch(vec![]));
+    assert_eq!(tick.body, CommandBody::Rotate, "it was the last one: what is in tables can go");
     assert!(offer().is_none(), "once a second");
     apply(&tick);
     assert!(all(&replica.group.snapshot(MAIN).expect("main"), keyspace).is_empty());
+    apply(&block_on(replica.group.next_install()));
+    assert_eq!(replica.group.status().tables, 0, "the flush came after its end");
     assert!(replica.group.shared().tick_pause().is_none(), "nothing is to end any more");
     apply(&Command { time_ms: now(), body: batch(vec![op(3_600_000)]) });
     assert!(offer().is_none(), "the time is moving by itself");
