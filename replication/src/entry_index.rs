@@ -213,6 +213,13 @@ impl EntryIndex {
         if self.slots.is_empty() { self.purged } else { self.log_id(self.next() - 1) }
     }
 
+    /// How far this member is: where the log ends, or the state in tables where that goes further. An install was acknowledged then, and
+    /// the log not cut up to it before the process ended.
+    pub(crate) fn end(&self) -> Option<LogId> {
+        let in_tables = self.state_at(self.decided).ok().and_then(|(id, _)| id);
+        self.last().max(in_tables)
+    }
+
     /// The log id at an index, if it is known.
     pub(crate) fn log_id(&self, index: u64) -> Option<LogId> {
         if self.missing.contains(&index) {
@@ -708,6 +715,20 @@ mod tests {
         assert_eq!(installed.state_at(90).expect("anchored"), (Some(log_id(4, 90)), m));
         assert_eq!(installed.state_at(91).expect_err("unknown").kind(), ErrorKind::Corrupt);
         assert_eq!(span(&installed), (0, 1));
+    }
+
+    /// A member acknowledged a snapshot that it had installed, and was started again before its log was cut up to there: it denied what it had
+    /// promised, asked for a state that it had, and waited until somebody had a newer one.
+    #[test]
+    fn a_member_is_as_far_as_the_state_that_it_installed() {
+        let m = StoredMembership::new(Some(log_id(1, 0)), Membership::default());
+        for (flushed, expect) in [(0, log_id(1, 0)), (90, log_id(4, 90)), (200, log_id(1, 0))] {
+            let mut index = EntryIndex::new(1 << 20, flushed);
+            index.recover(R::Entry(entry(1, 0)), pos(0));
+            index.recover(R::Install(log_id(4, 90), m.clone()), pos(1));
+            index.settle();
+            assert_eq!((index.last(), index.end()), (Some(log_id(1, 0)), Some(expect)), "flushed={flushed}");
+        }
     }
 
     #[test]

@@ -297,10 +297,10 @@ impl LogStore {
         self.state().index.log_id(index)
     }
 
-    /// Vote and last entry, for a member whose log is damaged.
+    /// Vote, and how far this member is.
     pub(crate) fn ends(&self) -> (Option<Vote>, Option<LogId>) {
         let state = self.state();
-        (state.index.vote(), state.index.last())
+        (state.index.vote(), state.index.end())
     }
 
     /// What is asked of other logs, and answered, about what a log begins behind: see [`crate::entry_index`].
