@@ -478,7 +478,8 @@ impl InstallTable {
 
     /// All pairs have ended by then.
     pub(crate) fn has_ended(&self, time_ms: u64) -> bool {
-        self.ends.last_ms != 0 && self.ends.last_ms <= time_ms
+        let last_ms = if mainstay_io::mutant!(HalfIsAll) { self.ends.half_ms } else { self.ends.last_ms };
+        last_ms != 0 && last_ms <= time_ms
     }
 
     /// Tombstones, and about as many as the pairs that have ended by then.

@@ -43,7 +43,8 @@ pub(crate) struct LogClock {
 impl LogClock {
     /// As an entry of that time leaves it.
     pub(crate) fn at(self, time_ms: u64) -> Self {
-        Self { time_ms: self.time_ms.max(time_ms.min(END_MAX)), ..self }
+        let before_ms = if mainstay_io::mutant!(TimeGoesBack) { 0 } else { self.time_ms };
+        Self { time_ms: before_ms.max(time_ms.min(END_MAX)), ..self }
     }
 
     /// The end of a pair that is put now for so long; 0 for ever.

@@ -27,6 +27,7 @@ usage: cargo xtask sim [--seeds N] [--start S] [--twice] [--jobs J] [--verbose] 
   --crash-points  run a store alone, and open what a loss of power at each operation of its disks may leave
   --witness      the last of those that found the cluster holds no data; without this, in one seed of four
   --group        a group beside the first, born while things go wrong: not in seeds without this yet, docs/rfcs/0001-many-groups.md
+  --sessions     a client puts pairs that expire; without this, in one seed of four
   --with FAULT   draw this fault in every seed
   --mutants      plant one bug after the other and run seeds until it is caught (`cargo xtask sim` builds what this needs)
   --mutant NAME  only this one
@@ -55,6 +56,7 @@ struct Args {
     single_faults: u64,
     witness: bool,
     group: bool,
+    sessions: bool,
     with: Vec<Fault>,
     mutants: bool,
     mutant: Option<String>,
@@ -176,6 +178,7 @@ fn parse() -> Result<Args, String> {
         single_faults: 0,
         witness: false,
         group: false,
+        sessions: false,
         with: Vec::new(),
         mutants: false,
         mutant: None,
@@ -197,6 +200,7 @@ fn parse() -> Result<Args, String> {
             "--crash-points" => args.crash_points = true,
             "--witness" => args.witness = true,
             "--group" => args.group = true,
+            "--sessions" => args.sessions = true,
             "--with" => {
                 let name = given.next().unwrap_or_default();
                 let fault = Fault::ALL.into_iter().find(|fault| fault.name() == name);
@@ -333,8 +337,9 @@ fn run(args: &Args) -> (u64, u64, Totals) {
         };
         let witness = if args.witness { " --witness" } else { "" };
         let group = if args.group { " --group" } else { "" };
+        let sessions = if args.sessions { " --sessions" } else { "" };
         let twice = if args.twice { " --twice" } else { "" };
-        println!("  replay: cargo xtask sim {what} --start {seed}{witness}{group}{twice} --verbose");
+        println!("  replay: cargo xtask sim {what} --start {seed}{witness}{group}{sessions}{twice} --verbose");
     }
 }
 
@@ -342,7 +347,7 @@ fn run(args: &Args) -> (u64, u64, Totals) {
 fn start(seed: u64, args: &Args, done: mpsc::Sender<Verdict>) {
     let (runs, verbose, lying) = (1 + usize::from(args.twice), args.verbose, args.lying);
     let (with, single_faults, witness) = (args.with.clone(), args.single_faults, args.witness.then_some(true));
-    let group = args.group;
+    let (group, sessions) = (args.group, args.sessions);
     let began = Instant::now();
     let one = move || {
         (0..runs)
@@ -353,6 +358,7 @@ fn start(seed: u64, args: &Args, done: mpsc::Sender<Verdict>) {
                         settings.with = with;
                         settings.witness = witness;
                         settings.group = group;
+                        settings.sessions |= sessions;
                         settings.verbose = verbose;
                         settings.lying_disks = lying;
                         if single_faults > 0 {

@@ -1,7 +1,7 @@
 //! The nodes of a world: disks, lives, power.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -44,6 +44,9 @@ impl<T> Called<T> {
     }
 }
 
+/// How far wall clocks lie apart before any of them jumps.
+pub(crate) const WALL_SPREAD_MAX: Duration = Duration::from_secs(2);
+
 /// In [`Cluster::flood`]: clients write as they always do.
 pub(crate) const NO_FLOOD: usize = usize::MAX;
 
@@ -60,6 +63,8 @@ pub(crate) struct Cluster {
     pub(crate) flood: AtomicUsize,
     /// The world ends: nobody starts anything more.
     pub(crate) ending: AtomicBool,
+    /// See [`Cluster::walls_jumped`].
+    jumped: AtomicBool,
     /// What went wrong that no fault explains. The run has failed if there is any.
     problems: Mutex<Vec<String>>,
 }
@@ -141,7 +146,7 @@ impl Cluster {
                 name: format!("n{i}"),
                 address: PeerAddress(format!("n{i}:7000")),
                 disk: Disk::new(executor, settings, rng.u64()),
-                wall: WallClock::ahead(Duration::from_millis(rng.below(2_000))),
+                wall: WallClock::ahead(Duration::from_millis(rng.below(WALL_SPREAD_MAX.as_millis() as u64))),
                 rate: rng.below(2 * drift + 1) as i64 - drift as i64,
                 priority: if ranked { ranks.below(3) as u8 } else { 0 },
                 witness: witnessed && i + 1 == settings.nodes,
@@ -155,6 +160,7 @@ impl Cluster {
             application,
             members,
             changing: AtomicBool::new(false),
+            jumped: AtomicBool::new(false),
             flood: AtomicUsize::new(NO_FLOOD),
             ending: AtomicBool::new(false),
             problems: Mutex::default(),
@@ -191,7 +197,13 @@ impl Cluster {
 
     /// The wall clock of a node jumps.
     pub(crate) fn set_wall(&self, i: usize, ahead: Duration) {
+        self.jumped.store(true, Ordering::Relaxed);
         self.members[i].wall.set(ahead);
+    }
+
+    /// Whether any wall clock has jumped: before, they lie within [`WALL_SPREAD_MAX`].
+    pub(crate) fn walls_jumped(&self) -> bool {
+        self.jumped.load(Ordering::Relaxed)
     }
 
     /// From now on this life may fail: a fault is the reason.

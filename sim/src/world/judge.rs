@@ -13,6 +13,7 @@ use super::cluster::{Called, Cluster, SimNode};
 use super::faults::HEALS_ITSELF;
 use super::inserts::Inserts;
 use super::placed;
+use super::sessions::Sessions;
 use super::workload::{Client, Notes, read_registers};
 use crate::application::{Application, Session};
 use crate::check;
@@ -276,6 +277,7 @@ pub(crate) struct Aside<'a> {
     pub(crate) inserts: &'a [Arc<Inserts>],
     /// Whether there is a keyspace placed on groups.
     pub(crate) placed: bool,
+    pub(crate) sessions: Option<&'a Sessions>,
 }
 
 /// The last judgement. Problems go to the cluster's list; an `Err` ends it early.
@@ -291,6 +293,9 @@ pub(crate) async fn judge(
     wipe_damaged(cluster);
     let members = whole(cluster).await?;
     progress(cluster, &members).await?;
+    if aside.sessions.is_some() {
+        Sessions::set_walls(cluster);
+    }
     settle(cluster, &members).await?;
     watcher.look(cluster);
     // A witness has nothing that could be compared.
@@ -309,6 +314,9 @@ pub(crate) async fn judge(
     for &i in &members {
         for inserts in aside.inserts {
             inserts.check(cluster, i).await?;
+        }
+        if let Some(sessions) = aside.sessions {
+            sessions.check(i).await?;
         }
         if aside.placed {
             placed::check(cluster, notes, i).await?;

@@ -8,6 +8,7 @@ mod operator;
 mod placed;
 #[cfg(test)]
 mod rest;
+mod sessions;
 mod single;
 mod workload;
 
@@ -29,6 +30,7 @@ pub use faults::{Fault, FaultStats, HEALS_ITSELF};
 use inserts::Inserts;
 use judge::Watcher;
 use placed::PlacedClient;
+use sessions::Sessions;
 pub(crate) use workload::Notes;
 use workload::{Client, OWNED};
 
@@ -45,6 +47,8 @@ pub struct Settings {
     pub witness: Option<bool>,
     /// Whether there is a group beside the first.
     pub group: bool,
+    /// Whether a client puts pairs that expire: in one seed of four.
+    pub sessions: bool,
     /// Faults that are drawn in any case.
     pub with: Vec<Fault>,
     /// Clients.
@@ -99,6 +103,7 @@ impl Settings {
             clock_drift: if rng.chance(500) { 0 } else { 50_000 },
             witness: None,
             group: false,
+            sessions: false,
             with: Vec::new(),
             clients: 4,
             // Some are long enough for a disk that stands still for 20 s.
@@ -127,6 +132,7 @@ impl Settings {
     /// anything by hand.
     pub fn with_single_faults(&mut self, count: u64) {
         (self.nodes, self.spares, self.clock_drift) = (3, 0, 0);
+        self.sessions = false;
         self.witness = Some(false);
         self.net = NetSettings { delay_min: self.net.delay_min, delay_max: self.net.delay_max, ..NetSettings::calm() };
         self.clients = 1;
@@ -222,6 +228,7 @@ pub fn run(seed: u64, adjust: impl FnOnce(&mut Settings)) -> Summary {
 pub fn run_with(seed: u64, application: Arc<dyn Application>, adjust: impl FnOnce(&mut Settings)) -> Summary {
     let mut rng = SimRng::new(seed);
     let mut settings = Settings::draw(&mut rng);
+    settings.sessions = sessions::are_in(seed);
     adjust(&mut settings);
     let executor = Executor::new(seed);
     let summary = executor.block_on(live(&executor, settings, &application, rng));
@@ -271,6 +278,11 @@ async fn live(
                 let client = PlacedClient::new(id, &cluster, &notes, rng.fork());
                 inserting.push(background(executor, "placed", client.run()));
             }
+            let mut sessions = None;
+            if settings.sessions {
+                let client = Sessions::new(&cluster, &notes, rng.fork());
+                sessions = Some(background(executor, "sessions", client.run()));
+            }
             let until = executor.now() + settings.length;
             summary.faults = match settings.single_faults {
                 0 => faults::run(cluster.clone(), rng.fork(), until).await,
@@ -287,9 +299,13 @@ async fn live(
             for inserting in inserting {
                 inserting.await.expect("what the world runs is never killed");
             }
+            let sessions = match sessions {
+                Some(ended) => Some(ended.await.expect("a client of the world is never killed")),
+                None => None,
+            };
             let mut watcher = watching.await.expect("the watcher is never killed");
             faults::calm(&cluster);
-            let aside = judge::Aside { inserts: &inserts, placed: aside.is_some() };
+            let aside = judge::Aside { inserts: &inserts, placed: aside.is_some(), sessions: sessions.as_ref() };
             let judged = judge::judge(&cluster, &notes, &mut watcher, &mut clients, &aside, &**application, &mut rng);
             if let Err(e) = judged.await {
                 cluster.problem(e);
