@@ -99,6 +99,8 @@ enum Agreement {
     Same,
     /// A majority made the same, and it is not what this node made, or each of a majority made something else.
     Other,
+    /// All have said what they made, and no majority made the same or something else.
+    Split,
     /// Too few have said anything.
     Open,
 }
@@ -112,6 +114,8 @@ fn agreement(voters: usize, said: &[Option<bool>]) -> Agreement {
         Agreement::Same
     } else if other >= majority {
         Agreement::Other
+    } else if said.iter().all(Option::is_some) {
+        Agreement::Split
     } else {
         Agreement::Open
     }
@@ -156,6 +160,11 @@ impl<R: Runtime> Inner<R> {
                 Agreement::Other => {
                     self.group.give_up_output(job);
                     return false;
+                }
+                // Nobody has anything to add.
+                Agreement::Split => {
+                    tracing::error!(id = running.id, %job, ?said, "replicas made different tables, none of them a majority: those of the leader count");
+                    return true;
                 }
                 Agreement::Open if R::Instant::now() >= deadline || self.closing.is_set() => return true,
                 Agreement::Open => {}
@@ -261,11 +270,13 @@ mod tests {
         let check = |voters, said: &[Option<bool>], expect| assert_eq!(agreement(voters, said), expect, "{said:?}");
         check(1, &[], Agreement::Same);
         check(2, &[None], Agreement::Open);
-        check(2, &[Some(false)], Agreement::Open);
+        check(2, &[Some(false)], Agreement::Split);
         check(3, &[Some(true), None], Agreement::Same);
         check(3, &[Some(true), Some(false)], Agreement::Same);
         check(3, &[Some(false), None], Agreement::Open);
         check(3, &[Some(false), Some(false)], Agreement::Other);
+        check(4, &[Some(true), Some(false), None], Agreement::Open);
+        check(4, &[Some(true), Some(false), Some(false)], Agreement::Split);
         check(5, &[Some(false), Some(false), None, Some(true)], Agreement::Open);
         check(5, &[Some(false), Some(false), Some(false), Some(true)], Agreement::Other);
     }

@@ -403,6 +403,25 @@ fn a_leader_whose_tables_differ_gives_up_leading_and_takes_those_of_the_majority
     });
 }
 
+/// Of two replicas neither is a majority: the leader's tables count, and nobody waits for a third opinion.
+#[test]
+fn of_two_replicas_whose_tables_differ_the_follower_takes_those_of_the_leader() {
+    run(async {
+        let cluster = Cluster::born(2).await;
+        let last = written(&cluster, 30).await;
+        let odd = 1 - cluster.leader().await;
+        assert!(mainstay_engine::hooks::fault::disturb(cluster.node(odd).group(), b"k-nobody-wrote", b"wrong"));
+        let rotate = Write { body: CommandBody::Rotate, durability: Durability::Quorum };
+        cluster.node(0).write(rotate).await.expect("rotates");
+        cluster.until(odd, |s| s.group.divergences == 1 && !s.group.diverged && s.group.flushed.0 >= last).await;
+        let digests = [0, 1].map(|i| cluster.node(i).status().group.digest);
+        assert_eq!(digests[0], digests[1]);
+        let value = cluster.get(odd, "k-nobody-wrote", ReadLevel::Local).await.expect("read");
+        assert_eq!(value, None);
+        cluster.finish().await;
+    });
+}
+
 /// The same of a follower: it leaves service and comes back with the leader's tables.
 #[test]
 fn a_follower_whose_tables_differ_leaves_service_and_returns() {
