@@ -59,6 +59,7 @@ mutants! {
     TimeGoesBack "time-goes-back" "the time of the log goes back with the clock of a leader",
     TimeStandsStill "time-stands-still" "nobody moves the time of a quiet log on, so that what may end does not",
     HalfIsAll "half-is-all" "a table of which half has ended is dropped unread",
+    OwnClock "own-clock" "each replica drops what has ended by its own clock",
     ForgetVote "forget-vote" "a vote is given and not written to the log",
     LeaderRestore "leader-restore" "a leader that restarts goes on in its old term",
     AppendUnflushed "append-unflushed" "entries are reported durable when they are queued",
