@@ -246,9 +246,10 @@ impl Changes {
             (CommandBody::Custom { branch, command }, _) => {
                 (branch == self.branch).then_some(ChangeKind::Command(command))
             }
-            (CommandBody::CreateKeyspace { name }, Some(Outcome::Keyspace(id))) => {
-                Some(ChangeKind::KeyspaceMade { id, name })
-            }
+            (
+                CommandBody::CreateKeyspace { name } | CommandBody::SetOptions { name, .. },
+                Some(Outcome::Keyspace(id)),
+            ) => Some(ChangeKind::KeyspaceMade { id, name }),
             (CommandBody::CreateExpiring { name }, Some(Outcome::Keyspace(id))) => {
                 Some(ChangeKind::ExpiringMade { id, name })
             }

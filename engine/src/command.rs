@@ -17,10 +17,12 @@ use crate::codec::{
     put_table, put_varint, take_operator, take_range, take_span, take_table,
 };
 use crate::condition::{Condition, put_conditions, take_conditions};
+use crate::keyspace_options::{put_options, take_options};
 use crate::once::not_once;
 use crate::range_tombstone::{BOUND_BYTES_MAX, KeyRange};
 use crate::{
-    BranchId, ClientToken, ConditionalBatch, Error, ErrorKind, JobId, KeyspaceId, OperatorId, Result, TableId,
+    BranchId, ClientToken, ConditionalBatch, Error, ErrorKind, JobId, KeyspaceId, KeyspaceOptions, OperatorId, Result,
+    TableId,
 };
 
 /// Longest message of a refusal in bytes.
@@ -135,6 +137,14 @@ pub enum CommandBody {
     CreateExpiring {
         /// Its name.
         name: String,
+    },
+    /// Gives a keyspace options, in every branch; makes the keyspace if it is not there. They hold for the jobs that are started behind it: tables
+    /// that are there stay as they are until they are merged. The response is the id of the keyspace.
+    SetOptions {
+        /// The name of the keyspace.
+        name: String,
+        /// The options, in place of all that it had.
+        options: KeyspaceOptions,
     },
 }
 
@@ -321,10 +331,11 @@ const KIND_INSTALL_RANGED: u8 = 16;
 const KIND_SET_OPERATOR: u8 = 17;
 const KIND_CREATE_EXPIRING: u8 = 18;
 const KIND_INSTALL_ENDING: u8 = 19;
+const KIND_SET_OPTIONS: u8 = 20;
 
 /// The kinds as docs/format.md has them.
 #[cfg(test)]
-pub(crate) const KINDS: [(u8, &str); 19] = [
+pub(crate) const KINDS: [(u8, &str); 20] = [
     (KIND_BATCH, "Batch"),
     (KIND_CREATE_KEYSPACE, "CreateKeyspace"),
     (KIND_DROP_KEYSPACE, "DropKeyspace"),
@@ -344,6 +355,7 @@ pub(crate) const KINDS: [(u8, &str); 19] = [
     (KIND_SET_OPERATOR, "SetOperator"),
     (KIND_CREATE_EXPIRING, "CreateExpiring"),
     (KIND_INSTALL_ENDING, "Install"),
+    (KIND_SET_OPTIONS, "SetOptions"),
 ];
 
 const OP_PUT: u8 = 1;
@@ -525,6 +537,7 @@ impl Command {
             CommandBody::Compact { .. } => KIND_COMPACT,
             CommandBody::SetOperator { .. } => KIND_SET_OPERATOR,
             CommandBody::CreateExpiring { .. } => KIND_CREATE_EXPIRING,
+            CommandBody::SetOptions { .. } => KIND_SET_OPTIONS,
         };
         out.push(kind);
         out.extend_from_slice(&self.time_ms.to_le_bytes());
@@ -592,6 +605,11 @@ impl Command {
                 put_varint(&mut out, branch.0);
                 put_varint(&mut out, keyspace.0.into());
                 put_span(&mut out, first, end.as_ref());
+            }
+            CommandBody::SetOptions { name, options } => {
+                put_name(&mut out, name)?;
+                options.check()?;
+                put_options(&mut out, options);
             }
             CommandBody::SetOperator { name, operator } => {
                 put_name(&mut out, name)?;
@@ -693,6 +711,7 @@ impl Command {
             }
             KIND_SET_OPERATOR => CommandBody::SetOperator { name: from.name()?, operator: take_operator(&mut from)? },
             KIND_CREATE_EXPIRING => CommandBody::CreateExpiring { name: from.name()? },
+            KIND_SET_OPTIONS => CommandBody::SetOptions { name: from.name()?, options: take_options(&mut from)? },
             kind => return Err(Error::new(ErrorKind::Foreign, format!("a command of an unknown kind kind={kind}"))),
         };
         from.end()?;

@@ -33,7 +33,8 @@ pub(crate) use self::mend::{CHECK_READ_BYTES, digest_of};
 use self::present::Durable;
 #[cfg(test)]
 pub(crate) use self::present::{
-    EDIT_VERSION, EDIT_VERSION_EXPIRING, EDIT_VERSION_OPERATORS, EDIT_VERSION_RANGED, EDIT_VERSION_SHAPED,
+    EDIT_VERSION, EDIT_VERSION_EXPIRING, EDIT_VERSION_OPERATORS, EDIT_VERSION_PARTS, EDIT_VERSION_RANGED,
+    EDIT_VERSION_SHAPED,
 };
 pub(crate) use self::present::{MANIFEST_EDIT, Recovered};
 #[cfg(test)]
@@ -45,8 +46,8 @@ use crate::expiry::{ReadAt, Times};
 use crate::heal::{GroupHeal, TablePeers};
 use crate::manifest::{Manifest, ManifestSettings};
 use crate::{
-    BranchId, BranchInfo, CheckpointInfo, Command, Error, ErrorKind, EventKind, JobId, KeyspaceId, LogIndex,
-    MergeOperators, OperatorId, Result, Snapshot, StallCause, StateMachine, TableCompression, TableId,
+    BranchId, BranchInfo, CheckpointInfo, Command, Error, ErrorKind, EventKind, JobId, KeyspaceId, KeyspaceOptions,
+    LogIndex, MergeOperators, OperatorId, Result, Snapshot, StallCause, StateMachine, TableCompression, TableId,
 };
 
 /// Frozen generations above which writers wait.
@@ -750,6 +751,13 @@ impl Group {
     /// True when pairs of a keyspace of the applied state can expire.
     pub fn expires(&self, keyspace: KeyspaceId) -> bool {
         self.0.structure.load().names.expiring.contains(&keyspace)
+    }
+
+    /// The options of a keyspace of the applied state; `None` where it is not there.
+    pub fn keyspace_options(&self, keyspace: KeyspaceId) -> Option<KeyspaceOptions> {
+        let core = self.0.lock();
+        let is_there = core.logical.keyspaces.get(&keyspace).is_some_and(|k| k.dropped.is_none());
+        is_there.then(|| core.logical.options_of(keyspace))
     }
 
     /// The merge operator of a keyspace of the applied state.

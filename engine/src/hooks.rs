@@ -136,6 +136,10 @@ pub mod fuzz {
             ManifestOp::CreateClone { name: "trial".into(), checkpoint: "monday".into(), time_ms: 8 },
             ManifestOp::Compact { branch: MAIN, keyspace: KeyspaceId(0), first: Bytes::new(), end: None },
             ManifestOp::SetOperator { name: "users".into(), operator: crate::OperatorId::APPEND },
+            ManifestOp::SetOptions {
+                name: "users".into(),
+                options: crate::KeyspaceOptions::new().compaction(crate::CompactionStyle::Tiered { runs: 4 }),
+            },
         ];
         for (at, op) in ops.iter().enumerate() {
             manifest.apply(LogIndex(at as u64 + 1), op, true).expect("the operation is valid here");

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use mainstay_io::BoxFuture;
 
 use crate::snapshot::{owned_bounds, prefix_bounds};
-use crate::{Batch, Commit, KeyspaceId, Result, Scan, Store, Value};
+use crate::{Batch, Commit, Error, ErrorKind, KeyspaceId, KeyspaceOptions, Result, Scan, Store, Value};
 
 /// An ordered map of bytes to bytes inside a store: an LSM tree of its own, atomic with the others through the log.
 ///
@@ -33,6 +33,15 @@ impl Keyspace {
     /// Its id, the same on every replica and in every clone.
     pub fn id(&self) -> KeyspaceId {
         self.id
+    }
+
+    /// Its options, as this replica has applied them.
+    ///
+    /// # Errors
+    /// `Invalid`: it was dropped.
+    pub fn options(&self) -> Result<KeyspaceOptions> {
+        let options = self.store.log.group().keyspace_options(self.id);
+        options.ok_or_else(|| Error::new(ErrorKind::Invalid, format!("the keyspace was dropped name={}", self.name)))
     }
 
     /// The store it belongs to.

@@ -157,10 +157,10 @@ pub use changes::Changes;
 pub use error::{Error, ErrorKind, Result};
 pub use keyspace::Keyspace;
 pub use mainstay_engine::{
-    Apply, BranchInfo, CLIENTS_KEYSPACE, Change, ChangeKind, CheckpointInfo, ClientToken, EVENTS_MAX, EngineStats,
-    EngineStatus, Error as ApplyError, Event, EventKind, Events, GroupStatus, KEY_BYTES_MAX, KeyRange, KeyspaceId,
-    LogIndex, MergeOperator, MergeRefused, OperandCombiner, OperatorId, StallCause, StallStats, StateMachine,
-    TableCompression, VALUE_BYTES_MAX, Value, WriteOp,
+    Apply, BranchInfo, CLIENTS_KEYSPACE, Change, ChangeKind, CheckpointInfo, ClientToken, CompactionStyle, EVENTS_MAX,
+    EngineStats, EngineStatus, Error as ApplyError, Event, EventKind, Events, GroupStatus, KEY_BYTES_MAX, KeyRange,
+    KeyspaceId, KeyspaceOptions, LogIndex, MergeOperator, MergeRefused, OperandCombiner, OperatorId, StallCause,
+    StallStats, StateMachine, TableCompression, VALUE_BYTES_MAX, Value, WriteOp,
 };
 pub use mainstay_io::{BackendChoice, BoxFuture, Target};
 pub use mainstay_replication::{

@@ -7,8 +7,8 @@ use std::sync::atomic::AtomicBool;
 
 use bytes::Bytes;
 use mainstay_engine::{
-    BranchId, BranchInfo, CheckpointInfo, ClientToken, CommandBody, EngineStatus, GroupStatus, LocalLog, MAIN,
-    OperatorId,
+    BranchId, BranchInfo, CheckpointInfo, ClientToken, CommandBody, EngineStatus, GroupStatus, KeyspaceOptions,
+    LocalLog, MAIN, OperatorId,
 };
 use mainstay_io::{BoxFuture, Media};
 use mainstay_wal::GroupId;
@@ -239,6 +239,47 @@ impl Store {
             return Ok(Keyspace::new(self.clone(), id, name));
         }
         let response = self.write(CommandBody::SetOperator { name: name.into(), operator }).await?;
+        Ok(Keyspace::new(self.clone(), keyspace_id(&response)?, name))
+    }
+
+    /// The keyspace of that name with these options, in place of all that it had: made if it is absent (in every clone). They hold from here on for
+    /// what is flushed and merged; tables that are there stay as they are until they are merged, at once with [`Store::compact`].
+    ///
+    /// ```
+    /// # fn main() -> mainstay::Result<()> {
+    /// # let dir = tempfile::tempdir().expect("a temporary directory");
+    /// # let store = mainstay::Store::builder().wal_bytes(16 << 20).open(dir.path().join("store"))?;
+    /// use mainstay::{CompactionStyle, KeyspaceOptions};
+    ///
+    /// let options = KeyspaceOptions::new().compaction(CompactionStyle::Tiered { runs: 8 });
+    /// let events = store.keyspace_with_options("events", options)?;
+    /// events.insert("2026-01-01", "much is written here, and little read")?;
+    /// assert_eq!(events.options()?, options);
+    /// # store.close()
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// `Invalid`: an option is out of its range. `Unsupported`: a member of the cluster would not read it ([`crate::Node::finalize`]). As
+    /// [`Store::keyspace`].
+    pub fn keyspace_with_options(&self, name: &str, options: KeyspaceOptions) -> Result<Keyspace> {
+        self.log.wait(self.keyspace_with_options_inner(name, options))
+    }
+
+    /// As [`Store::keyspace_with_options`], without blocking the thread.
+    pub fn keyspace_with_options_async(&self, name: &str, options: KeyspaceOptions) -> BoxFuture<Result<Keyspace>> {
+        let (this, name) = (self.clone(), name.to_owned());
+        self.log.bind(async move { this.keyspace_with_options_inner(&name, options).await })
+    }
+
+    async fn keyspace_with_options_inner(&self, name: &str, options: KeyspaceOptions) -> Result<Keyspace> {
+        check_keyspace(name)?;
+        options.check()?;
+        let group = self.log.group();
+        if let Some(id) = group.keyspace(name).filter(|id| group.keyspace_options(*id) == Some(options)) {
+            return Ok(Keyspace::new(self.clone(), id, name));
+        }
+        let response = self.write(CommandBody::SetOptions { name: name.into(), options }).await?;
         Ok(Keyspace::new(self.clone(), keyspace_id(&response)?, name))
     }
 

@@ -30,11 +30,13 @@ use crate::wire::{Reader, Writer, decode_result};
 use crate::{Error, ErrorKind, MemberInfo, PeerAddress, ReadLevel, Result, Runtime};
 
 /// The newest version of a cluster that this build reads and writes: see docs/replication.md, "Versions of a cluster".
-pub const CLUSTER_VERSION_MAX: u16 = 3;
+pub const CLUSTER_VERSION_MAX: u16 = 4;
 /// From this one on keyspaces may be given merge operators.
 const MERGE_OPERATORS: u16 = 2;
 /// From this one on there may be expiring keyspaces.
 const EXPIRING: u16 = 3;
+/// From this one on keyspaces may have options of their own.
+const KEYSPACE_OPTIONS: u16 = 4;
 /// How long a member is asked anew which version it reads.
 const REACH_WAIT: Duration = Duration::from_secs(2);
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
@@ -44,6 +46,7 @@ fn needed(body: &CommandBody) -> u16 {
     match body {
         CommandBody::SetOperator { .. } => MERGE_OPERATORS,
         CommandBody::CreateExpiring { .. } => EXPIRING,
+        CommandBody::SetOptions { .. } => KEYSPACE_OPTIONS,
         _ => 1,
     }
 }

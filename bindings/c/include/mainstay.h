@@ -83,6 +83,16 @@ typedef struct MainstayOptions {
   uint32_t backend;
 } MainstayOptions;
 
+// What a keyspace may have otherwise than its store. Zero in a field is its default.
+typedef struct MainstayKeyspaceOptions {
+  // How blocks are compressed: 0 as in the store, 1 not at all, 2 lz4, 3 lz4 above the last level and zstd on it.
+  uint32_t compression;
+  // Bytes of a block of data before it is compressed, 1 KiB to 256 KiB.
+  uint32_t block_bytes;
+  // 0 for leveled compaction; 2 to 64 for tiered, with so many sorted runs at most.
+  uint32_t tiered_runs;
+} MainstayKeyspaceOptions;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -228,6 +238,13 @@ enum MainstayCode mainstay_keyspace_with_operator(const struct MainstayStore *st
 enum MainstayCode mainstay_keyspace_expiring(const struct MainstayStore *store,
                                              const char *name,
                                              struct MainstayKeyspace **out);
+
+// Opens a keyspace with these options in place of all that it had, made if it is absent. What is out of range is `MAINSTAY_INVALID`. Freed with
+// `mainstay_keyspace_free`.
+enum MainstayCode mainstay_keyspace_with_options(const struct MainstayStore *store,
+                                                 const char *name,
+                                                 const struct MainstayKeyspaceOptions *options,
+                                                 struct MainstayKeyspace **out);
 
 // Frees a keyspace handle; its data stays.
 void mainstay_keyspace_free(struct MainstayKeyspace *keyspace);

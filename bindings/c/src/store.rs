@@ -2,7 +2,7 @@
 
 use std::ffi::c_char;
 
-use facade::{BackendChoice, Keyspace, OperatorId, Store};
+use facade::{BackendChoice, CompactionStyle, Keyspace, KeyspaceOptions, OperatorId, Store, TableCompression};
 
 use crate::bytes::{free, handle, input, put_handle, put_value, text};
 use crate::{Failure, MainstayBytes, MainstayCode, guard};
@@ -24,6 +24,41 @@ pub struct MainstayOptions {
     pub wal_bytes: u64,
     /// Block I/O: 0 io_uring where it works, 1 io_uring or an error, 2 threads.
     pub backend: u32,
+}
+
+/// What a keyspace may have otherwise than its store. Zero in a field is its default.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(clippy::exhaustive_structs, reason = "a C struct is its fields")]
+pub struct MainstayKeyspaceOptions {
+    /// How blocks are compressed: 0 as in the store, 1 not at all, 2 lz4, 3 lz4 above the last level and zstd on it.
+    pub compression: u32,
+    /// Bytes of a block of data before it is compressed, 1 KiB to 256 KiB.
+    pub block_bytes: u32,
+    /// 0 for leveled compaction; 2 to 64 for tiered, with so many sorted runs at most.
+    pub tiered_runs: u32,
+}
+
+impl MainstayKeyspaceOptions {
+    fn checked(&self) -> Result<KeyspaceOptions, Failure> {
+        let mut options = KeyspaceOptions::new();
+        options = match self.compression {
+            0 => options,
+            1 => options.compression(TableCompression::None),
+            2 => options.compression(TableCompression::Lz4),
+            3 => options.compression(TableCompression::ByLevel),
+            other => return Err(Failure::invalid(format!("no such compression compression={other} max=3"))),
+        };
+        if self.block_bytes > 0 {
+            options = options.block_bytes(self.block_bytes);
+        }
+        if self.tiered_runs > 0 {
+            // What is too large for it is out of range as well.
+            options =
+                options.compaction(CompactionStyle::Tiered { runs: u8::try_from(self.tiered_runs).unwrap_or(u8::MAX) });
+        }
+        Ok(options)
+    }
 }
 
 /// Opens the store at `path`, a directory (made if absent) or a block device. `options` may be null. The store is freed with
@@ -118,6 +153,25 @@ pub unsafe extern "C" fn mainstay_keyspace_expiring(
         unsafe {
             let (store, name) = (handle(store, "store")?, text(name, "name")?);
             put_handle(out, || Ok(MainstayKeyspace(store.0.keyspace_expiring(name)?)))
+        }
+    })
+}
+
+/// Opens a keyspace with these options in place of all that it had, made if it is absent. What is out of range is `MAINSTAY_INVALID`. Freed with
+/// `mainstay_keyspace_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mainstay_keyspace_with_options(
+    store: *const MainstayStore,
+    name: *const c_char,
+    options: *const MainstayKeyspaceOptions,
+    out: *mut *mut MainstayKeyspace,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the caller's arguments, as the header states them.
+        unsafe {
+            let (store, name) = (handle(store, "store")?, text(name, "name")?);
+            let options = handle(options, "options")?.checked()?;
+            put_handle(out, || Ok(MainstayKeyspace(store.0.keyspace_with_options(name, options)?)))
         }
     })
 }

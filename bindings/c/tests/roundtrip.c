@@ -141,6 +141,19 @@ int main(int argc, char **argv) {
   mainstay_batch_free(batch);
   mainstay_keyspace_free(log);
 
+  // A keyspace with options of its own.
+  MainstayKeyspaceOptions chosen = {.compression = 1, .block_bytes = 4096, .tiered_runs = 4};
+  MainstayKeyspace *events = NULL;
+  OK(mainstay_keyspace_with_options(store, "events", &chosen, &events));
+  put(events, "first", "event");
+  expect(events, "first", "event");
+  mainstay_keyspace_free(events);
+  chosen.tiered_runs = 1;
+  CHECK(mainstay_keyspace_with_options(store, "events", &chosen, &events) == MAINSTAY_INVALID);
+  chosen = (MainstayKeyspaceOptions){.compression = 4};
+  CHECK(mainstay_keyspace_with_options(store, "events", &chosen, &events) == MAINSTAY_INVALID);
+  CHECK(mainstay_keyspace_with_options(store, "events", NULL, &events) == MAINSTAY_INVALID);
+
   // Pairs that expire, in a keyspace of their own.
   MainstayKeyspace *sessions = NULL;
   OK(mainstay_keyspace_expiring(store, "sessions", &sessions));

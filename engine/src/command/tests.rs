@@ -5,7 +5,7 @@ use std::ops::Bound;
 use proptest::prelude::*;
 
 use super::*;
-use crate::LogIndex;
+use crate::{CompactionStyle, LogIndex, TableCompression};
 
 fn bytes(max: usize) -> impl Strategy<Value = Bytes> {
     prop::collection::vec(any::<u8>(), 1..max).prop_map(Bytes::from)
@@ -148,6 +148,15 @@ fn body() -> impl Strategy<Value = CommandBody> {
         }),
         (name(), name(), any::<u32>()).prop_map(|(name, operator, version)| {
             CommandBody::SetOperator { name, operator: OperatorId::new(operator, version) }
+        }),
+        (name(), 0..4_u8, 1024..9000_u32, 1..9_u8).prop_map(|(name, kind, block_bytes, runs)| {
+            let options = match (kind, runs) {
+                (0, 1) => KeyspaceOptions::new(),
+                (1, 1) => KeyspaceOptions::new().compression(TableCompression::Lz4),
+                (_, 1) => KeyspaceOptions::new().block_bytes(block_bytes),
+                (_, runs) => KeyspaceOptions::new().compaction(CompactionStyle::Tiered { runs }),
+            };
+            CommandBody::SetOptions { name, options }
         }),
     ]
 }

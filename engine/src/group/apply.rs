@@ -252,6 +252,15 @@ impl GroupShared {
                 let id = core.logical.keyspace_before(name, LogIndex(index.0 + 1));
                 Ok(id.map(|id| Bytes::copy_from_slice(&id.0.to_le_bytes())).unwrap_or_default())
             }
+            CommandBody::SetOptions { name, options } => {
+                self.op(core, entry, ManifestOp::SetOptions { name: name.clone(), options: *options })?;
+                let made = core.logical.keyspaces.iter().find(|(_, k)| k.created == index).map(|(id, _)| *id);
+                if let Some(id) = made {
+                    self.note(core, entry, Outcome::Keyspace(id));
+                }
+                let id = core.logical.keyspace_before(name, LogIndex(index.0 + 1));
+                Ok(id.map(|id| Bytes::copy_from_slice(&id.0.to_le_bytes())).unwrap_or_default())
+            }
             CommandBody::SetOperator { name, operator } => {
                 let (name, operator) = (name.clone(), operator.clone());
                 self.op(core, entry, ManifestOp::SetOperator { name: name.clone(), operator })?;

@@ -22,7 +22,7 @@ use crate::merge_operator::Operator;
 use crate::read::{LevelView, ReadView};
 use crate::stored::StoredTable;
 use crate::table::Table;
-use crate::{BranchId, Error, Generation, JobId, KeyspaceId, LogIndex, MergeOperators, TableId};
+use crate::{BranchId, CompactionStyle, Error, Generation, JobId, KeyspaceId, LogIndex, MergeOperators, TableId};
 
 /// How long the time of the log may stand while some pair is to end.
 pub(super) const TICK: Duration = Duration::from_secs(1);
@@ -184,13 +184,21 @@ impl Core {
     }
 
     /// The most L0 runs of any version that is being compacted. What waits for fewer of them waits for a job: a clone that nobody
-    /// writes to keeps those of its origin, and so does a keyspace that was dropped and is not forgotten yet.
+    /// writes to keeps those of its origin, and so does a keyspace that was dropped and is not forgotten yet. Those that a tiered keyspace may
+    /// have do not count.
     pub(super) fn l0_runs_max(&self) -> usize {
         let compacted = self.present.jobs.values().filter_map(|job| match &**job {
-            Job::Compact(compaction) => self.present.version(compaction.branch, compaction.keyspace),
+            Job::Compact(compaction) => {
+                let version = self.present.version(compaction.branch, compaction.keyspace)?;
+                let allowed = match self.present.options_of(compaction.keyspace).compaction {
+                    CompactionStyle::Leveled => 0,
+                    CompactionStyle::Tiered { runs } => usize::from(runs),
+                };
+                Some(version.l0.len().saturating_sub(allowed))
+            }
             Job::Flush { .. } => None,
         });
-        compacted.map(|version| version.l0.len()).max().unwrap_or(0)
+        compacted.max().unwrap_or(0)
     }
 }
 

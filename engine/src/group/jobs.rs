@@ -1,7 +1,7 @@
 //! Flushes and compactions: which runs next, how it writes its tables, and how its install is offered.
 //!
 //! # Invariants
-//! 1. What a job writes is a pure function of its inputs and of the group's settings: equal on all replicas.
+//! 1. What a job writes is a pure function of its inputs, of the group's settings and of the options of its keyspace when it was started: equal on all replicas.
 //! 2. Inputs are held by reference count while the job runs.
 //! 3. Outputs are durable in their extents before they are offered or installed.
 //! 4. Installs of flushes are offered in the order of their generations.
@@ -15,14 +15,14 @@ use mainstay_io::AlignedBytes;
 use super::GroupShared;
 use super::core::{Core, Stuck, TICK};
 use crate::expiry::EndsOfTable;
-use crate::manifest::{Job, Manifest, TableRef, TableShape};
+use crate::manifest::{Job, Manifest, TableRef};
 use crate::memory::MemoryKind;
 use crate::memtable::Memtable;
 use crate::merge_operator::Operator;
 use crate::range_tombstone::RangeTombstone;
 use crate::read::MergeInput;
 use crate::stored::{ExtentWriter, StoredBytes, StoredTable};
-use crate::table::{Table, TableBuilder};
+use crate::table::{Table, TableBuilder, TableOptions};
 use crate::volume::Reservation;
 use crate::{
     BranchId, Command, CommandBody, Error, ErrorKind, EventKind, Generation, InstallTable, JobId, KeyspaceId, Result,
@@ -55,7 +55,6 @@ pub(crate) struct Run {
     job: JobId,
     parts: Vec<Part>,
     table_bytes: u64,
-    shape: TableShape,
     bytes: u64,
     /// For a compaction the levels from and to.
     levels: Option<(u8, u8)>,
@@ -73,8 +72,8 @@ struct Part {
     expires: bool,
     /// Pairs that ended by then are dropped; 0 for none.
     expired_by_ms: u64,
-    /// The level that its tables join.
-    level: u8,
+    /// How its tables are built.
+    table: TableOptions,
 }
 
 /// What kind of job a worker asks for.
@@ -113,7 +112,6 @@ impl GroupShared {
             levels,
             bytes: bytes.sum(),
             parts,
-            shape: core.logical.settings.tables,
             table_bytes: core.logical.settings.table_bytes
                 / if mainstay_io::mutant!(LocalTableSize) {
                     self.engine.environment.clock.unix().as_millis() as u64 % 2 + 1
@@ -140,7 +138,7 @@ impl GroupShared {
             expires: expires(core, keyspace),
             // It has no time of its own.
             expired_by_ms: 0,
-            level: 0,
+            table: table_options(core, keyspace, frozen.job, 0),
         });
         Some((frozen.job, parts.collect()))
     }
@@ -268,7 +266,7 @@ fn next_compaction(core: &Core, now: Duration) -> Option<(JobId, Vec<Part>)> {
             operator: operator_of(core, compaction.keyspace),
             expires: expires(core, compaction.keyspace),
             expired_by_ms: compaction.expired_by_ms,
-            level: compaction.to,
+            table: table_options(core, compaction.keyspace, id, compaction.to),
         };
         Some((id, vec![part]))
     })
@@ -278,6 +276,12 @@ fn next_compaction(core: &Core, now: Duration) -> Option<(JobId, Vec<Part>)> {
 fn operator_of(core: &Core, keyspace: KeyspaceId) -> Option<Operator> {
     let known = |manifest: &Manifest| manifest.operators.get(&keyspace).map(|assigned| assigned.operator.clone());
     core.operators.get(&known(&core.logical).or_else(|| known(&core.present))?).cloned()
+}
+
+/// How a job builds tables of a keyspace that join a level. The logical manifest has forgotten the options of jobs that it has installed.
+fn table_options(core: &Core, keyspace: KeyspaceId, job: JobId, level: u8) -> TableOptions {
+    let manifest = if core.logical.jobs.contains_key(&job) { &core.logical } else { &core.present };
+    core.logical.settings.tables.options(level, &manifest.options_for(keyspace, job))
 }
 
 /// Whether pairs of a keyspace that a job reads have ends: see [`operator_of`].
@@ -443,7 +447,7 @@ impl<'a> Writing<'a> {
     fn new(run: &'a Run, part: &Part) -> Self {
         let writer = ExtentWriter::new(&run.group.engine.volume, run.counted());
         let memory = run.group.engine.budget.reserve(MemoryKind::Buffer, 2 * WRITE_BYTES);
-        let builder = TableBuilder::new(run.shape.options(part.level));
+        let builder = TableBuilder::new(part.table.clone());
         Self { builder, ends: EndsOfTable::default(), writer, written: 0, _memory: memory }
     }
 
@@ -467,7 +471,7 @@ impl<'a> Writing<'a> {
         ordinal: usize,
         reservation: &mut Reservation,
     ) -> Result<StoredTable> {
-        let builder = std::mem::replace(&mut self.builder, TableBuilder::new(run.shape.options(part.level)));
+        let builder = std::mem::replace(&mut self.builder, TableBuilder::new(part.table.clone()));
         let (chunks, meta) = builder.finish();
         self.put(reservation, chunks).await?;
         if meta.bytes != self.written {

@@ -24,7 +24,7 @@ use crate::codec::{Decoder, TableForm, put_varint};
 use crate::heal::Retry;
 use crate::manifest::{
     Manifest, ManifestOp, ManifestSettings, Places, TableShape, decode_op, encode_op, form_of, knows_time,
-    names_operators, put_settings, take_settings,
+    names_operators, names_options, put_settings, take_settings,
 };
 use crate::stored::StoredTable;
 use crate::{Error, ErrorKind, LogIndex, Result};
@@ -47,6 +47,10 @@ const WITH_SHAPED: u8 = 1 << 1;
 const WITH_RANGES: u8 = 1 << 2;
 /// Another one: its tables are of [`TableForm::Ending`].
 const WITH_ENDS: u8 = 1 << 3;
+/// The encoding of one that gives options to a keyspace, or a merge operator in an entry that rotates where there are expiring ones: the byte says all that is in it.
+pub(crate) const EDIT_VERSION_PARTS: u8 = 6;
+/// A bit of that byte: rotations say what is known of time.
+const WITH_TIME: u8 = 1 << 4;
 /// Of [`EDIT_VERSION_OPERATORS`]: its settings are those of [`EDIT_VERSION_SHAPED`].
 const WITH_SHAPED_SETTINGS: u8 = 2;
 /// Edits in the log after which pages are written.
@@ -348,10 +352,11 @@ fn encode_edit(
     let form = form_of(&edit.ops);
     assert!(!shaped || form == TableForm::Plain, "the first edit of a group installs nothing");
     let operators = names_operators(&edit.ops);
-    assert!(!operators || form == TableForm::Plain, "what names an operator installs nothing");
     let with_time = knows_time(&edit.ops);
-    assert!(!(operators && with_time), "what names an operator neither rotates nor makes an expiring keyspace");
+    let in_parts = names_options(&edit.ops) || (operators && with_time);
+    assert!(!(operators || in_parts) || form == TableForm::Plain, "what names an operator or options installs nothing");
     let version = match form {
+        _ if in_parts => EDIT_VERSION_PARTS,
         _ if with_time => EDIT_VERSION_EXPIRING,
         TableForm::Plain if operators => EDIT_VERSION_OPERATORS,
         TableForm::Plain if shaped => EDIT_VERSION_SHAPED,
@@ -360,10 +365,11 @@ fn encode_edit(
         TableForm::Ending => unreachable!("what has ends knows time"),
     };
     let with_settings = match (operators, shaped) {
-        _ if with_time => {
+        _ if in_parts || with_time => {
             let bit = |set: bool, bit| if set { bit } else { 0 };
             let tables = bit(form == TableForm::Ranged, WITH_RANGES) | bit(form == TableForm::Ending, WITH_ENDS);
-            bit(settings.is_some(), WITH_SETTINGS) | bit(shaped, WITH_SHAPED) | tables
+            let time = bit(in_parts && with_time, WITH_TIME);
+            bit(settings.is_some(), WITH_SETTINGS) | bit(shaped, WITH_SHAPED) | tables | time
         }
         (true, true) => WITH_SHAPED_SETTINGS,
         _ => settings.is_some().into(),
@@ -399,31 +405,33 @@ impl Recovered {
         let mut from = Decoder::new(payload, "a manifest edit");
         let version = from.u8()?;
         let parts = from.u8()?;
-        let form = match version {
-            EDIT_VERSION | EDIT_VERSION_SHAPED | EDIT_VERSION_OPERATORS => TableForm::Plain,
-            EDIT_VERSION_RANGED => TableForm::Ranged,
-            EDIT_VERSION_EXPIRING if parts & !(WITH_SETTINGS | WITH_SHAPED | WITH_RANGES | WITH_ENDS) != 0 => {
-                return Err(Error::new(
-                    ErrorKind::Foreign,
-                    format!("a manifest edit with unknown parts parts={parts:#x}"),
-                ));
-            }
-            EDIT_VERSION_EXPIRING if parts & WITH_ENDS != 0 => TableForm::Ending,
-            EDIT_VERSION_EXPIRING if parts & WITH_RANGES != 0 => TableForm::Ranged,
-            EDIT_VERSION_EXPIRING => TableForm::Plain,
+        // What the byte may say where it is of bits.
+        let bits = match version {
+            EDIT_VERSION | EDIT_VERSION_SHAPED | EDIT_VERSION_RANGED | EDIT_VERSION_OPERATORS => None,
+            EDIT_VERSION_EXPIRING => Some(WITH_SETTINGS | WITH_SHAPED | WITH_RANGES | WITH_ENDS),
+            EDIT_VERSION_PARTS => Some(WITH_SETTINGS | WITH_SHAPED | WITH_RANGES | WITH_ENDS | WITH_TIME),
             version => {
                 return Err(Error::new(
                     ErrorKind::Foreign,
-                    format!("a manifest edit of another version version={version} known={EDIT_VERSION_EXPIRING}"),
+                    format!("a manifest edit of another version version={version} known={EDIT_VERSION_PARTS}"),
                 ));
             }
         };
-        let with_time = version == EDIT_VERSION_EXPIRING;
-        let with_settings = if with_time { parts & WITH_SETTINGS } else { parts };
+        if bits.is_some_and(|bits| parts & !bits != 0) {
+            return Err(Error::new(ErrorKind::Foreign, format!("a manifest edit with unknown parts parts={parts:#x}")));
+        }
+        let has = |bit: u8| bits.is_some() && parts & bit != 0;
+        let form = match version {
+            EDIT_VERSION_RANGED => TableForm::Ranged,
+            _ if has(WITH_ENDS) => TableForm::Ending,
+            _ if has(WITH_RANGES) => TableForm::Ranged,
+            _ => TableForm::Plain,
+        };
+        let with_time = version == EDIT_VERSION_EXPIRING || has(WITH_TIME);
+        let with_settings = if bits.is_some() { parts & WITH_SETTINGS } else { parts };
         let shaped = match version {
             EDIT_VERSION_OPERATORS => parts == WITH_SHAPED_SETTINGS,
-            EDIT_VERSION_EXPIRING => parts & WITH_SHAPED != 0,
-            version => version == EDIT_VERSION_SHAPED,
+            version => version == EDIT_VERSION_SHAPED || has(WITH_SHAPED),
         };
         let lineage = from.varint()?;
         let previous = LogIndex(from.varint()?);

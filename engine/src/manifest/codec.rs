@@ -18,14 +18,15 @@ use super::manual::{MANUALS_MAX, Manual};
 use super::picker::{Compaction, LAST};
 use super::version::{LEVELS, Tables};
 use super::{
-    Assigned, Branch, Checkpoint, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, ManifestSettings,
-    TableRef, TableShape, Version, Versions,
+    Assigned, Branch, Checkpoint, Chosen, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp,
+    ManifestSettings, TableRef, TableShape, Version, Versions,
 };
 use crate::codec::{
     Decoder, SPAN_BYTES_MAX, TABLE_BYTES_MIN, TableForm, put_bytes, put_operator, put_span, put_table, put_varint,
     take_operator, take_span, take_table,
 };
 use crate::expiry::LogClock;
+use crate::keyspace_options::{put_options, take_options};
 use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, Result, TableId};
 
 /// The encoding of a manifest that needs none of what later ones add: builds from before read it.
@@ -48,6 +49,8 @@ const PART_OPERATORS: u8 = 1 << 3;
 const PART_EXPIRING: u8 = 1 << 4;
 /// Another one: tables are of [`TableForm::Ending`].
 const PART_ENDING: u8 = 1 << 5;
+/// Another one: options of keyspaces at the end.
+const PART_OPTIONS: u8 = 1 << 6;
 /// The parts of [`MANIFEST_VERSION_SHAPED`].
 const PARTS_SHAPED: u8 = PART_SHAPE | PART_MANUALS;
 
@@ -71,10 +74,11 @@ const OP_DROP_CLONE: u8 = 8;
 const OP_COMPACT: u8 = 9;
 const OP_SET_OPERATOR: u8 = 10;
 const OP_CREATE_EXPIRING: u8 = 11;
+const OP_SET_OPTIONS: u8 = 12;
 
 /// The kinds as docs/format.md has them.
 #[cfg(test)]
-pub(crate) const OP_KINDS: [(u8, &str); 11] = [
+pub(crate) const OP_KINDS: [(u8, &str); 12] = [
     (OP_ROTATE, "Rotate"),
     (OP_INSTALL, "Install"),
     (OP_CREATE_KEYSPACE, "CreateKeyspace"),
@@ -86,6 +90,7 @@ pub(crate) const OP_KINDS: [(u8, &str); 11] = [
     (OP_COMPACT, "Compact"),
     (OP_SET_OPERATOR, "SetOperator"),
     (OP_CREATE_EXPIRING, "CreateExpiring"),
+    (OP_SET_OPTIONS, "SetOptions"),
 ];
 
 /// Numbers the tables and lists of a manifest in the order in which they are met.
@@ -205,6 +210,18 @@ pub(super) fn encode(manifest: &Manifest, places: Option<&Places>) -> Bytes {
         parts |= PART_EXPIRING;
         put_expiring(&mut body, manifest);
     }
+    if !manifest.options.is_empty() {
+        parts |= PART_OPTIONS;
+        count(&mut body, manifest.options.len());
+        for (id, chosen) in &manifest.options {
+            put_varint(&mut body, id.0.into());
+            count(&mut body, chosen.len());
+            for one in chosen {
+                put_varint(&mut body, one.since.0);
+                put_options(&mut body, &one.options);
+            }
+        }
+    }
     let form = TableForm::of(pool.tables.values().map(|table| &**table));
     parts |= match form {
         TableForm::Plain => 0,
@@ -254,7 +271,8 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
             ));
         }
     };
-    if parts & !(PARTS_SHAPED | PART_RANGED | PART_OPERATORS | PART_EXPIRING | PART_ENDING) != 0 {
+    const KNOWN: u8 = PARTS_SHAPED | PART_RANGED | PART_OPERATORS | PART_EXPIRING | PART_ENDING | PART_OPTIONS;
+    if parts & !KNOWN != 0 {
         return Err(Error::new(ErrorKind::Foreign, format!("a manifest with unknown parts parts={parts:#x}")));
     }
     let form = match (parts & PART_ENDING != 0, parts & PART_RANGED != 0) {
@@ -279,6 +297,7 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
         manuals: BTreeMap::new(),
         operators: BTreeMap::new(),
         expiring: BTreeMap::new(),
+        options: BTreeMap::new(),
     };
     let mut places = Places::new();
     let mut tables = BTreeMap::new();
@@ -363,9 +382,29 @@ pub(super) fn decode(bytes: Bytes) -> Result<(Manifest, Places)> {
     if parts & PART_EXPIRING != 0 {
         take_expiring(&mut from, &mut manifest)?;
     }
+    if parts & PART_OPTIONS != 0 {
+        manifest.options = take_chosen(&mut from)?;
+    }
     from.end()?;
     check(&manifest, &from)?;
     Ok((manifest, places))
+}
+
+fn take_chosen(from: &mut Decoder) -> Result<BTreeMap<KeyspaceId, Vec<Chosen>>> {
+    let mut options = BTreeMap::new();
+    for _ in 0..from.count(6)? {
+        let id = KeyspaceId(from.varint_u32()?);
+        let one = |from: &mut Decoder| Ok(Chosen { since: JobId(from.varint()?), options: take_options(from)? });
+        let chosen = (0..from.count(4)?).map(|_| one(from)).collect::<Result<Vec<_>>>()?;
+        if chosen.is_empty() || !chosen.is_sorted_by(|a, b| a.since < b.since) {
+            return Err(from.corrupt("options of a keyspace are not in the order of their choice"));
+        }
+        options.insert(id, chosen);
+    }
+    if options.is_empty() {
+        return Err(from.corrupt("no keyspace has options"));
+    }
+    Ok(options)
 }
 
 /// The keyspaces, then what is known of time where the generation in use begins and where each frozen one does, and up to when each compaction
@@ -471,6 +510,7 @@ fn check(manifest: &Manifest, from: &Decoder) -> Result<()> {
         || !last(manifest.generations.last_key_value().map(|(id, _)| id.0), manifest.next_generation.0)
         || !last(manifest.keyspaces.last_key_value().map(|(id, _)| id.0.into()), manifest.next_keyspace.0.into())
         || !last(manifest.operators.last_key_value().map(|(id, _)| id.0.into()), manifest.next_keyspace.0.into())
+        || !last(manifest.options.last_key_value().map(|(id, _)| id.0.into()), manifest.next_keyspace.0.into())
     {
         return Err(from.corrupt("a number is used that comes later"));
     }
@@ -634,6 +674,11 @@ pub(crate) fn names_operators(ops: &[ManifestOp]) -> bool {
     ops.iter().any(|op| matches!(op, ManifestOp::SetOperator { .. }))
 }
 
+/// One of these operations gives options to a keyspace.
+pub(crate) fn names_options(ops: &[ManifestOp]) -> bool {
+    ops.iter().any(|op| matches!(op, ManifestOp::SetOptions { .. }))
+}
+
 /// One of these operations is of a group with expiring keyspaces.
 pub(crate) fn knows_time(ops: &[ManifestOp]) -> bool {
     ops.iter().any(|op| match op {
@@ -681,6 +726,10 @@ pub(crate) fn encode_op(out: &mut Vec<u8>, op: &ManifestOp, places: &Places, for
         ManifestOp::SetOperator { name, operator } => {
             put_named(out, OP_SET_OPERATOR, name);
             put_operator(out, operator);
+        }
+        ManifestOp::SetOptions { name, options } => {
+            put_named(out, OP_SET_OPTIONS, name);
+            put_options(out, options);
         }
         ManifestOp::Compact { branch, keyspace, first, end } => {
             out.push(OP_COMPACT);
@@ -732,6 +781,7 @@ pub(crate) fn decode_op(
         }
         OP_DROP_CLONE => ManifestOp::DropClone { name: from.name()? },
         OP_SET_OPERATOR => ManifestOp::SetOperator { name: from.name()?, operator: take_operator(from)? },
+        OP_SET_OPTIONS => ManifestOp::SetOptions { name: from.name()?, options: take_options(from)? },
         OP_COMPACT => {
             let (branch, keyspace) = (BranchId(from.varint()?), KeyspaceId(from.varint_u32()?));
             let (first, end) = take_span(from)?;

@@ -18,6 +18,7 @@ mod manual;
 mod ops;
 pub(crate) mod picker;
 mod shape;
+mod tiered;
 pub(crate) mod version;
 
 #[cfg(test)]
@@ -33,7 +34,7 @@ pub(crate) use self::codec::{
     MANIFEST_VERSION, MANIFEST_VERSION_MANUAL, MANIFEST_VERSION_PARTS, MANIFEST_VERSION_SHAPED, OP_KINDS,
 };
 pub(crate) use self::codec::{
-    Places, decode_op, encode_op, form_of, knows_time, names_operators, put_settings, take_settings,
+    Places, decode_op, encode_op, form_of, knows_time, names_operators, names_options, put_settings, take_settings,
 };
 pub(crate) use self::manual::Manual;
 pub(crate) use self::ops::Effects;
@@ -41,7 +42,9 @@ pub(crate) use self::picker::Compaction;
 pub(crate) use self::shape::TableShape;
 pub(crate) use self::version::{GenRef, LEVELS, TableRef, Version};
 use crate::expiry::LogClock;
-use crate::{BranchId, Generation, InstallTable, JobId, KeyspaceId, LogIndex, MAIN, OperatorId, TableId};
+use crate::{
+    BranchId, Generation, InstallTable, JobId, KeyspaceId, KeyspaceOptions, LogIndex, MAIN, OperatorId, TableId,
+};
 
 /// The name of keyspace 0, which every group is born with.
 pub(crate) const DEFAULT_KEYSPACE: &str = "default";
@@ -78,6 +81,14 @@ pub(crate) struct Assigned {
     pub(crate) operator: OperatorId,
     /// The entry that gave it to the keyspace.
     pub(crate) since: LogIndex,
+}
+
+/// Options of a keyspace, and which jobs they are for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Chosen {
+    /// The first job that was started behind their choice.
+    pub(crate) since: JobId,
+    pub(crate) options: KeyspaceOptions,
 }
 
 /// The main line or a clone.
@@ -166,6 +177,11 @@ pub(crate) enum ManifestOp {
     CreateExpiring {
         name: String,
     },
+    /// The keyspace, made if it is not there, has the options from here on.
+    SetOptions {
+        name: String,
+        options: KeyspaceOptions,
+    },
     /// What is in tables of the version, or in generations that are frozen, goes down to the last level: keys from `first` and before
     /// `end`.
     Compact {
@@ -199,6 +215,8 @@ pub(crate) struct Manifest {
     pub(crate) operators: BTreeMap<KeyspaceId, Assigned>,
     /// The keyspaces whose pairs can expire, with the entries that made them, as long as the operators of others are kept.
     pub(crate) expiring: BTreeMap<KeyspaceId, LogIndex>,
+    /// What keyspaces were given, the oldest first and none that no job and no later one goes by; kept as long as the operators of others.
+    pub(crate) options: BTreeMap<KeyspaceId, Vec<Chosen>>,
 }
 
 impl Manifest {
@@ -223,6 +241,7 @@ impl Manifest {
             manuals: BTreeMap::new(),
             operators: BTreeMap::new(),
             expiring: BTreeMap::new(),
+            options: BTreeMap::new(),
         }
     }
 
@@ -239,6 +258,17 @@ impl Manifest {
     /// True when entry `index` finds the keyspace, and that its pairs can expire.
     pub(crate) fn expires_before(&self, id: KeyspaceId, index: LogIndex) -> bool {
         self.expiring.get(&id).is_some_and(|since| *since < index)
+    }
+
+    /// The options of a keyspace that a job goes by which is outstanding in this manifest.
+    pub(crate) fn options_for(&self, id: KeyspaceId, job: JobId) -> KeyspaceOptions {
+        let chosen = self.options.get(&id).map(Vec::as_slice).unwrap_or_default();
+        chosen.iter().rfind(|chosen| chosen.since <= job).map(|chosen| chosen.options).unwrap_or_default()
+    }
+
+    /// The options of a keyspace from here on.
+    pub(crate) fn options_of(&self, id: KeyspaceId) -> KeyspaceOptions {
+        self.options_for(id, JobId(u64::MAX))
     }
 
     /// Entries up to here are in tables.

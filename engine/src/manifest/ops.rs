@@ -8,15 +8,18 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::manual::{self, MANUALS_MAX, Manual, Next};
-use super::picker::{self, Dead, Pick};
+use super::picker::{self, Dead, Pick, Rules};
 use super::version::{LEVELS, overlap, sorted};
 use super::{
-    Assigned, Branch, Checkpoint, Compaction, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp, TableRef,
-    Version, Versions,
+    Assigned, Branch, Checkpoint, Chosen, Compaction, FrozenGeneration, GenRef, Job, Keyspace, Manifest, ManifestOp,
+    TableRef, Version, Versions,
 };
 use crate::codec::check_name;
 use crate::expiry::LogClock;
-use crate::{BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, LogIndex, MAIN, OperatorId, Result, TableId};
+use crate::{
+    BranchId, Error, ErrorKind, Generation, JobId, KeyspaceId, KeyspaceOptions, LogIndex, MAIN, OperatorId, Result,
+    TableId,
+};
 
 /// What an operation changed that others have to follow.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -61,6 +64,7 @@ impl Manifest {
             ManifestOp::DropClone { name } => self.drop_clone(index, name)?,
             ManifestOp::SetOperator { name, operator } => self.set_operator(index, name, operator)?,
             ManifestOp::CreateExpiring { name } => self.create_expiring(index, name)?,
+            ManifestOp::SetOptions { name, options } => self.set_options(index, name, options)?,
             ManifestOp::Compact { branch, keyspace, first, end } => {
                 self.compact(index, (*branch, *keyspace), first.clone(), end.clone())?
             }
@@ -198,8 +202,7 @@ impl Manifest {
         }
         let version = Arc::make_mut(version);
         let gone = |id| inputs.contains(&id);
-        version.remove(compaction.from, &gone);
-        version.remove(compaction.to, &gone);
+        (compaction.from..=compaction.to).for_each(|level| version.remove(level, &gone));
         version.add(compaction.to, tables);
         self.jobs.remove(&job);
         self.manuals.values_mut().filter(|manual| manual.job == Some(job)).for_each(|manual| manual.job = None);
@@ -265,6 +268,31 @@ impl Manifest {
         if let (true, Some(id)) = (effects.took_effect, effects.keyspace) {
             self.expiring.insert(id, index);
         }
+        Ok(effects)
+    }
+
+    fn set_options(&mut self, index: LogIndex, name: &str, options: &KeyspaceOptions) -> Result<Effects> {
+        options.check()?;
+        let mut effects = self.create_keyspace(index, name)?;
+        let Some(id) = effects.keyspace else { return Ok(effects) };
+        if self.options_of(id) == *options {
+            return Ok(effects);
+        }
+        let since = self.next_job;
+        let chosen = self.options.entry(id).or_default();
+        chosen.retain(|before| before.since < since);
+        chosen.push(Chosen { since, options: *options });
+        // Those between which no job was started that is outstanding are asked for no more.
+        let until: Vec<Option<JobId>> = chosen.iter().skip(1).map(|next| Some(next.since)).chain([None]).collect();
+        let mut until = until.into_iter();
+        let jobs = &self.jobs;
+        chosen.retain(|one| match until.next().flatten() {
+            Some(end) => jobs.range(one.since..end).next().is_some(),
+            None => true,
+        });
+        effects.took_effect = true;
+        let branches = self.branches.iter().filter(|(_, branch)| branch.versions.contains_key(&id));
+        effects.changed.extend(branches.map(|(&branch, _)| (branch, id)));
         Ok(effects)
     }
 
@@ -392,11 +420,12 @@ impl Manifest {
                 effects.removed.extend(version.iter().flat_map(|v| v.tables()).cloned());
             }
         }
-        if !self.operators.is_empty() || !self.expiring.is_empty() {
+        if !self.operators.is_empty() || !self.expiring.is_empty() || !self.options.is_empty() {
             let (keyspaces, checkpoints) = (&self.keyspaces, &self.checkpoints);
             let kept = |id: &KeyspaceId| checkpoints.values().any(|c| c.keyspaces.iter().any(|(_, of)| of == id));
             let kept = |id: &KeyspaceId| keyspaces.contains_key(id) || kept(id);
             self.operators.retain(|id, _| kept(id));
+            self.options.retain(|id, _| kept(id));
             if !self.expiring.is_empty() {
                 self.expiring.retain(|id, _| kept(id));
                 self.forget_time();
@@ -428,6 +457,8 @@ impl Manifest {
             }
             // At or before the time of this entry, and so of every reader of what is left.
             let time_ms = if self.expiring.contains_key(&keyspace) { self.rotated_clock.time_ms } else { 0 };
+            let style = self.options_of(keyspace).compaction;
+            let rules = Rules { settings: &settings, style, time_ms };
             while let Some(version) = self.version(branch, keyspace) {
                 let mut busy = BTreeSet::new();
                 let mut outstanding = 0;
@@ -440,7 +471,7 @@ impl Manifest {
                     }
                 }
                 // What is dropped unread need not be compacted by whoever asked for it.
-                let picker_first = picker::l0_is_due(&settings, version, &busy)
+                let picker_first = picker::l0_is_due(&rules, version, &busy)
                     || !picker::hidden_tables(version, &busy, time_ms).is_empty();
                 let manual = match picker_first {
                     true => None,
@@ -448,9 +479,9 @@ impl Manifest {
                 };
                 let pick = match &manual {
                     Some((_, pick)) => Some(pick.clone()),
-                    None => self.version(branch, keyspace).and_then(|version| {
-                        picker::pick(&settings, branch, keyspace, version, &busy, outstanding, time_ms)
-                    }),
+                    None => self
+                        .version(branch, keyspace)
+                        .and_then(|version| picker::pick(&rules, branch, keyspace, version, &busy, outstanding)),
                 };
                 let (job, upper) = match pick {
                     None => break,
@@ -467,7 +498,7 @@ impl Manifest {
                         };
                         let version = Arc::make_mut(version);
                         let moved: BTreeSet<_> = tables.iter().map(|t| t.id).collect();
-                        version.remove(from, &|id| moved.contains(&id));
+                        (from..to).for_each(|level| version.remove(level, &|id| moved.contains(&id)));
                         version.add(to, &tables);
                         (None, tables)
                     }

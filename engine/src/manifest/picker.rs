@@ -4,6 +4,8 @@
 //! level below the base holds [`LEVEL_RATIO`] times `base_level_bytes` a level is put above it. So nine tenths of the data
 //! stand in the last level at any size, and dead versions are few.
 //!
+//! A keyspace may be tiered in place of that: see `tiered`.
+//!
 //! Where no level is over its target, tables go down whose tombstones, and pairs that have ended, are a quarter of what would be read: then
 //! space comes back although nothing more is written, and a tombstone never costs more than four entries a level.
 //!
@@ -22,10 +24,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
-use super::ManifestSettings;
 use super::version::{LEVELS, TableRef, Tables, Version, bytes_of, overlap, sorted};
+use super::{ManifestSettings, tiered};
 use crate::range_tombstone::{RangeSet, last_before};
-use crate::{BranchId, KeyspaceId, TableId};
+use crate::{BranchId, CompactionStyle, KeyspaceId, TableId};
 
 /// Bytes of a level over bytes of the level above it.
 pub(crate) const LEVEL_RATIO: u64 = 10;
@@ -40,6 +42,15 @@ pub(crate) struct Dead {
     /// Pairs that ended by then are; 0 where none ends.
     pub(crate) time_ms: u64,
 }
+/// What decides beside the tables of a version.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rules<'a> {
+    pub(crate) settings: &'a ManifestSettings,
+    pub(crate) style: CompactionStyle,
+    /// Pairs that ended by then are dead; 0 where none ends.
+    pub(crate) time_ms: u64,
+}
+
 /// Compactions outstanding in one version.
 pub(crate) const COMPACTIONS_PER_VERSION_MAX: usize = 2;
 /// The deepest level.
@@ -52,11 +63,11 @@ const SCORE_FULL: u64 = 1000;
 pub(crate) struct Compaction {
     pub(crate) branch: BranchId,
     pub(crate) keyspace: KeyspaceId,
-    /// The level it takes from; 0 for L0.
+    /// The level it takes from; 0 for L0. Of those between it and `to` a tiered one takes all too.
     pub(crate) from: u8,
     /// The level its outputs join, from 1. The level it takes from only where tables of the last level are written again.
     pub(crate) to: u8,
-    /// Inputs of `from`.
+    /// Inputs above `to`.
     pub(crate) upper: Vec<TableRef>,
     /// Inputs of `to`.
     pub(crate) lower: Vec<TableRef>,
@@ -75,7 +86,7 @@ impl Compaction {
 /// What to do next in a version.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Pick {
-    /// The tables change their level and nothing is written.
+    /// The tables change their level, from any of `from` and below it, and nothing is written.
     Move { from: u8, to: u8, tables: Vec<TableRef> },
     /// The tables hold nothing that counts: they leave the version unread.
     Drop { tables: Vec<TableRef> },
@@ -118,18 +129,22 @@ pub(crate) fn targets(version: &Version, base_level_bytes: u64) -> Targets {
 
 /// The next step for a version, if one is due. `busy` are the inputs of its outstanding compactions.
 pub(crate) fn pick(
-    settings: &ManifestSettings,
+    rules: &Rules<'_>,
     branch: BranchId,
     keyspace: KeyspaceId,
     version: &Version,
     busy: &BTreeSet<TableId>,
     outstanding: usize,
-    time_ms: u64,
 ) -> Option<Pick> {
+    let &Rules { settings, style, time_ms } = rules;
     let dead = Dead { share: DEAD_SHARE, time_ms };
     let dropped = hidden_tables(version, busy, time_ms);
     if !dropped.is_empty() {
         return Some(Pick::Drop { tables: dropped });
+    }
+    if let CompactionStyle::Tiered { runs } = style {
+        let (level, inputs) = tiered::pick(version, runs, busy, outstanding, dead)?;
+        return decide(branch, keyspace, version, outstanding, level, inputs, dead);
     }
     let targets = targets(version, settings.base_level_bytes);
     let mut due = vec![(l0_score(settings, version), 0)];
@@ -155,9 +170,12 @@ pub(crate) fn pick(
 }
 
 /// Whether L0 is to be compacted and no job does so: then what else takes tables waits.
-pub(crate) fn l0_is_due(settings: &ManifestSettings, version: &Version, busy: &BTreeSet<TableId>) -> bool {
-    l0_score(settings, version) >= SCORE_FULL
-        && !version.l0.iter().flat_map(|run| run.iter()).any(|t| busy.contains(&t.id))
+pub(crate) fn l0_is_due(rules: &Rules<'_>, version: &Version, busy: &BTreeSet<TableId>) -> bool {
+    let is_full = match rules.style {
+        CompactionStyle::Leveled => l0_score(rules.settings, version) >= SCORE_FULL,
+        CompactionStyle::Tiered { runs } => !version.l0.is_empty() && tiered::runs_of(version) >= usize::from(runs),
+    };
+    is_full && !version.l0.iter().flat_map(|run| run.iter()).any(|t| busy.contains(&t.id))
 }
 
 /// Tables that range tombstones above them hide wholly, and those that have nothing but tombstones, range tombstones among them, or pairs that have
@@ -223,7 +241,7 @@ fn is_lowest(version: &Version, level: u8, first: &Bytes, last: &Bytes) -> bool 
 }
 
 /// True when `upper` is written again on its way to `to` although it overlaps nothing there, since its tombstones end: see [`decide`].
-fn is_cleaned(version: &Version, to: u8, upper: &[TableRef], dead: Dead) -> bool {
+pub(super) fn is_cleaned(version: &Version, to: u8, upper: &[TableRef], dead: Dead) -> bool {
     range(upper).is_some_and(|(first, last)| is_lowest(version, to, &first, &last))
         && (is_dense(upper, &[], dead) || upper.iter().any(|t| t.has_ranges()))
 }
@@ -247,7 +265,7 @@ pub(super) fn pick_l0(version: &Version, base: u8, busy: &BTreeSet<TableId>, dea
 }
 
 /// True when what is dead in `upper` is as large a share of both as `dead` says.
-fn is_dense(upper: &[TableRef], lower: &[TableRef], dead: Dead) -> bool {
+pub(super) fn is_dense(upper: &[TableRef], lower: &[TableRef], dead: Dead) -> bool {
     let gone = upper.iter().fold(0, |sum: u64, t| sum.saturating_add(t.dead_entries(dead.time_ms)));
     let entries = upper.iter().chain(lower).fold(0, |sum: u64, t| sum.saturating_add(t.entries));
     gone > 0 && gone.saturating_mul(dead.share) >= entries

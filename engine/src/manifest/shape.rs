@@ -13,9 +13,9 @@
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 use super::version::LEVELS;
-use crate::TableCompression;
 use crate::table::block::{DATA_RESTART_BYTES, RESTART_BYTES};
 use crate::table::{Compression, TableOptions};
+use crate::{KeyspaceOptions, TableCompression};
 
 /// How the tables of a group are built, fixed when it is made. The numbers are on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,8 +36,14 @@ impl TableShape {
         [Self::Raw, Self::Lz4, Self::ByLevel].into_iter().find(|shape| *shape as u8 == number)
     }
 
-    /// How a table is built that joins `level`, 0 for L0.
-    pub(crate) fn options(self, level: u8) -> TableOptions {
+    /// How a table is built that joins `level`, 0 for L0, in a keyspace that chose `chosen`.
+    pub(crate) fn options(self, level: u8, chosen: &KeyspaceOptions) -> TableOptions {
+        let plain = chosen.compression.map_or(self, Self::from).plain_options(level);
+        let block_bytes = chosen.block_bytes.map_or(plain.block_bytes, |bytes| bytes as usize);
+        TableOptions { block_bytes, ..plain }
+    }
+
+    fn plain_options(self, level: u8) -> TableOptions {
         let above = (LEVELS as u8).saturating_sub(level);
         let compression = match (self, above) {
             (Self::Raw, _) => Compression::None,
@@ -86,7 +92,7 @@ mod tests {
             (TableShape::ByLevel, 5, Compression::Lz4, 12),
             (TableShape::ByLevel, 6, Compression::Zstd, 8),
         ] {
-            let options = shape.options(level);
+            let options = shape.options(level, &KeyspaceOptions::new());
             assert_eq!((options.compression, options.filter_bits), (compression, filter_bits), "{shape:?} L{level}");
             assert_eq!(options.block_bytes, TableOptions::default().block_bytes);
             assert_eq!(options.restart_bytes, if shape == TableShape::Uniform { 1024 } else { 256 });

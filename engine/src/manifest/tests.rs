@@ -10,12 +10,14 @@
 use bytes::Bytes;
 use proptest::prelude::*;
 
-use super::picker::{LEVEL_RATIO, Pick, pick, targets};
+use super::picker::{LEVEL_RATIO, Pick, Rules, pick, targets};
 use super::version::{LEVELS, Tables, overlap};
 use super::*;
 use crate::codec::{Decoder, TableForm};
 use crate::range_tombstone::{KeyRange, last_before};
-use crate::{ErrorKind, Result, TableEnds, TableRanges};
+use crate::{CompactionStyle, ErrorKind, Result, TableEnds, TableRanges};
+
+mod options;
 
 const PICKER: ManifestSettings = ManifestSettings {
     memtable_bytes: 1 << 20,
@@ -264,8 +266,10 @@ fn picked(v: &Version, busy: &[(u64, u32)]) -> Option<Pick> {
 
 fn picked_at(v: &Version, busy: &[(u64, u32)], time_ms: u64) -> Option<Pick> {
     let busy = busy.iter().map(|&(job, ordinal)| TableId { job: JobId(job), ordinal }).collect();
-    pick(&PICKER, MAIN, KeyspaceId(0), v, &busy, 0, time_ms)
+    pick(&Rules { time_ms, ..LEVELED }, MAIN, KeyspaceId(0), v, &busy, 0)
 }
+
+const LEVELED: Rules<'static> = Rules { settings: &PICKER, style: CompactionStyle::Leveled, time_ms: 0 };
 
 /// `from>to upper+lower` with `!` where tombstones end, or `move`, or `drop`, or `-`.
 fn told(pick: Option<Pick>) -> String {
@@ -605,10 +609,14 @@ fn a_cleared_keyspace_holds_nothing() {
 fn no_more_jobs_than_the_bound_but_moves_go_on() {
     let am: &[(&str, &str)] = &[("a", "m")];
     let v = version(&[am; 4], &[]);
-    assert_eq!(pick(&PICKER, MAIN, KeyspaceId(0), &v, &Default::default(), 2, 0), None);
+    assert_eq!(pick(&LEVELED, MAIN, KeyspaceId(0), &v, &Default::default(), 2), None);
     let v = version(&[&[("g", "h")], &[("e", "f")], &[("c", "d")], &[("a", "b")]], &[]);
-    let pick = pick(&PICKER, MAIN, KeyspaceId(0), &v, &Default::default(), 2, 0);
+    let pick = pick(&LEVELED, MAIN, KeyspaceId(0), &v, &Default::default(), 2);
     assert!(matches!(pick, Some(Pick::Move { .. })));
+}
+
+fn tiered(runs: u8) -> KeyspaceOptions {
+    KeyspaceOptions::new().compaction(CompactionStyle::Tiered { runs })
 }
 
 /// A manifest whose one version is this.
@@ -798,6 +806,7 @@ enum Step {
     Checkpoint(u8, bool),
     Branch(u8, u8, bool),
     Compact(u8, u8, u8),
+    Options(u8, u8),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -808,6 +817,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..3_u8, any::<bool>()).prop_map(|(a, b)| Step::Checkpoint(a, b)),
         1 => (0..3_u8, 0..3_u8, any::<bool>()).prop_map(|(a, b, c)| Step::Branch(a, b, c)),
         1 => (any::<u8>(), 0..20_u8, 0..22_u8).prop_map(|(a, b, c)| Step::Compact(a, b, c)),
+        1 => (0..4_u8, 0..4_u8).prop_map(|(a, b)| Step::Options(a, b)),
     ]
 }
 
@@ -888,6 +898,15 @@ fn operations(m: &Manifest, index: LogIndex, step: &Step) -> Vec<ManifestOp> {
             let key = |n: u8| Bytes::from(vec![b'a' + n]);
             let (first, end) = (key(*first), (*end < 20).then(|| key(*end)));
             vec![ManifestOp::Compact { branch, keyspace, first, end }]
+        }
+        Step::Options(n, choice) => {
+            let name = if *n == 3 { DEFAULT_KEYSPACE.to_owned() } else { format!("k{n}") };
+            let options = match choice {
+                0 => KeyspaceOptions::new(),
+                1 => KeyspaceOptions::new().block_bytes(4096),
+                runs => KeyspaceOptions::new().compaction(CompactionStyle::Tiered { runs: *runs }),
+            };
+            vec![ManifestOp::SetOptions { name, options }]
         }
     }
 }
@@ -989,6 +1008,7 @@ fn operations_come_back_with_their_places() {
         install(3, vec![ending.clone()]),
         ManifestOp::CreateKeyspace { name: "k".into() },
         ManifestOp::CreateExpiring { name: "k".into() },
+        ManifestOp::SetOptions { name: "k".into(), options: tiered(4).block_bytes(4096) },
         ManifestOp::Rotate { touched: vec![], clock: Some(LogClock { time_ms: 9, latest_end_ms: 1 << 40 }) },
         ManifestOp::DropKeyspace { name: "k".into() },
         checkpoint("c"),

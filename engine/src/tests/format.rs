@@ -72,6 +72,7 @@ fn the_document_has_the_versions_kinds_and_bounds_of_the_code() {
             format!("; {} when a table that it installs", crate::group::EDIT_VERSION_RANGED),
             format!("; {} when it names a merge operator", crate::group::EDIT_VERSION_OPERATORS),
             format!("; {} when it makes an expiring keyspace", crate::group::EDIT_VERSION_EXPIRING),
+            format!("; {} when it gives a keyspace options", crate::group::EDIT_VERSION_PARTS),
         ],
     );
     for (kind, name) in crate::manifest::OP_KINDS {

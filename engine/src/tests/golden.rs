@@ -13,20 +13,24 @@ use mainstay_io::{AlignedBuf, BLOCK_BYTES, BlockDevice as _, Environment, IoClas
 
 use super::harness::*;
 use crate::{
-    BranchId, ClientToken, CommandBody, Condition, ConditionalBatch, ErrorKind, GroupSettings, KeyRange, KeyspaceId,
-    MAIN, Offline, OperatorId, TableCompression, WriteBatch, WriteOp,
+    BranchId, ClientToken, CommandBody, CompactionStyle, Condition, ConditionalBatch, ErrorKind, GroupSettings,
+    KeyRange, KeyspaceId, KeyspaceOptions, MAIN, Offline, OperatorId, TableCompression, WriteBatch, WriteOp,
 };
 
 /// The builds of which a volume is in git, oldest first.
-const VOLUMES: [&str; 3] = ["volume-uniform", "volume-by-level", MERGES];
+const VOLUMES: [&str; 4] = ["volume-uniform", "volume-by-level", MERGES, OPTIONS];
 /// The first that has merge operators.
 const MERGES: &str = "volume-merges";
+/// The first that has options of keyspaces; with an expiring one too.
+const OPTIONS: &str = "volume-options";
 /// A zone holds no more than this in a golden volume.
 const ZONE_BYTES_MAX: u64 = 64 << 20;
 /// The log of all golden volumes.
 const LOG_BYTES: u64 = 1 << 20;
 const ROUNDS: u32 = 6;
 const KEYS: u32 = 120;
+/// For how long a pair is there that expires: longer than any test looks.
+const LONG_MS: u64 = 1 << 50;
 
 type Pairs = BTreeMap<Vec<u8>, Vec<u8>>;
 
@@ -72,6 +76,19 @@ fn write_round(store: &Store, number: u32) {
     }
 }
 
+/// What the default keyspace ends with.
+fn chosen() -> KeyspaceOptions {
+    let tiered = CompactionStyle::Tiered { runs: 5 };
+    KeyspaceOptions::new().compression(TableCompression::Lz4).block_bytes(1 << 10).compaction(tiered)
+}
+
+fn check_options(store: &Store) {
+    assert_eq!(store.group().keyspace_options(DEFAULT), Some(chosen()));
+    let sessions = store.group().keyspace("sessions").expect("it was made");
+    assert!(store.group().expires(sessions));
+    assert_eq!(read(store, MAIN, sessions), Pairs::from([(b"ada".to_vec(), b"token".to_vec())]));
+}
+
 /// Adds to a sum for each of some keys; one is of text by then, and a few are removed in the middle.
 fn add_round(store: &Store, number: u32) {
     let keyspace = store.group().keyspace("sums").expect("made before");
@@ -113,11 +130,18 @@ fn write_volume() -> SimMedia {
     let store = Store::open_with(&media, group, engine_settings()).expect("the volume opens");
     store.must(CommandBody::CreateKeyspace { name: "users".into() });
     store.must(CommandBody::SetOperator { name: "sums".into(), operator: OperatorId::U64_ADD });
+    store.must(CommandBody::CreateExpiring { name: "sessions".into() });
+    let sessions = store.group().keyspace("sessions").expect("just made");
+    let token = WriteOp::PutFor { keyspace: sessions, key: "ada".into(), value: "token".into(), ttl_ms: LONG_MS };
+    store.must(CommandBody::Batch(WriteBatch { branch: MAIN, ops: vec![token] }));
+    let tiered = KeyspaceOptions::new().compaction(CompactionStyle::Tiered { runs: 3 });
+    store.must(CommandBody::SetOptions { name: "default".into(), options: tiered });
     for number in 0..ROUNDS - 1 {
         write_round(&store, number);
         add_round(&store, number);
         store.flush();
     }
+    store.must(CommandBody::SetOptions { name: "default".into(), options: chosen() });
     store.settle();
     store.must(CommandBody::CreateCheckpoint { name: "before".into(), branch: MAIN });
     store.must(CommandBody::CreateClone { name: "trial".into(), checkpoint: "before".into() });
@@ -217,7 +241,11 @@ fn volumes_of_earlier_builds_are_read_and_gone_on_with() {
         clone.insert(b"only/in/the/clone".to_vec(), b"yes".to_vec());
         let trial = store.group().branch("trial").expect("it was made");
         assert_eq!(read(&store, trial, DEFAULT), clone, "{name}");
-        if name == MERGES {
+        if name == OPTIONS {
+            check_options(&store);
+        }
+        let has_sums = [MERGES, OPTIONS].contains(&name);
+        if has_sums {
             check_sums(&store, ROUNDS);
             add_round(&store, ROUNDS);
             check_sums(&store, ROUNDS + 1);
@@ -238,8 +266,11 @@ fn volumes_of_earlier_builds_are_read_and_gone_on_with() {
         let store = Store::open(&media);
         assert_eq!(read(&store, MAIN, DEFAULT), expected(2 * ROUNDS), "{name}");
         assert_eq!(read(&store, trial, DEFAULT), clone, "{name}");
-        if name == MERGES {
+        if has_sums {
             check_sums(&store, ROUNDS + 1);
+        }
+        if name == OPTIONS {
+            check_options(&store);
         }
         store.close();
     }

@@ -19,6 +19,7 @@ mod merges;
 mod model;
 mod offline;
 mod once;
+mod options;
 mod ranges;
 mod replicas;
 mod space;

@@ -9,8 +9,8 @@ use proptest::prelude::*;
 
 use super::harness::*;
 use crate::{
-    BranchId, CommandBody, Condition, ConditionalBatch, EngineSettings, ErrorKind, GroupSettings, LogIndex, MAIN,
-    OperatorId, Snapshot, TableCompression, WriteBatch, WriteOp,
+    BranchId, CommandBody, CompactionStyle, Condition, ConditionalBatch, EngineSettings, ErrorKind, GroupSettings,
+    KeyspaceOptions, LogIndex, MAIN, OperatorId, Snapshot, TableCompression, WriteBatch, WriteOp,
 };
 
 type Pairs = BTreeMap<Vec<u8>, Vec<u8>>;
@@ -43,6 +43,8 @@ enum Step {
     DropClone(u8),
     /// Branch, first key, and whether its end is waited for.
     Compact(u8, u8, bool),
+    /// The keyspace gets other options.
+    Options(u8),
     Reopen,
     Kill(u64),
     Crash(u64),
@@ -66,6 +68,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0..3_u8, 0..3_u8).prop_map(|(n, c)| Step::Clone(n, c)),
         1 => (0..3_u8).prop_map(Step::DropClone),
         1 => (any::<u8>(), any::<u8>(), any::<bool>()).prop_map(|(b, k, w)| Step::Compact(b, k, w)),
+        1 => any::<u8>().prop_map(Step::Options),
         1 => Just(Step::Reopen),
         1 => any::<u64>().prop_map(Step::Kill),
         1 => any::<u64>().prop_map(Step::Crash),
@@ -374,6 +377,17 @@ fn apply(place: &Place, store: Store, model: &mut Model, step: &Step) -> Store {
                 mainstay_io::block_on(store.group().compacted(asked.index)).expect("it ends");
                 model.check(&store);
             }
+        }
+        Step::Options(n) => {
+            let compressions = [TableCompression::None, TableCompression::Lz4, TableCompression::ByLevel];
+            let options = KeyspaceOptions::new().compression(compressions[usize::from(n % 3)]);
+            let options = match n / 3 % 4 {
+                0 => options,
+                1 => options.block_bytes(1 << 10),
+                2 => options.compaction(CompactionStyle::Tiered { runs: 2 + n / 12 % 6 }),
+                _ => options.block_bytes(64 << 10).compaction(CompactionStyle::Tiered { runs: 2 + n / 12 % 3 }),
+            };
+            store.must(CommandBody::SetOptions { name: "default".into(), options });
         }
         Step::Reopen => {
             model.pinned.clear();

@@ -9,8 +9,8 @@ use mainstay_io::{BackendChoice, BoxFuture, Environment, MediaOptions, Target, b
 
 use super::harness::*;
 use crate::{
-    BranchId, Command, CommandBody, Engine, EngineSettings, ErrorKind, Group, LogIndex, MAIN, Result, TableId,
-    TableSource,
+    BranchId, Command, CommandBody, CompactionStyle, Engine, EngineSettings, ErrorKind, Group, KeyspaceOptions,
+    LogIndex, MAIN, Result, TableCompression, TableId, TableSource,
 };
 
 /// A replica without a log of its own: the test feeds it.
@@ -99,6 +99,11 @@ pub(super) fn work() -> impl Iterator<Item = CommandBody> {
         301 => CommandBody::CreateClone { name: "x".into(), checkpoint: "c".into() },
         400 | 1000 => compact(MAIN, "", None),
         550 => compact(MAIN, "k0100", Some("k0200")),
+        450 => options(KeyspaceOptions::new().compaction(CompactionStyle::Tiered { runs: 3 })),
+        // While jobs of before are under way: they go by what they began with.
+        650 => options(KeyspaceOptions::new().compression(TableCompression::None).block_bytes(1024)),
+        651 => options(KeyspaceOptions::new().compression(TableCompression::ByLevel)),
+        850 => options(KeyspaceOptions::new().block_bytes(64 << 10).compaction(CompactionStyle::Tiered { runs: 6 })),
         700 => CommandBody::CreateCheckpoint { name: "d".into(), branch: MAIN },
         900 => CommandBody::DropCheckpoint { name: "c".into() },
         _ if n % 97 == 50 => {
@@ -108,6 +113,10 @@ pub(super) fn work() -> impl Iterator<Item = CommandBody> {
         _ if n % 17 == 3 => delete(MAIN, &format!("k{:04}", n * 13 % 500)),
         _ => put(MAIN, &format!("k{:04}", n * 29 % 500), format!("{n:<60}").as_bytes()),
     })
+}
+
+fn options(options: KeyspaceOptions) -> CommandBody {
+    CommandBody::SetOptions { name: "default".into(), options }
 }
 
 pub(super) fn check_equal(a: &Replica, b: &Replica) {
