@@ -508,6 +508,7 @@ impl World<'_> {
             4 | 19 => vec![self.remove("main")],
             6 => self.conditional("main"),
             8 => vec![Change::Rotate],
+            9 | 29 => vec![Change::SetOptions(store::options(&mut self.rng))],
             10 => checkpoint("c1", "main"),
             12 => clone("b1", "c1"),
             14 => vec![Change::Compact("main".to_owned())],

@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use mainstay_engine::{
-    Command, CommandBody, Condition, ConditionalBatch, Engine, EngineSettings, Group as EngineGroup, GroupSettings,
-    KeyRange, KeyspaceId, LocalLog, LogIndex, WriteBatch, WriteOp,
+    Command, CommandBody, CompactionStyle, Condition, ConditionalBatch, Engine, EngineSettings, Group as EngineGroup,
+    GroupSettings, KeyRange, KeyspaceId, KeyspaceOptions, LocalLog, LogIndex, TableCompression, WriteBatch, WriteOp,
 };
 use mainstay_io::Media;
 use mainstay_wal::GroupId;
 use openraft_rt::AsyncRuntime;
 use tokio::sync::oneshot;
 
-use crate::rt::{Executor, Group, SimRuntime, WallClock, environment};
+use crate::rt::{Executor, Group, SimRng, SimRuntime, WallClock, environment};
 use crate::value::{decode, encode};
 use crate::world::Settings;
 
@@ -26,6 +26,17 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) type Keys = BTreeMap<Bytes, u64>;
 /// Keyspaces of a branch or a checkpoint by their id.
 pub(crate) type State = BTreeMap<u32, Keys>;
+
+/// Options by chance; in one of three the keyspace is tiered.
+pub(crate) fn options(rng: &mut SimRng) -> KeyspaceOptions {
+    let compressions = [TableCompression::None, TableCompression::Lz4, TableCompression::ByLevel];
+    let options = KeyspaceOptions::new().compression(*rng.pick(&compressions));
+    match rng.below(3) {
+        0 => options,
+        1 => options.block_bytes(rng.range(1 << 10, 8 << 10) as u32),
+        _ => options.compaction(CompactionStyle::Tiered { runs: rng.range(2, 8) as u8 }),
+    }
+}
 
 /// What the store should hold.
 #[derive(Clone, Default)]
@@ -60,6 +71,8 @@ pub(crate) enum Change {
     DropKeyspace(String),
     Rotate,
     Compact(String),
+    /// Of the default keyspace.
+    SetOptions(KeyspaceOptions),
     CreateCheckpoint {
         name: String,
         branch: String,
@@ -120,7 +133,7 @@ impl Model {
                     state.remove(&id);
                 }
             }
-            Change::Rotate | Change::Compact(_) => {}
+            Change::Rotate | Change::Compact(_) | Change::SetOptions(_) => {}
             Change::CreateCheckpoint { name, branch } => {
                 let state = self.branches.get(&branch).cloned().unwrap_or_default();
                 self.checkpoints.insert(name, state);
@@ -218,6 +231,7 @@ impl Change {
                 let keyspace = KeyspaceId(0);
                 CommandBody::Compact { branch: branch(&from), keyspace, first: Bytes::new(), end: None }
             }
+            Change::SetOptions(options) => CommandBody::SetOptions { name: "default".to_owned(), options },
             Change::CreateCheckpoint { name, branch: from } => {
                 CommandBody::CreateCheckpoint { name, branch: branch(&from) }
             }

@@ -176,6 +176,7 @@ impl World<'_> {
             55..61 => self.pick(model.branches.into_keys().filter(|name| name != "main")).map(Change::DropClone),
             61..110 => self.remove_range(),
             110..150 => self.conditional(),
+            150..155 => Some(Change::SetOptions(store::options(&mut self.rng))),
             _ => None,
         };
         if let Some(change) = other {
@@ -327,7 +328,7 @@ impl World<'_> {
                 }
                 Change::CreateKeyspace(name) => group.keyspace(name).is_some(),
                 Change::DropKeyspace(name) => group.keyspace(name).is_none(),
-                Change::Rotate | Change::Compact(_) => false,
+                Change::Rotate | Change::Compact(_) | Change::SetOptions(_) => false,
                 Change::CreateCheckpoint { name, .. } => group.checkpoint(name).is_ok(),
                 Change::DropCheckpoint(name) => group.checkpoint(name).is_err(),
                 Change::CreateClone { name, .. } => group.branch(name).is_some(),

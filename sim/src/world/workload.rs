@@ -431,8 +431,15 @@ impl Client {
         }
     }
 
-    /// Makes a checkpoint, or a clone of one, or drops one.
+    /// Makes a checkpoint, or a clone of one, or drops one; sometimes gives the keyspace other options.
     async fn copy(&mut self, node: usize) {
+        if self.rng.chance(150) {
+            let (name, options) = (OWNED.to_owned(), crate::store::options(&mut self.rng));
+            if let Outcome::Done(_) = self.write(node, CommandBody::SetOptions { name, options }).await {
+                self.notes.count("options");
+            }
+            return;
+        }
         let full = self.copies.len() >= COPIES_MAX;
         if full || (!self.copies.is_empty() && self.rng.chance(200)) {
             let at = self.rng.below(self.copies.len() as u64) as usize;
