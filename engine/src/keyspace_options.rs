@@ -22,13 +22,13 @@ const TIERED_RUNS: std::ops::RangeInclusive<u8> = 2..=64;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CompactionStyle {
-    /// Each level holds ten times what the one above it does, and a table that goes down is merged with those that it overlaps there. A read
-    /// looks into few tables and dead data is a tenth; a byte is written some five times for each level. The default.
+    /// Each level holds ten times what the one above it does, and a table that goes down is merged with those that it overlaps there: a read
+    /// looks into few tables, little of the data is superseded, and what is merged is written again and again. The default.
     #[default]
     Leveled,
     /// All of the data is in at most so many sorted runs, and runs are merged whole when one more would be too many: those that are alike in
-    /// size first. A byte is written as often as its run is merged, some two to three times less than leveled where there is much data; a read
-    /// looks into every run, and while the largest are merged their data lies on the device twice.
+    /// size first. A byte is written as often as its run is merged, which is less often; a read looks into every run, up to two thirds of the
+    /// data may be superseded, and while the largest runs are merged their data lies on the device twice.
     Tiered {
         /// Sorted runs, 2 to 64. More: fewer writes, slower reads. A flush is one, so below 4 nearly each of them is merged with something.
         runs: u8,
@@ -104,12 +104,7 @@ impl KeyspaceOptions {
 
 /// Appends checked options.
 pub(crate) fn put_options(out: &mut Vec<u8>, options: &KeyspaceOptions) {
-    out.push(match options.compression {
-        None => 0,
-        Some(TableCompression::None) => 1,
-        Some(TableCompression::Lz4) => 2,
-        Some(TableCompression::ByLevel) => 3,
-    });
+    out.push(options.compression.map_or(0, |compression| compression as u8));
     put_varint(out, options.block_bytes.unwrap_or(0).into());
     out.push(match options.compaction {
         CompactionStyle::Leveled => 0,
@@ -124,12 +119,11 @@ pub(crate) fn put_options(out: &mut Vec<u8>, options: &KeyspaceOptions) {
 pub(crate) fn take_options(from: &mut Decoder) -> Result<KeyspaceOptions> {
     let compression = match from.u8()? {
         0 => None,
-        1 => Some(TableCompression::None),
-        2 => Some(TableCompression::Lz4),
-        3 => Some(TableCompression::ByLevel),
         number => {
-            let message = format!("tables of a keyspace are compressed as this build cannot compression={number}");
-            return Err(Error::new(ErrorKind::Foreign, message));
+            let all = [TableCompression::None, TableCompression::Lz4, TableCompression::ByLevel];
+            let known = all.into_iter().find(|compression| *compression as u8 == number);
+            let message = || format!("tables of a keyspace are compressed as this build cannot compression={number}");
+            Some(known.ok_or_else(|| Error::new(ErrorKind::Foreign, message()))?)
         }
     };
     let block_bytes = Some(from.varint_u32()?).filter(|bytes| *bytes > 0);

@@ -140,13 +140,22 @@ impl Store {
     }
 
     async fn keyspace_inner(&self, name: &str) -> Result<Keyspace> {
-        if let Some(id) = self.log.group().keyspace(name) {
+        self.keyspace_by(name, |_| true, CommandBody::CreateKeyspace { name: name.into() }).await
+    }
+
+    /// The keyspace of that name where it is there and as wanted, else what the entry makes of it.
+    async fn keyspace_by(
+        &self,
+        name: &str,
+        is_as_wanted: impl Fn(KeyspaceId) -> bool,
+        body: CommandBody,
+    ) -> Result<Keyspace> {
+        if let Some(id) = self.log.group().keyspace(name).filter(|id| is_as_wanted(*id)) {
             return Ok(Keyspace::new(self.clone(), id, name));
         }
         check_keyspace(name)?;
-        let response = self.write(CommandBody::CreateKeyspace { name: name.into() }).await?;
-        let id = keyspace_id(&response)?;
-        Ok(Keyspace::new(self.clone(), id, name))
+        let response = self.write(body).await?;
+        Ok(Keyspace::new(self.clone(), keyspace_id(&response)?, name))
     }
 
     /// The keyspace of that name whose pairs can expire ([`Batch::insert_for`]): made if it is absent (in every clone). One that exists and was not made so is
@@ -183,13 +192,8 @@ impl Store {
     }
 
     async fn keyspace_expiring_inner(&self, name: &str) -> Result<Keyspace> {
-        check_keyspace(name)?;
-        let group = self.log.group();
-        if let Some(id) = group.keyspace(name).filter(|id| group.expires(*id)) {
-            return Ok(Keyspace::new(self.clone(), id, name));
-        }
-        let response = self.write(CommandBody::CreateExpiring { name: name.into() }).await?;
-        Ok(Keyspace::new(self.clone(), keyspace_id(&response)?, name))
+        let body = CommandBody::CreateExpiring { name: name.into() };
+        self.keyspace_by(name, |id| self.log.group().expires(id), body).await
     }
 
     /// Makes a keyspace of this crate, if it is absent, and waits until it is here. Returns the entry that asked for it.
@@ -232,18 +236,14 @@ impl Store {
     }
 
     async fn keyspace_with_operator_inner(&self, name: &str, operator: OperatorId) -> Result<Keyspace> {
-        check_keyspace(name)?;
         let group = self.log.group();
         group.check_operator(&operator, name)?;
-        if let Some(id) = group.keyspace(name).filter(|id| group.merge_operator(*id).as_ref() == Some(&operator)) {
-            return Ok(Keyspace::new(self.clone(), id, name));
-        }
-        let response = self.write(CommandBody::SetOperator { name: name.into(), operator }).await?;
-        Ok(Keyspace::new(self.clone(), keyspace_id(&response)?, name))
+        let body = CommandBody::SetOperator { name: name.into(), operator: operator.clone() };
+        self.keyspace_by(name, |id| group.merge_operator(id).as_ref() == Some(&operator), body).await
     }
 
     /// The keyspace of that name with these options, in place of all that it had: made if it is absent (in every clone). They hold from here on for
-    /// what is flushed and merged; tables that are there stay as they are until they are merged, at once with [`Store::compact`].
+    /// what is flushed and merged; a table that is there stays as it is until it is merged with another, those of the last level with what is written anew.
     ///
     /// ```
     /// # fn main() -> mainstay::Result<()> {
@@ -273,14 +273,9 @@ impl Store {
     }
 
     async fn keyspace_with_options_inner(&self, name: &str, options: KeyspaceOptions) -> Result<Keyspace> {
-        check_keyspace(name)?;
         options.check()?;
-        let group = self.log.group();
-        if let Some(id) = group.keyspace(name).filter(|id| group.keyspace_options(*id) == Some(options)) {
-            return Ok(Keyspace::new(self.clone(), id, name));
-        }
-        let response = self.write(CommandBody::SetOptions { name: name.into(), options }).await?;
-        Ok(Keyspace::new(self.clone(), keyspace_id(&response)?, name))
+        let body = CommandBody::SetOptions { name: name.into(), options };
+        self.keyspace_by(name, |id| self.log.group().keyspace_options(id) == Some(options), body).await
     }
 
     /// The keyspace of that name if it is there.

@@ -7,7 +7,7 @@
 //! - H2. A replica that holds other tables than the log says serves no reads and leads nobody, until it has fetched them.
 //! - H3. An install is proposed once a majority has made the same tables. When a majority made others the leader is the one
 //!   that differs: it gives up what it made and leadership with it (H2). A majority that says nothing in time, for it is
-//!   slow or away, holds nothing up; a replica that finds itself to differ later does as H2 says.
+//!   slow or away, holds nothing up, nor do voters that have all spoken and are no majority either way; a replica that finds itself to differ later does as H2 says.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -163,7 +163,8 @@ impl<R: Runtime> Inner<R> {
                 }
                 // Nobody has anything to add.
                 Agreement::Split => {
-                    tracing::error!(id = running.id, %job, ?said, "replicas made different tables, none of them a majority: those of the leader count");
+                    let message = "replicas made different tables, none of them a majority: those of the leader count";
+                    tracing::error!(id = running.id, %job, ?said, message);
                     return true;
                 }
                 Agreement::Open if R::Instant::now() >= deadline || self.closing.is_set() => return true,

@@ -104,6 +104,25 @@ pub unsafe extern "C" fn mainstay_close(store: *mut MainstayStore) -> MainstayCo
     })
 }
 
+/// Gives the caller the keyspace that `open` finds or makes.
+///
+/// # Safety
+/// As of the function that calls it: `store` is null or open, `name` null or a string, `out` null or writable.
+unsafe fn open_keyspace(
+    store: *const MainstayStore,
+    name: *const c_char,
+    out: *mut *mut MainstayKeyspace,
+    open: impl FnOnce(&Store, &str) -> Result<Keyspace, Failure>,
+) -> MainstayCode {
+    guard(|| {
+        // SAFETY: the contract of this function.
+        unsafe {
+            let (store, name) = (handle(store, "store")?, text(name, "name")?);
+            put_handle(out, || Ok(MainstayKeyspace(open(&store.0, name)?)))
+        }
+    })
+}
+
 /// Opens a keyspace, made if it is absent. Freed with `mainstay_keyspace_free`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mainstay_keyspace(
@@ -111,13 +130,8 @@ pub unsafe extern "C" fn mainstay_keyspace(
     name: *const c_char,
     out: *mut *mut MainstayKeyspace,
 ) -> MainstayCode {
-    guard(|| {
-        // SAFETY: the caller's arguments, as the header states them.
-        unsafe {
-            let (store, name) = (handle(store, "store")?, text(name, "name")?);
-            put_handle(out, || Ok(MainstayKeyspace(store.0.keyspace(name)?)))
-        }
-    })
+    // SAFETY: the caller's arguments, as the header states them.
+    unsafe { open_keyspace(store, name, out, |store, name| Ok(store.keyspace(name)?)) }
 }
 
 /// Opens a keyspace with a merge operator, made if it is absent, and given the operator if it has none. `mainstay.u64_add` version 1 adds
@@ -131,14 +145,13 @@ pub unsafe extern "C" fn mainstay_keyspace_with_operator(
     version: u32,
     out: *mut *mut MainstayKeyspace,
 ) -> MainstayCode {
-    guard(|| {
-        // SAFETY: the caller's arguments, as the header states them.
-        unsafe {
-            let (store, name) = (handle(store, "store")?, text(name, "name")?);
-            let operator = OperatorId::new(text(operator_name, "operator_name")?.to_owned(), version);
-            put_handle(out, || Ok(MainstayKeyspace(store.0.keyspace_with_operator(name, operator)?)))
-        }
-    })
+    let open = |store: &Store, name: &str| {
+        // SAFETY: the caller's argument, as the header states it.
+        let operator = OperatorId::new(unsafe { text(operator_name, "operator_name")? }.to_owned(), version);
+        Ok(store.keyspace_with_operator(name, operator)?)
+    };
+    // SAFETY: the caller's arguments, as the header states them.
+    unsafe { open_keyspace(store, name, out, open) }
 }
 
 /// Opens a keyspace whose pairs can expire, made if it is absent. One that was not made so is `MAINSTAY_INVALID`. Freed with `mainstay_keyspace_free`.
@@ -148,13 +161,8 @@ pub unsafe extern "C" fn mainstay_keyspace_expiring(
     name: *const c_char,
     out: *mut *mut MainstayKeyspace,
 ) -> MainstayCode {
-    guard(|| {
-        // SAFETY: the caller's arguments, as the header states them.
-        unsafe {
-            let (store, name) = (handle(store, "store")?, text(name, "name")?);
-            put_handle(out, || Ok(MainstayKeyspace(store.0.keyspace_expiring(name)?)))
-        }
-    })
+    // SAFETY: the caller's arguments, as the header states them.
+    unsafe { open_keyspace(store, name, out, |store, name| Ok(store.keyspace_expiring(name)?)) }
 }
 
 /// Opens a keyspace with these options in place of all that it had, made if it is absent. What is out of range is `MAINSTAY_INVALID`. Freed with
@@ -166,14 +174,13 @@ pub unsafe extern "C" fn mainstay_keyspace_with_options(
     options: *const MainstayKeyspaceOptions,
     out: *mut *mut MainstayKeyspace,
 ) -> MainstayCode {
-    guard(|| {
-        // SAFETY: the caller's arguments, as the header states them.
-        unsafe {
-            let (store, name) = (handle(store, "store")?, text(name, "name")?);
-            let options = handle(options, "options")?.checked()?;
-            put_handle(out, || Ok(MainstayKeyspace(store.0.keyspace_with_options(name, options)?)))
-        }
-    })
+    let open = |store: &Store, name: &str| {
+        // SAFETY: the caller's argument, as the header states it.
+        let options = unsafe { handle(options, "options")? }.checked()?;
+        Ok(store.keyspace_with_options(name, options)?)
+    };
+    // SAFETY: the caller's arguments, as the header states them.
+    unsafe { open_keyspace(store, name, out, open) }
 }
 
 /// Frees a keyspace handle; its data stays.

@@ -198,6 +198,14 @@ impl GroupShared {
         }
     }
 
+    /// Notes the keyspace that the entry made, if it made one. Asked of the manifest: in replay the operation does nothing.
+    fn note_made(&self, core: &mut Core, entry: &mut Entry) {
+        let made = core.logical.keyspaces.iter().find(|(_, k)| k.created == entry.index).map(|(id, _)| *id);
+        if let Some(id) = made {
+            self.note(core, entry, Outcome::Keyspace(id));
+        }
+    }
+
     fn apply_body(&self, core: &mut Core, entry: &mut Entry, time_ms: u64, body: &CommandBody) -> Result<Bytes> {
         let index = entry.index;
         match body {
@@ -232,34 +240,20 @@ impl GroupShared {
             }
             CommandBody::CreateKeyspace { name } => {
                 self.op(core, entry, ManifestOp::CreateKeyspace { name: name.clone() })?;
-                // Asked of the manifest: in replay the operation does nothing.
-                let made = core.logical.keyspaces.iter().find(|(_, k)| k.created == index).map(|(id, _)| *id);
-                if let Some(id) = made {
-                    self.note(core, entry, Outcome::Keyspace(id));
-                }
-                let id = core.logical.keyspace_before(name, LogIndex(index.0 + 1));
-                // In replay it may have been refused; nobody asks then.
-                Ok(id.map(|id| Bytes::copy_from_slice(&id.0.to_le_bytes())).unwrap_or_default())
+                self.note_made(core, entry);
+                Ok(id_of(core, entry, name))
             }
             CommandBody::CreateExpiring { name } => {
                 self.op(core, entry, ManifestOp::CreateExpiring { name: name.clone() })?;
                 // It is the first entry that moves the time, if it made the first of them.
                 core.clock = core.clock_at(index, Some(time_ms));
-                let made = core.logical.keyspaces.iter().find(|(_, k)| k.created == index).map(|(id, _)| *id);
-                if let Some(id) = made {
-                    self.note(core, entry, Outcome::Keyspace(id));
-                }
-                let id = core.logical.keyspace_before(name, LogIndex(index.0 + 1));
-                Ok(id.map(|id| Bytes::copy_from_slice(&id.0.to_le_bytes())).unwrap_or_default())
+                self.note_made(core, entry);
+                Ok(id_of(core, entry, name))
             }
             CommandBody::SetOptions { name, options } => {
                 self.op(core, entry, ManifestOp::SetOptions { name: name.clone(), options: *options })?;
-                let made = core.logical.keyspaces.iter().find(|(_, k)| k.created == index).map(|(id, _)| *id);
-                if let Some(id) = made {
-                    self.note(core, entry, Outcome::Keyspace(id));
-                }
-                let id = core.logical.keyspace_before(name, LogIndex(index.0 + 1));
-                Ok(id.map(|id| Bytes::copy_from_slice(&id.0.to_le_bytes())).unwrap_or_default())
+                self.note_made(core, entry);
+                Ok(id_of(core, entry, name))
             }
             CommandBody::SetOperator { name, operator } => {
                 let (name, operator) = (name.clone(), operator.clone());
@@ -268,8 +262,7 @@ impl GroupShared {
                 if let Some(id) = given {
                     self.note(core, entry, Outcome::Keyspace(id));
                 }
-                let id = core.logical.keyspace_before(&name, LogIndex(index.0 + 1));
-                Ok(id.map(|id| Bytes::copy_from_slice(&id.0.to_le_bytes())).unwrap_or_default())
+                Ok(id_of(core, entry, &name))
             }
             CommandBody::DropKeyspace { name } => {
                 self.op(core, entry, ManifestOp::DropKeyspace { name: name.clone() })?;
@@ -570,6 +563,12 @@ impl GroupShared {
         let before = self.snapshot_of(branch)?.at_time(now_ms);
         Ok(Apply::new(index, time_ms, before, made, next_keyspace))
     }
+}
+
+/// The answer of an entry that makes or finds a keyspace: its id. In replay it may have been refused; nobody asks then.
+fn id_of(core: &Core, entry: &Entry, name: &str) -> Bytes {
+    let id = core.logical.keyspace_before(name, LogIndex(entry.index.0 + 1));
+    id.map(|id| Bytes::copy_from_slice(&id.0.to_le_bytes())).unwrap_or_default()
 }
 
 /// The merge operator of a keyspace as entry `index` finds it.

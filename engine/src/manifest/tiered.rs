@@ -52,7 +52,7 @@ pub(super) fn pick(
         let is_due = l0_is_free && above > 0 && version.l0.len() >= runs.div_ceil(2).max(2);
         return is_due.then(|| taken(version, &[], above, dead));
     }
-    if runs_of(version) >= runs.max(2) {
+    if runs_of(version) >= runs {
         return Some(merged(version, runs, dead));
     }
     dense(version, dead)
@@ -67,7 +67,7 @@ fn merged(version: &Version, runs: usize, dead: Dead) -> (u8, Inputs) {
     let last = held.last().map_or(0, size);
     let too_much_above = held.len() > 1 && all.saturating_sub(last) >= last.saturating_mul(ABOVE_LAST_MAX);
     // One of the output is left with those that are not taken.
-    let needed = (runs_of(version) + 2).saturating_sub(runs.max(2));
+    let needed = (runs_of(version) + 2).saturating_sub(runs);
     let mut levels = Vec::new();
     for (count, &level) in (version.l0.len()..).zip(&held) {
         let is_next_to_none = levels.is_empty() && level == 1;
@@ -85,20 +85,16 @@ fn merged(version: &Version, runs: usize, dead: Dead) -> (u8, Inputs) {
 /// All of L0 and of these levels, on their way to `to`.
 fn taken(version: &Version, levels: &[u8], to: u8, dead: Dead) -> (u8, Inputs) {
     let mut upper: Vec<TableRef> = version.l0.iter().flat_map(|run| run.iter()).cloned().collect();
-    upper.sort_by(|a, b| (&a.first, a.id).cmp(&(&b.first, b.id)));
     let from = if upper.is_empty() { levels.first().copied().unwrap_or(to) } else { 0 };
     for &level in levels.iter().filter(|&&level| level < to) {
         upper.extend(version.level(level).iter().cloned());
     }
+    upper.sort_by(|a, b| (&a.first, a.id).cmp(&(&b.first, b.id)));
     let lower = version.level(to);
     // Where no two overlap nothing is to be merged: the tables change their places.
-    let mut apart = upper.clone();
-    apart.sort_by(|a, b| a.first.cmp(&b.first));
-    let is_apart = sorted(&apart) && apart.iter().all(|t| overlap(lower, &t.first, &t.last).is_empty());
-    if is_apart && !is_cleaned(version, to, &apart, dead) {
-        return (from, (to, apart, Vec::new()));
-    }
-    (from, (to, upper, lower.to_vec()))
+    let is_apart = sorted(&upper) && upper.iter().all(|t| overlap(lower, &t.first, &t.last).is_empty());
+    let lower = if is_apart && !is_cleaned(version, to, &upper, dead) { Vec::new() } else { lower.to_vec() };
+    (from, (to, upper, lower))
 }
 
 /// The newest run in which much is dead, with the one below it. Tables of the last level are written again one by one.

@@ -27,7 +27,7 @@ fn the_picker_of_a_tiered_keyspace_follows_its_table_of_cases() {
         &of(2, &[(4, 200), (5, 400), (6, 801)]),
         &[],
         0,
-        "0>5 101-0,102-0,4-0+5-0",
+        "0>5 4-0,101-0,102-0+5-0",
     );
     check("as many as must be", 3, &of(1, &[(5, 5000), (6, 9000)]), &[], 0, "0>5 101-0+5-0");
     check("without a flush too", 2, &of(0, &[(5, 5000), (6, 9000)]), &[], 0, "5>6 5-0+6-0!");
@@ -39,7 +39,7 @@ fn the_picker_of_a_tiered_keyspace_follows_its_table_of_cases() {
         0,
         "0>1 101-0,102-0,103-0,104-0,105-0,106-0,107-0,108-0+1-0",
     );
-    check("twice the last run is above it", 4, &of(2, &[(5, 1900), (6, 1000)]), &[], 0, "0>6 101-0,102-0,5-0+6-0!");
+    check("twice the last run is above it", 4, &of(2, &[(5, 1900), (6, 1000)]), &[], 0, "0>6 5-0,101-0,102-0+6-0!");
     check("not yet twice", 4, &of(2, &[(5, 1700), (6, 1000)]), &[], 0, "0>4 101-0,102-0+");
     let apart = version(&[&[("g", "h")], &[("e", "f")]], &[(5, &[("c", "d", 100)]), (6, &[("a", "b", 900)])]);
     check("runs that stand apart change their places", 4, &apart, &[], 0, "move 0>5 102-0,101-0");
